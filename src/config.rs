@@ -1,0 +1,318 @@
+//! The configuration file: TOML, a superset of the Go snapshotter's.
+//!
+//! A wrong value is an error that names key, value, line and what is allowed. An unknown
+//! key is only a warning, because files in the field have containerd's own keys mixed in.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use log::LevelFilter;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::attach::Mode;
+use crate::logging::{self, Format};
+
+pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
+const CVMFS: &str = "/cvmfs";
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Fully qualified repository name.
+    pub repository: String,
+    /// Where the repository is, if not at `/cvmfs/<repository>`.
+    pub absolute_mountpoint: Option<PathBuf>,
+    pub attach: Mode,
+    /// Threads that do the work of calls. None: the larger of 4 and the number of cores.
+    pub workers: Option<usize>,
+    /// Calls that may wait for a worker.
+    pub queue: usize,
+    pub log_format: Format,
+    /// None: what the command line says.
+    pub log_level: Option<LevelFilter>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            repository: "unpacked.cern.ch".to_owned(),
+            absolute_mountpoint: None,
+            attach: Mode::Bind,
+            workers: None,
+            queue: 1024,
+            log_format: Format::Json,
+            log_level: None,
+        }
+    }
+}
+
+const WORKERS: RangeInclusive<i64> = 1..=256;
+const QUEUE: RangeInclusive<i64> = 1..=65_536;
+const FEWEST_DEFAULT_WORKERS: usize = 4;
+
+impl Config {
+    pub fn repository_path(&self) -> PathBuf {
+        self.absolute_mountpoint.clone().unwrap_or_else(|| Path::new(CVMFS).join(&self.repository))
+    }
+
+    pub fn worker_threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.workers.unwrap_or_else(|| cores().max(FEWEST_DEFAULT_WORKERS))
+    }
+}
+
+/// A configuration and what was odd about its file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    pub config: Config,
+    pub unknown: Vec<UnknownKey>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownKey {
+    pub key: String,
+    pub line: usize,
+}
+
+impl fmt::Display for UnknownKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: unknown key {:?} is passed over", self.line, self.key)
+    }
+}
+
+#[derive(Debug)]
+pub enum Error {
+    Unreadable { path: PathBuf, cause: io::Error },
+    Syntax { path: PathBuf, line: usize, why: String },
+    Value { path: PathBuf, line: usize, key: String, value: String, allowed: &'static str },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable { path, cause } => write!(f, "cannot read the configuration {}: {cause}", path.display()),
+            Self::Syntax { path, line, why } => write!(f, "{}, line {line}: not TOML: {why}", path.display()),
+            Self::Value { path, line, key, value, allowed } => {
+                write!(f, "{}, line {line}: {key} = {value} is not possible: {allowed}", path.display())
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Reads the file at `path`, or the one at the default path if it is there.
+pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
+    let named = path.unwrap_or(Path::new(DEFAULT_PATH));
+    match std::fs::read_to_string(named) {
+        Ok(text) => parse(named, &text),
+        Err(cause) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => Ok(Loaded::default()),
+        Err(cause) => Err(Error::Unreadable { path: named.to_owned(), cause }),
+    }
+}
+
+/// One key of the file, for messages.
+struct Entry<'t> {
+    path: &'t Path,
+    line: usize,
+    key: &'t str,
+    text: &'t str,
+    value: &'t DeValue<'t>,
+}
+
+impl Entry<'_> {
+    fn refuse<T>(&self, allowed: &'static str) -> Result<T, Error> {
+        Err(Error::Value {
+            path: self.path.to_owned(),
+            line: self.line,
+            key: self.key.to_owned(),
+            value: self.text.to_owned(),
+            allowed,
+        })
+    }
+
+    fn string(&self, allowed: &'static str) -> Result<&str, Error> {
+        self.value.as_str().map_or_else(|| self.refuse(allowed), Ok)
+    }
+
+    fn number(&self, range: RangeInclusive<i64>, allowed: &'static str) -> Result<usize, Error> {
+        let number = self.value.as_integer().and_then(|n| i64::from_str_radix(n.as_str(), n.radix()).ok());
+        match number.filter(|n| range.contains(n)).map(usize::try_from) {
+            Some(Ok(number)) => Ok(number),
+            _ => self.refuse(allowed),
+        }
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
+    let line_of = |byte: usize| text[..byte.min(text.len())].matches('\n').count() + 1;
+    let table = DeTable::parse(text).map_err(|e| Error::Syntax {
+        path: path.to_owned(),
+        line: line_of(e.span().map_or(0, |span| span.start)),
+        why: e.message().to_owned(),
+    })?;
+    let mut loaded = Loaded::default();
+    for (key, value) in table.get_ref() {
+        let entry = Entry {
+            path,
+            line: line_of(key.span().start),
+            key: key.get_ref(),
+            text: text.get(value.span()).unwrap_or_default(),
+            value: Spanned::get_ref(value),
+        };
+        if !set(&mut loaded.config, &entry)? {
+            loaded.unknown.push(UnknownKey { key: entry.key.to_owned(), line: entry.line });
+        }
+    }
+    loaded.unknown.sort_by_key(|unknown| unknown.line);
+    Ok(loaded)
+}
+
+/// Whether the key is one of ours.
+fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
+    match entry.key {
+        "repository" => config.repository = repository(entry)?,
+        "absolute-mountpoint" => config.absolute_mountpoint = absolute_mountpoint(entry)?,
+        "attach" => {
+            const ALLOWED: &str = "it is \"bind\" or \"symlink\"";
+            config.attach = match entry.string(ALLOWED)? {
+                "bind" => Mode::Bind,
+                "symlink" => Mode::Symlink,
+                _ => return entry.refuse(ALLOWED),
+            };
+        }
+        "workers" => config.workers = Some(entry.number(WORKERS, "it is a number from 1 to 256")?),
+        "queue" => config.queue = entry.number(QUEUE, "it is a number from 1 to 65536")?,
+        "log-format" => {
+            const ALLOWED: &str = "it is \"json\" or \"text\"";
+            config.log_format = match entry.string(ALLOWED)? {
+                "json" => Format::Json,
+                "text" => Format::Text,
+                _ => return entry.refuse(ALLOWED),
+            };
+        }
+        "log-level" => {
+            let level = logging::parse_level(entry.string(logging::LEVELS)?);
+            config.log_level = Some(level.map_or_else(|| entry.refuse(logging::LEVELS), Ok)?);
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+fn repository(entry: &Entry<'_>) -> Result<String, Error> {
+    const ALLOWED: &str = "it is the name of a repository, letters, digits, dots, dashes and underscores";
+    let name = entry.string(ALLOWED)?;
+    let well_formed = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    if name.is_empty() || name.starts_with('.') || !well_formed {
+        return entry.refuse(ALLOWED);
+    }
+    Ok(name.to_owned())
+}
+
+/// The Go snapshotter takes an empty text as "not given".
+fn absolute_mountpoint(entry: &Entry<'_>) -> Result<Option<PathBuf>, Error> {
+    const ALLOWED: &str = "it is an absolute path, without \"..\", colons, commas, quotes or backslashes";
+    let path = entry.string(ALLOWED)?;
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let odd = path.chars().any(|c| matches!(c, ':' | ',' | '\\' | '"') || c.is_control());
+    if odd || !path.starts_with('/') || path.split('/').any(|part| part == "..") {
+        return entry.refuse(ALLOWED);
+    }
+    Ok(Some(PathBuf::from(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Loaded, String> {
+        parse(Path::new("config.toml"), text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_packaged_file_says_the_defaults() {
+        let packaged = include_str!("../packaging/config.toml");
+        assert_eq!(read(packaged), Ok(Loaded::default()));
+        // Every key stands in it, as a comment with its default: uncommented, the file still
+        // says the defaults, and knows no other key.
+        let uncommented: String = packaged
+            .lines()
+            .map(|line| {
+                line.strip_prefix("#").filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase())).unwrap_or(line)
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        let loaded = read(&uncommented).unwrap();
+        assert_eq!(loaded.unknown, []);
+        let defaults =
+            Config { workers: loaded.config.workers, log_level: Some(LevelFilter::Info), ..Config::default() };
+        assert_eq!(loaded.config, defaults);
+        for key in ["repository", "absolute-mountpoint", "attach", "workers", "queue", "log-format", "log-level"] {
+            assert!(uncommented.contains(&format!("\n{key} = ")), "{key} is not documented");
+        }
+    }
+
+    #[test]
+    fn keys_of_the_go_snapshotter_mean_the_same() {
+        let loaded = read("repository = \"singularity.opensciencegrid.org\"\nabsolute-mountpoint = \"\"\n").unwrap();
+        assert_eq!(loaded.config.repository_path(), Path::new("/cvmfs/singularity.opensciencegrid.org"));
+        let loaded = read("absolute-mountpoint = \"/mnt/a\"").unwrap();
+        assert_eq!(loaded.config.repository_path(), Path::new("/mnt/a"));
+        assert_eq!(Config::default().repository_path(), Path::new("/cvmfs/unpacked.cern.ch"));
+    }
+
+    #[test]
+    fn unknown_keys_are_named_with_their_lines() {
+        let loaded = read("version = 2\nrepository = \"r\"\n\n[plugins.x]\n  y = 1\n[proxy_plugins]\n").unwrap();
+        let shown: Vec<String> = loaded.unknown.iter().map(ToString::to_string).collect();
+        assert_eq!(loaded.config.repository, "r");
+        assert_eq!(
+            shown,
+            [
+                "line 1: unknown key \"version\" is passed over",
+                "line 4: unknown key \"plugins\" is passed over",
+                "line 6: unknown key \"proxy_plugins\" is passed over"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_wrong_value_is_refused_with_key_value_line_and_remedy() {
+        assert_eq!(
+            read("repository = \"r\"\nattach = \"copy\""),
+            Err("config.toml, line 2: attach = \"copy\" is not possible: it is \"bind\" or \"symlink\"".to_owned())
+        );
+        for text in [
+            "repository = 5",
+            "repository = \"\"",
+            "repository = \"../etc\"",
+            "repository = \"a/b\"",
+            "repository = \"..\"",
+            "absolute-mountpoint = \"relative\"",
+            "absolute-mountpoint = \"/a/../b\"",
+            "absolute-mountpoint = \"/a:b\"",
+            "absolute-mountpoint = true",
+            "attach = 1",
+            "workers = 0",
+            "workers = 257",
+            "workers = -1",
+            "workers = 99999999999999999999",
+            "workers = \"4\"",
+            "queue = 0",
+            "queue = 1.5",
+            "log-format = \"xml\"",
+            "log-level = \"loud\"",
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.starts_with("config.toml, line 1: ") && error.contains(" is not possible: "), "{error}");
+        }
+        assert!(read("repository =").unwrap_err().contains("line 1: not TOML"));
+        assert!(read("repository = \"a\"\nrepository = \"b\"").unwrap_err().contains("line 2: not TOML"));
+    }
+}

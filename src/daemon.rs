@@ -1,0 +1,273 @@
+//! The only place that wires the rooms together: start order, signals, stop order.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::LevelFilter;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::cli::Arguments;
+use crate::config::{self, Config, Loaded};
+use crate::pool::{Drained, Pool};
+use crate::repository::Repository;
+use crate::server::{self, Server};
+use crate::snapshotter::{self, Snapshotter};
+use crate::store::{self, Store};
+use crate::sys::{Host, Sys};
+use crate::types::SnapshotId;
+use crate::{logging, sys};
+
+/// A stop waits so long for the calls under way.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Its presence says that this kernel knows the overlay option `index`.
+const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
+
+#[derive(Debug)]
+pub enum Error {
+    Config(config::Error),
+    /// `--check-config` found keys that nobody reads.
+    UnknownKeys(Vec<config::UnknownKey>),
+    RootNotAbsolute(PathBuf),
+    /// A path that cannot be named in the options of an overlay mount.
+    RootNotMountable(PathBuf),
+    Root {
+        path: PathBuf,
+        cause: io::Error,
+    },
+    RootInUse {
+        root: PathBuf,
+    },
+    Store(store::Error),
+    Recovery(snapshotter::Error),
+    System(sys::Error),
+    Threads(io::Error),
+    Server(server::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(cause) => cause.fmt(f),
+            Self::UnknownKeys(keys) => {
+                let keys: Vec<String> = keys.iter().map(|k| format!("{:?} (line {})", k.key, k.line)).collect();
+                write!(
+                    f,
+                    "unknown keys in the configuration: {}; remove them or correct their spelling",
+                    keys.join(", ")
+                )
+            }
+            Self::RootNotAbsolute(root) => write!(f, "--root {} must be an absolute path", root.display()),
+            Self::RootNotMountable(root) => write!(
+                f,
+                "--root {} cannot be used for overlay mounts: it must be UTF-8 without colons, commas, quotes and backslashes",
+                root.display()
+            ),
+            Self::Root { path, cause } => write!(f, "cannot use the state directory {}: {cause}", path.display()),
+            Self::RootInUse { root } => write!(
+                f,
+                "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
+                root.display()
+            ),
+            Self::Store(cause) => write!(
+                f,
+                "{cause}; nothing was changed. If the file is damaged, keep a copy, move it away, start again, and pull the images anew"
+            ),
+            Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
+            Self::System(cause) => cause.fmt(f),
+            Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
+            Self::Server(cause) => cause.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    /// 78 is EX_CONFIG: starting again without a change is of no use.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::UnknownKeys(_) | Self::RootNotAbsolute(_) | Self::RootNotMountable(_) => 78,
+            Self::Root { .. }
+            | Self::RootInUse { .. }
+            | Self::Store(_)
+            | Self::Recovery(_)
+            | Self::System(_)
+            | Self::Threads(_)
+            | Self::Server(_) => 1,
+        }
+    }
+}
+
+/// Checks the configuration file and nothing else.
+pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
+    let loaded = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    if loaded.unknown.is_empty() { Ok(()) } else { Err(Error::UnknownKeys(loaded.unknown)) }
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(arguments: &Arguments) -> Result<(), Error> {
+    // Blocked before the first thread starts, so that every thread inherits it and the
+    // signals wait for us.
+    let signals = block_signals();
+    let Loaded { config, unknown } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    logging::start(config.log_format, level(arguments, &config));
+    for key in &unknown {
+        let file = arguments.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
+        log::warn!("{}, {key}", file.display());
+    }
+    let root = StateRoot::take(&arguments.root)?;
+    let snapshotter = Arc::new(open(&root, &config)?);
+    let found = snapshotter.recover().map_err(Error::Recovery)?;
+    log::info!(
+        "{} snapshots, {} leftovers to clean up, {} without their files",
+        found.snapshots,
+        found.leftovers,
+        found.broken.len()
+    );
+    if found.foreign > 0 {
+        log::warn!(
+            "{} holds {} entries of another snapshotter: they are left alone, remove them once nothing needs them",
+            root.snapshots.display(),
+            found.foreign
+        );
+    }
+    let pool = Pool::start(config.worker_threads(), config.queue).map_err(Error::Threads)?;
+    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pool.entrance()).map_err(Error::Server)?;
+    log::info!(
+        repository = config.repository.as_str();
+        "cvmfs-snapshotter {} serves {} from {}", env!("CARGO_PKG_VERSION"),
+        arguments.address.display(), config.repository_path().display()
+    );
+    clean_leftovers(snapshotter)?;
+    wait_for_stop(&signals, arguments);
+    stop(server, pool);
+    Ok(())
+}
+
+fn level(arguments: &Arguments, config: &Config) -> LevelFilter {
+    arguments.log_level.or(config.log_level).unwrap_or(LevelFilter::Info)
+}
+
+fn block_signals() -> SigSet {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    // Cannot fail: the set holds signals only.
+    let _ = signals.thread_block();
+    signals
+}
+
+fn wait_for_stop(signals: &SigSet, arguments: &Arguments) {
+    loop {
+        match signals.wait() {
+            Ok(Signal::SIGTERM | Signal::SIGINT) => return,
+            Ok(Signal::SIGHUP) => reload(arguments),
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+/// SIGHUP: only the log level changes while the program runs.
+fn reload(arguments: &Arguments) {
+    match config::load(arguments.config.as_deref()) {
+        Ok(Loaded { config, .. }) => {
+            // What somebody just wrote into the file wins over what the service was started with.
+            let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
+            logging::set_level(level);
+            log::info!("log level {level}; other keys of the configuration need a restart");
+        }
+        Err(e) => log::error!("nothing was changed: {e}"),
+    }
+}
+
+/// Leaves every snapshot and every mount as it is.
+fn stop(server: Server, pool: Pool) {
+    log::info!("stopping; snapshots and mounts stay as they are");
+    let until = Instant::now() + STOP_LIMIT;
+    server.stop(until, || match pool.drain(STOP_LIMIT) {
+        Drained::Completely => {}
+        Drained::LeavingBehind(calls) => log::warn!("{calls} calls did not finish in {STOP_LIMIT:?} and are given up"),
+    });
+    log::info!("stopped");
+}
+
+/// What a crash left, beside the first calls: nothing waits for it.
+fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
+    thread::Builder::new()
+        .name("leftovers".to_owned())
+        .spawn(move || {
+            if let Err(e) = snapshotter.cleanup(&|| false) {
+                log::warn!("leftovers stay until the next cleanup: {e}");
+            }
+        })
+        .map(drop)
+        .map_err(Error::Threads)
+}
+
+/// The state directory, locked as long as this lives.
+struct StateRoot {
+    metadata: PathBuf,
+    snapshots: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl StateRoot {
+    fn take(root: &Path) -> Result<Self, Error> {
+        if !root.is_absolute() {
+            return Err(Error::RootNotAbsolute(root.to_owned()));
+        }
+        let odd = |c: char| matches!(c, ':' | ',' | '\\' | '"') || c.is_control();
+        if root.to_str().is_none_or(|text| text.contains(odd)) {
+            return Err(Error::RootNotMountable(root.to_owned()));
+        }
+        let home = root.join("snapshotter");
+        let snapshots = home.join("snapshots");
+        make_private(&snapshots)?;
+        let lock_path = home.join("lock");
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(|cause| Error::Root { path: lock_path.clone(), cause })?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => Error::RootInUse { root: root.to_owned() },
+            errno => Error::Root { path: lock_path.clone(), cause: errno.into() },
+        })?;
+        Ok(Self { metadata: home.join("metadata.redb"), snapshots, _lock: lock })
+    }
+}
+
+/// Makes `path` and what is missing above it, for root alone.
+fn make_private(path: &Path) -> Result<(), Error> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|cause| Error::Root { path: path.to_owned(), cause })
+}
+
+fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
+    let sys: Arc<dyn Sys> = Arc::new(Host);
+    // Another snapshotter's directories, if the state root had one before us.
+    let occupied = sys
+        .read_dir(&root.snapshots)
+        .map_err(Error::System)?
+        .iter()
+        .filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?))
+        .max();
+    let store = Store::open(&root.metadata, occupied).map_err(Error::Store)?;
+    let repository = Repository::new(config.repository.clone(), config.repository_path(), Arc::clone(&sys));
+    let options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
+    Snapshotter::new(store, repository, sys, &root.snapshots, config.attach, options).map_err(Error::Threads)
+}

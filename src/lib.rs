@@ -1,0 +1,22 @@
+//! `cvmfs-snapshotter`: a containerd snapshotter whose image layers come, unpacked, from a
+//! CernVM-FS repository. `docs/design.md` says how the rooms fit together.
+
+pub mod attach;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod logging;
+pub mod overlay;
+pub mod pool;
+pub mod repository;
+pub mod server;
+pub mod snapshotter;
+pub mod store;
+pub mod sys;
+pub mod types;
+
+/// Messages made from the `.proto` files by `build.rs`.
+#[allow(clippy::all, clippy::pedantic, missing_docs, unused_results)]
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}

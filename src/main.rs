@@ -1,0 +1,24 @@
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use cvmfs_snapshotter::{cli, daemon};
+
+fn main() -> ExitCode {
+    let arguments = match cli::parse(std::env::args_os()) {
+        Ok(arguments) => arguments,
+        Err(answer) => {
+            // Also the way of --help and --version. A closed terminal is no reason to fail.
+            let _ = answer.print();
+            return if answer.use_stderr() { ExitCode::from(78) } else { ExitCode::SUCCESS };
+        }
+    };
+    let result = if arguments.check_config { daemon::check_config(&arguments) } else { daemon::run(&arguments) };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cvmfs-snapshotter: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Which mounts describe a snapshot. Pure: it names paths, it touches none.
+//!
+//! Every lower directory lies below `<root>/snapshotter/snapshots`, so that containerd can
+//! shorten the option string: mount data is cut at one page. An overlay without an upper
+//! directory always has a local directory among its lower ones, because CernVM-FS reports
+//! a maximum name length of 0, and overlayfs takes the largest of its layers.
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use crate::types::{Digest, Mount, MountKind, SnapshotId};
+
+/// The directories of a snapshot, `snapshots/<id>/…`.
+#[derive(Clone, Debug)]
+pub struct Places {
+    snapshots: PathBuf,
+}
+
+impl Places {
+    pub fn new(snapshots: PathBuf) -> Self {
+        Self { snapshots }
+    }
+
+    pub fn all(&self) -> &Path {
+        &self.snapshots
+    }
+
+    pub fn home(&self, id: SnapshotId) -> PathBuf {
+        self.snapshots.join(id.to_string())
+    }
+
+    /// The files: a local snapshot's own, or where a published layer is attached.
+    pub fn fs(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join("fs")
+    }
+
+    /// Overlayfs's scratch directory, of an active snapshot.
+    pub fn work(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join("work")
+    }
+
+    /// The skeleton above an attached layer: whiteouts for names nobody may see.
+    pub fn mask(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join("mask")
+    }
+
+    /// The skeleton below an attached layer: what the layer deletes from those below.
+    pub fn hide(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join("hide")
+    }
+}
+
+/// What the mask of a layer hides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    Nothing,
+    /// The catalog marker at the top of the layer and nothing else: nearly every layer.
+    /// One such mask does for all remote layers below it, down to the next local one.
+    TopCatalog,
+    Markers {
+        top_catalog: bool,
+    },
+}
+
+/// One committed snapshot of a chain, as overlayfs is to see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lower {
+    Local(SnapshotId),
+    Remote { id: SnapshotId, digest: Digest, mask: Mask, hides: bool },
+}
+
+/// The lower directories of a chain, uppermost first, and whether one of them is local.
+fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
+    let mut directories = Vec::new();
+    let mut has_local = false;
+    let mut catalog_is_masked = false;
+    let mut named = HashSet::new();
+    for lower in chain {
+        match lower {
+            Lower::Local(id) => {
+                directories.push(places.fs(*id));
+                has_local = true;
+                catalog_is_masked = false;
+            }
+            // Overlayfs refuses the same directory twice, and the upper of two equal layers
+            // already provides, and hides, everything that the lower one does.
+            Lower::Remote { digest, .. } if !named.insert(digest) => {}
+            Lower::Remote { id, mask, hides, .. } => {
+                let needs_mask = match mask {
+                    Mask::Nothing => false,
+                    Mask::TopCatalog => !catalog_is_masked,
+                    Mask::Markers { .. } => true,
+                };
+                if needs_mask {
+                    directories.push(places.mask(*id));
+                    has_local = true;
+                }
+                catalog_is_masked |= matches!(mask, Mask::TopCatalog | Mask::Markers { top_catalog: true });
+                directories.push(places.fs(*id));
+                if *hides {
+                    directories.push(places.hide(*id));
+                    has_local = true;
+                }
+            }
+        }
+    }
+    (directories, has_local)
+}
+
+/// The mounts of an active snapshot `id` over `chain`; `options` go to every overlay.
+///
+/// `uidmap=` and `gidmap=` are never among them: FUSE file systems cannot be mapped, and
+/// containerd has shifted the owners already where it was not told otherwise.
+pub fn active(places: &Places, id: SnapshotId, chain: &[Lower], options: &[String]) -> Vec<Mount> {
+    if chain.is_empty() {
+        return bind(&places.fs(id), "rw");
+    }
+    let (lower, _) = lower_directories(places, chain);
+    let own = [
+        format!("workdir={}", places.work(id).display()),
+        format!("upperdir={}", places.fs(id).display()),
+        lowerdir(&lower),
+    ];
+    overlay(&own, options)
+}
+
+/// The mounts of a view `id` of `chain`.
+pub fn view(places: &Places, id: SnapshotId, chain: &[Lower], options: &[String]) -> Vec<Mount> {
+    let (mut lower, has_local) = lower_directories(places, chain);
+    match lower.as_slice() {
+        [] => bind(&places.fs(id), "ro"),
+        [only] => bind(only, "ro"),
+        _ => {
+            if !has_local {
+                lower.push(places.fs(id));
+            }
+            overlay(&[lowerdir(&lower)], options)
+        }
+    }
+}
+
+fn bind(source: &Path, access: &str) -> Vec<Mount> {
+    let options = vec![access.to_owned(), "rbind".to_owned()];
+    vec![Mount { kind: MountKind::Bind, source: source.display().to_string(), options }]
+}
+
+fn lowerdir(directories: &[PathBuf]) -> String {
+    let directories: Vec<String> = directories.iter().map(|d| d.display().to_string()).collect();
+    format!("lowerdir={}", directories.join(":"))
+}
+
+fn overlay(own: &[String], options: &[String]) -> Vec<Mount> {
+    vec![Mount { kind: MountKind::Overlay, source: "overlay".to_owned(), options: [own, options].concat() }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn remote(id: u64, digit: char, mask: Mask, hides: bool) -> Lower {
+        let digest = Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap();
+        Lower::Remote { id: SnapshotId(id), digest, mask, hides }
+    }
+
+    fn local(id: u64) -> Lower {
+        Lower::Local(SnapshotId(id))
+    }
+
+    const PLAIN: Mask = Mask::Nothing;
+    const TOP: Mask = Mask::TopCatalog;
+    const FULL: Mask = Mask::Markers { top_catalog: true };
+    const MARKERS: Mask = Mask::Markers { top_catalog: false };
+
+    fn places() -> Places {
+        Places::new("/s".into())
+    }
+
+    fn lower(chain: &[Lower]) -> String {
+        let names: Vec<_> = lower_directories(&places(), chain).0.iter().map(|d| d.display().to_string()).collect();
+        names.join(":").replace("/s/", "")
+    }
+
+    #[test]
+    fn the_lower_directories_of_a_chain() {
+        for (chain, expected) in [
+            (vec![local(2), local(1)], "2/fs:1/fs"),
+            (vec![remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)], "2/fs:1/fs"),
+            (vec![remote(2, 'b', TOP, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/fs"),
+            (vec![remote(2, 'b', TOP, false), local(1)], "2/mask:2/fs:1/fs"),
+            (vec![remote(3, 'c', TOP, true), remote(2, 'b', FULL, true)], "3/mask:3/fs:3/hide:2/mask:2/fs:2/hide"),
+            (vec![remote(2, 'b', MARKERS, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/mask:1/fs"),
+            (vec![remote(2, 'b', FULL, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/fs"),
+            (vec![remote(3, 'c', TOP, false), local(2), remote(1, 'a', TOP, false)], "3/mask:3/fs:2/fs:1/mask:1/fs"),
+            (
+                vec![remote(4, 'a', TOP, false), remote(3, 'b', TOP, false), remote(2, 'a', TOP, false), local(1)],
+                "4/mask:4/fs:3/fs:1/fs",
+            ),
+        ] {
+            assert_eq!(lower(&chain), expected);
+        }
+    }
+
+    fn text(mounts: &[Mount]) -> String {
+        let [mount] = mounts else { panic!("one mount describes a snapshot") };
+        format!("{} {} {}", mount.kind.as_str(), mount.source, mount.options.join(","))
+    }
+
+    #[test]
+    fn mounts_follow_the_table_of_the_contract() {
+        let (places, id) = (places(), SnapshotId(9));
+        let options = ["index=off".to_owned()];
+        let one = [local(1)];
+        let two = [local(2), local(1)];
+        for (mounts, expected) in [
+            (active(&places, id, &[], &options), "bind /s/9/fs rw,rbind"),
+            (view(&places, id, &[], &options), "bind /s/9/fs ro,rbind"),
+            (view(&places, id, &one, &options), "bind /s/1/fs ro,rbind"),
+            (view(&places, id, &two, &options), "overlay overlay lowerdir=/s/2/fs:/s/1/fs,index=off"),
+            (
+                active(&places, id, &one, &options),
+                "overlay overlay workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=/s/1/fs,index=off",
+            ),
+        ] {
+            assert_eq!(text(&mounts), expected);
+        }
+    }
+
+    #[test]
+    fn a_view_always_has_a_local_lower_directory() {
+        let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), chain, &[]));
+        let plain = [remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)];
+        assert_eq!(view(&plain), "overlay overlay lowerdir=/s/2/fs:/s/1/fs:/s/9/fs");
+        assert_eq!(view(&plain[..1]), "bind /s/2/fs ro,rbind");
+        assert_eq!(view(&[remote(2, 'b', TOP, false)]), "overlay overlay lowerdir=/s/2/mask:/s/2/fs");
+        // Equal layers leave one directory, which overlayfs alone would refuse.
+        assert_eq!(view(&[remote(2, 'b', PLAIN, false), remote(1, 'b', PLAIN, false)]), "bind /s/2/fs ro,rbind");
+    }
+}

@@ -1,0 +1,280 @@
+//! A fixed number of worker threads behind a bounded queue.
+//!
+//! The pool knows no snapshot. It promises that every job it is given is answered exactly
+//! once: with its result, or with the reason why there is none. A full queue refuses at
+//! once instead of growing, a panic costs nothing but its own job, and a job whose caller
+//! has given up is not started.
+#![forbid(unsafe_code)]
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use parking_lot::{Condvar, Mutex};
+
+/// Why a job has no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// `limit` jobs are waiting already.
+    QueueFull { limit: usize },
+    /// The caller's deadline passed before a worker was free.
+    DeadlinePassed,
+    /// The pool takes no more jobs.
+    Stopping,
+    /// The job panicked; the message is for the log.
+    Panicked(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::QueueFull { limit } => {
+                write!(
+                    f,
+                    "too many calls are waiting ({limit}), try again later or raise \"queue\" in the configuration"
+                )
+            }
+            Self::DeadlinePassed => f.write_str("the deadline passed while the call was waiting for a worker"),
+            Self::Stopping => f.write_str("the snapshotter is stopping"),
+            Self::Panicked(what) => write!(f, "the call hit a bug in the snapshotter: {what}"),
+        }
+    }
+}
+
+type Job = Box<dyn FnOnce(Option<Refusal>) + Send>;
+
+/// Handing jobs in; cheap to clone, one for every gRPC thread.
+#[derive(Clone)]
+pub struct Entrance {
+    jobs: Sender<Job>,
+    limit: usize,
+    running: Arc<Running>,
+}
+
+/// Jobs that are waiting or under way, and whether more may come.
+#[derive(Default)]
+struct Running {
+    state: Mutex<State>,
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: usize,
+    closed: bool,
+}
+
+pub struct Pool {
+    entrance: Entrance,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    Completely,
+    /// The limit passed first; so many jobs were still waiting or under way.
+    LeavingBehind(usize),
+}
+
+impl Pool {
+    /// `workers` threads that share a queue of `queue` waiting jobs.
+    pub fn start(workers: usize, queue: usize) -> std::io::Result<Self> {
+        let (jobs, queued) = bounded::<Job>(queue);
+        let running = Arc::new(Running::default());
+        let workers = (0..workers)
+            .map(|n| {
+                let queued = queued.clone();
+                thread::Builder::new().name(format!("worker-{n}")).spawn(move || work(&queued))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { entrance: Entrance { jobs, limit: queue, running }, workers })
+    }
+
+    pub fn entrance(&self) -> Entrance {
+        self.entrance.clone()
+    }
+
+    /// Takes no more jobs and waits for those that were taken, `limit` at most.
+    pub fn drain(self, limit: Duration) -> Drained {
+        let until = Instant::now() + limit;
+        let Entrance { jobs, running, .. } = self.entrance;
+        {
+            let mut state = running.state.lock();
+            state.closed = true;
+            while state.jobs > 0 {
+                if running.idle.wait_until(&mut state, until).timed_out() {
+                    return Drained::LeavingBehind(state.jobs);
+                }
+            }
+        }
+        // Entrances may live on in gRPC handlers, so the workers may never see the channel
+        // close. They own nothing and wait for nothing: they end with the process.
+        drop((jobs, self.workers));
+        Drained::Completely
+    }
+}
+
+fn work(queued: &Receiver<Job>) {
+    while let Ok(job) = queued.recv() {
+        // `submit` fences the work itself; this fence is for a panic while answering.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(None))) {
+            log::error!("a worker could not send an answer: {}", message(panic.as_ref()));
+        }
+    }
+}
+
+impl Entrance {
+    /// Runs `work` on a worker and hands its result to `answer`, unless there is a reason
+    /// not to: then `answer` gets the reason, possibly at once and on this thread.
+    /// `expired` is asked when a worker is free.
+    pub fn submit<T: 'static>(
+        &self,
+        expired: impl FnOnce() -> bool + Send + 'static,
+        work: impl FnOnce() -> T + Send + 'static,
+        answer: impl FnOnce(Result<T, Refusal>) + Send + 'static,
+    ) {
+        let Some(ticket) = Ticket::take(&self.running) else {
+            answer(Err(Refusal::Stopping));
+            return;
+        };
+        let job: Job = Box::new(move |refusal| {
+            let _ticket = ticket;
+            let result = match refusal {
+                Some(refusal) => Err(refusal),
+                None if expired() => Err(Refusal::DeadlinePassed),
+                None => catch_unwind(AssertUnwindSafe(work))
+                    .map_err(|panic| Refusal::Panicked(message(panic.as_ref()).to_owned())),
+            };
+            answer(result);
+        });
+        match self.jobs.try_send(job) {
+            Ok(()) => {}
+            Err(TrySendError::Full(job)) => job(Some(Refusal::QueueFull { limit: self.limit })),
+            Err(TrySendError::Disconnected(job)) => job(Some(Refusal::Stopping)),
+        }
+    }
+}
+
+/// Counts a job as long as it lives, whatever way it ends.
+struct Ticket(Arc<Running>);
+
+impl Ticket {
+    fn take(running: &Arc<Running>) -> Option<Self> {
+        let mut state = running.state.lock();
+        if state.closed {
+            return None;
+        }
+        state.jobs += 1;
+        Some(Self(Arc::clone(running)))
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.jobs -= 1;
+        if state.jobs == 0 {
+            self.0.idle.notify_all();
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// A job that occupies a worker until the returned sender is dropped.
+    fn occupy(entrance: &Entrance) -> mpsc::Sender<()> {
+        let (release, released) = mpsc::channel::<()>();
+        let (started, has_started) = mpsc::channel();
+        entrance.submit(
+            || false,
+            move || {
+                let _ = started.send(());
+                let _ = released.recv();
+            },
+            |_| {},
+        );
+        has_started.recv_timeout(SOON).expect("a worker is free");
+        release
+    }
+
+    fn outcome(
+        entrance: &Entrance,
+        work: impl FnOnce() -> u32 + Send + 'static,
+    ) -> mpsc::Receiver<Result<u32, Refusal>> {
+        let (send, receive) = mpsc::channel();
+        entrance.submit(|| false, work, move |result| drop(send.send(result)));
+        receive
+    }
+
+    #[test]
+    fn a_full_queue_refuses_at_once() {
+        let pool = Pool::start(1, 2).unwrap();
+        let entrance = pool.entrance();
+        let busy = occupy(&entrance);
+        let waiting: Vec<_> = (0..2).map(|n| outcome(&entrance, move || n)).collect();
+        let refused = outcome(&entrance, || 99);
+        assert_eq!(refused.try_recv(), Ok(Err(Refusal::QueueFull { limit: 2 })));
+        drop(busy);
+        let answers: Vec<_> = waiting.iter().map(|w| w.recv_timeout(SOON).unwrap()).collect();
+        assert_eq!(answers, [Ok(0), Ok(1)]);
+    }
+
+    #[test]
+    fn a_panic_costs_only_its_own_job() {
+        let pool = Pool::start(1, 8).unwrap();
+        let entrance = pool.entrance();
+        for _ in 0..3 {
+            let bad = outcome(&entrance, || panic!("on purpose"));
+            assert_eq!(bad.recv_timeout(SOON), Ok(Err(Refusal::Panicked("on purpose".into()))));
+        }
+        assert_eq!(outcome(&entrance, || 7).recv_timeout(SOON), Ok(Ok(7)));
+    }
+
+    #[test]
+    fn a_job_past_its_deadline_is_not_started() {
+        let pool = Pool::start(1, 8).unwrap();
+        let (send, receive) = mpsc::channel();
+        pool.entrance().submit(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
+        assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
+    }
+
+    #[test]
+    fn a_drain_finishes_what_runs_and_refuses_the_rest() {
+        let pool = Pool::start(2, 8).unwrap();
+        let entrance = pool.entrance();
+        let busy = occupy(&entrance);
+        let waiting = outcome(&entrance, || 5);
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(busy);
+        });
+        assert_eq!(pool.drain(SOON), Drained::Completely);
+        assert_eq!(waiting.try_recv(), Ok(Ok(5)));
+        assert_eq!(outcome(&entrance, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
+    }
+
+    #[test]
+    fn a_drain_ends_at_its_limit() {
+        let pool = Pool::start(1, 8).unwrap();
+        let _busy = occupy(&pool.entrance());
+        assert_eq!(pool.drain(Duration::from_millis(50)), Drained::LeavingBehind(1));
+    }
+}

@@ -1,0 +1,453 @@
+//! containerd's filter language. Pure.
+//!
+//! `selector[,selector…]`, all of which must hold; a selector is `field[.field…]`, alone for
+//! presence or with `==`, `!=` or `~=` and a value. Fields and values may be quoted like Go
+//! strings; after `~=` also with `/` or `|`. Accepts and refuses what containerd does: the
+//! suite in `tests/containerd` compares both on the same filters.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use regex::{Regex, RegexBuilder};
+
+use crate::types::{Key, LABEL_SNAPSHOT_REF, Snapshot};
+
+/// Alternatives; none matches everything.
+#[derive(Clone, Debug)]
+pub struct Filters(Vec<Vec<Selector>>);
+
+#[derive(Clone, Debug)]
+struct Selector {
+    path: Vec<String>,
+    test: Test,
+}
+
+#[derive(Clone, Debug)]
+enum Test {
+    Present,
+    Equal(String),
+    NotEqual(String),
+    /// None: not a regular expression, which matches nothing.
+    Matches(Option<Box<Regex>>),
+}
+
+/// Compiled programs above this are refused, so that a filter cannot eat the memory.
+const REGEX_BYTES: usize = 1 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    pub filter: String,
+    pub at: usize,
+    pub why: &'static str,
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at byte {}", self.why, self.at)
+    }
+}
+
+impl Filters {
+    pub fn parse(filters: &[String]) -> Result<Self, Invalid> {
+        filters.iter().map(|text| parse(text)).collect::<Result<_, _>>().map(Self)
+    }
+
+    pub fn matches(&self, snapshot: &Snapshot) -> bool {
+        self.0.is_empty() || self.0.iter().any(|all| all.iter().all(|selector| selector.matches(snapshot)))
+    }
+
+    /// The (snapshot.ref, parent) that every match has, if these filters name one.
+    pub fn reference_and_parent(&self) -> Option<(&str, &str)> {
+        let [all] = self.0.as_slice() else { return None };
+        let equal = |field: &str, rest: &str| {
+            all.iter().find_map(|s| match (&s.test, s.path.split_first()) {
+                (Test::Equal(value), Some((first, tail))) if first == field && tail.join(".") == rest => {
+                    Some(value.as_str())
+                }
+                _ => None,
+            })
+        };
+        Some((equal("labels", LABEL_SNAPSHOT_REF)?, equal("parent", "")?))
+    }
+}
+
+impl Selector {
+    fn matches(&self, snapshot: &Snapshot) -> bool {
+        let value = field(&self.path, snapshot);
+        match &self.test {
+            Test::Present => value.is_some(),
+            Test::Equal(wanted) => value == Some(wanted),
+            Test::NotEqual(unwanted) => value.unwrap_or_default() != unwanted,
+            Test::Matches(regex) => regex.as_ref().is_some_and(|regex| regex.is_match(value.unwrap_or_default())),
+        }
+    }
+}
+
+fn field<'s>(path: &[String], snapshot: &'s Snapshot) -> Option<&'s str> {
+    let (first, rest) = path.split_first()?;
+    match first.as_str() {
+        "kind" => Some(snapshot.kind.as_str()),
+        "name" => Some(snapshot.key.as_str()),
+        "parent" => Some(snapshot.parent.as_ref().map_or("", Key::as_str)),
+        "labels" => snapshot.labels.get(&rest.join(".")).map(String::as_str),
+        _ => None,
+    }
+}
+
+fn parse(text: &str) -> Result<Vec<Selector>, Invalid> {
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut parser = Parser { text, at: 0, after_operator: false };
+    parser.selectors().map_err(|(at, why)| Invalid { filter: text.to_owned(), at, why })
+}
+
+type Failure = (usize, &'static str);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Token<'t> {
+    Quoted(&'t str),
+    Value(&'t str),
+    Field(&'t str),
+    Separator(&'t str),
+    Operator(&'t str),
+    End,
+    Unexpected,
+}
+
+struct Parser<'t> {
+    text: &'t str,
+    /// The next character to read.
+    at: usize,
+    /// The next unquoted text is a value.
+    after_operator: bool,
+}
+
+impl<'t> Parser<'t> {
+    fn selectors(&mut self) -> Result<Vec<Selector>, Failure> {
+        let mut all = vec![self.selector()?];
+        loop {
+            match self.peek() {
+                None => return Ok(all),
+                Some(',') => {
+                    self.token()?;
+                    all.push(self.selector()?);
+                }
+                Some(_) => return Err((self.at, "unexpected input")),
+            }
+        }
+    }
+
+    fn selector(&mut self) -> Result<Selector, Failure> {
+        let mut path = vec![self.field()?];
+        while self.peek() == Some('.') {
+            self.token()?;
+            path.push(self.field()?);
+        }
+        if matches!(self.peek(), None | Some(',')) {
+            return Ok(Selector { path, test: Test::Present });
+        }
+        let test = match self.operator()? {
+            "==" => Test::Equal(self.value("\"")?),
+            "!=" => Test::NotEqual(self.value("\"")?),
+            _ => {
+                let pattern = self.value("\"/|")?;
+                Test::Matches(RegexBuilder::new(&pattern).size_limit(REGEX_BYTES).build().ok().map(Box::new))
+            }
+        };
+        Ok(Selector { path, test })
+    }
+
+    fn field(&mut self) -> Result<String, Failure> {
+        let (at, token) = self.token()?;
+        match token {
+            Token::Field(name) => Ok(name.to_owned()),
+            Token::Quoted(literal) => unquote(at, literal, "\""),
+            _ => Err((at, "expected a field name")),
+        }
+    }
+
+    fn operator(&mut self) -> Result<&'t str, Failure> {
+        match self.token()? {
+            (_, Token::Operator(operator @ ("==" | "!=" | "~="))) => Ok(operator),
+            (at, _) => Err((at, "expected one of the operators ==, != and ~=")),
+        }
+    }
+
+    fn value(&mut self, quotes: &str) -> Result<String, Failure> {
+        let (at, token) = self.token()?;
+        match token {
+            Token::Value(value) | Token::Field(value) => Ok(value.to_owned()),
+            Token::Quoted(literal) => unquote(at, literal, quotes),
+            _ => Err((at, "expected a value")),
+        }
+    }
+
+    fn peek(&self) -> Option<char> {
+        self.text[self.at..].chars().next()
+    }
+
+    fn next(&mut self) -> Option<char> {
+        let next = self.peek()?;
+        self.at += next.len_utf8();
+        Some(next)
+    }
+
+    fn skip_while(&mut self, wanted: impl Fn(char) -> bool) {
+        while self.peek().is_some_and(&wanted) {
+            self.next();
+        }
+    }
+
+    /// The next token and where it begins, after any white space.
+    fn token(&mut self) -> Result<(usize, Token<'t>), Failure> {
+        self.skip_while(char::is_whitespace);
+        let begin = self.at;
+        let Some(first) = self.next() else { return Ok((begin, Token::End)) };
+        let token = match first {
+            '\0' | char::REPLACEMENT_CHARACTER => return Err((begin, "unexpected character")),
+            '"' | '/' | '|' => {
+                self.quoted(first, begin)?;
+                Token::Quoted(&self.text[begin..self.at])
+            }
+            ',' | '.' => {
+                self.after_operator = false;
+                Token::Separator(&self.text[begin..self.at])
+            }
+            '=' | '!' | '~' => {
+                self.skip_while(|c| matches!(c, '=' | '!' | '~'));
+                self.after_operator = true;
+                Token::Operator(&self.text[begin..self.at])
+            }
+            _ if self.after_operator => {
+                self.skip_while(is_value_character);
+                self.after_operator = false;
+                Token::Value(&self.text[begin..self.at])
+            }
+            _ if is_field_character(first) => {
+                self.skip_while(is_field_character);
+                Token::Field(&self.text[begin..self.at])
+            }
+            _ => Token::Unexpected,
+        };
+        Ok((begin, token))
+    }
+
+    /// Reads to the closing quote; whether the escapes are right is seen when unquoting.
+    fn quoted(&mut self, quote: char, begin: usize) -> Result<(), Failure> {
+        loop {
+            match self.next() {
+                None | Some('\n' | '\0' | char::REPLACEMENT_CHARACTER) => {
+                    return Err((begin, "a quoted text is not terminated"));
+                }
+                Some('\\') => {
+                    self.next();
+                }
+                Some(c) if c == quote => return Ok(()),
+                Some(_) => {}
+            }
+        }
+    }
+}
+
+fn is_field_character(c: char) -> bool {
+    c == '_' || c.is_ascii_alphanumeric()
+}
+
+/// Go's `unicode.IsGraphic` without white space and the comma.
+fn is_value_character(c: char) -> bool {
+    !(c == ',' || c.is_whitespace() || c.is_control() || c == char::REPLACEMENT_CHARACTER || is_format_character(c))
+}
+
+/// The assigned ranges of the classes Cf and Co that people meet; Go does not print them.
+fn is_format_character(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}'
+        | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+        | '\u{e000}'..='\u{f8ff}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{10ffff}')
+}
+
+/// The text that a Go string literal stands for, if it is quoted with one of `quotes`.
+fn unquote(at: usize, literal: &str, quotes: &str) -> Result<String, Failure> {
+    const SYNTAX: &str = "invalid escape in a quoted text";
+    let quote = literal.chars().next().filter(|q| quotes.contains(*q)).ok_or((at, "only ~= takes this quote"))?;
+    let mut rest = &literal[1..literal.len() - 1];
+    // Escapes name bytes, so only the whole is text again.
+    let mut bytes = Vec::with_capacity(rest.len());
+    while let Some(c) = rest.chars().next() {
+        rest = &rest[c.len_utf8()..];
+        if c != '\\' {
+            bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+            continue;
+        }
+        let escape = rest.chars().next().ok_or((at, SYNTAX))?;
+        rest = &rest[escape.len_utf8()..];
+        let mut digits = |count: usize, radix: u32, seen: &str| {
+            let more = rest.get(..count)?;
+            rest = &rest[count..];
+            let all = format!("{seen}{more}");
+            all.chars().all(|c| c.is_digit(radix)).then(|| u32::from_str_radix(&all, radix).ok()).flatten()
+        };
+        match escape {
+            'a' => bytes.push(0x07),
+            'b' => bytes.push(0x08),
+            'f' => bytes.push(0x0c),
+            'n' => bytes.push(b'\n'),
+            'r' => bytes.push(b'\r'),
+            't' => bytes.push(b'\t'),
+            'v' => bytes.push(0x0b),
+            '\\' => bytes.push(b'\\'),
+            c if c == quote => bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+            'x' => {
+                let byte = digits(2, 16, "").and_then(|v| u8::try_from(v).ok()).ok_or((at, SYNTAX))?;
+                bytes.push(byte);
+            }
+            '0'..='7' => {
+                let value = digits(2, 8, escape.encode_utf8(&mut [0; 4]));
+                bytes.push(value.and_then(|v| u8::try_from(v).ok()).ok_or((at, SYNTAX))?);
+            }
+            'u' | 'U' => {
+                let value = digits(if escape == 'u' { 4 } else { 8 }, 16, "").ok_or((at, SYNTAX))?;
+                if value > u32::from(char::MAX) {
+                    return Err((at, SYNTAX));
+                }
+                let c = char::from_u32(value).unwrap_or(char::REPLACEMENT_CHARACTER);
+                bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+            }
+            _ => return Err((at, SYNTAX)),
+        }
+    }
+    // No snapshot has text that is not UTF-8, so what it is replaced with is no match either.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Kind, SnapshotId, Timestamp};
+
+    fn snapshot() -> Snapshot {
+        let labels = [("a", "1"), ("foo.bar", "baz"), (LABEL_SNAPSHOT_REF, "sha256:abc")];
+        Snapshot {
+            id: SnapshotId(1),
+            key: Key::parse("default/1/my key").unwrap(),
+            parent: None,
+            kind: Kind::Committed,
+            created: Timestamp(0),
+            updated: Timestamp(0),
+            labels: labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+            layer: None,
+            usage: None,
+        }
+    }
+
+    fn matches(filters: &[&str]) -> Result<bool, Invalid> {
+        let filters: Vec<String> = filters.iter().map(|&f| f.to_owned()).collect();
+        Ok(Filters::parse(&filters)?.matches(&snapshot()))
+    }
+
+    #[test]
+    fn filters_that_match() {
+        for filter in [
+            "",
+            "name",
+            "parent",
+            "parent==\"\"",
+            "kind==committed",
+            "kind == committed, name",
+            "kind!=active",
+            "unknown!=x",
+            "labels.a",
+            "labels.a==1",
+            "labels.foo.bar==baz",
+            "labels.\"foo.bar\"==baz",
+            "labels.\"foo\".\"bar\"==baz",
+            "labels.\"containerd.io/snapshot.ref\"==sha256:abc,parent==\"\"",
+            "labels.nothing!=1",
+            "labels.nothing~=\"^$\"",
+            "name~=my",
+            "name~=/my key$/",
+            "name~=|^default/1|",
+            "name==\"default\\u002f1/my\\x20key\"",
+            "labels.a==\"\\061\"",
+        ] {
+            assert_eq!(matches(&[filter]), Ok(true), "{filter}");
+        }
+        assert_eq!(matches(&[]), Ok(true));
+        assert_eq!(matches(&["kind==active", "name"]), Ok(true));
+    }
+
+    #[test]
+    fn filters_that_do_not_match() {
+        for filter in [
+            "unknown",
+            "labels",
+            "labels.nothing",
+            "kind==active",
+            "kind==Committed",
+            "labels.a==2",
+            "labels.nothing==\"\"",
+            "name~=\"(\"",
+            "name~=^my",
+            "kind==committed,labels.a==2",
+        ] {
+            assert_eq!(matches(&[filter]), Ok(false), "{filter}");
+        }
+        assert_eq!(matches(&["kind==active", "labels.nothing"]), Ok(false));
+    }
+
+    #[test]
+    fn filters_that_are_refused() {
+        for filter in [
+            " ",
+            ",",
+            "name ",
+            "kind==committed , name",
+            "parent~=.",
+            "name==",
+            "name=",
+            "name=x",
+            "name=!x",
+            "==x",
+            "name==x,",
+            ",name",
+            "name.",
+            ".name",
+            "name==x y",
+            "name==/x/",
+            "name==|x|",
+            "|name|==x",
+            "name==\"x",
+            "name==\"\\q\"",
+            "name==\"\\x4\"",
+            "name==\"\\777\"",
+            "name==\"\\U00110000\"",
+            "name==\"a\nb\"",
+            "name==x\0",
+            "name\0",
+            "-name==x",
+            "name==\"x\"y",
+            "name===x",
+        ] {
+            assert!(matches(&[filter]).is_err(), "{filter:?}");
+            assert!(matches(&["name", filter]).is_err(), "{filter:?} as second");
+        }
+    }
+
+    #[test]
+    fn the_question_after_a_remote_layer_is_recognised() {
+        let parse =
+            |filters: &[&str]| Filters::parse(&filters.iter().map(|&f| f.to_owned()).collect::<Vec<_>>()).unwrap();
+        let asked = parse(&["labels.\"containerd.io/snapshot.ref\"==sha256:abc,parent==\"default/3/x y\""]);
+        assert_eq!(asked.reference_and_parent(), Some(("sha256:abc", "default/3/x y")));
+        for other in [
+            &["parent==a"][..],
+            &["labels.\"containerd.io/snapshot.ref\"!=a,parent==a"],
+            &["labels.\"containerd.io/snapshot.ref\"==a,parent==a", "name"],
+            &["labels.\"containerd.io/snapshot.ref\"==a"],
+            &[],
+        ] {
+            assert_eq!(parse(other).reference_and_parent(), None, "{other:?}");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The ten methods of `containerd.services.snapshots.v1.Snapshots`, as a table: grpcio needs
+//! no more to serve them, and tests need no more to call them.
+#![forbid(unsafe_code)]
+
+use grpcio::{Marshaller, Method, MethodType, pb_de, pb_ser};
+use protobuf::well_known_types::empty::Empty;
+
+use crate::proto::snapshots::{
+    CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse,
+    PrepareSnapshotRequest, PrepareSnapshotResponse, RemoveSnapshotRequest, StatSnapshotRequest, StatSnapshotResponse,
+    UpdateSnapshotRequest, UpdateSnapshotResponse, UsageRequest, UsageResponse, ViewSnapshotRequest,
+    ViewSnapshotResponse,
+};
+
+macro_rules! methods {
+    ($($constant:ident $kind:ident $name:literal $request:ty => $response:ty;)*) => {
+        $(pub const $constant: Method<$request, $response> = Method {
+            ty: MethodType::$kind,
+            name: concat!("/containerd.services.snapshots.v1.Snapshots/", $name),
+            req_mar: Marshaller { ser: pb_ser, de: pb_de },
+            resp_mar: Marshaller { ser: pb_ser, de: pb_de },
+        };)*
+    };
+}
+
+methods! {
+    PREPARE Unary "Prepare" PrepareSnapshotRequest => PrepareSnapshotResponse;
+    VIEW Unary "View" ViewSnapshotRequest => ViewSnapshotResponse;
+    MOUNTS Unary "Mounts" MountsRequest => MountsResponse;
+    COMMIT Unary "Commit" CommitSnapshotRequest => Empty;
+    REMOVE Unary "Remove" RemoveSnapshotRequest => Empty;
+    STAT Unary "Stat" StatSnapshotRequest => StatSnapshotResponse;
+    UPDATE Unary "Update" UpdateSnapshotRequest => UpdateSnapshotResponse;
+    LIST ServerStreaming "List" ListSnapshotsRequest => ListSnapshotsResponse;
+    USAGE Unary "Usage" UsageRequest => UsageResponse;
+    CLEANUP Unary "Cleanup" CleanupRequest => Empty;
+}

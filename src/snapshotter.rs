@@ -1,0 +1,343 @@
+//! containerd's rules for snapshots: what each of the ten calls means.
+//!
+//! Knows the store, the repository and the disk, and nothing of the wire. Blocking; called
+//! from many threads at once. Order of writes: a directory first, under an id that is never
+//! used again, then the record, then the answer; on the way back the record first. So what
+//! was acknowledged is there, and what a crash leaves behind is a directory without a
+//! record, which the next start takes away.
+#![forbid(unsafe_code)]
+
+mod cleanup;
+mod error;
+mod layers;
+mod metadata;
+mod recovery;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+pub use self::cleanup::Cleaned;
+pub use self::error::{Error, Result};
+use self::layers::Scanner;
+pub use self::metadata::LabelChange;
+use crate::attach::{Attacher, Mode, Pin};
+use crate::overlay::{self, Lower, Places};
+use crate::repository::Repository;
+use crate::store::{Lookup, Store};
+use crate::sys::{self, Sys};
+use crate::types::{
+    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, Labels, Layer,
+    Mount, Snapshot, SnapshotId, Timestamp,
+};
+
+/// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
+const LABEL_REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
+
+pub struct Snapshotter {
+    store: Arc<Store>,
+    repository: Arc<Repository>,
+    attacher: Attacher,
+    scanner: Scanner,
+    places: Places,
+    sys: Arc<dyn Sys>,
+    /// For every overlay, such as `index=off`.
+    overlay_options: Vec<String>,
+    /// One at a time.
+    cleaning: parking_lot::Mutex<()>,
+}
+
+/// A snapshot that a client wants made.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub key: Key,
+    pub parent: Option<Key>,
+    pub labels: Labels,
+}
+
+impl Snapshotter {
+    /// `snapshots` is a directory that exists and that nobody else uses.
+    pub fn new(
+        store: Store,
+        repository: Repository,
+        sys: Arc<dyn Sys>,
+        snapshots: &Path,
+        mode: Mode,
+        overlay_options: Vec<String>,
+    ) -> std::io::Result<Self> {
+        let places = Places::new(snapshots.to_owned());
+        let store = Arc::new(store);
+        let repository = Arc::new(repository);
+        Ok(Self {
+            attacher: Attacher::new(places.clone(), mode, Arc::clone(&sys)),
+            scanner: Scanner::start(Arc::clone(&store), Arc::clone(&repository), Arc::clone(&sys))?,
+            store,
+            repository,
+            places,
+            sys,
+            overlay_options,
+            cleaning: parking_lot::Mutex::default(),
+        })
+    }
+
+    /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:
+    /// if the layer is published, the answer is `RemoteCommitted`.
+    pub fn prepare(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
+        drop_empty(&mut wanted.labels);
+        if let Some(reference) = wanted.labels.get(LABEL_SNAPSHOT_REF) {
+            let reference = reference.clone();
+            match self.commit_remote(&wanted, &reference)? {
+                Ok(()) => return Err(Error::RemoteCommitted { reference }),
+                Err(why) => why.log(&wanted.key, &reference, self.repository.name()),
+            }
+        }
+        self.create(Kind::Active, &wanted)
+    }
+
+    /// A read-only snapshot of `parent`.
+    pub fn view(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
+        drop_empty(&mut wanted.labels);
+        self.create(Kind::View, &wanted)
+    }
+
+    /// The mounts of an active snapshot or a view, as Prepare or View gave them.
+    pub fn mounts(&self, key: &Key) -> Result<Vec<Mount>> {
+        let chain = self.store.read(|tx| tx.chain(key).map_err(Error::from))?;
+        let Some((snapshot, below)) = chain.split_first() else { return Err(Error::NotFound(key.clone())) };
+        if snapshot.kind == Kind::Committed {
+            return Err(Error::WrongKind {
+                key: key.clone(),
+                kind: snapshot.kind,
+                needs: "only active snapshots and views have mounts",
+            });
+        }
+        self.require_files(snapshot)?;
+        // The snapshot is in the store already, so nothing takes its layers away.
+        let (lower, _pins) = self.lower(below)?;
+        Ok(self.describe(snapshot.kind, snapshot.id, &lower))
+    }
+
+    /// Stores the remote snapshot for (ref, parent). The inner error says why this has to be
+    /// an ordinary snapshot instead.
+    fn commit_remote(&self, wanted: &Wanted, reference: &str) -> Result<std::result::Result<(), layers::Fallback>> {
+        use layers::Fallback;
+        self.store.read(|tx| check_new(tx, wanted).map(drop))?;
+        let Some(text) = wanted.labels.get(LABEL_LAYER_DIGEST) else { return Ok(Err(Fallback::NoDigest)) };
+        let digest = match Digest::parse(text) {
+            Ok(digest) => digest,
+            Err(why) => return Ok(Err(Fallback::BadDigest { digest: text.clone(), why })),
+        };
+        if let Err(why) = self.repository.layer(&digest) {
+            return Ok(Err(Fallback::Missing { digest, why }));
+        }
+        let id = self.store.reserve_id()?;
+        let now = Timestamp::now();
+        let committed = self.store.write(|tx| {
+            let parent = check_new(tx, wanted)?;
+            let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
+            if let Some(present) = tx.get(name.as_str())? {
+                let same = present.layer.is_some()
+                    && present.parent == wanted.parent
+                    && present.labels.get(LABEL_SNAPSHOT_REF).map(String::as_str) == Some(reference);
+                return Ok(if same { Ok(()) } else { Err(Fallback::NameTaken { name }) });
+            }
+            let mut labels = wanted.labels.clone();
+            labels.insert(LABEL_REMOTE.0.to_owned(), LABEL_REMOTE.1.to_owned());
+            tx.insert(&Snapshot {
+                id,
+                key: name,
+                parent: wanted.parent.clone(),
+                kind: Kind::Committed,
+                created: now,
+                updated: now,
+                labels,
+                layer: Some(Layer { digest: digest.clone(), repository: self.repository.name().to_owned() }),
+                usage: None,
+            })?;
+            Ok::<_, Error>(Ok(()))
+        })?;
+        if committed.is_ok() {
+            self.scanner.scan_soon(digest);
+        }
+        Ok(committed)
+    }
+
+    /// An ordinary snapshot: layers below it attached, directories made, then the record.
+    fn create(&self, kind: Kind, wanted: &Wanted) -> Result<Vec<Mount>> {
+        let mapped_root = mapped_root(&wanted.labels)?;
+        let chain = self.store.read(|tx| {
+            check_new(tx, wanted)?;
+            wanted.parent.as_ref().map_or(Ok(Vec::new()), |parent| tx.chain(parent)).map_err(Error::from)
+        })?;
+        let (lower, pins) = self.lower(&chain)?;
+        let id = self.store.reserve_id()?;
+        let made = self.make_directories(kind, id, &chain, mapped_root).and_then(|()| {
+            let now = Timestamp::now();
+            self.store.write(|tx| {
+                let parent = check_new(tx, wanted)?;
+                // Removed and made again under the same name since we looked.
+                if parent.map(|p| p.id) != chain.first().map(|p| p.id) {
+                    return Err(wanted
+                        .parent
+                        .clone()
+                        .map_or_else(|| Error::NotFound(wanted.key.clone()), Error::ParentNotFound));
+                }
+                tx.insert(&Snapshot {
+                    id,
+                    key: wanted.key.clone(),
+                    parent: wanted.parent.clone(),
+                    kind,
+                    created: now,
+                    updated: now,
+                    labels: wanted.labels.clone(),
+                    layer: None,
+                    usage: None,
+                })?;
+                Ok(())
+            })
+        });
+        drop(pins);
+        match made {
+            Ok(()) => Ok(self.describe(kind, id, &lower)),
+            Err(failed) => Err(self.undo_create(id, &chain, failed)),
+        }
+    }
+
+    fn make_directories(
+        &self,
+        kind: Kind,
+        id: SnapshotId,
+        chain: &[Snapshot],
+        mapped_root: Option<(u32, u32)>,
+    ) -> Result<()> {
+        self.sys.create_dir(&self.places.home(id), 0o700)?;
+        let fs = self.places.fs(id);
+        self.sys.create_dir(&fs, 0o755)?;
+        let owner = match (mapped_root, chain.first()) {
+            (Some(root), _) => Some(root),
+            (None, Some(parent)) => {
+                let top = self.sys.stat(&self.places.fs(parent.id))?;
+                Some((top.uid, top.gid))
+            }
+            (None, None) => None,
+        };
+        if let Some((uid, gid)) = owner {
+            self.sys.chown(&fs, uid, gid)?;
+        }
+        if kind == Kind::Active {
+            self.sys.create_dir(&self.places.work(id), 0o711)?;
+        }
+        Ok(())
+    }
+
+    fn undo_create(&self, id: SnapshotId, chain: &[Snapshot], failed: Error) -> Error {
+        // The layers were attached for nothing, unless somebody else stands on them.
+        let remote = chain.iter().filter(|s| s.layer.is_some());
+        let scheduled =
+            self.store.write(|tx| remote.clone().try_for_each(|s| tx.schedule_cleanup(s.id)).map_err(Error::from));
+        if let Err(e) = scheduled {
+            log::warn!("layers stay attached until the next start: {e}");
+        }
+        match self.sys.remove_tree(&self.places.home(id)) {
+            Ok(()) => failed,
+            Err(undo) => Error::Undo { failed: Box::new(failed), undo },
+        }
+    }
+
+    fn describe(&self, kind: Kind, id: SnapshotId, lower: &[Lower]) -> Vec<Mount> {
+        match kind {
+            Kind::View => overlay::view(&self.places, id, lower, &self.overlay_options),
+            Kind::Active | Kind::Committed => overlay::active(&self.places, id, lower, &self.overlay_options),
+        }
+    }
+
+    /// The lower directories of `chain`, nearest first, with every published layer attached.
+    fn lower(&self, chain: &[Snapshot]) -> Result<(Vec<Lower>, Vec<Pin>)> {
+        let mut lower = Vec::with_capacity(chain.len());
+        let mut pins = Vec::new();
+        for snapshot in chain {
+            match &snapshot.layer {
+                None => {
+                    self.require_files(snapshot)?;
+                    lower.push(Lower::Local(snapshot.id));
+                }
+                Some(layer) => {
+                    let (one, pin) = self.attach(snapshot.id, layer)?;
+                    lower.push(one);
+                    pins.push(pin);
+                }
+            }
+        }
+        Ok((lower, pins))
+    }
+
+    fn require_files(&self, local: &Snapshot) -> Result<()> {
+        match self.sys.lstat(&self.places.fs(local.id)) {
+            Ok(_) => Ok(()),
+            Err(sys::Error { errno: Errno::ENOENT, .. }) => Err(Error::Broken { key: local.key.clone(), id: local.id }),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// What must hold before `wanted` can be made, in the order in which containerd expects
+/// the complaints; the result is the parent.
+fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
+    let parent = match &wanted.parent {
+        None => None,
+        Some(key) => match tx.get(key.as_str())? {
+            None => return Err(Error::ParentNotFound(key.clone())),
+            Some(parent) if parent.kind != Kind::Committed => {
+                return Err(Error::ParentNotCommitted { parent: key.clone(), kind: parent.kind });
+            }
+            parent => parent,
+        },
+    };
+    match tx.get(wanted.key.as_str())? {
+        Some(_) => Err(Error::AlreadyExists(wanted.key.clone())),
+        None => Ok(parent),
+    }
+}
+
+/// The name of a remote snapshot: a function of (ref, parent), so that the same chain over
+/// two parents, in two namespaces say, makes two snapshots, and over one parent only one.
+fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Result<Key, crate::types::InvalidKey> {
+    Key::parse(&format!("cvmfs/{}/{reference}", parent.map_or(0, |p| p.id.0)))
+}
+
+/// Labels without a value are no labels.
+fn drop_empty(labels: &mut Labels) {
+    labels.retain(|_, value| !value.is_empty());
+}
+
+/// The host's ids of a container's root, if the labels say so.
+fn mapped_root(labels: &Labels) -> Result<Option<(u32, u32)>> {
+    let one = |label: &'static str| {
+        labels
+            .get(label)
+            .map(|value| host_id_of_root(value).ok_or_else(|| Error::InvalidMapping { label, value: value.clone() }))
+            .transpose()
+    };
+    Ok(match (one(LABEL_UID_MAPPING)?, one(LABEL_GID_MAPPING)?) {
+        (None, None) => None,
+        (uid, gid) => Some((uid.unwrap_or(0), gid.unwrap_or(0))),
+    })
+}
+
+/// `container:host:length[,…]`, all numbers; the range that holds container id 0 counts.
+fn host_id_of_root(mapping: &str) -> Option<u32> {
+    let mut root = None;
+    for range in mapping.split(',') {
+        let numbers: Vec<u32> = range.split(':').map(|n| n.parse().ok()).collect::<Option<_>>()?;
+        let [container, host, length] = numbers[..] else { return None };
+        host.checked_add(length)?;
+        if container == 0 && length > 0 {
+            root.get_or_insert(host);
+        }
+    }
+    root
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+//! Everything that can go wrong in a call, as data; the words are in `Display`.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use crate::repository::Missing;
+use crate::types::{Digest, InvalidKey, Key, Kind, SnapshotId};
+use crate::{store, sys};
+
+#[derive(Debug)]
+pub enum Error {
+    InvalidKey(InvalidKey),
+    NotFound(Key),
+    ParentNotFound(Key),
+    /// Prepare or View on something that is not committed.
+    ParentNotCommitted {
+        parent: Key,
+        kind: Kind,
+    },
+    AlreadyExists(Key),
+    /// Not a failure: containerd need not download this layer.
+    RemoteCommitted {
+        reference: String,
+    },
+    /// Commit of a snapshot that cannot change, or Mounts of one that has none.
+    WrongKind {
+        key: Key,
+        kind: Kind,
+        needs: &'static str,
+    },
+    HasChildren(Key),
+    /// Commit named a parent, and the snapshot was prepared on another.
+    OtherParent {
+        key: Key,
+        parent: Key,
+        named: Key,
+    },
+    /// Commit named a parent that is not committed.
+    NewParentNotCommitted {
+        parent: Key,
+        kind: Kind,
+    },
+    ImmutableField(String),
+    InvalidFilter {
+        filter: String,
+        why: String,
+    },
+    InvalidMapping {
+        label: &'static str,
+        value: String,
+    },
+    LayerUnavailable {
+        digest: Digest,
+        repository: String,
+        why: Missing,
+    },
+    /// The directory of a local snapshot is missing.
+    Broken {
+        key: Key,
+        id: SnapshotId,
+    },
+    /// The caller has given up.
+    Cancelled,
+    System(sys::Error),
+    /// A step failed, and so did taking back the steps before it.
+    Undo {
+        failed: Box<Error>,
+        undo: sys::Error,
+    },
+    Store(store::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InvalidKey(why) => why.fmt(f),
+            Self::NotFound(key) => write!(f, "snapshot {key} does not exist"),
+            Self::ParentNotFound(parent) => write!(f, "parent snapshot {parent} does not exist"),
+            Self::ParentNotCommitted { parent, kind } | Self::NewParentNotCommitted { parent, kind } => {
+                write!(f, "parent snapshot {parent} is {}, it must be committed", kind.as_str())
+            }
+            Self::AlreadyExists(key) => write!(f, "snapshot {key} already exists"),
+            Self::RemoteCommitted { reference } => {
+                write!(
+                    f,
+                    "remote snapshot {reference:?} already exists: its layer is published and need not be fetched"
+                )
+            }
+            Self::WrongKind { key, kind, needs } => write!(f, "snapshot {key} is {}, {needs}", kind.as_str()),
+            Self::HasChildren(key) => write!(f, "cannot remove snapshot {key}: it has children, remove them first"),
+            Self::OtherParent { key, parent, named } => {
+                write!(f, "cannot commit snapshot {key} on parent {named}: it was prepared on {parent}")
+            }
+            Self::ImmutableField(path) => {
+                write!(f, "cannot update field {path:?}: only \"labels\" and \"labels.<key>\" can change")
+            }
+            Self::InvalidFilter { filter, why } => write!(f, "invalid filter {filter:?}: {why}"),
+            Self::InvalidMapping { label, value } => write!(
+                f,
+                "invalid label {label}={value:?}: needed are container:host:length, numbers below 2^32, \
+                 separated by commas where there is more than one, and one of them for container id 0"
+            ),
+            Self::LayerUnavailable { digest, repository, why } => write!(
+                f,
+                "layer {digest} of repository {repository} is not available: {why}; make the repository available \
+                 again and retry, or remove the image and pull it anew"
+            ),
+            Self::Broken { key, id } => write!(
+                f,
+                "the files of snapshot {key} (number {id}) are missing from disk: remove what stands on it and \
+                 then itself with \"ctr snapshots --snapshotter cvmfs-snapshotter rm\", and pull the image again"
+            ),
+            Self::Cancelled => f.write_str("the caller gave up before the work was done"),
+            Self::System(cause) => cause.fmt(f),
+            Self::Undo { failed, undo } => write!(f, "{failed}; taking back what was done before failed too: {undo}"),
+            Self::Store(cause) => cause.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<store::Error> for Error {
+    fn from(cause: store::Error) -> Self {
+        Self::Store(cause)
+    }
+}
+
+impl From<sys::Error> for Error {
+    fn from(cause: sys::Error) -> Self {
+        Self::System(cause)
+    }
+}
+
+impl From<InvalidKey> for Error {
+    fn from(why: InvalidKey) -> Self {
+        Self::InvalidKey(why)
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

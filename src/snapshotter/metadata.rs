@@ -1,0 +1,189 @@
+//! The calls that only read or change records: stat, update, list, usage, commit, remove.
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::{Error, Result, Snapshotter, drop_empty};
+use crate::store::Lookup;
+use crate::sys::FileType;
+use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
+
+/// What an Update does to the labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LabelChange {
+    Replace(Labels),
+    /// Sets the labels that have a value and deletes those that have none.
+    Each(Vec<(String, Option<String>)>),
+}
+
+impl Snapshotter {
+    pub fn stat(&self, key: &Key) -> Result<Snapshot> {
+        self.store.read(|tx| tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone())))
+    }
+
+    pub fn update(&self, key: &Key, change: &LabelChange) -> Result<Snapshot> {
+        let now = Timestamp::now();
+        self.store.write(|tx| {
+            let old = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+            let mut new = old.clone();
+            new.updated = now;
+            match change {
+                LabelChange::Replace(labels) => new.labels.clone_from(labels),
+                LabelChange::Each(changes) => {
+                    for (label, value) in changes {
+                        match value {
+                            Some(value) => new.labels.insert(label.clone(), value.clone()),
+                            None => new.labels.remove(label),
+                        };
+                    }
+                }
+            }
+            drop_empty(&mut new.labels);
+            tx.update(&old, &new)?;
+            Ok(new)
+        })
+    }
+
+    /// Every snapshot that `matches`, in no order. `hint` is a (ref, parent) that all of
+    /// them have, if the caller knows one: then only those are looked at.
+    pub fn list(&self, hint: Option<(&str, &str)>, matches: impl Fn(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+        self.store.read(|tx| {
+            let mut found = Vec::new();
+            let mut keep = |snapshot: Snapshot| {
+                if matches(&snapshot) {
+                    found.push(snapshot);
+                }
+            };
+            match hint {
+                Some((reference, parent)) => tx.by_ref(reference, parent)?.into_iter().for_each(&mut keep),
+                None => tx.for_each(&mut keep)?,
+            }
+            Ok(found)
+        })
+    }
+
+    /// What the snapshot itself takes on disk, without its parents. Walks the files of a
+    /// local snapshot: each time while it is active, once when it is committed. Never walks
+    /// a repository. `cancelled` is asked now and then.
+    pub fn usage(&self, key: &Key, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
+        let snapshot = self.stat(key)?;
+        match (snapshot.kind, &snapshot.layer, snapshot.usage) {
+            (_, Some(_), _) | (Kind::View, _, _) => Ok(Usage::default()),
+            (Kind::Committed, None, Some(usage)) => Ok(usage),
+            (Kind::Active, None, _) => self.measure(&snapshot, cancelled),
+            (Kind::Committed, None, None) => {
+                let usage = self.measure(&snapshot, cancelled)?;
+                self.store.write(|tx| {
+                    if let Some(now) = tx.get(key.as_str())?.filter(|now| now.id == snapshot.id) {
+                        tx.update(&now, &Snapshot { usage: Some(usage), ..now.clone() })?;
+                    }
+                    Ok::<_, Error>(())
+                })?;
+                Ok(usage)
+            }
+        }
+    }
+
+    /// Like `du`: allocated bytes, every inode once, the top directory included.
+    fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
+        self.require_files(snapshot)?;
+        let mut seen = HashSet::new();
+        let mut usage = Usage::default();
+        let mut count = |path: &Path| -> Result<()> {
+            let status = match self.sys.lstat(path) {
+                Ok(status) => status,
+                // A container is at work there.
+                Err(e) if e.errno == nix::errno::Errno::ENOENT => return Ok(()),
+                Err(e) => return Err(e.into()),
+            };
+            if seen.insert((status.device, status.inode)) {
+                let bytes = i64::try_from(status.blocks).unwrap_or(i64::MAX).saturating_mul(512);
+                usage = Usage { size: usage.size.saturating_add(bytes), inodes: usage.inodes + 1 };
+            }
+            Ok(())
+        };
+        let top = self.places.fs(snapshot.id);
+        count(&top)?;
+        let mut unread = vec![top];
+        while let Some(directory) = unread.pop() {
+            if cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let entries = match self.sys.read_dir(&directory) {
+                Ok(entries) => entries,
+                Err(e) if e.errno == nix::errno::Errno::ENOENT => continue,
+                Err(e) => return Err(e.into()),
+            };
+            for (name, file_type) in entries {
+                let path = directory.join(name);
+                count(&path)?;
+                if file_type == FileType::Directory {
+                    unread.push(path);
+                }
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Makes the active snapshot `key` the committed snapshot `name`, with exactly `labels`.
+    /// `parent` may give one to a snapshot that was prepared without.
+    pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
+        drop_empty(&mut labels);
+        let now = Timestamp::now();
+        self.store.write(|tx| {
+            let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+            if tx.get(name.as_str())?.is_some() {
+                return Err(Error::AlreadyExists(name.clone()));
+            }
+            if active.kind != Kind::Active {
+                return Err(Error::WrongKind {
+                    key: key.clone(),
+                    kind: active.kind,
+                    needs: "only active snapshots can be committed",
+                });
+            }
+            let parent = match (&active.parent, parent) {
+                (Some(own), Some(named)) if own != named => {
+                    return Err(Error::OtherParent { key: key.clone(), parent: own.clone(), named: named.clone() });
+                }
+                (Some(own), _) => Some(own.clone()),
+                (None, Some(named)) => {
+                    let found = tx.get(named.as_str())?.ok_or_else(|| Error::ParentNotFound(named.clone()))?;
+                    if found.kind != Kind::Committed {
+                        return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
+                    }
+                    Some(named.clone())
+                }
+                (None, None) => None,
+            };
+            tx.remove(&active)?;
+            tx.insert(&Snapshot {
+                id: active.id,
+                key: name.clone(),
+                parent,
+                kind: Kind::Committed,
+                created: now,
+                updated: now,
+                labels: labels.clone(),
+                layer: None,
+                usage: None,
+            })?;
+            Ok(())
+        })
+    }
+
+    /// One short transaction, because containerd holds its lock meanwhile; what the
+    /// snapshot left on disk is the business of `cleanup`.
+    pub fn remove(&self, key: &Key) -> Result<()> {
+        self.store.write(|tx| {
+            let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+            if tx.has_children(snapshot.id)? {
+                return Err(Error::HasChildren(key.clone()));
+            }
+            tx.remove(&snapshot)?;
+            tx.schedule_cleanup(snapshot.id)?;
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,60 @@
+//! What the start does with the disk as it finds it: compare it with the records, put what
+//! nobody owns on the cleanup list, say what is broken, and stop at nothing.
+#![forbid(unsafe_code)]
+
+use super::{Error, Result, Snapshotter};
+use crate::store::Lookup;
+use crate::types::{Snapshot, SnapshotId};
+
+/// What a start found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    pub snapshots: usize,
+    /// Ids with something on disk that nothing needs.
+    pub leftovers: usize,
+    /// Local snapshots whose files are missing.
+    pub broken: Vec<SnapshotId>,
+    /// Entries beside our directories that are not ours.
+    pub foreign: usize,
+}
+
+impl Snapshotter {
+    /// To be called once, before the first call is served.
+    pub fn recover(&self) -> Result<Found> {
+        let mut records: Vec<Snapshot> = Vec::new();
+        self.store.read(|tx| tx.for_each(|snapshot| records.push(snapshot)).map_err(Error::from))?;
+        let mut found = Found { snapshots: records.len(), ..Found::default() };
+        for snapshot in records.iter().filter(|s| s.layer.is_none()) {
+            if let Err(e) = self.require_files(snapshot) {
+                log::error!("{e}");
+                found.broken.push(snapshot.id);
+            }
+        }
+        let mut leftovers = Vec::new();
+        for (name, _) in self.sys.read_dir(self.places.all())? {
+            let id = name.to_str().and_then(SnapshotId::from_directory_name);
+            match id {
+                Some(id) if id >= self.store.first_id() => {
+                    if !self.store.read(|tx| needs_its_directory(tx, id))? {
+                        leftovers.push(id);
+                    }
+                }
+                // Of whoever used this state root before us. It is not ours to remove.
+                _ => found.foreign += 1,
+            }
+        }
+        found.leftovers = leftovers.len();
+        if !leftovers.is_empty() {
+            self.store.write(|tx| leftovers.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
+        }
+        Ok(found)
+    }
+}
+
+fn needs_its_directory(tx: &impl Lookup, id: SnapshotId) -> Result<bool> {
+    Ok(match tx.by_id(id)? {
+        None => false,
+        Some(remote) if remote.layer.is_some() => tx.is_live(id)?,
+        Some(_) => true,
+    })
+}

@@ -1,0 +1,127 @@
+//! How the values of the tables are written: protobuf messages of `proto/record.proto`,
+//! so that fields can be added without a new schema version.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use protobuf::{EnumOrUnknown, Message, MessageField};
+
+use super::{Error, Result};
+use crate::proto::record::{
+    ExtendedAttribute, LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
+    snapshot_record::Kind as KindRecord,
+};
+use crate::repository::scan::{Directory, Scan};
+use crate::sys::Attributes;
+use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Usage};
+
+/// Encoding into memory cannot fail: no field of ours is required.
+fn encode(message: &impl Message) -> Vec<u8> {
+    message.write_to_bytes().unwrap_or_default()
+}
+
+pub fn encode_snapshot(snapshot: &Snapshot) -> Vec<u8> {
+    let kind = match snapshot.kind {
+        Kind::View => KindRecord::VIEW,
+        Kind::Active => KindRecord::ACTIVE,
+        Kind::Committed => KindRecord::COMMITTED,
+    };
+    encode(&SnapshotRecord {
+        id: snapshot.id.0,
+        kind: EnumOrUnknown::new(kind),
+        parent: snapshot.parent.as_ref().map_or_else(String::new, |p| p.as_str().to_owned()),
+        created: snapshot.created.0,
+        updated: snapshot.updated.0,
+        labels: snapshot.labels.clone().into_iter().collect(),
+        layer: MessageField::from_option(snapshot.layer.as_ref().map(|layer| RemoteLayer {
+            digest: layer.digest.as_str().to_owned(),
+            repository: layer.repository.clone(),
+            ..RemoteLayer::default()
+        })),
+        usage: MessageField::from_option(snapshot.usage.map(|usage| UsageRecord {
+            size: usage.size,
+            inodes: usage.inodes,
+            ..UsageRecord::default()
+        })),
+        ..SnapshotRecord::default()
+    })
+}
+
+pub fn decode_snapshot(key: &str, bytes: &[u8]) -> Result<Snapshot> {
+    let damaged = || Error::BadRow { table: "snapshots", key: key.to_owned() };
+    let record = SnapshotRecord::parse_from_bytes(bytes).map_err(|_| damaged())?;
+    let kind = match record.kind.enum_value() {
+        Ok(KindRecord::VIEW) => Kind::View,
+        Ok(KindRecord::ACTIVE) => Kind::Active,
+        Ok(KindRecord::COMMITTED) => Kind::Committed,
+        Ok(KindRecord::UNKNOWN) | Err(_) => return Err(damaged()),
+    };
+    let layer = record
+        .layer
+        .into_option()
+        .map(|layer| {
+            let digest = Digest::parse(&layer.digest).map_err(|_| damaged())?;
+            Ok(Layer { digest, repository: layer.repository })
+        })
+        .transpose()?;
+    Ok(Snapshot {
+        id: SnapshotId(record.id),
+        key: Key::parse(key).map_err(|_| damaged())?,
+        parent: Key::parse_optional(&record.parent).map_err(|_| damaged())?,
+        kind,
+        created: Timestamp(record.created),
+        updated: Timestamp(record.updated),
+        labels: record.labels.into_iter().collect(),
+        layer,
+        usage: record.usage.into_option().map(|u| Usage { size: u.size, inodes: u.inodes }),
+    })
+}
+
+pub fn encode_scan(scan: &Scan) -> Vec<u8> {
+    let bytes = |names: &[OsString]| names.iter().map(|n| n.as_bytes().to_vec()).collect();
+    let directories = scan.directories.iter().map(|d| ScannedDirectory {
+        path: d.path.as_os_str().as_bytes().to_vec(),
+        mode: d.attributes.mode,
+        uid: d.attributes.uid,
+        gid: d.attributes.gid,
+        mtime_seconds: d.attributes.mtime.0,
+        mtime_nanoseconds: d.attributes.mtime.1,
+        xattrs: d
+            .attributes
+            .xattrs
+            .iter()
+            .map(|(name, value)| ExtendedAttribute {
+                name: name.as_bytes().to_vec(),
+                value: value.clone(),
+                ..ExtendedAttribute::default()
+            })
+            .collect(),
+        deleted: bytes(&d.deleted),
+        opaque: d.opaque,
+        hidden: bytes(&d.hidden),
+        ..ScannedDirectory::default()
+    });
+    encode(&LayerScan { directories: directories.collect(), ..LayerScan::default() })
+}
+
+pub fn decode_scan(digest: &Digest, bytes: &[u8]) -> Result<Scan> {
+    let record = LayerScan::parse_from_bytes(bytes)
+        .map_err(|_| Error::BadRow { table: "scans", key: digest.as_str().to_owned() })?;
+    let names = |names: Vec<Vec<u8>>| names.into_iter().map(OsString::from_vec).collect();
+    let directories = record.directories.into_iter().map(|d| Directory {
+        path: PathBuf::from(OsString::from_vec(d.path)),
+        attributes: Attributes {
+            mode: d.mode,
+            uid: d.uid,
+            gid: d.gid,
+            mtime: (d.mtime_seconds, d.mtime_nanoseconds),
+            xattrs: d.xattrs.into_iter().map(|x| (OsString::from_vec(x.name), x.value)).collect(),
+        },
+        deleted: names(d.deleted),
+        opaque: d.opaque,
+        hidden: names(d.hidden),
+    });
+    Ok(Scan { directories: directories.collect() })
+}

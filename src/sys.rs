@@ -1,0 +1,337 @@
+//! Every effect on the machine outside the store, behind one trait.
+//!
+//! `Host` is the real machine. The double in `sys/failing.rs` does the same but can fail
+//! any call on demand, so that tests can stop an operation between any two steps.
+//! Blocking calls, no retries, no policy: what an error means is the caller's business.
+//! Unmounting never uses MNT_FORCE: on a bind mount it would abort the connection of the
+//! whole FUSE file system, for everybody on the node.
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+pub mod failing;
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::sys::time::TimeSpec;
+
+/// A failed system call, with what it was asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    pub call: &'static str,
+    pub path: PathBuf,
+    pub errno: Errno,
+}
+
+impl Error {
+    fn new(call: &'static str, path: &Path, errno: Errno) -> Self {
+        Self { call, path: path.to_owned(), errno }
+    }
+
+    fn io(call: &'static str, path: &Path, error: &io::Error) -> Self {
+        // std reports a few refusals of its own (a NUL in a path) without an errno.
+        Self::new(call, path, error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot {} {}: {} ({:?})", self.call, self.path.display(), self.errno.desc(), self.errno)
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What `stat` says, as far as we ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    pub file_type: FileType,
+    pub device: u64,
+    pub inode: u64,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: (i64, i64),
+    /// Allocated, in units of 512 bytes.
+    pub blocks: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileType {
+    Directory,
+    Symlink,
+    Other,
+}
+
+impl From<fs::FileType> for FileType {
+    fn from(t: fs::FileType) -> Self {
+        if t.is_dir() {
+            Self::Directory
+        } else if t.is_symlink() {
+            Self::Symlink
+        } else {
+            Self::Other
+        }
+    }
+}
+
+impl From<&fs::Metadata> for Status {
+    fn from(m: &fs::Metadata) -> Self {
+        Self {
+            file_type: m.file_type().into(),
+            device: m.dev(),
+            inode: m.ino(),
+            mode: m.mode() & 0o7777,
+            uid: m.uid(),
+            gid: m.gid(),
+            mtime: (m.mtime(), m.mtime_nsec()),
+            blocks: m.blocks(),
+        }
+    }
+}
+
+/// Everything about a directory that shows through an overlay, besides its entries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attributes {
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Seconds and nanoseconds.
+    pub mtime: (i64, i64),
+    /// Without those that overlayfs keeps for itself.
+    pub xattrs: Vec<(OsString, Vec<u8>)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writable {
+    Yes,
+    ReadOnly,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmount {
+    /// Fails with EBUSY while a file below is in use.
+    Plain,
+    /// MNT_DETACH: gone from the tree at once, released when its last user is.
+    Detach,
+}
+
+/// The name of the overlayfs attribute that makes a directory opaque.
+const OPAQUE: &str = "trusted.overlay.opaque";
+
+pub trait Sys: Send + Sync {
+    fn create_dir(&self, path: &Path, mode: u32) -> Result<()>;
+    fn chown(&self, path: &Path, uid: u32, gid: u32) -> Result<()>;
+    fn set_attributes(&self, path: &Path, attributes: &Attributes) -> Result<()>;
+    /// A 0:0 character device: overlayfs shows nothing of that name from below.
+    fn create_whiteout(&self, path: &Path) -> Result<()>;
+    fn make_opaque(&self, path: &Path) -> Result<()>;
+    fn symlink(&self, target: &Path, link: &Path) -> Result<()>;
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+    fn remove_file(&self, path: &Path) -> Result<()>;
+    fn remove_dir(&self, path: &Path) -> Result<()>;
+    /// Removes a tree, without following links. Absent is fine.
+    fn remove_tree(&self, path: &Path) -> Result<()>;
+    fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()>;
+    fn unmount(&self, target: &Path, how: Unmount) -> Result<()>;
+
+    fn stat(&self, path: &Path) -> Result<Status>;
+    fn lstat(&self, path: &Path) -> Result<Status>;
+    fn attributes(&self, path: &Path) -> Result<Attributes>;
+    fn read_link(&self, path: &Path) -> Result<PathBuf>;
+    /// Names and types, in no order, without `.` and `..`.
+    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>>;
+    /// Asks the file system itself; unlike `stat` this fails when a FUSE server has died.
+    fn statfs(&self, path: &Path) -> Result<Writable>;
+    /// The mount points strictly below `path`, in this mount namespace.
+    fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>>;
+}
+
+/// This machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Host;
+
+impl Sys for Host {
+    fn create_dir(&self, path: &Path, mode: u32) -> Result<()> {
+        const CALL: &str = "create directory";
+        fs::DirBuilder::new().mode(mode).create(path).map_err(|e| Error::io(CALL, path, &e))?;
+        // The umask has taken its share; what was asked for is what shall be.
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io(CALL, path, &e))
+    }
+
+    fn chown(&self, path: &Path, uid: u32, gid: u32) -> Result<()> {
+        std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(|e| Error::io("change the owner of", path, &e))
+    }
+
+    fn set_attributes(&self, path: &Path, attributes: &Attributes) -> Result<()> {
+        const CALL: &str = "set the attributes of";
+        self.chown(path, attributes.uid, attributes.gid)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(attributes.mode))
+            .map_err(|e| Error::io(CALL, path, &e))?;
+        for (name, value) in &attributes.xattrs {
+            xattr::set(path, name, value).map_err(|e| Error::io(CALL, path, &e))?;
+        }
+        let (seconds, nanoseconds) = attributes.mtime;
+        let time = TimeSpec::new(seconds, nanoseconds);
+        utimensat(AT_FDCWD, path, &time, &time, UtimensatFlags::NoFollowSymlink).map_err(|e| Error::new(CALL, path, e))
+    }
+
+    fn create_whiteout(&self, path: &Path) -> Result<()> {
+        mknod(path, SFlag::S_IFCHR, Mode::empty(), 0).map_err(|e| Error::new("create whiteout", path, e))
+    }
+
+    fn make_opaque(&self, path: &Path) -> Result<()> {
+        xattr::set(path, OPAQUE, b"y").map_err(|e| Error::io("make opaque", path, &e))
+    }
+
+    fn symlink(&self, target: &Path, link: &Path) -> Result<()> {
+        std::os::unix::fs::symlink(target, link).map_err(|e| Error::io("create link", link, &e))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        fs::rename(from, to).map_err(|e| Error::io("rename to", to, &e))
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<()> {
+        fs::remove_file(path).map_err(|e| Error::io("remove", path, &e))
+    }
+
+    fn remove_dir(&self, path: &Path) -> Result<()> {
+        fs::remove_dir(path).map_err(|e| Error::io("remove directory", path, &e))
+    }
+
+    fn remove_tree(&self, path: &Path) -> Result<()> {
+        match fs::remove_dir_all(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|e| Error::io("remove tree", path, &e)),
+        }
+    }
+
+    fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()> {
+        const CALL: &str = "bind mount on";
+        const NOTHING: Option<&str> = None;
+        mount(Some(source), target, NOTHING, MsFlags::MS_BIND, NOTHING).map_err(|e| Error::new(CALL, target, e))?;
+        // A remount sets all flags of the mount anew, so those it has are said again.
+        let flags = statvfs(target).map_err(|e| Error::new(CALL, target, e))?.flags();
+        let mut remount = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        for (has, keep) in [
+            (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+            (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+            (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+            (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+            (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+            (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+        ] {
+            if flags.contains(has) {
+                remount |= keep;
+            }
+        }
+        mount(NOTHING, target, NOTHING, remount, NOTHING).map_err(|e| Error::new("make read-only", target, e))
+    }
+
+    fn unmount(&self, target: &Path, how: Unmount) -> Result<()> {
+        let flags = match how {
+            Unmount::Plain => MntFlags::UMOUNT_NOFOLLOW,
+            Unmount::Detach => MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH,
+        };
+        umount2(target, flags).map_err(|e| Error::new("unmount", target, e))
+    }
+
+    fn stat(&self, path: &Path) -> Result<Status> {
+        fs::metadata(path).map(|m| Status::from(&m)).map_err(|e| Error::io("stat", path, &e))
+    }
+
+    fn lstat(&self, path: &Path) -> Result<Status> {
+        fs::symlink_metadata(path).map(|m| Status::from(&m)).map_err(|e| Error::io("lstat", path, &e))
+    }
+
+    fn attributes(&self, path: &Path) -> Result<Attributes> {
+        let status = self.lstat(path)?;
+        let xattrs = match xattr::list(path) {
+            Ok(names) => names
+                .filter(|name| shows_through_overlay(name))
+                .filter_map(|name| xattr::get(path, &name).ok().flatten().map(|value| (name, value)))
+                .collect(),
+            // A file system without extended attributes has none to show.
+            Err(_) => Vec::new(),
+        };
+        Ok(Attributes { mode: status.mode, uid: status.uid, gid: status.gid, mtime: status.mtime, xattrs })
+    }
+
+    fn read_link(&self, path: &Path) -> Result<PathBuf> {
+        fs::read_link(path).map_err(|e| Error::io("read link", path, &e))
+    }
+
+    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
+        const CALL: &str = "read directory";
+        fs::read_dir(path)
+            .map_err(|e| Error::io(CALL, path, &e))?
+            .map(|entry| {
+                let entry = entry?;
+                Ok((entry.file_name(), entry.file_type()?.into()))
+            })
+            .collect::<io::Result<_>>()
+            .map_err(|e| Error::io(CALL, path, &e))
+    }
+
+    fn statfs(&self, path: &Path) -> Result<Writable> {
+        let flags = statvfs(path).map_err(|e| Error::new("statfs", path, e))?.flags();
+        Ok(if flags.contains(FsFlags::ST_RDONLY) { Writable::ReadOnly } else { Writable::Yes })
+    }
+
+    fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let table = Path::new("/proc/self/mountinfo");
+        let text = fs::read(table).map_err(|e| Error::io("read", table, &e))?;
+        Ok(mount_points(&text).filter(|point| point != path && point.starts_with(path)).collect())
+    }
+}
+
+/// The mount points of a mountinfo table: field 5 of each line, with space, tab, newline
+/// and backslash written in octal.
+fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> + '_ {
+    table.split(|b| *b == b'\n').filter_map(|line| {
+        let field = line.split(|b| *b == b' ').nth(4)?;
+        let mut point = Vec::with_capacity(field.len());
+        let mut rest = field;
+        while let [first, tail @ ..] = rest {
+            let octal = tail
+                .get(..3)
+                .filter(|_| *first == b'\\')
+                .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+            point.push(octal.unwrap_or(*first));
+            rest = if octal.is_some() { &tail[3..] } else { tail };
+        }
+        Some(PathBuf::from(OsString::from_vec(point)))
+    })
+}
+
+/// `trusted.overlay.*` is overlayfs's own; the magic attributes of CernVM-FS are computed
+/// for whoever asks and are no part of an image.
+fn shows_through_overlay(name: &OsStr) -> bool {
+    const CVMFS_MAGIC: [&[u8]; 3] = [b"user.fqrn", b"user.revision", b"user.catalog_counters"];
+    let name = name.as_encoded_bytes();
+    !name.starts_with(b"trusted.overlay.") && !CVMFS_MAGIC.contains(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_read_with_their_escapes() {
+        let table = b"22 1 254:0 / / rw - ext4 /dev/vda rw\n\
+            30 22 0:5 / /mnt/two\\040words\\134 rw shared:1 - tmpfs tmpfs rw\nbroken\n";
+        let points: Vec<PathBuf> = mount_points(table).collect();
+        assert_eq!(points, [PathBuf::from("/"), PathBuf::from("/mnt/two words\\")]);
+    }
+}

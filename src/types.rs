@@ -1,0 +1,286 @@
+//! The words of the project as types: what may be mixed up has a type of its own.
+//!
+//! Nothing here knows the wire, the store or the file system. Whatever a client sent
+//! becomes one of these types, checked, before anybody acts on it.
+#![forbid(unsafe_code)]
+
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The label by which containerd asks for a remote layer; its value is the chainID.
+pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// The digest of the layer's compressed blob, as the image manifest names it.
+pub const LABEL_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+/// Where container uids start on the host: `container:host:length[,…]`.
+pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+/// Where container gids start on the host: `container:host:length[,…]`.
+pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+
+/// The name of a snapshot, as its client chose it: any text, never part of a path.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+impl Key {
+    /// Longest key in bytes; the bound of containerd's own store.
+    pub const MAX_BYTES: usize = 32_768;
+
+    pub fn parse(text: &str) -> Result<Self, InvalidKey> {
+        match text.len() {
+            0 => Err(InvalidKey::Empty),
+            n if n > Self::MAX_BYTES => Err(InvalidKey::TooLong { bytes: n }),
+            _ => Ok(Self(text.to_owned())),
+        }
+    }
+
+    /// An empty text means "none", as on the wire.
+    pub fn parse_optional(text: &str) -> Result<Option<Self>, InvalidKey> {
+        if text.is_empty() { Ok(None) } else { Self::parse(text).map(Some) }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for Key {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Quoted and cut: keys may be long and may hold line breaks, messages should not.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 200;
+        match self.0.char_indices().nth(SHOWN) {
+            None => write!(f, "{:?}", self.0),
+            Some((cut, _)) => write!(f, "{:?}… ({} bytes)", &self.0[..cut], self.0.len()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidKey {
+    Empty,
+    TooLong { bytes: usize },
+}
+
+impl fmt::Display for InvalidKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("a snapshot key must not be empty"),
+            Self::TooLong { bytes } => {
+                write!(f, "a snapshot key of {bytes} bytes is too long, the limit is {}", Key::MAX_BYTES)
+            }
+        }
+    }
+}
+
+/// The number of a snapshot and the name of its directory. Never handed out twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId(pub u64);
+
+impl SnapshotId {
+    /// The id that a directory name stands for, if it is written exactly as we write it.
+    pub fn from_directory_name(name: &str) -> Option<Self> {
+        let id = name.parse().ok().map(Self)?;
+        (id.to_string() == name).then_some(id)
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A SHA-256 digest in its one canonical spelling, `sha256:` and 64 lower-case hex digits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(String);
+
+impl Digest {
+    const ALGORITHM: &'static str = "sha256:";
+    const HEX_DIGITS: usize = 64;
+
+    pub fn parse(text: &str) -> Result<Self, InvalidDigest> {
+        let hex = text.strip_prefix(Self::ALGORITHM).ok_or(InvalidDigest::Algorithm)?;
+        if hex.len() != Self::HEX_DIGITS {
+            return Err(InvalidDigest::Length { digits: hex.len() });
+        }
+        if !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(InvalidDigest::NotLowerHex);
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    pub fn hex(&self) -> &str {
+        &self.0[Self::ALGORITHM.len()..]
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidDigest {
+    Algorithm,
+    Length { digits: usize },
+    NotLowerHex,
+}
+
+impl fmt::Display for InvalidDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Algorithm => f.write_str("a layer digest must begin with \"sha256:\""),
+            Self::Length { digits } => {
+                write!(f, "a sha256 digest has {} hex digits, not {digits}", Digest::HEX_DIGITS)
+            }
+            Self::NotLowerHex => f.write_str("a sha256 digest is written in lower-case hex digits"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    View,
+    Active,
+    Committed,
+}
+
+impl Kind {
+    /// The word that containerd's filters use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::View => "view",
+            Self::Active => "active",
+            Self::Committed => "committed",
+        }
+    }
+}
+
+pub type Labels = BTreeMap<String, String>;
+
+/// Nanoseconds since the epoch, UTC: what containerd compares to the last digit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timestamp(pub i64);
+
+impl Timestamp {
+    pub fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // The year 2262 is the end of this type, as it is of Go's.
+        Self(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
+    }
+}
+
+/// Disk use of a snapshot by itself, without its parents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Allocated bytes.
+    pub size: i64,
+    /// Distinct inodes.
+    pub inodes: i64,
+}
+
+/// A layer that a repository publishes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    pub digest: Digest,
+    /// The repository it was pulled from; for people, the digest alone finds the files.
+    pub repository: String,
+}
+
+/// A snapshot as the store keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    pub id: SnapshotId,
+    pub key: Key,
+    pub parent: Option<Key>,
+    pub kind: Kind,
+    pub created: Timestamp,
+    pub updated: Timestamp,
+    pub labels: Labels,
+    /// Present: a remote snapshot, its files are the published layer's. Absent: a local one.
+    pub layer: Option<Layer>,
+    /// Of a committed local snapshot, once somebody asked.
+    pub usage: Option<Usage>,
+}
+
+/// A mount that containerd is to perform.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub kind: MountKind,
+    pub source: String,
+    pub options: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountKind {
+    Bind,
+    Overlay,
+}
+
+impl MountKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bind => "bind",
+            Self::Overlay => "overlay",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_has_one_spelling() {
+        let good = format!("sha256:{}", "0123456789abcdef".repeat(4));
+        assert_eq!(Digest::parse(&good).map(|d| d.hex().to_owned()), Ok("0123456789abcdef".repeat(4)));
+        for (bad, why) in [
+            (String::new(), InvalidDigest::Algorithm),
+            ("0".repeat(64), InvalidDigest::Algorithm),
+            (format!("sha512:{}", "0".repeat(128)), InvalidDigest::Algorithm),
+            (format!("SHA256:{}", "0".repeat(64)), InvalidDigest::Algorithm),
+            ("sha256:".to_owned(), InvalidDigest::Length { digits: 0 }),
+            (format!("sha256:{}", "0".repeat(65)), InvalidDigest::Length { digits: 65 }),
+            (format!("sha256:{}", "A".repeat(64)), InvalidDigest::NotLowerHex),
+            (format!("sha256:../{}", "0".repeat(61)), InvalidDigest::NotLowerHex),
+            (format!("sha256:{}\0", "0".repeat(63)), InvalidDigest::NotLowerHex),
+            (format!("sha256:{}", "é".repeat(32)), InvalidDigest::NotLowerHex),
+        ] {
+            assert_eq!(Digest::parse(&bad), Err(why), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_any_text_within_its_bounds() {
+        assert_eq!(Key::parse(""), Err(InvalidKey::Empty));
+        assert!(Key::parse(&"k".repeat(Key::MAX_BYTES)).is_ok());
+        assert_eq!(Key::parse(&"k".repeat(32_769)), Err(InvalidKey::TooLong { bytes: 32_769 }));
+        assert!(Key::parse("k8s.io/12/../../etc \0 \n").is_ok());
+        assert_eq!(Key::parse_optional(""), Ok(None));
+    }
+
+    #[test]
+    fn a_long_key_is_cut_in_messages() {
+        let text = Key::parse(&"é".repeat(3000)).unwrap().to_string();
+        assert!(text.ends_with("… (6000 bytes)"), "{text}");
+    }
+
+    #[test]
+    fn only_our_own_spelling_is_a_snapshot_directory() {
+        assert_eq!(SnapshotId::from_directory_name("12"), Some(SnapshotId(12)));
+        for other in ["", "012", "+12", "12x", "new-12", "-1", "99999999999999999999999"] {
+            assert_eq!(SnapshotId::from_directory_name(other), None, "{other:?}");
+        }
+    }
+}
