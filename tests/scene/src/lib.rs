@@ -1,1 +1,20 @@
+//! The real things around the snapshotter: containerd, runc, a registry, a repository of
+//! unpacked layers, images made from files, and a comparison of root file systems. The demo
+//! and the end-to-end tests are written with these.
 
+pub mod client;
+pub mod compare;
+pub mod containerd;
+pub mod image;
+pub mod process;
+pub mod publisher;
+pub mod registry;
+pub mod rootfs;
+pub mod sandbox;
+pub mod snapshotter;
+pub mod stage;
+
+#[allow(clippy::all, clippy::pedantic)]
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}

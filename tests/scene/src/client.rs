@@ -1,0 +1,201 @@
+//! A client of the snapshots service, on the snapshotter's own socket or on containerd's.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cvmfs_snapshotter::proto::mount::Mount;
+use cvmfs_snapshotter::proto::snapshots::{
+    CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+    RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
+};
+use cvmfs_snapshotter::server::service;
+use futures_util::TryStreamExt;
+use grpcio::{CallOption, Channel, ChannelBuilder, EnvBuilder, MetadataBuilder, Method, RpcStatus, RpcStatusCode};
+use protobuf::well_known_types::field_mask::FieldMask;
+
+pub const REF: &str = "containerd.io/snapshot.ref";
+pub const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+
+pub type Answer<T> = Result<T, RpcStatus>;
+
+#[derive(Clone)]
+pub struct Client {
+    grpc: grpcio::Client,
+    channel: Channel,
+    timeout: Duration,
+    /// Of containerd, when this talks to containerd.
+    namespace: Option<&'static str>,
+    snapshotter: &'static str,
+}
+
+pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+pub fn connect(socket: &Path) -> Channel {
+    let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
+    ChannelBuilder::new(environment)
+        .max_receive_message_len(-1)
+        .max_send_message_len(-1)
+        .connect(&format!("unix:{}", socket.display()))
+}
+
+pub fn call<Q: 'static, R: Unpin + 'static>(
+    grpc: &grpcio::Client,
+    method: &Method<Q, R>,
+    request: &Q,
+    option: CallOption,
+) -> Answer<R> {
+    grpc.unary_call(method, request, option).map_err(status)
+}
+
+fn status(error: grpcio::Error) -> RpcStatus {
+    match error {
+        grpcio::Error::RpcFailure(status) => status,
+        other => RpcStatus::with_message(RpcStatusCode::UNKNOWN, format!("no status: {other:?}")),
+    }
+}
+
+impl Client {
+    pub fn connect(socket: &Path) -> Self {
+        let channel = connect(socket);
+        let grpc = grpcio::Client::new(channel.clone());
+        Self { grpc, channel, timeout: Duration::from_secs(60), namespace: None, snapshotter: "" }
+    }
+
+    /// A client of containerd's own snapshots service, which passes calls on.
+    pub fn of_containerd(socket: &Path, namespace: &'static str, snapshotter: &'static str) -> Self {
+        Self { namespace: Some(namespace), snapshotter, ..Self::connect(socket) }
+    }
+
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self { timeout, ..self.clone() }
+    }
+
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    fn option(&self) -> CallOption {
+        let mut headers = MetadataBuilder::new();
+        if let Some(namespace) = self.namespace {
+            headers.add_str("containerd-namespace", namespace).expect("a namespace is a header value");
+        }
+        CallOption::default().timeout(self.timeout).headers(headers.build())
+    }
+
+    pub fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> Answer<R> {
+        call(&self.grpc, method, request, self.option())
+    }
+
+    pub fn prepare(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<Vec<Mount>> {
+        let request = PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.to_owned(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: labels(with),
+            ..PrepareSnapshotRequest::default()
+        };
+        self.call(&service::PREPARE, &request).map(|answer| answer.mounts)
+    }
+
+    pub fn view(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<Vec<Mount>> {
+        let request = ViewSnapshotRequest {
+            snapshotter: self.snapshotter.to_owned(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: labels(with),
+            ..ViewSnapshotRequest::default()
+        };
+        self.call(&service::VIEW, &request).map(|answer| answer.mounts)
+    }
+
+    pub fn mounts(&self, key: &str) -> Answer<Vec<Mount>> {
+        let request =
+            MountsRequest { snapshotter: self.snapshotter.to_owned(), key: key.to_owned(), ..MountsRequest::default() };
+        self.call(&service::MOUNTS, &request).map(|answer| answer.mounts)
+    }
+
+    pub fn commit(&self, name: &str, key: &str, with: &[(&str, &str)]) -> Answer<()> {
+        self.commit_on(name, key, "", with)
+    }
+
+    pub fn commit_on(&self, name: &str, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<()> {
+        let request = CommitSnapshotRequest {
+            name: name.to_owned(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: labels(with),
+            ..CommitSnapshotRequest::default()
+        };
+        self.call(&service::COMMIT, &request).map(drop)
+    }
+
+    pub fn remove(&self, key: &str) -> Answer<()> {
+        let request = RemoveSnapshotRequest {
+            snapshotter: self.snapshotter.to_owned(),
+            key: key.to_owned(),
+            ..RemoveSnapshotRequest::default()
+        };
+        self.call(&service::REMOVE, &request).map(drop)
+    }
+
+    pub fn stat(&self, key: &str) -> Answer<Info> {
+        let request = StatSnapshotRequest {
+            snapshotter: self.snapshotter.to_owned(),
+            key: key.to_owned(),
+            ..StatSnapshotRequest::default()
+        };
+        self.call(&service::STAT, &request).map(|answer| answer.info.unwrap_or_default())
+    }
+
+    pub fn update(&self, info: Info, paths: &[&str]) -> Answer<Info> {
+        let mask = FieldMask { paths: paths.iter().map(|&p| p.to_owned()).collect(), ..FieldMask::default() };
+        let request = UpdateSnapshotRequest {
+            info: Some(info).into(),
+            update_mask: Some(mask).into(),
+            ..UpdateSnapshotRequest::default()
+        };
+        self.call(&service::UPDATE, &request).map(|answer| answer.info.unwrap_or_default())
+    }
+
+    pub fn usage(&self, key: &str) -> Answer<(i64, i64)> {
+        let request =
+            UsageRequest { snapshotter: self.snapshotter.to_owned(), key: key.to_owned(), ..UsageRequest::default() };
+        self.call(&service::USAGE, &request).map(|answer| (answer.size, answer.inodes))
+    }
+
+    pub fn cleanup(&self) -> Answer<()> {
+        self.call(&service::CLEANUP, &CleanupRequest::default()).map(drop)
+    }
+
+    /// The messages of the stream, each with its snapshots.
+    pub fn list_batches(&self, filters: &[&str]) -> Answer<Vec<Vec<Info>>> {
+        let request = ListSnapshotsRequest {
+            filters: filters.iter().map(|&f| f.to_owned()).collect(),
+            ..ListSnapshotsRequest::default()
+        };
+        let stream = self.grpc.server_streaming(&service::LIST, &request, self.option()).map_err(status)?;
+        let batches = stream.map_ok(|message| message.info).try_collect();
+        futures_executor::block_on(batches).map_err(status)
+    }
+
+    pub fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {
+        Ok(self.list_batches(filters)?.into_iter().flatten().collect())
+    }
+
+    /// What containerd does for a published layer: Prepare, and then ask for the snapshot
+    /// that the answer AlreadyExists is about. The result is its name.
+    #[track_caller]
+    pub fn pull_remote(&self, key: &str, parent: &str, reference: &str, digest: &str) -> String {
+        let answer = self.prepare(key, parent, &[(REF, reference), (LAYER_DIGEST, digest)]);
+        let status = answer.expect_err("a published layer is not unpacked");
+        assert_eq!(status.code(), RpcStatusCode::ALREADY_EXISTS, "{}", status.message());
+        let filter = format!("labels.\"{REF}\"=={reference},parent=={parent:?}");
+        let found = self.list(&[&filter]).expect("the filter is containerd's own");
+        assert_eq!(found.len(), 1, "one snapshot stands for (ref, parent)");
+        found[0].name.clone()
+    }
+}

@@ -1,0 +1,204 @@
+//! Debian's containerd with its own root, state and socket, and the ways to talk to it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use grpcio::{CallOption, Marshaller, Method, MethodType, pb_de, pb_ser};
+
+use crate::client::{self, Client};
+use crate::image::Image;
+use crate::process::{Output, Server, run, tool};
+use crate::proto::cri::{ImageSpec, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse};
+use crate::rootfs::Mounted;
+
+/// The namespace of the CRI.
+pub const NAMESPACE: &str = "k8s.io";
+
+macro_rules! image_service {
+    ($($constant:ident $name:literal $request:ty => $response:ty;)*) => {
+        $(const $constant: Method<$request, $response> = Method {
+            ty: MethodType::Unary,
+            name: concat!("/runtime.v1.ImageService/", $name),
+            req_mar: Marshaller { ser: pb_ser, de: pb_de },
+            resp_mar: Marshaller { ser: pb_ser, de: pb_de },
+        };)*
+    };
+}
+
+image_service! {
+    PULL_IMAGE "PullImage" PullImageRequest => PullImageResponse;
+    REMOVE_IMAGE "RemoveImage" RemoveImageRequest => RemoveImageResponse;
+}
+
+pub struct Containerd {
+    dir: PathBuf,
+    snapshotter: &'static str,
+    server: Server,
+}
+
+impl Containerd {
+    /// With containerd's own overlayfs as the snapshotter of the CRI.
+    pub fn with_overlayfs(dir: &Path) -> Self {
+        Self::start(dir, "overlayfs", "")
+    }
+
+    /// With ours, behind `socket`.
+    pub fn with_snapshotter(dir: &Path, socket: &Path) -> Self {
+        let proxy = format!("[proxy_plugins.cvmfs-snapshotter]\n  type = \"snapshot\"\n  address = {socket:?}\n");
+        Self::start(dir, "cvmfs-snapshotter", &proxy)
+    }
+
+    fn start(dir: &Path, snapshotter: &'static str, proxy: &str) -> Self {
+        fs::create_dir_all(dir).expect("containerd's directory can be made");
+        let socket = dir.join("c.sock");
+        let config = format!(
+            "version = 2
+root = {root:?}
+state = {state:?}
+oom_score = 0
+disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]
+[grpc]
+  address = {socket:?}
+[plugins.\"io.containerd.grpc.v1.cri\".containerd]
+  snapshotter = \"{snapshotter}\"
+  disable_snapshot_annotations = false
+{proxy}",
+            root = dir.join("root"),
+            state = dir.join("state"),
+        );
+        let path = dir.join("config.toml");
+        fs::write(&path, config).expect("containerd's configuration can be written");
+        let mut server = Server::start(Command::new(tool("containerd")).arg("--config").arg(&path), &dir.join("log"));
+        let ctr = tool("ctr");
+        server.wait_until("answer", || {
+            socket.exists() && run(&ctr, ["--address", &socket.display().to_string(), "version"]).status.success()
+        });
+        Self { dir: dir.to_owned(), snapshotter, server }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// Where the content store and the snapshots lie.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    pub fn log(&self) -> String {
+        self.server.log()
+    }
+
+    pub fn snapshotter(&self) -> &'static str {
+        self.snapshotter
+    }
+
+    pub fn ctr(&self, arguments: &[&str]) -> Output {
+        let socket = self.socket().display().to_string();
+        let first = ["--address", &socket, "--namespace", NAMESPACE];
+        run(tool("ctr"), first.iter().chain(arguments))
+    }
+
+    /// nerdctl with its state in our directory.
+    pub fn nerdctl(&self, arguments: &[&str]) -> Output {
+        let (socket, data) = (self.socket().display().to_string(), self.dir.join("nerdctl").display().to_string());
+        let first = ["--address", &socket, "--data-root", &data, "--cgroup-manager", "cgroupfs", "--insecure-registry"];
+        run(tool("nerdctl"), first.iter().chain(&["--snapshotter", self.snapshotter]).chain(arguments))
+    }
+
+    fn image_service(&self) -> grpcio::Client {
+        grpcio::Client::new(client::connect(&self.socket()))
+    }
+
+    /// Pulls as the kubelet does.
+    #[track_caller]
+    pub fn pull(&self, reference: &str) {
+        let request = PullImageRequest { image: Some(spec(reference)).into(), ..PullImageRequest::default() };
+        let option = CallOption::default().timeout(Duration::from_secs(600)).wait_for_ready(true);
+        if let Err(status) = client::call(&self.image_service(), &PULL_IMAGE, &request, option) {
+            panic!("cannot pull {reference}: {}", status.message());
+        }
+    }
+
+    /// Removes the image and waits until its content and snapshots are collected.
+    #[track_caller]
+    pub fn remove(&self, reference: &str) {
+        let request = RemoveImageRequest { image: Some(spec(reference)).into(), ..RemoveImageRequest::default() };
+        let option = CallOption::default().timeout(Duration::from_secs(60)).wait_for_ready(true);
+        if let Err(status) = client::call(&self.image_service(), &REMOVE_IMAGE, &request, option) {
+            panic!("cannot remove {reference}: {}", status.message());
+        }
+        self.collect_garbage();
+    }
+
+    /// containerd collects in the background; removing an image synchronously makes it now.
+    pub fn collect_garbage(&self) {
+        let import = "gc.scene/nothing:1";
+        let any = self.ctr(&["images", "ls", "-q"]).ok();
+        if let Some(image) = any.lines().find(|l| !l.starts_with("sha256:")) {
+            self.ctr(&["images", "tag", image, import]).ok();
+            self.ctr(&["images", "rm", "--sync", import]).ok();
+        } else {
+            let key = "scene-gc";
+            self.ctr(&["leases", "create", "--id", key]).ok();
+            self.ctr(&["leases", "rm", "--sync", key]).ok();
+        }
+    }
+
+    /// A client of containerd's snapshots service, in the namespace of the CRI.
+    pub fn snapshots(&self) -> Client {
+        Client::of_containerd(&self.socket(), NAMESPACE, self.snapshotter)
+    }
+
+    /// A root file system of the image, under the name `key`.
+    #[track_caller]
+    pub fn mount_image(&self, image: &Image, key: &str, at: &Path, writable: Writable) -> Mounted {
+        let parent = image.chain_ids.last().expect("an image has layers");
+        // Without the label containerd would collect it at once.
+        let with = [("containerd.io/gc.root", "scene")];
+        let mounts = match writable {
+            Writable::Yes => self.snapshots().prepare(key, parent, &with),
+            Writable::No => self.snapshots().view(key, parent, &with),
+        };
+        let mounts = mounts.unwrap_or_else(|status| panic!("no snapshot of {}: {}", image.name, status.message()));
+        Mounted::new(&mounts, at).unwrap_or_else(|e| panic!("cannot mount {}: {e}\n{mounts:?}", image.name))
+    }
+
+    /// Runs a program in a container to its end.
+    pub fn run(&self, reference: &str, id: &str, program: &[&str]) -> Output {
+        let mut arguments = vec!["run", "--rm", "--snapshotter", self.snapshotter, reference, id];
+        arguments.extend(program);
+        self.ctr(&arguments)
+    }
+
+    /// Starts a container that goes on until it is killed.
+    pub fn start_container(&self, reference: &str, id: &str, program: &[&str]) {
+        let mut arguments = vec!["run", "--detach", "--snapshotter", self.snapshotter, reference, id];
+        arguments.extend(program);
+        self.ctr(&arguments).ok();
+    }
+
+    pub fn exec(&self, id: &str, program: &[&str]) -> Output {
+        let mut arguments = vec!["tasks", "exec", "--exec-id", "scene", id];
+        arguments.extend(program);
+        self.ctr(&arguments)
+    }
+
+    pub fn end_container(&self, id: &str) {
+        self.ctr(&["tasks", "kill", "--signal", "SIGKILL", id]);
+        crate::process::eventually("the task is gone", || self.ctr(&["tasks", "rm", "--force", id]).status.success());
+        self.ctr(&["containers", "rm", id]);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writable {
+    Yes,
+    No,
+}
+
+fn spec(reference: &str) -> ImageSpec {
+    ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
+}

@@ -1,0 +1,161 @@
+//! Programs: where the set-up put them, running one to its end, and servers that are gone
+//! when they are dropped.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The cache folder that `tests/setup.sh` fills.
+pub fn cache() -> PathBuf {
+    std::env::var_os("CVMFS_SNAPSHOTTER_CACHE").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/cvmfs-snapshotter"),
+        PathBuf::from,
+    )
+}
+
+/// A program that the set-up provides.
+pub fn tool(name: &str) -> PathBuf {
+    let tools = cache().join("tools");
+    let places = [
+        tools.join(name),
+        tools.join("debian/usr/bin").join(name),
+        tools.join("debian/usr/sbin").join(name),
+        tools.join("debian/bin").join(name),
+    ];
+    places
+        .into_iter()
+        .find(|p| p.exists())
+        .unwrap_or_else(|| panic!("{name} is missing: run \"make test\" or \"make demo\", which install it"))
+}
+
+/// A search path on which containerd finds its shim and runc.
+pub fn search_path() -> String {
+    let debian = cache().join("tools/debian/usr");
+    format!("{0}/bin:{0}/sbin:{1}", debian.display(), std::env::var("PATH").unwrap_or_default())
+}
+
+/// What a finished program said.
+#[derive(Debug)]
+pub struct Output {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Output {
+    /// Its standard output, if it succeeded.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert!(self.status.success(), "{}\n{}{}", self.status, self.stdout, self.stderr);
+        self.stdout
+    }
+}
+
+pub fn run<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = S>) -> Output {
+    let program = program.as_ref();
+    let output = Command::new(program)
+        .args(arguments)
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run {}: {e}", program.display()));
+    Output {
+        status: output.status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A server with its log in a file. Dropped, it is killed.
+pub struct Server {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Server {
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let file = File::options().create(true).append(true).open(log).expect("a log file can be opened");
+        let child = command
+            .env("PATH", search_path())
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a log file can be shared"))
+            .stderr(file)
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
+        Self { child, log: log.to_owned() }
+    }
+
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("a pid is an i32"))
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("the server is there to be signalled");
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the server is our child").is_none()
+    }
+
+    /// Waits for `ready`, as long as the server lives.
+    #[track_caller]
+    pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while !ready() {
+            assert!(self.is_running(), "the server ended before {what}:\n{}", self.log());
+            assert!(Instant::now() < until, "the server did not come to {what}:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Sends `signal` and waits for the end.
+    #[track_caller]
+    pub fn end(&mut self, signal: Signal) -> ExitStatus {
+        self.signal(signal);
+        self.wait_for_end()
+    }
+
+    #[track_caller]
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the server is our child") {
+                return status;
+            }
+            assert!(Instant::now() < until, "the server does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(8)..];
+            eprintln!("---- the end of {}:\n{}", self.log.display(), last.join("\n"));
+        }
+    }
+}
+
+/// Waits until `condition` holds, and says what did not happen if it never does.
+#[track_caller]
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < until, "it did not happen that {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

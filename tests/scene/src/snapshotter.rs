@@ -1,0 +1,87 @@
+//! The snapshotter under test, as a process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+use crate::client::Client;
+use crate::process::Server;
+
+/// The binary that was built beside this one.
+pub fn binary() -> PathBuf {
+    std::env::var_os("CVMFS_SNAPSHOTTER_BINARY").map_or_else(
+        || {
+            let own = std::env::current_exe().expect("this program knows where it is");
+            let found = own.ancestors().map(|dir| dir.join("cvmfs-snapshotter")).find(|p| p.is_file());
+            found.expect("cvmfs-snapshotter is built first: cargo build")
+        },
+        PathBuf::from,
+    )
+}
+
+/// A snapshotter with its socket, state root and configuration in one directory.
+pub struct Snapshotter {
+    dir: PathBuf,
+    server: Option<Server>,
+}
+
+impl Snapshotter {
+    /// `more` is added to a configuration that only names the repository.
+    pub fn start(dir: &Path, repository: &Path, more: &str) -> Self {
+        fs::create_dir_all(dir).expect("the snapshotter's directory can be made");
+        let config =
+            format!("repository = \"scene.test\"\nabsolute-mountpoint = \"{}\"\n{more}\n", repository.display());
+        fs::write(dir.join("config.toml"), config).expect("the configuration can be written");
+        let mut snapshotter = Self { dir: dir.to_owned(), server: None };
+        snapshotter.start_again();
+        snapshotter
+    }
+
+    pub fn start_again(&mut self) {
+        let mut server = Server::start(&mut self.command(), &self.dir.join("log"));
+        let socket = self.socket();
+        server.wait_until("listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        self.server = Some(server);
+    }
+
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(binary());
+        command.arg("--address").arg(self.socket()).arg("--root").arg(self.root());
+        command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", "debug"]);
+        command
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("run/s.sock")
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    pub fn snapshots(&self) -> PathBuf {
+        self.root().join("snapshotter/snapshots")
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&self.socket())
+    }
+
+    pub fn server(&mut self) -> &mut Server {
+        self.server.as_mut().expect("the snapshotter is running")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    /// Ends it; it can be started again.
+    #[track_caller]
+    pub fn end(&mut self, signal: Signal) -> std::process::ExitStatus {
+        let status = self.server().end(signal);
+        self.server = None;
+        status
+    }
+}

@@ -1,0 +1,105 @@
+//! The whole stage: a registry, a repository, the snapshotter, one containerd that pulls the
+//! normal way and one that pulls through us.
+
+use std::fs;
+use std::path::Path;
+
+use crate::compare::{Comparison, compare};
+use crate::containerd::{Containerd, Writable};
+use crate::image::{Blob, Builder, Image, Layer};
+use crate::process::tool;
+use crate::publisher::Repository;
+use crate::registry::Registry;
+use crate::sandbox::Sandbox;
+use crate::snapshotter::Snapshotter;
+
+/// Fields are dropped in order: clients before servers, the sandbox last.
+pub struct Stage {
+    pub normal: Containerd,
+    pub ours: Containerd,
+    pub snapshotter: Snapshotter,
+    pub registry: Registry,
+    pub repository: Repository,
+    pub builder: Builder,
+    pub sandbox: Sandbox,
+}
+
+impl Stage {
+    /// `config` is added to the snapshotter's configuration.
+    pub fn set(name: &str, config: &str) -> Self {
+        let sandbox = Sandbox::enter(name);
+        let builder = Builder::new(&sandbox.path("images"));
+        let registry = Registry::start(&sandbox.path("registry"));
+        let repository = Repository::create(&sandbox.path("cvmfs"));
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
+        let ours = Containerd::with_snapshotter(&sandbox.path("o"), &snapshotter.socket());
+        let normal = Containerd::with_overlayfs(&sandbox.path("n"));
+        Self { normal, ours, snapshotter, registry, repository, builder, sandbox }
+    }
+
+    /// A layer that can run a shell and a few programs.
+    pub fn base_layer(&self) -> Layer {
+        self.builder.layer(|l| {
+            let busybox = fs::read(tool("busybox")).expect("busybox can be read");
+            l.file("bin/busybox", busybox).mode("bin/busybox", 0o755);
+            for name in ["sh", "ls", "cat", "sleep", "mkdir", "rm", "date", "stat", "touch", "true"] {
+                l.symlink("busybox", &format!("bin/{name}"));
+            }
+            l.dir("tmp").mode("tmp", 0o1777).dir("etc").dir("proc").dir("sys").dir("dev").dir("run");
+        })
+    }
+
+    /// Pushes and pulls on both sides, then compares what both see, read-only and writable.
+    #[track_caller]
+    pub fn assert_same(&self, image: &Image, published: &[&Blob]) {
+        let published: Vec<Blob> = published.iter().map(|&b| b.clone()).collect();
+        self.repository.publish_layers(&published);
+        let reference = self.registry.push(image);
+        self.normal.pull(&reference);
+        let before = self.registry.fetched();
+        self.ours.pull(&reference);
+        let fetched = self.registry.fetched().since(&before);
+        // From the first layer that is not published, containerd fetches all that follow, at
+        // once and before it asks for them.
+        let is_published = |blob: &&Blob| published.iter().any(|p| p.digest == blob.digest);
+        for blob in image.layers.iter().take_while(is_published) {
+            assert!(!fetched.blobs.contains(&blob.digest), "published {} of {} was fetched", blob.digest, image.name);
+        }
+        for writable in [Writable::No, Writable::Yes] {
+            let comparison = self.compare(image, writable);
+            assert!(comparison.entries > 1, "nothing was compared");
+            assert!(
+                comparison.differences.is_empty(),
+                "{} ({writable:?}): {} differences\n{}",
+                image.name,
+                comparison.differences.len(),
+                comparison.differences.join("\n")
+            );
+        }
+    }
+
+    /// Both root file systems of an image that both sides have.
+    pub fn compare(&self, image: &Image, writable: Writable) -> Comparison {
+        let key = format!("compare {} {writable:?}", image.name);
+        let normal = self.normal.mount_image(image, &key, &self.sandbox.path("mnt/normal"), writable);
+        let ours = self.ours.mount_image(image, &key, &self.sandbox.path("mnt/ours"), writable);
+        let comparison = compare(normal.path(), ours.path());
+        drop((normal, ours));
+        for side in [&self.normal, &self.ours] {
+            side.snapshots().remove(&key).unwrap_or_else(|status| panic!("{}", status.message()));
+        }
+        comparison
+    }
+
+    pub fn snapshot_dirs(&self) -> Vec<String> {
+        names(&self.snapshotter.snapshots())
+    }
+}
+
+pub fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("cannot read {}: {e}", dir.display()));
+    let mut names: Vec<String> =
+        entries.map(|e| e.expect("an entry can be read").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,211 @@
+//! Promise 1, the right files: what a container sees through us equals what it sees after a
+//! normal pull, for layers that are published, not published, and mixed.
+
+use std::os::unix::ffi::OsStrExt;
+
+use nix::sys::stat::SFlag;
+use scene::image::{Blob, Image, Layer, Stage as LayerStage};
+use scene::stage::Stage;
+
+/// Ends a chain of calls that fill a layer.
+fn done(_: &LayerStage) {}
+
+fn all(image: &Image) -> Vec<&Blob> {
+    image.layers.iter().collect()
+}
+
+/// Directories and files that the layers above delete and replace.
+fn lower(l: &LayerStage) {
+    for dir in ["data", "opaque", "opaque/inner", "gone", "gone/deep", "swapped", "etc/app", "odd", "kept"] {
+        l.dir(dir);
+    }
+    for file in [
+        "data/secret",
+        "data/visible",
+        "opaque/old",
+        "opaque/inner/old",
+        "gone/deep/file",
+        "swapped/file",
+        "etc/app/a",
+        "etc/app/b",
+        "again",
+        "both",
+        "as-dir",
+        "kept/x",
+    ] {
+        l.file(file, format!("lower {file}"));
+    }
+    for name in odd_names() {
+        l.file(std::path::Path::new("odd").join(std::ffi::OsStr::from_bytes(&name)), "odd");
+    }
+    l.mode("opaque", 0o750).owner("opaque", 12, 34).mode("data", 0o711).owner("gone", 5, 6);
+}
+
+/// Spaces, a line break, no UTF-8, and the longest name that a marker can still be made of.
+fn odd_names() -> Vec<Vec<u8>> {
+    vec![
+        b"two words".to_vec(),
+        b"line\nbreak".to_vec(),
+        b"\xff\xfe".to_vec(),
+        b"colon:comma,back\\slash".to_vec(),
+        vec![b'n'; 251],
+    ]
+}
+
+fn upper(l: &LayerStage) {
+    l.delete("data/secret").file("data/new", "upper");
+    l.dir("opaque").opaque("opaque").file("opaque/new", "upper").mode("opaque", 0o701).owner("opaque", 78, 90);
+    l.delete("gone");
+    l.delete("swapped").file("etc/app/a", "replaced").mode("etc/app/a", 0o4755);
+    // Deleted and made anew in one layer.
+    l.delete("both").file("both", "made anew");
+    l.file("as-dir/now", "a directory where a file was");
+    for name in odd_names() {
+        l.delete(std::path::Path::new("odd").join(std::ffi::OsStr::from_bytes(&name)));
+    }
+    // In a directory that only this layer has.
+    l.dir("own").delete("own/never").file("own/file", "x");
+}
+
+/// What images hold besides plain files.
+fn special(l: &LayerStage) {
+    l.file("s/setuid", "#!").mode("s/setuid", 0o4711).owner("s/setuid", 0, 7);
+    l.file("s/hard", "linked").hard_link("s/hard", "s/hard2").hard_link("s/hard", "s/\u{e9}hard3");
+    l.symlink("../nowhere", "s/dangling").symlink("/etc", "s/absolute");
+    l.file("s/attr", "x").xattr("s/attr", "user.note", b"a\0b").xattr("s/attr", "security.capability", CAP_NET_RAW);
+    l.dir("s/dir").mode("s/dir", 0o2775).owner("s/dir", 1000, 1001).xattr("s/dir", "user.on", b"dir");
+    l.node("s/fifo", SFlag::S_IFIFO, 0).node("s/null", SFlag::S_IFCHR, 0x103).node("s/loop", SFlag::S_IFBLK, 0x700);
+    l.file("s/empty", "").file("s/big", vec![7; 3 << 20]).mode("s/empty", 0);
+}
+
+const CAP_NET_RAW: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+#[test]
+fn root_published_layers_give_the_files_of_a_normal_pull() {
+    let stage = Stage::set("published", "");
+    let layers =
+        [stage.base_layer(), stage.builder.layer(lower), stage.builder.layer(special), stage.builder.layer(upper)];
+    let image = stage.builder.image("all:1", &layers, &[]);
+    stage.assert_same(&image, &all(&image));
+}
+
+#[test]
+fn root_linked_layers_give_the_files_of_a_normal_pull() {
+    let stage = Stage::set("linked", "attach = \"symlink\"");
+    let layers =
+        [stage.base_layer(), stage.builder.layer(lower), stage.builder.layer(special), stage.builder.layer(upper)];
+    let image = stage.builder.image("all:1", &layers, &[]);
+    stage.assert_same(&image, &all(&image));
+    assert!(!stage.snapshotter.log().contains("error"), "{}", stage.snapshotter.log());
+}
+
+#[test]
+fn root_whiteouts_reach_across_local_and_published_layers() {
+    let stage = Stage::set("mixed", "");
+    let b = &stage.builder;
+    // Every subset of the three upper layers is published once.
+    for subset in 0..8_usize {
+        let mark = |l: &LayerStage| {
+            l.file("subset", subset.to_string());
+        };
+        let layers = [
+            b.layer(|l| {
+                mark(l);
+                lower(l);
+            }),
+            b.layer(|l| {
+                mark(l);
+                special(l);
+                l.file("data/secret2", "x").file("opaque/middle", "x");
+            }),
+            b.layer(|l| {
+                mark(l);
+                upper(l);
+                l.delete("s/hard2").delete("data/secret2");
+            }),
+        ];
+        let image = b.image(&format!("mixed:{subset}"), &layers, &[]);
+        let published: Vec<&Blob> =
+            image.layers.iter().enumerate().filter(|(n, _)| subset & (1 << n) != 0).map(|(_, l)| l).collect();
+        stage.assert_same(&image, &published);
+    }
+}
+
+#[test]
+fn root_odd_cases_are_what_a_normal_pull_makes_of_them() {
+    let stage = Stage::set("odd", "");
+    let b = &stage.builder;
+    let base = || b.layer(lower);
+    let cases: Vec<(&str, Vec<Layer>)> = vec![
+        ("opaque-root:1", vec![base(), b.layer(|l| done(l.opaque("").file("new", "x")))]),
+        ("whiteout-and-file:1", vec![base(), b.layer(|l| done(l.delete("again").file("again", "new")))]),
+        ("whiteout-and-dir:1", vec![base(), b.layer(|l| done(l.delete("data").file("data/other", "new")))]),
+        ("whiteout-of-nothing:1", vec![base(), b.layer(|l| done(l.delete("never").dir("d").delete("d/never")))]),
+        ("file-over-dir:1", vec![base(), b.layer(|l| done(l.file("gone", "a file now")))]),
+        (
+            "nested-opaque:1",
+            vec![
+                base(),
+                b.layer(|l| {
+                    done(l.opaque("opaque").dir("opaque/inner").opaque("opaque/inner").file("opaque/inner/n", "x"))
+                }),
+            ],
+        ),
+        ("opaque-only:1", vec![base(), b.layer(|l| done(l.opaque("opaque")))]),
+        (
+            "deleted-twice:1",
+            vec![
+                base(),
+                b.layer(|l| done(l.delete("data"))),
+                b.layer(|l| done(l.delete("data"))),
+                b.layer(|l| done(l.file("data/back", "x"))),
+            ],
+        ),
+        (
+            "aufs-records:1",
+            vec![base(), b.layer(|l| done(l.file(".wh..wh.aufs", "").dir(".wh..wh.plnk").file("f", "x")))],
+        ),
+        (
+            "marker-of-our-own:1",
+            vec![base(), b.layer(|l| done(l.file("mask", "x").file("hide", "x").file("fs", "x").file("work", "x")))],
+        ),
+    ];
+    let mut wrong = Vec::new();
+    for (name, layers) in cases {
+        let image = b.image(name, &layers, &[]);
+        let check = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stage.assert_same(&image, &all(&image))));
+        if check.is_err() {
+            wrong.push(name);
+        }
+    }
+    assert!(wrong.is_empty(), "these images are wrong: {wrong:?}");
+}
+
+#[test]
+fn root_a_layer_may_stand_three_times() {
+    let stage = Stage::set("repeated", "");
+    let b = &stage.builder;
+    let (base, repeated) =
+        (b.layer(lower), b.layer(|l| done(l.file("again", "again").delete("data/secret").opaque("opaque"))));
+    let between = b.layer(|l| done(l.file("data/secret", "back").file("opaque/back", "x").file("again", "between")));
+    let layers = [base, repeated.clone(), between.clone(), repeated.clone(), between, repeated];
+    let image = b.image("repeated:1", &layers, &[]);
+    stage.assert_same(&image, &all(&image));
+}
+
+#[test]
+fn root_a_chain_of_127_layers_works() {
+    let stage = Stage::set("long", "");
+    let b = &stage.builder;
+    let mut layers = vec![b.layer(lower)];
+    layers.extend((1..127).map(|n| {
+        b.layer(|l| {
+            l.file(format!("n/{n}"), "x");
+            if n % 3 == 0 {
+                l.delete(format!("n/{}", n - 1));
+            }
+        })
+    }));
+    let image = b.image("long:1", &layers, &[]);
+    stage.assert_same(&image, &all(&image));
+}

