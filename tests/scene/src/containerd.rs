@@ -166,30 +166,58 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
         Mounted::new(&mounts, at).unwrap_or_else(|e| panic!("cannot mount {}: {e}\n{mounts:?}", image.name))
     }
 
+    /// The containers of all tests share one directory of runc's.
+    fn unique(&self, id: &str) -> String {
+        let stage = self.dir.parent().and_then(Path::file_name).expect("containerd lives in a sandbox");
+        format!("{}-{id}", stage.display())
+    }
+
     /// Runs a program in a container to its end.
     pub fn run(&self, reference: &str, id: &str, program: &[&str]) -> Output {
-        let mut arguments = vec!["run", "--rm", "--snapshotter", self.snapshotter, reference, id];
+        let id = self.unique(id);
+        let mut arguments = vec!["run", "--rm", "--snapshotter", self.snapshotter, reference, &id];
         arguments.extend(program);
         self.ctr(&arguments)
     }
 
-    /// Starts a container that goes on until it is killed.
+    /// Starts a container that goes on until it is ended.
     pub fn start_container(&self, reference: &str, id: &str, program: &[&str]) {
-        let mut arguments = vec!["run", "--detach", "--snapshotter", self.snapshotter, reference, id];
+        let id = self.unique(id);
+        let mut arguments = vec!["run", "--detach", "--snapshotter", self.snapshotter, reference, &id];
         arguments.extend(program);
         self.ctr(&arguments).ok();
     }
 
     pub fn exec(&self, id: &str, program: &[&str]) -> Output {
-        let mut arguments = vec!["tasks", "exec", "--exec-id", "scene", id];
+        let id = self.unique(id);
+        let mut arguments = vec!["tasks", "exec", "--exec-id", "scene", &id];
         arguments.extend(program);
         self.ctr(&arguments)
     }
 
     pub fn end_container(&self, id: &str) {
-        self.ctr(&["tasks", "kill", "--signal", "SIGKILL", id]);
-        crate::process::eventually("the task is gone", || self.ctr(&["tasks", "rm", "--force", id]).status.success());
-        self.ctr(&["containers", "rm", id]);
+        let id = self.unique(id);
+        self.end_task(NAMESPACE, &id);
+        self.ctr(&["containers", "rm", &id]).ok();
+    }
+
+    fn end_task(&self, namespace: &str, id: &str) {
+        let in_namespace = |arguments: &[&str]| self.ctr(&[&["--namespace", namespace], arguments].concat());
+        in_namespace(&["tasks", "kill", "--signal", "SIGKILL", id]);
+        crate::process::eventually("the task is gone", || {
+            in_namespace(&["tasks", "rm", "--force", id]).status.success()
+        });
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Containers live on without containerd.
+        for namespace in self.ctr(&["namespaces", "ls", "-q"]).stdout.lines() {
+            for task in self.ctr(&["--namespace", namespace, "tasks", "ls", "-q"]).stdout.lines() {
+                self.end_task(namespace, task);
+            }
+        }
     }
 }
 

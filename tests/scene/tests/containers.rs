@@ -1,0 +1,282 @@
+//! Containers and images over their whole life: pulled, run, kept through a stop of the
+//! snapshotter, removed. With the real containerd, runc and registry.
+
+use std::fs;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use scene::client::Client;
+use scene::image::{Blob, Image};
+use scene::process::eventually;
+use scene::sandbox::mounts_below;
+use scene::stage::{Stage, names};
+
+/// An image of three layers that can run a shell; `text` makes it unlike others.
+fn shell_image(stage: &Stage, name: &str, text: &str) -> Image {
+    let b = &stage.builder;
+    let layers = [
+        stage.base_layer(),
+        b.layer(|l| {
+            l.file("data/text", text).file("data/secret", "secret");
+        }),
+        b.layer(|l| {
+            l.delete("data/secret").file("data/top", text);
+        }),
+    ];
+    b.image(name, &layers, &[])
+}
+
+fn publish_and_push(stage: &Stage, image: &Image) -> String {
+    stage.repository.publish(image);
+    stage.registry.push(image)
+}
+
+fn committed(client: &Client) -> usize {
+    client.list(&["kind==committed"]).expect("snapshots can be listed").len()
+}
+
+#[test]
+fn root_a_pull_of_a_published_image_writes_only_records() {
+    let stage = Stage::set("records", "");
+    let image = shell_image(&stage, "records:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    stage.ours.pull(&reference);
+    assert_eq!(stage.registry.fetched().layers_of(&image), 0, "layers were fetched");
+    assert_eq!(committed(&stage.snapshotter.client()), 3);
+    assert_eq!(stage.snapshot_dirs(), Vec::<String>::new(), "a pull makes no directories");
+    assert_eq!(mounts_below(&stage.snapshotter.root()), Vec::<std::path::PathBuf>::new(), "a pull mounts nothing");
+    let output = stage.ours.run(&reference, "first", &["/bin/sh", "-c", "cat /data/text; ls /data"]).ok();
+    assert_eq!(output, "xtext\ntop\n");
+}
+
+#[test]
+fn root_layers_in_another_order_and_pulled_again_are_not_fetched() {
+    let stage = Stage::set("order", "");
+    let b = &stage.builder;
+    let base = stage.base_layer();
+    let others: Vec<_> = (0..3)
+        .map(|n| {
+            b.layer(|l| {
+                l.file(format!("layer/{n}"), n.to_string());
+            })
+        })
+        .collect();
+    let first = b.image("first:1", &[base.clone(), others[0].clone(), others[1].clone(), others[2].clone()], &[]);
+    let second = b.image("second:1", &[others[2].clone(), others[0].clone(), base, others[1].clone()], &[]);
+    for image in [&first, &second] {
+        let reference = publish_and_push(&stage, image);
+        for round in 0..2 {
+            stage.ours.pull(&reference);
+            assert_eq!(stage.registry.fetched().layers_of(image), 0, "{} in round {round}", image.name);
+            let id = format!("c-{round}");
+            let output = stage.ours.run(&reference, &id, &["/bin/sh", "-c", "cat /layer/0 /layer/1 /layer/2"]).ok();
+            assert_eq!(output, "012");
+            if round == 0 {
+                stage.ours.remove(&reference);
+                eventually("the removed image's snapshots are gone", || {
+                    stage.ours.collect_garbage();
+                    committed(&stage.snapshotter.client()) == if image.name == "first:1" { 0 } else { 4 }
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn root_removed_images_and_containers_leave_nothing_behind() {
+    for config in ["", "attach = \"symlink\""] {
+        let stage = Stage::set("removed", config);
+        let image = shell_image(&stage, "removed:1", "x");
+        let unpublished = shell_image(&stage, "local:1", "y");
+        stage.repository.publish_layers(&unpublished.layers[..1]);
+        let reference = publish_and_push(&stage, &image);
+        let local = stage.registry.push(&unpublished);
+        for reference in [&reference, &local] {
+            stage.ours.pull(reference);
+            stage.ours.start_container(reference, "c", &["/bin/sleep", "1000"]);
+            assert!(!stage.snapshot_dirs().is_empty());
+            stage.ours.end_container("c");
+        }
+        for reference in [&reference, &local] {
+            stage.ours.remove(reference);
+        }
+        eventually("all directories are gone", || {
+            stage.ours.collect_garbage();
+            stage.snapshot_dirs().is_empty()
+        });
+        assert_eq!(mounts_below(&stage.snapshotter.root()), Vec::<std::path::PathBuf>::new());
+        assert_eq!(stage.snapshotter.client().list(&[]).expect("snapshots can be listed").len(), 0);
+        // The repository is only read.
+        for layer in &image.layers {
+            assert!(stage.repository.layer_dir(&layer.digest).join("layerfs/.cvmfscatalog").exists());
+        }
+    }
+}
+
+#[test]
+fn root_layers_are_detached_when_no_container_stands_on_them() {
+    let stage = Stage::set("detached", "");
+    let image = shell_image(&stage, "detached:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    stage.ours.pull(&reference);
+    for id in ["one", "two"] {
+        stage.ours.start_container(&reference, id, &["/bin/sleep", "1000"]);
+    }
+    assert_eq!(mounts_below(&stage.snapshotter.snapshots()).len(), 3);
+    stage.ours.end_container("one");
+    stage.ours.collect_garbage();
+    assert_eq!(mounts_below(&stage.snapshotter.snapshots()).len(), 3, "another container stands on them");
+    assert_eq!(stage.ours.exec("two", &["/bin/cat", "/data/text"]).ok(), "x");
+    stage.ours.end_container("two");
+    eventually("the layers are detached", || {
+        stage.ours.collect_garbage();
+        mounts_below(&stage.snapshotter.snapshots()).is_empty()
+    });
+    assert_eq!(committed(&stage.snapshotter.client()), 3, "the image is still there");
+    assert_eq!(stage.ours.run(&reference, "three", &["/bin/cat", "/data/text"]).ok(), "x");
+}
+
+/// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then
+/// prints nothing, and no image of the node starts any more.
+#[test]
+fn root_a_container_lives_through_every_way_of_stopping_the_snapshotter() {
+    for config in ["", "attach = \"symlink\""] {
+        let mut stage = Stage::set("stopping", config);
+        let image = shell_image(&stage, "stopping:1", "x");
+        let reference = publish_and_push(&stage, &image);
+        stage.ours.pull(&reference);
+        let program = "n=0; while true; do n=$((n+1)); echo $n > /data/count; echo $n >> /data/log; sleep 0.05; done";
+        stage.ours.start_container(&reference, "writer", &["/bin/sh", "-c", program]);
+        let count = |stage: &Stage| -> u64 {
+            stage.ours.exec("writer", &["/bin/cat", "/data/count"]).ok().trim().parse().unwrap_or(0)
+        };
+        for (round, signal) in [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGINT].into_iter().enumerate() {
+            let before = (stage.snapshot_dirs(), mounts_below(&stage.snapshotter.snapshots()));
+            let status = stage.snapshotter.end(signal);
+            assert_eq!(status.success(), signal != Signal::SIGKILL, "{signal}: {status}");
+            assert_eq!((stage.snapshot_dirs(), mounts_below(&stage.snapshotter.snapshots())), before, "{signal}");
+            let written = count(&stage);
+            eventually("the container writes on", || count(&stage) > written + 3);
+            assert_eq!(stage.ours.exec("writer", &["/bin/ls", "/data"]).ok(), "count\nlog\ntext\ntop\n");
+            stage.snapshotter.start_again();
+            assert_eq!(stage.ours.exec("writer", &["/bin/cat", "/data/text"]).ok(), "x");
+            let id = format!("after-{round}");
+            // containerd notices after its own back-off that the socket is served again.
+            eventually("new containers start", || {
+                let output = stage.ours.run(&reference, &id, &["/bin/cat", "/data/top"]);
+                output.status.success() && output.stdout == "x"
+            });
+        }
+        let lines = stage.ours.exec("writer", &["/bin/cat", "/data/log"]).ok();
+        let numbers: Vec<u64> = lines.lines().filter_map(|l| l.parse().ok()).collect();
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "a line is missing");
+        stage.ours.end_container("writer");
+    }
+}
+
+#[test]
+fn root_nerdctl_pulls_and_runs() {
+    let stage = Stage::set("nerdctl", "");
+    let image = shell_image(&stage, "nerdctl:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    stage.ours.nerdctl(&["pull", &reference]).ok();
+    assert_eq!(stage.registry.fetched().layers_of(&image), 0, "nerdctl fetched layers");
+    let output =
+        stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/sh", "-c", "cat /data/text; ls /data"]);
+    assert_eq!(output.ok(), "xtext\ntop\n");
+    // run pulls what is not there.
+    let other = shell_image(&stage, "nerdctl:2", "y");
+    let reference = publish_and_push(&stage, &other);
+    let output = stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/cat", "/data/top"]);
+    assert_eq!(output.ok(), "y");
+    assert_eq!(stage.registry.fetched().layers_of(&other), 0, "nerdctl fetched layers");
+}
+
+#[test]
+fn root_ctr_pulls_an_image_the_ordinary_way_and_lists_it() {
+    let stage = Stage::set("ctr", "");
+    let image = shell_image(&stage, "ctr:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    // ctr 1.6 never asks for remote layers.
+    stage.ours.ctr(&["images", "pull", "--plain-http", "--snapshotter", "cvmfs-snapshotter", &reference]).ok();
+    assert_eq!(stage.registry.fetched().layers_of(&image), 3);
+    assert_eq!(stage.ours.run(&reference, "c", &["/bin/cat", "/data/text"]).ok(), "x");
+    let list = stage.ours.ctr(&["snapshots", "--snapshotter", "cvmfs-snapshotter", "ls"]).ok();
+    for chain_id in &image.chain_ids {
+        assert!(list.lines().any(|line| line.starts_with(chain_id.as_str()) && line.contains("Committed")), "{list}");
+    }
+}
+
+#[test]
+fn root_two_namespaces_pull_the_same_image_over_different_parents() {
+    let stage = Stage::set("namespaces", "");
+    let image = shell_image(&stage, "namespaces:1", "x");
+    // The lowest layer is not published, so each namespace has its own local one.
+    stage.repository.publish_layers(&image.layers[1..]);
+    let reference = stage.registry.push(&image);
+    for namespace in ["k8s.io", "other"] {
+        let socket = stage.ours.socket().display().to_string();
+        let run = |arguments: &[&str]| {
+            let first =
+                ["--address", &socket, "--namespace", namespace, "--insecure-registry", "--cgroup-manager", "cgroupfs"];
+            let data = stage.sandbox.path("nerdctl").display().to_string();
+            let state = ["--data-root", &data, "--snapshotter", "cvmfs-snapshotter"];
+            scene::process::run(scene::process::tool("nerdctl"), first.iter().chain(&state).chain(arguments))
+        };
+        run(&["pull", &reference]).ok();
+        assert_eq!(
+            run(&["run", "--net", "none", "--rm", &reference, "/bin/cat", "/data/top"]).ok(),
+            "x",
+            "{namespace}"
+        );
+    }
+    let remote = stage.snapshotter.client().list(&["labels.\"containerd.io/snapshot/remote\""]).expect("a good filter");
+    assert_eq!(remote.len(), 4, "two published layers over each of two parents");
+}
+
+#[test]
+fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
+    let stage = Stage::set("goes-away", "");
+    let image = shell_image(&stage, "away:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    stage.ours.pull(&reference);
+    let away = stage.sandbox.path("away");
+    fs::rename(stage.repository.dir(), &away).expect("the repository can be moved");
+    let failed = stage.ours.run(&reference, "c", &["/bin/true"]);
+    assert!(!failed.status.success());
+    for part in ["is not available", &image.layers[2].digest, "scene.test", "no repository is mounted"] {
+        assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
+    }
+    // A pull falls back to the ordinary way.
+    let local = shell_image(&stage, "local:1", "y");
+    let pulled = stage.registry.push(&local);
+    stage.ours.pull(&pulled);
+    assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
+    assert_eq!(stage.snapshotter.log().matches("will be downloaded: no repository is mounted").count(), 3);
+    fs::rename(&away, stage.repository.dir()).expect("the repository can be moved back");
+    assert_eq!(stage.ours.run(&reference, "e", &["/bin/cat", "/data/text"]).ok(), "x");
+}
+
+#[test]
+fn root_bound_layers_are_read_only() {
+    let stage = Stage::set("read-only", "");
+    let image = shell_image(&stage, "ro:1", "x");
+    let reference = publish_and_push(&stage, &image);
+    stage.ours.pull(&reference);
+    stage.ours.start_container(&reference, "c", &["/bin/sleep", "1000"]);
+    let mounts = mounts_below(&stage.snapshotter.snapshots());
+    assert_eq!(mounts.len(), 3);
+    for mount in &mounts {
+        assert!(fs::write(mount.join("new"), "").is_err(), "{} is writable", mount.display());
+    }
+    stage.ours.exec("c", &["/bin/sh", "-c", "rm -r /data && mkdir /data && touch /bin/new"]).ok();
+    let all: Vec<&Blob> = image.layers.iter().collect();
+    for layer in all {
+        let top = stage.repository.layer_dir(&layer.digest).join("layerfs");
+        assert!(names(&top).iter().all(|name| {
+            ["bin", "data", "dev", "etc", "proc", "run", "sys", "tmp", ".cvmfscatalog"].contains(&name.as_str())
+        }));
+        assert!(!Path::new(&top).join("bin/new").exists());
+    }
+    stage.ours.end_container("c");
+}
