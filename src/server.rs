@@ -171,17 +171,26 @@ where
         let deadline = context.deadline();
         let snapshotter = Arc::clone(&handlers.snapshotter);
         let work = work.clone();
+        let (started, sending) = oneshot::channel();
         handlers.pool.submit(
             move || deadline.exceeded(),
             move || work(&snapshotter, request, &|| deadline.exceeded()),
             move |result| {
-                // Sending starts here; nobody needs to wait for its end.
-                drop(match status_or_value(name, result) {
+                // Sending starts here, on the worker, without another change of threads.
+                let answer = match status_or_value(name, result) {
                     Ok(response) => sink.success(response),
                     Err(status) => sink.fail(status),
-                });
+                };
+                drop(started.send(answer));
             },
         );
+        // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
+        // wait for the end of it: not the worker, which a slow client must not hold.
+        context.spawn(async move {
+            if let Ok(answer) = sending.await {
+                drop(answer.await);
+            }
+        });
     })
 }
 
