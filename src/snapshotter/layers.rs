@@ -101,6 +101,11 @@ impl Scanner {
             log::debug!("many layers are waiting for their scan; this one is scanned when it is needed");
         }
     }
+
+    /// What the layer at `top` holds.
+    pub fn scan(&self, digest: &Digest, top: &Path) -> Result<Scan> {
+        self.finder.scan(digest, top)
+    }
 }
 
 impl Finder {
@@ -155,7 +160,7 @@ impl Snapshotter {
             why,
         };
         let top = self.repository.layer(&layer.digest).map_err(unavailable)?;
-        let scan = self.scanner.finder.scan(&layer.digest, &top).map_err(|e| match e {
+        let scan = self.scanner.scan(&layer.digest, &top).map_err(|e| match e {
             Error::System(cause) => unavailable(Missing::Unreadable(cause)),
             other => other,
         })?;

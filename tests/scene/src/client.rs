@@ -193,7 +193,7 @@ impl Client {
         let answer = self.prepare(key, parent, &[(REF, reference), (LAYER_DIGEST, digest)]);
         let status = answer.expect_err("a published layer is not unpacked");
         assert_eq!(status.code(), RpcStatusCode::ALREADY_EXISTS, "{}", status.message());
-        let filter = format!("labels.\"{REF}\"=={reference},parent=={parent:?}");
+        let filter = format!("labels.\"{REF}\"=={reference},parent=={parent:?},kind==committed");
         let found = self.list(&[&filter]).expect("the filter is containerd's own");
         assert_eq!(found.len(), 1, "one snapshot stands for (ref, parent)");
         found[0].name.clone()
