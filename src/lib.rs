@@ -16,7 +16,7 @@ pub mod sys;
 pub mod types;
 
 /// Messages made from the `.proto` files by `build.rs`.
-#[allow(clippy::all, clippy::pedantic, missing_docs, unused_results)]
+#[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
 }

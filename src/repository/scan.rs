@@ -136,10 +136,10 @@ mod tests {
             .map(|d| {
                 let mut line = format!("{}:", d.path.display());
                 for name in &d.deleted {
-                    line += &format!(" -{}", name.to_string_lossy());
+                    line = format!("{line} -{}", name.display());
                 }
                 for name in &d.hidden {
-                    line += &format!(" !{}", name.to_string_lossy());
+                    line = format!("{line} !{}", name.display());
                 }
                 line + if d.opaque { " =opaque" } else { "" }
             })

@@ -157,6 +157,7 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
+    #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
     fn listen(uri: String) -> grpcio::Result<()> {
         UnixListener::bind(uri.strip_prefix("unix:").unwrap()).unwrap();
         Ok(())

@@ -1,6 +1,8 @@
 //! The promises, tried from the inside: an operation stopped between any two of its steps,
 //! and random operations against a model of the contract.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -62,7 +62,7 @@ impl Client {
     pub fn connect(socket: &Path) -> Self {
         let channel = connect(socket);
         let grpc = grpcio::Client::new(channel.clone());
-        Self { grpc, channel, timeout: Duration::from_secs(60), namespace: None, snapshotter: "" }
+        Self { grpc, channel, timeout: Duration::from_mins(1), namespace: None, snapshotter: "" }
     }
 
     /// A client of containerd's own snapshots service, which passes calls on.
@@ -70,6 +70,7 @@ impl Client {
         Self { namespace: Some(namespace), snapshotter, ..Self::connect(socket) }
     }
 
+    #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
         Self { timeout, ..self.clone() }
     }

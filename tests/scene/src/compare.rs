@@ -139,12 +139,12 @@ fn add(tree: &mut Tree, links: &mut HashMap<(u64, u64), Vec<PathBuf>>, at: &Path
 /// The size of both files, if they are the same.
 fn same_content(left: &Path, right: &Path) -> Result<u64, String> {
     let open = |path: &Path| File::open(path).map_err(|e| format!("cannot open {}: {e}", path.display()));
-    let (mut a, mut b) = (open(left)?, open(right)?);
+    let (mut left_file, mut right_file) = (open(left)?, open(right)?);
     let mut size = 0;
     let (mut x, mut y) = (vec![0; 1 << 18], vec![0; 1 << 18]);
     loop {
-        let n = fill(&mut a, &mut x).map_err(|e| format!("cannot read {}: {e}", left.display()))?;
-        let m = fill(&mut b, &mut y).map_err(|e| format!("cannot read {}: {e}", right.display()))?;
+        let n = fill(&mut left_file, &mut x).map_err(|e| format!("cannot read {}: {e}", left.display()))?;
+        let m = fill(&mut right_file, &mut y).map_err(|e| format!("cannot read {}: {e}", right.display()))?;
         if x[..n] != y[..m] {
             return Err(format!("it differs after byte {size}"));
         }

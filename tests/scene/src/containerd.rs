@@ -116,7 +116,7 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
     #[track_caller]
     pub fn pull(&self, reference: &str) {
         let request = PullImageRequest { image: Some(spec(reference)).into(), ..PullImageRequest::default() };
-        let option = CallOption::default().timeout(Duration::from_secs(600)).wait_for_ready(true);
+        let option = CallOption::default().timeout(Duration::from_mins(10)).wait_for_ready(true);
         if let Err(status) = client::call(&self.image_service(), &PULL_IMAGE, &request, option) {
             panic!("cannot pull {reference}: {}", status.message());
         }
@@ -126,7 +126,7 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
     #[track_caller]
     pub fn remove(&self, reference: &str) {
         let request = RemoveImageRequest { image: Some(spec(reference)).into(), ..RemoveImageRequest::default() };
-        let option = CallOption::default().timeout(Duration::from_secs(60)).wait_for_ready(true);
+        let option = CallOption::default().timeout(Duration::from_mins(1)).wait_for_ready(true);
         if let Err(status) = client::call(&self.image_service(), &REMOVE_IMAGE, &request, option) {
             panic!("cannot remove {reference}: {}", status.message());
         }

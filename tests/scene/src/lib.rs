@@ -14,7 +14,7 @@ pub mod sandbox;
 pub mod snapshotter;
 pub mod stage;
 
-#[allow(clippy::all, clippy::pedantic)]
+#[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
 }

@@ -109,7 +109,7 @@ impl Server {
     /// Waits for `ready`, as long as the server lives.
     #[track_caller]
     pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_mins(1);
         while !ready() {
             assert!(self.is_running(), "the server ended before {what}:\n{}", self.log());
             assert!(Instant::now() < until, "the server did not come to {what}:\n{}", self.log());

@@ -94,6 +94,7 @@ pub struct Fetched {
 
 impl Fetched {
     /// What was fetched after `earlier`.
+    #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         Self { bytes: self.bytes - earlier.bytes, blobs: self.blobs[earlier.blobs.len()..].to_vec() }
     }

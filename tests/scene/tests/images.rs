@@ -147,7 +147,7 @@ fn root_odd_cases_are_what_a_normal_pull_makes_of_them() {
             vec![
                 base(),
                 b.layer(|l| {
-                    done(l.opaque("opaque").dir("opaque/inner").opaque("opaque/inner").file("opaque/inner/n", "x"))
+                    done(l.opaque("opaque").dir("opaque/inner").opaque("opaque/inner").file("opaque/inner/n", "x"));
                 }),
             ],
         ),
