@@ -50,8 +50,17 @@ impl Borrow<str> for Key {
     }
 }
 
-/// Quoted and cut: keys may be long and may hold line breaks, messages should not.
 impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Quoted(&self.0).fmt(f)
+    }
+}
+
+/// A client's text for a message, quoted and cut: texts may be long and may hold line
+/// breaks, and a gRPC status above some kilobytes is not delivered at all.
+pub struct Quoted<'t>(pub &'t str);
+
+impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
         match self.0.char_indices().nth(SHOWN) {

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::repository::Missing;
-use crate::types::{Digest, InvalidKey, Key, Kind, SnapshotId};
+use crate::types::{Digest, InvalidKey, Key, Kind, Quoted, SnapshotId};
 use crate::{store, sys};
 
 #[derive(Debug)]
@@ -83,7 +83,8 @@ impl fmt::Display for Error {
             Self::RemoteCommitted { reference } => {
                 write!(
                     f,
-                    "remote snapshot {reference:?} already exists: its layer is published and need not be fetched"
+                    "remote snapshot {} already exists: its layer is published and need not be fetched",
+                    Quoted(reference)
                 )
             }
             Self::WrongKind { key, kind, needs } => write!(f, "snapshot {key} is {}, {needs}", kind.as_str()),
@@ -92,13 +93,14 @@ impl fmt::Display for Error {
                 write!(f, "cannot commit snapshot {key} on parent {named}: it was prepared on {parent}")
             }
             Self::ImmutableField(path) => {
-                write!(f, "cannot update field {path:?}: only \"labels\" and \"labels.<key>\" can change")
+                write!(f, "cannot update field {}: only \"labels\" and \"labels.<key>\" can change", Quoted(path))
             }
-            Self::InvalidFilter { filter, why } => write!(f, "invalid filter {filter:?}: {why}"),
+            Self::InvalidFilter { filter, why } => write!(f, "invalid filter {}: {why}", Quoted(filter)),
             Self::InvalidMapping { label, value } => write!(
                 f,
-                "invalid label {label}={value:?}: needed are container:host:length, numbers below 2^32, \
-                 separated by commas where there is more than one, and one of them for container id 0"
+                "invalid label {label}={}: needed are container:host:length, numbers below 2^32, \
+                 separated by commas where there is more than one, and one of them for container id 0",
+                Quoted(value)
             ),
             Self::LayerUnavailable { digest, repository, why } => write!(
                 f,

@@ -17,7 +17,7 @@ use crate::repository::scan::{self, Scan};
 use crate::repository::{Missing, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
-use crate::types::{Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, SnapshotId};
+use crate::types::{Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, SnapshotId};
 
 /// Why the layer of a pull is downloaded after all.
 #[derive(Debug)]
@@ -44,12 +44,13 @@ impl Fallback {
             ),
             Self::NoDigest => log::warn!(
                 key = key.as_str();
-                "a layer will be downloaded: the pull of {reference:?} came without the label {LABEL_LAYER_DIGEST}; \
-                 containerd must be configured to pass image annotations to snapshotters, see the README"
+                "a layer will be downloaded: the pull of {} came without the label {LABEL_LAYER_DIGEST}; \
+                 containerd must be configured to pass image annotations to snapshotters, see the README",
+                Quoted(reference)
             ),
             Self::BadDigest { digest, why } => log::warn!(
                 key = key.as_str();
-                "a layer will be downloaded: label {LABEL_LAYER_DIGEST} is {}: {why}", cut(digest)
+                "a layer will be downloaded: label {LABEL_LAYER_DIGEST} is {}: {why}", Quoted(digest)
             ),
             Self::NameTooLong => log::warn!(
                 key = key.as_str();
@@ -61,11 +62,6 @@ impl Fallback {
             ),
         }
     }
-}
-
-/// Client text for a log line: quoted, and not longer than a line.
-fn cut(text: &str) -> String {
-    Key::parse(text).map_or_else(|_| format!("a text of {} bytes", text.len()), |key| key.to_string())
 }
 
 /// So many layers wait for their scan at most; one that finds no place is scanned when it

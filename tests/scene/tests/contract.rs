@@ -341,8 +341,18 @@ fn root_a_layer_that_cannot_be_remote_becomes_an_ordinary_snapshot() {
     c.commit("cvmfs/0/sha256:taken", "squatter", &[]).unwrap();
     c.prepare("extract-z", "", &[(REF, "sha256:taken"), (LAYER_DIGEST, &digest(1))]).unwrap();
     // Nor does a reference that is too long for a name.
-    let long = "r".repeat(32_760);
+    let long = "r".repeat(32_761);
     c.prepare("extract-l", "", &[(REF, &long), (LAYER_DIGEST, &digest(1))]).unwrap();
+    // One that just fits comes back in a message that is delivered, so it is cut.
+    let answer = c.prepare("extract-m", "", &[(REF, &long[1..]), (LAYER_DIGEST, &digest(1))]);
+    let message = refused(answer, Code::ALREADY_EXISTS);
+    assert!(message.contains("rrr\"… (32760 bytes)"), "{message}");
+    for long in [&long, &"\u{1f980}\n".repeat(6000)] {
+        refused(c.stat(long), Code::NOT_FOUND);
+        refused(c.list(&[&format!("{long}==")]), Code::INVALID_ARGUMENT);
+        refused(c.update(Info { name: "squatter".into(), ..Info::default() }, &[long]), Code::INVALID_ARGUMENT);
+        refused(c.prepare("m", "", &[("containerd.io/snapshot/uidmapping", long)]), Code::INVALID_ARGUMENT);
+    }
 }
 
 #[test]
@@ -495,7 +505,7 @@ fn root_a_full_queue_refuses_at_once_and_a_late_call_is_not_started() {
         let answers: Vec<_> = busy.into_iter().map(|b| b.join().unwrap()).collect();
         let done = answers.iter().filter(|a| a.is_ok()).count();
         let full = answers.iter().filter(|a| a.as_ref().is_err_and(|s| s.code() == Code::RESOURCE_EXHAUSTED)).count();
-        assert!(done >= 3 && full >= 1 && done + full == 40, "{done} done, {full} refused");
+        assert!(done >= 2 && full >= 1 && done + full == 40, "{done} done, {full} refused");
     });
     std::thread::scope(|scope| {
         let busy = {
