@@ -69,9 +69,7 @@ enum Found {
 pub enum Release {
     /// Somebody needs it.
     Keep,
-    /// The snapshot exists, but nobody uses its files.
-    Detach,
-    /// The snapshot is gone: remove all it left on disk.
+    /// Nobody does: detach the layer, if there is one, and remove all that is left on disk.
     Remove,
 }
 
@@ -118,7 +116,6 @@ impl Attacher {
         }
         let released = match decide()? {
             Release::Keep => Released::Done,
-            Release::Detach => self.detach(id)?,
             Release::Remove => match self.detach(id)? {
                 Released::Done => self.sys.remove_tree(&self.places.home(id)).map(|()| Released::Done)?,
                 Released::NotYet => Released::NotYet,

@@ -170,37 +170,71 @@ impl Snapshotter {
             check_new(tx, wanted)?;
             wanted.parent.as_ref().map_or(Ok(Vec::new()), |parent| tx.chain(parent)).map_err(Error::from)
         })?;
-        let (lower, pins) = self.lower(&chain)?;
+        let created = self.create_on(kind, wanted, &chain, mapped_root);
+        if created.is_err() {
+            self.release_later(&chain);
+        }
+        created
+    }
+
+    fn create_on(
+        &self,
+        kind: Kind,
+        wanted: &Wanted,
+        chain: &[Snapshot],
+        mapped_root: Option<(u32, u32)>,
+    ) -> Result<Vec<Mount>> {
+        let (lower, _pins) = self.lower(chain)?;
         let id = self.store.reserve_id()?;
-        let made = self.make_directories(kind, id, &chain, mapped_root).and_then(|()| {
-            let now = Timestamp::now();
-            self.store.write(|tx| {
-                let parent = check_new(tx, wanted)?;
-                // Removed and made again under the same name since we looked.
-                if parent.map(|p| p.id) != chain.first().map(|p| p.id) {
-                    return Err(wanted
-                        .parent
-                        .clone()
-                        .map_or_else(|| Error::NotFound(wanted.key.clone()), Error::ParentNotFound));
-                }
-                tx.insert(&Snapshot {
-                    id,
-                    key: wanted.key.clone(),
-                    parent: wanted.parent.clone(),
-                    kind,
-                    created: now,
-                    updated: now,
-                    labels: wanted.labels.clone(),
-                    layer: None,
-                    usage: None,
-                })?;
-                Ok(())
-            })
-        });
-        drop(pins);
+        let made = self
+            .make_directories(kind, id, chain, mapped_root)
+            .and_then(|()| self.insert(kind, id, wanted, chain.first().map(|parent| parent.id)));
         match made {
             Ok(()) => Ok(self.describe(kind, id, &lower)),
-            Err(failed) => Err(self.undo_create(id, &chain, failed)),
+            Err(failed) => match self.sys.remove_tree(&self.places.home(id)) {
+                Ok(()) => Err(failed),
+                Err(undo) => Err(Error::Undo { failed: Box::new(failed), undo }),
+            },
+        }
+    }
+
+    /// The record of an ordinary snapshot on `parent`, which was looked at before.
+    fn insert(&self, kind: Kind, id: SnapshotId, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
+        let now = Timestamp::now();
+        self.store.write(|tx| {
+            let found = check_new(tx, wanted)?;
+            if let (Some(found), Some(key)) = (&found, &wanted.parent)
+                && Some(found.id) != parent
+            {
+                // Removed meanwhile, and made again under the same name.
+                return Err(Error::ParentNotFound(key.clone()));
+            }
+            tx.insert(&Snapshot {
+                id,
+                key: wanted.key.clone(),
+                parent: wanted.parent.clone(),
+                kind,
+                created: now,
+                updated: now,
+                labels: wanted.labels.clone(),
+                layer: None,
+                usage: None,
+            })?;
+            Ok(())
+        })
+    }
+
+    /// Has the layers of `chain` looked at by the next cleanup: they may have been attached
+    /// for nothing.
+    fn release_later(&self, chain: &[Snapshot]) {
+        let remote: Vec<SnapshotId> = chain.iter().filter(|s| s.layer.is_some()).map(|s| s.id).collect();
+        if remote.is_empty() {
+            return;
+        }
+        let scheduled =
+            self.store.write(|tx| remote.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from));
+        if let Err(e) = scheduled {
+            log::warn!("layers may stay attached until the next start: {e}");
         }
     }
 
@@ -229,20 +263,6 @@ impl Snapshotter {
             self.sys.create_dir(&self.places.work(id), 0o711)?;
         }
         Ok(())
-    }
-
-    fn undo_create(&self, id: SnapshotId, chain: &[Snapshot], failed: Error) -> Error {
-        // The layers were attached for nothing, unless somebody else stands on them.
-        let remote = chain.iter().filter(|s| s.layer.is_some());
-        let scheduled =
-            self.store.write(|tx| remote.clone().try_for_each(|s| tx.schedule_cleanup(s.id)).map_err(Error::from));
-        if let Err(e) = scheduled {
-            log::warn!("layers stay attached until the next start: {e}");
-        }
-        match self.sys.remove_tree(&self.places.home(id)) {
-            Ok(()) => failed,
-            Err(undo) => Error::Undo { failed: Box::new(failed), undo },
-        }
     }
 
     fn describe(&self, kind: Kind, id: SnapshotId, lower: &[Lower]) -> Vec<Mount> {

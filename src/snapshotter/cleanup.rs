@@ -71,13 +71,8 @@ impl Snapshotter {
             return false;
         }
         let released = self.attacher.release(id, || {
-            self.store.read(|tx| {
-                Ok::<_, Error>(match tx.by_id(id)? {
-                    None => Release::Remove,
-                    Some(remote) if remote.layer.is_some() && !tx.is_live(id)? => Release::Detach,
-                    Some(_) => Release::Keep,
-                })
-            })
+            let needed = self.store.read(|tx| needs_its_directory(tx, id))?;
+            Ok::<_, Error>(if needed { Release::Keep } else { Release::Remove })
         });
         match released {
             Ok(Released::Done) => true,
@@ -91,4 +86,13 @@ impl Snapshotter {
             }
         }
     }
+}
+
+/// A local snapshot owns its directory; a remote one has it while something stands on it.
+pub(super) fn needs_its_directory(tx: &impl Lookup, id: SnapshotId) -> Result<bool> {
+    Ok(match tx.by_id(id)? {
+        None => false,
+        Some(remote) if remote.layer.is_some() => tx.is_live(id)?,
+        Some(_) => true,
+    })
 }

@@ -2,6 +2,7 @@
 //! nobody owns on the cleanup list, say what is broken, and stop at nothing.
 #![forbid(unsafe_code)]
 
+use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
 use crate::store::Lookup;
 use crate::types::{Snapshot, SnapshotId};
@@ -49,12 +50,4 @@ impl Snapshotter {
         }
         Ok(found)
     }
-}
-
-fn needs_its_directory(tx: &impl Lookup, id: SnapshotId) -> Result<bool> {
-    Ok(match tx.by_id(id)? {
-        None => false,
-        Some(remote) if remote.layer.is_some() => tx.is_live(id)?,
-        Some(_) => true,
-    })
 }

@@ -41,7 +41,11 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        umount2(&self.at, MntFlags::UMOUNT_NOFOLLOW).expect("a root file system that nobody uses can be unmounted");
+        // Busy for a moment: a process that another test's thread is just starting still has
+        // the files of this thread open.
+        crate::process::eventually("a root file system that nobody uses can be unmounted", || {
+            umount2(&self.at, MntFlags::UMOUNT_NOFOLLOW).is_ok() || std::thread::panicking()
+        });
     }
 }
 

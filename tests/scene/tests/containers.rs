@@ -47,6 +47,9 @@ fn root_a_pull_of_a_published_image_writes_only_records() {
     assert_eq!(mounts_below(&stage.snapshotter.root()), Vec::<std::path::PathBuf>::new(), "a pull mounts nothing");
     let output = stage.ours.run(&reference, "first", &["/bin/sh", "-c", "cat /data/text; ls /data"]).ok();
     assert_eq!(output, "xtext\ntop\n");
+    let log = stage.snapshotter.log();
+    let lines: Vec<&str> = log.lines().filter(|line| !line.contains("\"level\":\"debug\"")).collect();
+    assert_eq!(lines.len(), 2, "healthy calls say nothing at info, only the start does: {lines:?}");
 }
 
 #[test]

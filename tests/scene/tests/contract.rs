@@ -832,6 +832,56 @@ fn root_attachments_lost_in_a_reboot_are_made_again() {
 }
 
 #[test]
+fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
+    let d = daemon("stale", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("container", &name, &[]).unwrap();
+    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
+    let fine = |what: &str| {
+        d.client.mounts("container").unwrap();
+        assert_eq!(fs::read_to_string(layer.join("dir/file-1")).unwrap(), "1", "{what}");
+        assert!(fs::write(layer.join("new"), "").is_err(), "{what}: the layer is writable");
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1, "{what}");
+    };
+    let path = layer.to_str().unwrap();
+    run("mount", ["-o", "remount,bind,rw", path]).ok();
+    fine("a crash came before read-only");
+    mount_tmpfs(layer, "size=1m");
+    fine("something else is mounted there");
+    mount_tmpfs(layer, "size=1m");
+    let open = fs::File::create(layer.join("in-use")).unwrap();
+    fine("something else is mounted there and busy");
+    drop(open);
+    run("umount", [path]).ok();
+    fine("nothing is mounted there");
+    d.client.remove("container").unwrap();
+    // Busy for a moment if another test's thread is just starting a process.
+    scene::process::eventually("the layer is detached", || {
+        d.client.cleanup().unwrap();
+        mounts_below(&d.snapshotter.snapshots()).is_empty()
+    });
+}
+
+#[test]
+fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
+    let d = daemon("half-way", "");
+    let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    d.repository.withdraw(&digest(1));
+    let message = refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
+    assert!(
+        message.contains(&digest(1)) && message.contains("scene.test") && message.contains("pull it anew"),
+        "{message}"
+    );
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    // The image can still be removed.
+    d.client.remove(&second).unwrap();
+    d.client.remove(&first).unwrap();
+}
+
+#[test]
 fn root_configuration_is_checked_and_the_log_level_can_change() {
     let mut d = daemon("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
     let log = d.snapshotter.log();
