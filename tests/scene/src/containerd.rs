@@ -3,34 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
-use grpcio::{CallOption, Marshaller, Method, MethodType, pb_de, pb_ser};
-
-use crate::client::{self, Client};
+use crate::client::Client;
+use crate::cri::Cri;
 use crate::image::Image;
 use crate::process::{Output, Server, run, tool};
-use crate::proto::cri::{ImageSpec, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse};
 use crate::rootfs::Mounted;
 
 /// The namespace of the CRI.
 pub const NAMESPACE: &str = "k8s.io";
-
-macro_rules! image_service {
-    ($($constant:ident $name:literal $request:ty => $response:ty;)*) => {
-        $(const $constant: Method<$request, $response> = Method {
-            ty: MethodType::Unary,
-            name: concat!("/runtime.v1.ImageService/", $name),
-            req_mar: Marshaller { ser: pb_ser, de: pb_de },
-            resp_mar: Marshaller { ser: pb_ser, de: pb_de },
-        };)*
-    };
-}
-
-image_service! {
-    PULL_IMAGE "PullImage" PullImageRequest => PullImageResponse;
-    REMOVE_IMAGE "RemoveImage" RemoveImageRequest => RemoveImageResponse;
-}
 
 pub struct Containerd {
     dir: PathBuf,
@@ -40,17 +21,17 @@ pub struct Containerd {
 
 impl Containerd {
     /// With containerd's own overlayfs as the snapshotter of the CRI.
-    pub fn with_overlayfs(dir: &Path) -> Self {
-        Self::start(dir, "overlayfs", "")
+    pub fn with_overlayfs(dir: &Path, pause_image: &str) -> Self {
+        Self::start(dir, "overlayfs", pause_image, "")
     }
 
     /// With ours, behind `socket`.
-    pub fn with_snapshotter(dir: &Path, socket: &Path) -> Self {
+    pub fn with_snapshotter(dir: &Path, pause_image: &str, socket: &Path) -> Self {
         let proxy = format!("[proxy_plugins.cvmfs-snapshotter]\n  type = \"snapshot\"\n  address = {socket:?}\n");
-        Self::start(dir, "cvmfs-snapshotter", &proxy)
+        Self::start(dir, "cvmfs-snapshotter", pause_image, &proxy)
     }
 
-    fn start(dir: &Path, snapshotter: &'static str, proxy: &str) -> Self {
+    fn start(dir: &Path, snapshotter: &'static str, pause_image: &str, proxy: &str) -> Self {
         fs::create_dir_all(dir).expect("containerd's directory can be made");
         let socket = dir.join("c.sock");
         let config = format!(
@@ -61,6 +42,9 @@ oom_score = 0
 disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]
 [grpc]
   address = {socket:?}
+[plugins.\"io.containerd.grpc.v1.cri\"]
+  sandbox_image = \"{pause_image}\"
+  restrict_oom_score_adj = true
 [plugins.\"io.containerd.grpc.v1.cri\".containerd]
   snapshotter = \"{snapshotter}\"
   disable_snapshot_annotations = false
@@ -108,28 +92,20 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
         run(tool("nerdctl"), first.iter().chain(&["--snapshotter", self.snapshotter]).chain(arguments))
     }
 
-    fn image_service(&self) -> grpcio::Client {
-        grpcio::Client::new(client::connect(&self.socket()))
+    pub fn cri(&self) -> Cri {
+        Cri::connect(&self.socket())
     }
 
     /// Pulls as the kubelet does.
     #[track_caller]
     pub fn pull(&self, reference: &str) {
-        let request = PullImageRequest { image: Some(spec(reference)).into(), ..PullImageRequest::default() };
-        let option = CallOption::default().timeout(Duration::from_mins(10)).wait_for_ready(true);
-        if let Err(status) = client::call(&self.image_service(), &PULL_IMAGE, &request, option) {
-            panic!("cannot pull {reference}: {}", status.message());
-        }
+        self.cri().pull(reference);
     }
 
     /// Removes the image and waits until its content and snapshots are collected.
     #[track_caller]
     pub fn remove(&self, reference: &str) {
-        let request = RemoveImageRequest { image: Some(spec(reference)).into(), ..RemoveImageRequest::default() };
-        let option = CallOption::default().timeout(Duration::from_mins(1)).wait_for_ready(true);
-        if let Err(status) = client::call(&self.image_service(), &REMOVE_IMAGE, &request, option) {
-            panic!("cannot remove {reference}: {}", status.message());
-        }
+        self.cri().remove(reference);
         self.collect_garbage();
     }
 
@@ -225,8 +201,4 @@ impl Drop for Containerd {
 pub enum Writable {
     Yes,
     No,
-}
-
-fn spec(reference: &str) -> ImageSpec {
-    ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
 }

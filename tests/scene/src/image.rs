@@ -89,11 +89,15 @@ impl Builder {
     }
 
     pub fn image(&self, name: &str, layers: &[Layer], environment: &[&str]) -> Image {
+        self.image_that_runs(name, layers, environment, &["/bin/sh"])
+    }
+
+    pub fn image_that_runs(&self, name: &str, layers: &[Layer], environment: &[&str], command: &[&str]) -> Image {
         let diff_ids: Vec<&str> = layers.iter().map(|l| l.diff_id.as_str()).collect();
         let config = json!({
             "architecture": "amd64",
             "os": "linux",
-            "config": { "Env": environment, "Cmd": ["/bin/sh"] },
+            "config": { "Env": environment, "Cmd": command },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
             "history": layers.iter().map(|_| json!({ "created_by": "scene" })).collect::<Vec<_>>(),
         });

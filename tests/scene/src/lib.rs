@@ -2,9 +2,11 @@
 //! unpacked layers, images made from files, and a comparison of root file systems. The demo
 //! and the end-to-end tests are written with these.
 
+pub mod alone;
 pub mod client;
 pub mod compare;
 pub mod containerd;
+pub mod cri;
 pub mod image;
 pub mod process;
 pub mod publisher;

@@ -31,9 +31,9 @@ impl Registry {
         Self { server, address }
     }
 
-    /// The name under which clients pull the image.
-    pub fn reference(&self, image: &Image) -> String {
-        format!("{}/{}", self.address, image.name)
+    /// The reference under which clients pull the image of this name.
+    pub fn reference(&self, name: &str) -> String {
+        format!("{}/{name}", self.address)
     }
 
     /// Uploads an image under its name; blobs that are there already are not sent again.
@@ -47,7 +47,7 @@ impl Registry {
             .header("Content-Type", image.manifest.media_type)
             .send(fs::read(&image.manifest.path).expect("a manifest can be read"))
             .expect("a manifest can be pushed");
-        self.reference(image)
+        self.reference(&image.name)
     }
 
     fn push_blob(&self, repository: &str, blob: &Blob) {

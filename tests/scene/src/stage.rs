@@ -24,6 +24,9 @@ pub struct Stage {
     pub sandbox: Sandbox,
 }
 
+/// The image of the container that holds a pod's namespaces; a test that runs pods pushes it.
+pub const PAUSE: &str = "pause:1";
+
 impl Stage {
     /// `config` is added to the snapshotter's configuration.
     pub fn set(name: &str, config: &str) -> Self {
@@ -32,8 +35,9 @@ impl Stage {
         let registry = Registry::start(&sandbox.path("registry"));
         let repository = Repository::create(&sandbox.path("cvmfs"));
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
-        let ours = Containerd::with_snapshotter(&sandbox.path("o"), &snapshotter.socket());
-        let normal = Containerd::with_overlayfs(&sandbox.path("n"));
+        let pause = registry.reference(PAUSE);
+        let ours = Containerd::with_snapshotter(&sandbox.path("o"), &pause, &snapshotter.socket());
+        let normal = Containerd::with_overlayfs(&sandbox.path("n"), &pause);
         Self { normal, ours, snapshotter, registry, repository, builder, sandbox }
     }
 

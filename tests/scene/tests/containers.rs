@@ -9,7 +9,7 @@ use scene::client::Client;
 use scene::image::{Blob, Image};
 use scene::process::eventually;
 use scene::sandbox::mounts_below;
-use scene::stage::{Stage, names};
+use scene::stage::{PAUSE, Stage, names};
 
 /// An image of three layers that can run a shell; `text` makes it unlike others.
 fn shell_image(stage: &Stage, name: &str, text: &str) -> Image {
@@ -175,6 +175,36 @@ fn root_a_container_lives_through_every_way_of_stopping_the_snapshotter() {
         assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "a line is missing");
         stage.ours.end_container("writer");
     }
+}
+
+#[test]
+fn root_kubernetes_runs_a_pod_from_published_layers() {
+    let stage = Stage::set("pod", "");
+    let base = stage.base_layer();
+    let pause = stage.builder.image_that_runs(PAUSE, &[base], &[], &["/bin/sleep", "1000"]);
+    let image = shell_image(&stage, "pod:1", "x");
+    publish_and_push(&stage, &pause);
+    let reference = publish_and_push(&stage, &image);
+    let cri = stage.ours.cri();
+    cri.pull(&reference);
+    let name = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
+    let pod = cri.run_pod(&name, &reference, &["/bin/sleep", "1000"]);
+    assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", "cat /data/text; ls /data; echo new > /data/new"]), "xtext\ntop\n");
+    // The pod goes on without the snapshotter.
+    let mut stage = stage;
+    stage.snapshotter.end(Signal::SIGKILL);
+    assert_eq!(cri.exec(&pod, &["/bin/cat", "/data/new"]), "new\n");
+    stage.snapshotter.start_again();
+    // A collection while containerd has not connected again is not repeated.
+    eventually("containerd has connected again", || {
+        stage.ours.run(&reference, "again", &["/bin/true"]).status.success()
+    });
+    assert_eq!(stage.registry.fetched().layers_of(&image) + stage.registry.fetched().layers_of(&pause), 0);
+    cri.remove_pod(&pod);
+    eventually("the layers are detached", || {
+        stage.ours.collect_garbage();
+        mounts_below(&stage.snapshotter.snapshots()).is_empty()
+    });
 }
 
 #[test]

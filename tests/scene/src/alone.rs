@@ -1,0 +1,53 @@
+//! A snapshotter alone, without a containerd, with a repository that has three layers.
+
+use std::fs;
+
+use cvmfs_snapshotter::proto::mount::Mount;
+use grpcio::RpcStatusCode;
+
+use crate::client::{Answer, Client};
+use crate::publisher::Repository;
+use crate::sandbox::Sandbox;
+use crate::snapshotter::Snapshotter;
+
+/// Fields are dropped in order: the client before the server, the sandbox last.
+pub struct Alone {
+    pub client: Client,
+    pub snapshotter: Snapshotter,
+    pub repository: Repository,
+    pub sandbox: Sandbox,
+}
+
+impl Alone {
+    /// `config` is added to the snapshotter's configuration.
+    pub fn start(name: &str, config: &str) -> Self {
+        let sandbox = Sandbox::enter(name);
+        let repository = Repository::create(&sandbox.path("cvmfs"));
+        for n in 1..=3 {
+            let top = repository.layer_dir(&digest(n)).join("layerfs");
+            fs::create_dir_all(top.join("dir")).expect("a layer can be made");
+            fs::write(top.join(format!("dir/file-{n}")), n.to_string()).expect("a layer can be filled");
+            fs::write(top.join(".cvmfscatalog"), "").expect("a layer can be marked");
+        }
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
+        Self { client: snapshotter.client(), snapshotter, repository, sandbox }
+    }
+}
+
+/// The digest of layer 1, 2 or 3, or of one that is not published.
+pub fn digest(n: u8) -> String {
+    format!("sha256:{}", format!("{n:02x}").repeat(32))
+}
+
+/// The message of a call that must be refused with `code`.
+#[track_caller]
+pub fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: RpcStatusCode) -> String {
+    let status = answer.expect_err("the call is refused");
+    assert_eq!(status.code(), code, "{}", status.message());
+    status.message().to_owned()
+}
+
+pub fn options(mounts: &[Mount]) -> &[String] {
+    let [mount] = mounts else { panic!("one mount describes a snapshot") };
+    &mount.options
+}

@@ -1,0 +1,388 @@
+//! Kills, full disks, broken state, lost mounts, wrong configuration: nothing is lost, any
+//! state starts, and anything can be removed.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cvmfs_snapshotter::proto::snapshots::Kind;
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::{Alone, digest, options, refused};
+use scene::process::run;
+use scene::publisher::Repository;
+use scene::rootfs::Mounted;
+use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
+use scene::snapshotter::{Snapshotter, binary};
+
+/// 56 kills of containerd's own overlayfs left 14 calls that failed with "file exists": an
+/// id whose transaction never committed was handed out again.
+#[test]
+fn root_what_was_acknowledged_survives_sigkill() {
+    let mut d = Alone::start("sigkill", "");
+    let remote = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let mut present: HashSet<String> = HashSet::from([remote.clone()]);
+    let mut absent: HashSet<String> = HashSet::new();
+    for round in 0..12 {
+        let acknowledged: Vec<(HashSet<String>, HashSet<String>, Vec<String>)> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|t| {
+                    let (c, remote) = (d.snapshotter.client(), remote.clone());
+                    scope.spawn(move || {
+                        let (mut made, mut removed, mut odd) = (HashSet::new(), HashSet::new(), Vec::new());
+                        for n in 0.. {
+                            let key = format!("{round}-{t}-{n}");
+                            let parent = if n % 2 == 0 { "" } else { &remote };
+                            match c.prepare(&key, parent, &[]) {
+                                Ok(_) => made.insert(key.clone()),
+                                Err(s) if s.code() == Code::UNAVAILABLE => break,
+                                Err(s) => {
+                                    odd.push(s.message().to_owned());
+                                    break;
+                                }
+                            };
+                            if n % 3 == 0 {
+                                // Killed in between: it may be there or not.
+                                made.remove(&key);
+                                if c.remove(&key).is_err() {
+                                    break;
+                                }
+                                removed.insert(key);
+                            } else if n % 3 == 1 {
+                                let name = format!("name-{key}");
+                                made.remove(&key);
+                                if c.commit(&name, &key, &[]).is_err() {
+                                    break;
+                                }
+                                made.insert(name);
+                                removed.insert(key);
+                            }
+                        }
+                        (made, removed, odd)
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(30 + 17 * round));
+            d.snapshotter.end(Signal::SIGKILL);
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        for (made, removed, odd) in acknowledged {
+            assert_eq!(odd, Vec::<String>::new());
+            present.extend(made);
+            absent.extend(removed);
+        }
+        d.snapshotter.start_again();
+        let client = d.snapshotter.client();
+        let listed = client.list(&[]).unwrap();
+        let names: HashSet<&str> = listed.iter().map(|i| i.name.as_str()).collect();
+        for key in &present {
+            assert!(names.contains(key.as_str()), "{key} was acknowledged and is lost");
+        }
+        for key in &absent {
+            assert!(!names.contains(key.as_str()), "{key} was removed and is back");
+        }
+        for info in listed.iter().filter(|i| i.kind.enum_value() == Ok(Kind::ACTIVE)) {
+            client.mounts(&info.name).unwrap();
+        }
+    }
+    assert!(present.len() > 50, "too little happened: {}", present.len());
+    // Everything can be removed, and then nothing is left.
+    let c = d.snapshotter.client();
+    let mut left = c.list(&[]).unwrap();
+    while !left.is_empty() {
+        let before = left.len();
+        left.retain(|info| c.remove(&info.name).is_err());
+        assert!(left.len() < before, "something cannot be removed");
+    }
+    c.cleanup().unwrap();
+    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(mounts_below(&d.snapshotter.root()).len(), 0);
+}
+
+#[test]
+fn root_a_full_disk_loses_nothing_and_heals() {
+    let sandbox = Sandbox::enter("full");
+    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let small = sandbox.make_dir("s/root");
+    mount_tmpfs(&small, "size=8m");
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    c.prepare("before", "", &[("kept", "yes")]).unwrap();
+    let filler = small.join("filler");
+    let mut made = Vec::new();
+    let mut failed = 0;
+    let file = fs::File::create(&filler).unwrap();
+    let mut file = std::io::BufWriter::new(file);
+    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() && std::io::Write::flush(&mut file).is_ok() {}
+    drop(file.into_parts());
+    for n in 0..3000 {
+        let key = format!("key-{n}");
+        match c.prepare(&key, "", &[("big", &"x".repeat(8000))]) {
+            Ok(_) => made.push(key),
+            Err(status) => {
+                assert_eq!(status.code(), Code::INTERNAL, "{}", status.message());
+                failed += 1;
+                if failed > 20 {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(failed > 20, "the disk never got full");
+    fs::remove_file(&filler).unwrap();
+    c.prepare("after", "", &[]).unwrap();
+    for restart in [false, true] {
+        if restart {
+            snapshotter.end(Signal::SIGKILL);
+            snapshotter.start_again();
+        }
+        let c = snapshotter.client();
+        let names: HashSet<String> = c.list(&[]).unwrap().into_iter().map(|i| i.name).collect();
+        assert_eq!(names.len(), made.len() + 2);
+        assert!(made.iter().all(|key| names.contains(key)));
+        assert_eq!(c.stat("before").unwrap().labels.get("kept").map(String::as_str), Some("yes"));
+    }
+}
+
+#[test]
+fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
+    let mut d = Alone::start("broken", "");
+    let c = &d.client;
+    for (key, name) in [("a", "bad"), ("b", "good")] {
+        c.prepare(key, "", &[]).unwrap();
+        c.commit(name, key, &[]).unwrap();
+    }
+    let mounts = c.prepare("on-bad", "bad", &[]).unwrap();
+    let bad = options(&mounts).iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap().to_owned();
+    d.snapshotter.end(Signal::SIGTERM);
+    fs::remove_dir_all(Path::new(&bad).parent().unwrap()).unwrap();
+    d.snapshotter.start_again();
+    let c = d.snapshotter.client();
+    let message = refused(c.mounts("on-bad"), Code::UNAVAILABLE);
+    assert!(
+        message.contains("\"bad\"") && message.contains("ctr snapshots --snapshotter cvmfs-snapshotter rm"),
+        "{message}"
+    );
+    refused(c.prepare("new", "bad", &[]), Code::UNAVAILABLE);
+    c.prepare("fine", "good", &[]).unwrap();
+    c.remove("on-bad").unwrap();
+    c.remove("bad").unwrap();
+    c.cleanup().unwrap();
+}
+
+#[test]
+fn root_directories_of_another_snapshotter_are_left_alone() {
+    let sandbox = Sandbox::enter("foreign");
+    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
+    fs::write(theirs.join("precious"), "x").unwrap();
+    fs::write(sandbox.path("s/root/snapshotter/metadata.db"), "theirs").unwrap();
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    for _ in 0..2 {
+        let c = snapshotter.client();
+        c.prepare("key", "", &[]).unwrap();
+        assert!(
+            PathBuf::from(&c.mounts("key").unwrap()[0].source).ends_with("8/fs")
+                || snapshotter.log().matches("serves").count() > 1
+        );
+        c.remove("key").unwrap();
+        c.cleanup().unwrap();
+        snapshotter.end(Signal::SIGTERM);
+        snapshotter.start_again();
+    }
+    assert_eq!(fs::read_to_string(theirs.join("precious")).unwrap(), "x");
+    assert!(snapshotter.log().contains("1 entries of another snapshotter"));
+}
+
+#[test]
+fn root_socket_and_state_belong_to_one_daemon() {
+    let mut d = Alone::start("exclusive", "");
+    let socket = d.snapshotter.socket();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::metadata(socket.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
+    let start = |address: &Path, root: &Path| {
+        let path = |p: &Path| p.display().to_string();
+        run(binary(), ["--address", &path(address), "--root", &path(root), "--config", "/dev/null"])
+    };
+    let other = start(&socket, &d.sandbox.path("elsewhere"));
+    assert_eq!(other.status.code(), Some(1));
+    assert!(
+        other.stderr.contains("another process serves the socket") && other.stderr.contains("s.sock"),
+        "{}",
+        other.stderr
+    );
+    let other = start(&d.sandbox.path("other.sock"), &d.snapshotter.root());
+    assert_eq!(other.status.code(), Some(1));
+    assert!(other.stderr.contains("another cvmfs-snapshotter uses the state root"), "{}", other.stderr);
+    d.client.prepare("still-served", "", &[]).unwrap();
+    // Killed, it leaves a socket that the next start replaces; stopped, it takes it away.
+    d.snapshotter.end(Signal::SIGKILL);
+    assert!(socket.exists());
+    d.snapshotter.start_again();
+    assert!(d.snapshotter.end(Signal::SIGINT).success());
+    assert!(!socket.exists());
+}
+
+#[test]
+fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
+    let mut d = Alone::start("stop", "workers = 1");
+    let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
+    for dir in 0..300 {
+        fs::create_dir(source.join(dir.to_string())).unwrap();
+        for file in 0..200 {
+            fs::write(source.join(format!("{dir}/{file}")), "").unwrap();
+        }
+    }
+    let c = d.client.clone();
+    let running = std::thread::spawn(move || c.usage("big"));
+    std::thread::sleep(Duration::from_millis(50));
+    let begun = Instant::now();
+    assert!(d.snapshotter.end(Signal::SIGTERM).success());
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert_eq!(running.join().unwrap().unwrap().1, 300 * 201 + 1, "a call under way is finished");
+    // A connection that only sits there holds nobody up.
+    d.snapshotter.start_again();
+    let idle = UnixStream::connect(d.snapshotter.socket()).unwrap();
+    let begun = Instant::now();
+    assert!(d.snapshotter.end(Signal::SIGTERM).success());
+    assert!(begun.elapsed() < Duration::from_secs(11), "{:?}", begun.elapsed());
+    drop(idle);
+}
+
+#[test]
+fn root_changing_the_way_of_attaching_works_on_what_is_there() {
+    let mut d = Alone::start("modes", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let before = d.client.prepare("container", &name, &[]).unwrap();
+    for (config, mounts) in [("attach = \"symlink\"", 0), ("attach = \"bind\"", 1)] {
+        d.snapshotter.end(Signal::SIGTERM);
+        drop(std::mem::replace(
+            &mut d.snapshotter,
+            Snapshotter::start(&d.sandbox.path("s"), d.repository.dir(), config),
+        ));
+        let c = d.snapshotter.client();
+        assert_eq!(c.mounts("container").unwrap(), before);
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts, "{config}");
+        let at = d.sandbox.path("mnt");
+        let mounted = Mounted::new(&before, &at).unwrap();
+        assert_eq!(fs::read_to_string(at.join("dir/file-1")).unwrap(), "1");
+        drop(mounted);
+    }
+    let c = d.snapshotter.client();
+    c.remove("container").unwrap();
+    c.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+}
+
+#[test]
+fn root_attachments_lost_in_a_reboot_are_made_again() {
+    let mut d = Alone::start("reboot", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let before = d.client.prepare("container", &name, &[]).unwrap();
+    d.snapshotter.end(Signal::SIGKILL);
+    for mount in mounts_below(&d.snapshotter.snapshots()) {
+        run("umount", [mount]).ok();
+    }
+    d.snapshotter.start_again();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "nothing is mounted until it is needed");
+    let c = d.snapshotter.client();
+    assert_eq!(c.mounts("container").unwrap(), before);
+    let [mount] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached again") };
+    assert_eq!(fs::read_to_string(mount.join("dir/file-1")).unwrap(), "1");
+}
+
+#[test]
+fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
+    let d = Alone::start("stale", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("container", &name, &[]).unwrap();
+    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
+    let fine = |what: &str| {
+        d.client.mounts("container").unwrap();
+        assert_eq!(fs::read_to_string(layer.join("dir/file-1")).unwrap(), "1", "{what}");
+        assert!(fs::write(layer.join("new"), "").is_err(), "{what}: the layer is writable");
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1, "{what}");
+    };
+    let path = layer.to_str().unwrap();
+    run("mount", ["-o", "remount,bind,rw", path]).ok();
+    fine("a crash came before read-only");
+    mount_tmpfs(layer, "size=1m");
+    fine("something else is mounted there");
+    mount_tmpfs(layer, "size=1m");
+    let open = fs::File::create(layer.join("in-use")).unwrap();
+    fine("something else is mounted there and busy");
+    drop(open);
+    run("umount", [path]).ok();
+    fine("nothing is mounted there");
+    d.client.remove("container").unwrap();
+    // Busy for a moment if another test's thread is just starting a process.
+    scene::process::eventually("the layer is detached", || {
+        d.client.cleanup().unwrap();
+        mounts_below(&d.snapshotter.snapshots()).is_empty()
+    });
+}
+
+#[test]
+fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
+    let d = Alone::start("half-way", "");
+    let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    d.repository.withdraw(&digest(1));
+    let message = refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
+    assert!(
+        message.contains(&digest(1)) && message.contains("scene.test") && message.contains("pull it anew"),
+        "{message}"
+    );
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    // The image can still be removed.
+    d.client.remove(&second).unwrap();
+    d.client.remove(&first).unwrap();
+}
+
+#[test]
+fn root_configuration_is_checked_and_the_log_level_can_change() {
+    let mut d = Alone::start("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
+    let log = d.snapshotter.log();
+    assert!(log.contains("line 4: unknown key \"plugins\""), "{log}");
+    assert!(log.contains(" info ") && !log.contains("{\"level\""), "{log}");
+    let check = |text: &str| {
+        let file = d.sandbox.path("check.toml");
+        fs::write(&file, text).unwrap();
+        run(binary(), ["-check-config", "-config", file.to_str().unwrap()])
+    };
+    assert!(check("repository = \"a.b\"").status.success());
+    for (text, message) in [
+        ("\nattach = \"copy\"", "line 2: attach = \"copy\" is not possible: it is \"bind\" or \"symlink\""),
+        ("repositry = \"a\"", "\"repositry\" (line 1)"),
+        ("repository", "not TOML"),
+    ] {
+        let output = check(text);
+        assert_eq!(output.status.code(), Some(78), "{text}");
+        assert!(output.stderr.contains(message), "{}", output.stderr);
+    }
+    // A wrong value stops the start as well, and changes nothing.
+    d.snapshotter.end(Signal::SIGTERM);
+    let good = fs::read_to_string(d.sandbox.path("s/config.toml")).unwrap();
+    fs::write(d.sandbox.path("s/config.toml"), "workers = 0").unwrap();
+    let output = d.snapshotter.command().output().unwrap();
+    assert_eq!(output.status.code(), Some(78));
+    fs::write(d.sandbox.path("s/config.toml"), format!("log-level = \"error\"\n{good}")).unwrap();
+    d.snapshotter.start_again();
+    let quiet = |d: &Alone| {
+        let before = d.snapshotter.log().len();
+        let _ = d.client.stat("absent");
+        d.snapshotter.log().len() == before
+    };
+    let client = d.snapshotter.client();
+    d.client = client;
+    assert!(!quiet(&d), "the flag says debug, and it wins at the start");
+    d.snapshotter.server().signal(Signal::SIGHUP);
+    scene::process::eventually("SIGHUP makes the log quiet", || quiet(&d));
+}

@@ -1,0 +1,176 @@
+//! Many clients at once, and clients that mean no good: every call gets its answer, and
+//! nobody holds anybody else up.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::{Alone, digest, options, refused};
+use scene::sandbox::mounts_below;
+
+#[test]
+fn root_every_call_is_answered_under_load() {
+    let mut d = Alone::start("load", "");
+    let failures: Vec<String> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..16)
+            .map(|t| {
+                let c = d.snapshotter.client();
+                scope.spawn(move || {
+                    let mut failures = Vec::new();
+                    for n in 0..150 {
+                        let key = format!("{t}-{n}");
+                        for answer in [
+                            c.prepare(&key, "", &[]).map(drop),
+                            c.stat(&key).map(drop),
+                            c.mounts(&key).map(drop),
+                            c.list(&[&format!("name==\"{key}\"")]).map(|l| assert_eq!(l.len(), 1)),
+                            c.remove(&key),
+                        ] {
+                            failures.extend(answer.err().map(|s| format!("{:?} {}", s.code(), s.message())));
+                        }
+                    }
+                    failures
+                })
+            })
+            .collect();
+        threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!(failures, Vec::<String>::new());
+    d.client.cleanup().unwrap();
+    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    assert!(d.snapshotter.end(Signal::SIGTERM).success());
+}
+
+#[test]
+fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
+    let d = Alone::start("concurrent", "");
+    std::thread::scope(|scope| {
+        for t in 0..16 {
+            let c = d.snapshotter.client();
+            scope.spawn(move || c.pull_remote(&format!("extract-{t}"), "", "sha256:c", &digest(1)));
+        }
+    });
+    assert_eq!(d.client.list(&[]).unwrap().len(), 1);
+    // A hundred first uses attach the layer once.
+    std::thread::scope(|scope| {
+        for t in 0..100 {
+            let c = d.client.clone();
+            scope.spawn(move || c.prepare(&format!("container-{t}"), "cvmfs/0/sha256:c", &[]).unwrap());
+        }
+    });
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1);
+}
+
+#[test]
+fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
+    let d = Alone::start("race", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let cleaner = d.client.clone();
+        let stop = &stop;
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                cleaner.cleanup().unwrap();
+            }
+        });
+        let workers: Vec<_> = (0..4)
+            .map(|t| {
+                let (c, name) = (d.client.clone(), name.clone());
+                scope.spawn(move || {
+                    for n in 0..100 {
+                        let key = format!("{t}-{n}");
+                        let mounts = c.prepare(&key, &name, &[]).unwrap();
+                        let lower = options(&mounts).iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+                        let layer = lower.split(':').find(|l| l.ends_with("/fs")).unwrap();
+                        assert!(Path::new(layer).join("dir/file-1").exists(), "the layer is not attached");
+                        c.remove(&key).unwrap();
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+}
+
+#[test]
+fn root_a_full_queue_refuses_at_once_and_a_late_call_is_not_started() {
+    let d = Alone::start("queue", "workers = 1\nqueue = 2");
+    // A directory that takes long to measure keeps the only worker busy.
+    let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
+    for dir in 0..200 {
+        fs::create_dir(source.join(dir.to_string())).unwrap();
+        for file in 0..200 {
+            fs::write(source.join(format!("{dir}/{file}")), "").unwrap();
+        }
+    }
+    std::thread::scope(|scope| {
+        let busy: Vec<_> = (0..40)
+            .map(|_| {
+                let c = d.client.clone();
+                scope.spawn(move || c.usage("big"))
+            })
+            .collect();
+        let answers: Vec<_> = busy.into_iter().map(|b| b.join().unwrap()).collect();
+        let done = answers.iter().filter(|a| a.is_ok()).count();
+        let full = answers.iter().filter(|a| a.as_ref().is_err_and(|s| s.code() == Code::RESOURCE_EXHAUSTED)).count();
+        assert!(done >= 2 && full >= 1 && done + full == 40, "{done} done, {full} refused");
+    });
+    std::thread::scope(|scope| {
+        let busy = {
+            let c = d.client.clone();
+            scope.spawn(move || c.usage("big"))
+        };
+        std::thread::sleep(Duration::from_millis(20));
+        let late = d.client.with_timeout(Duration::from_millis(1)).prepare("late", "", &[]);
+        refused(late, Code::DEADLINE_EXCEEDED);
+        busy.join().unwrap().unwrap();
+    });
+    refused(d.client.stat("late"), Code::NOT_FOUND);
+}
+
+#[test]
+fn root_garbage_on_the_socket_disturbs_nobody() {
+    let d = Alone::start("garbage", "");
+    for n in 0..50 {
+        let mut stream = UnixStream::connect(d.snapshotter.socket()).unwrap();
+        let bytes: Vec<u8> =
+            (0..1000 + n * 37).map(|i: u32| u8::try_from(i.wrapping_mul(2_654_435_761) >> 24).unwrap()).collect();
+        let _ = std::io::Write::write_all(&mut stream, &bytes);
+    }
+    let open: Vec<_> = (0..200).map(|_| UnixStream::connect(d.snapshotter.socket()).unwrap()).collect();
+    d.client.prepare("key", "", &[]).unwrap();
+    drop(open);
+    d.client.stat("key").unwrap();
+}
+
+#[test]
+fn root_a_client_that_does_not_read_its_list_holds_no_worker() {
+    let d = Alone::start("slow-reader", "workers = 1");
+    for n in 0..40 {
+        d.client.prepare(&format!("key-{n}"), "", &[("big", &"x".repeat(200_000))]).unwrap();
+    }
+    let request = cvmfs_snapshotter::proto::snapshots::ListSnapshotsRequest::default();
+    let grpc = grpcio::Client::new(d.client.channel().clone());
+    let streams: Vec<_> = (0..8)
+        .map(|_| {
+            grpc.server_streaming(&cvmfs_snapshotter::server::service::LIST, &request, grpcio::CallOption::default())
+                .unwrap()
+        })
+        .collect();
+    for n in 0..40 {
+        d.snapshotter.client().with_timeout(Duration::from_secs(5)).stat(&format!("key-{n}")).unwrap();
+    }
+    drop(streams);
+}
