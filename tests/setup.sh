@@ -74,7 +74,7 @@ python_tool() {
 # Go 1.21 and newer fetch the version that a module asks for by themselves.
 go_program() {
     local minor
-    minor=$(go version 2>/dev/null | sed -n 's/.*go1\.\([0-9]*\).*/\1/p')
+    minor=$( (go version 2>/dev/null || true) | sed -n 's/.*go1\.\([0-9]*\).*/\1/p')
     if [ "${minor:-0}" -ge 21 ]; then
         ln -sfn "$(command -v go)" "$tools/go"
     else
