@@ -6,7 +6,7 @@
 //! a skeleton is built beside its place and renamed into it.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use crate::overlay::{Mask, Places};
-use crate::repository::scan::{CATALOG_MARKER, Directory, Scan};
-use crate::sys::{Error, FileType, Result, Sys, Unmount, Writable};
+use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
+use crate::sys::{Error, FileType, Result, Sys, Unmount};
 use crate::types::SnapshotId;
 
 /// How a layer's files come under `snapshots/<id>/fs`.
@@ -56,12 +56,12 @@ impl Drop for Pin {
 enum Found {
     Nothing,
     Link,
-    Directory,
     /// The layer, read-only.
     Attached,
-    /// A mount that is not the layer, or not any more: the server died, was mounted anew,
-    /// or a crash came between binding and making read-only.
-    Stale,
+    /// The bare mount point, or a mount that is not the layer, or not any more: the server
+    /// died, was mounted anew, the layer was published anew, or a crash came between binding
+    /// and making read-only.
+    Other,
 }
 
 /// What a caller of `release` wants done.
@@ -91,8 +91,14 @@ impl Attacher {
         {
             let mut held = slot.lock();
             self.ensure_directory(&self.places.home(id), 0o700)?;
-            self.ensure_skeleton(&self.places.mask(id), scan, |d| !d.hidden.is_empty(), Self::build_mask)?;
-            self.ensure_skeleton(&self.places.hide(id), scan, |d| d.opaque || !d.deleted.is_empty(), Self::build_hide)?;
+            self.ensure_skeleton(&self.places.mask(id), source, scan, |d| !d.hidden.is_empty(), Self::build_mask)?;
+            self.ensure_skeleton(
+                &self.places.hide(id),
+                source,
+                scan,
+                |d| d.opaque || !d.deleted.is_empty(),
+                Self::build_hide,
+            )?;
             match self.mode {
                 Mode::Bind => self.ensure_bound(id, source)?,
                 Mode::Symlink => self.ensure_linked(id, source)?,
@@ -163,19 +169,21 @@ impl Attacher {
                 Found::Attached => return Ok(()),
                 Found::Nothing => self.sys.create_dir(&fs, 0o755)?,
                 Found::Link => self.sys.remove_file(&fs)?,
-                Found::Directory => {
-                    if let Err(e) = self.sys.bind_read_only(source, &fs) {
-                        // The mount may be there and writable: that must not stay.
-                        let _ = self.unmount_all(&fs);
-                        return Err(e);
-                    }
-                    return Ok(());
-                }
-                Found::Stale => match self.sys.unmount(&fs, Unmount::Plain) {
+                Found::Other => match self.sys.unmount(&fs, Unmount::Plain) {
+                    Ok(()) => {}
                     // Somebody still has a file open there. It keeps what it has; nobody
                     // else gets it.
                     Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(&fs, Unmount::Detach)?,
-                    result => result?,
+                    // Nothing is mounted.
+                    Err(e) if e.errno == Errno::EINVAL => {
+                        if let Err(e) = self.sys.bind_read_only(source, &fs) {
+                            // The mount may be there and writable: that must not stay.
+                            let _ = self.unmount_all(&fs);
+                            return Err(e);
+                        }
+                        return Ok(());
+                    }
+                    Err(e) => return Err(e),
                 },
             }
         }
@@ -187,29 +195,20 @@ impl Attacher {
         let there = match self.sys.lstat(&fs) {
             Ok(there) => there,
             Err(e) if e.errno == Errno::ENOENT => return Ok(Found::Nothing),
-            Err(e) if is_dead(&e) => return Ok(Found::Stale),
+            Err(e) if is_dead(&e) => return Ok(Found::Other),
             Err(e) => return Err(e),
         };
         if there.file_type == FileType::Symlink {
             return Ok(Found::Link);
         }
         let wanted = self.sys.stat(source)?;
+        let Ok(file_system) = self.sys.statfs(&fs) else { return Ok(Found::Other) };
         let home = self.sys.lstat(&self.places.home(id))?;
-        // A repository in a plain directory may share its device with the state root; then
-        // only the inode tells a mounted layer from the bare mount point. Elsewhere the
-        // inode says nothing: CernVM-FS gives new ones with every catalog.
-        let same_device_as_home = there.device == home.device;
-        let is_wanted = there.device == wanted.device && (!same_device_as_home || there.inode == wanted.inode);
-        Ok(if is_wanted {
-            match self.sys.statfs(&fs) {
-                Ok(Writable::ReadOnly) => Found::Attached,
-                Ok(Writable::Yes) | Err(_) => Found::Stale,
-            }
-        } else if same_device_as_home {
-            Found::Directory
-        } else {
-            Found::Stale
-        })
+        // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
+        // layer that it publishes never changes, so there the device says enough.
+        let is_wanted = there.device == wanted.device
+            && (there.inode == wanted.inode || (file_system.fuse && there.device != home.device));
+        Ok(if is_wanted && file_system.read_only { Found::Attached } else { Found::Other })
     }
 
     fn ensure_linked(&self, id: SnapshotId, source: &Path) -> Result<()> {
@@ -253,20 +252,19 @@ impl Attacher {
     fn ensure_skeleton(
         &self,
         place: &Path,
+        source: &Path,
         scan: &Scan,
         wanted: impl Fn(&Directory) -> bool,
         fill: impl Fn(&Self, &Path, &Directory) -> Result<()>,
     ) -> Result<()> {
-        if !scan.directories.iter().any(&wanted) || self.lstat(place)?.is_some() {
+        let with_parents: HashSet<&Path> =
+            scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
+        if with_parents.is_empty() || self.lstat(place)?.is_some() {
             return Ok(());
         }
         let new = beside(place);
         self.sys.remove_tree(&new)?;
-        let needed: Vec<_> = scan
-            .directories
-            .iter()
-            .filter(|d| scan.directories.iter().any(|other| wanted(other) && other.path.starts_with(&d.path)))
-            .collect();
+        let needed: Vec<_> = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path())).collect();
         for directory in &needed {
             let path = new.join(&directory.path);
             self.sys.create_dir(&path, 0o755)?;
@@ -274,7 +272,8 @@ impl Attacher {
         }
         // Children first: making an entry changes the time of its directory.
         for directory in needed.iter().rev() {
-            self.sys.set_attributes(&new.join(&directory.path), &directory.attributes)?;
+            let attributes = self.sys.attributes(&source.join(&directory.path))?;
+            self.sys.set_attributes(&new.join(&directory.path), &attributes)?;
         }
         self.sys.rename(&new, place)
     }
@@ -291,16 +290,20 @@ impl Attacher {
     }
 }
 
-/// What the skeletons of a layer are for.
+/// What the skeletons of a layer are for: what its mask hides, and whether it hides
+/// anything of the layers below.
 pub fn skeletons(scan: &Scan) -> (Mask, bool) {
     let hides = scan.directories.iter().any(|d| d.opaque || !d.deleted.is_empty());
-    let hidden: usize = scan.directories.iter().map(|d| d.hidden.len()).sum();
-    let top_catalog = scan.directories.first().is_some_and(|top| top.hidden.iter().any(|name| name == CATALOG_MARKER));
-    let mask = match (hidden, top_catalog) {
-        (0, _) => Mask::Nothing,
-        (1, true) => Mask::TopCatalog,
-        (_, top_catalog) => Mask::Markers { top_catalog },
-    };
+    let mut mask = Mask::default();
+    for directory in &scan.directories {
+        let is_top = directory.path.as_os_str().is_empty();
+        for name in &directory.hidden {
+            match CATALOG_MARKERS.iter().position(|marker| is_top && name == marker) {
+                Some(n) => mask.top_catalogs |= 1 << n,
+                None => mask.others = true,
+            }
+        }
+    }
     (mask, hides)
 }
 

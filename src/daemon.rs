@@ -34,6 +34,8 @@ const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 #[derive(Debug)]
 pub enum Error {
     Config(config::Error),
+    /// The address cannot be one.
+    Address(server::Error),
     /// `--check-config` found keys that nobody reads.
     UnknownKeys(Vec<config::UnknownKey>),
     RootNotAbsolute(PathBuf),
@@ -84,7 +86,7 @@ impl fmt::Display for Error {
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
             Self::System(cause) => cause.fmt(f),
             Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
-            Self::Server(cause) => cause.fmt(f),
+            Self::Address(cause) | Self::Server(cause) => cause.fmt(f),
         }
     }
 }
@@ -95,7 +97,11 @@ impl Error {
     /// 78 is EX_CONFIG: starting again without a change is of no use.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::UnknownKeys(_) | Self::RootNotAbsolute(_) | Self::RootNotMountable(_) => 78,
+            Self::Config(_)
+            | Self::UnknownKeys(_)
+            | Self::Address(_)
+            | Self::RootNotAbsolute(_)
+            | Self::RootNotMountable(_) => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }
             | Self::Store(_)
@@ -124,6 +130,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
         let file = arguments.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
         log::warn!("{}, {key}", file.display());
     }
+    server::check_address(&arguments.address).map_err(Error::Address)?;
     let root = StateRoot::take(&arguments.root)?;
     let snapshotter = Arc::new(open(&root, &config)?);
     let found = snapshotter.recover().map_err(Error::Recovery)?;
@@ -133,6 +140,12 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
         found.leftovers,
         found.broken.len()
     );
+    if !found.unknown.is_empty() {
+        log::error!(
+            "{} directories hold files that the metadata does not know: was an older copy of it put back?",
+            found.unknown.len()
+        );
+    }
     if found.foreign > 0 {
         log::warn!(
             "{} holds {} entries of another snapshotter: they are left alone, remove them once nothing needs them",
@@ -226,13 +239,18 @@ impl StateRoot {
         if !root.is_absolute() {
             return Err(Error::RootNotAbsolute(root.to_owned()));
         }
+        make_private(root)?;
+        // The mount table names things by their real paths, and so must we, to recognise what
+        // is mounted below us.
+        let real = root.canonicalize().map_err(|cause| Error::Root { path: root.to_owned(), cause })?;
         let odd = |c: char| matches!(c, ':' | ',' | '\\' | '"') || c.is_control();
-        if root.to_str().is_none_or(|text| text.contains(odd)) {
-            return Err(Error::RootNotMountable(root.to_owned()));
+        if real.to_str().is_none_or(|text| text.contains(odd)) {
+            return Err(Error::RootNotMountable(real));
         }
-        let home = root.join("snapshotter");
+        let home = real.join("snapshotter");
+        make_private(&home.join("snapshots"))?;
         let snapshots = home.join("snapshots");
-        make_private(&snapshots)?;
+        let snapshots = snapshots.canonicalize().map_err(|cause| Error::Root { path: snapshots, cause })?;
         let lock_path = home.join("lock");
         let lock = File::options()
             .create(true)

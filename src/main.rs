@@ -1,5 +1,6 @@
 #![forbid(unsafe_code)]
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use cvmfs_snapshotter::{cli, daemon};
@@ -17,7 +18,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cvmfs-snapshotter: {error}");
+            // Nobody may be listening; the exit code still says it.
+            let _ = writeln!(std::io::stderr(), "cvmfs-snapshotter: {error}");
             ExitCode::from(error.exit_code())
         }
     }

@@ -40,27 +40,27 @@ impl Places {
         self.home(id).join("work")
     }
 
-    /// The skeleton above an attached layer: whiteouts for names nobody may see.
+    /// The skeleton above an attached layer: whiteouts for names nobody may see. Its name is
+    /// short because up to 127 of them share one page of mount options.
     pub fn mask(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("mask")
+        self.home(id).join("m")
     }
 
     /// The skeleton below an attached layer: what the layer deletes from those below.
     pub fn hide(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("hide")
+        self.home(id).join("h")
     }
 }
 
 /// What the mask of a layer hides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mask {
-    Nothing,
-    /// The catalog marker at the top of the layer and nothing else: nearly every layer.
-    /// One such mask does for all remote layers below it, down to the next local one.
-    TopCatalog,
-    Markers {
-        top_catalog: bool,
-    },
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mask {
+    /// Of the publisher's catalog markers, those at the top of the layer: one bit each.
+    /// Nearly every layer has one there and nothing else; one mask then does for all remote
+    /// layers below it, down to the next local one.
+    pub top_catalogs: u8,
+    /// Anything else, anywhere.
+    pub others: bool,
 }
 
 /// One committed snapshot of a chain, as overlayfs is to see it.
@@ -74,29 +74,24 @@ pub enum Lower {
 fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
     let mut directories = Vec::new();
     let mut has_local = false;
-    let mut catalog_is_masked = false;
+    let mut masked_catalogs = 0;
     let mut named = HashSet::new();
     for lower in chain {
         match lower {
             Lower::Local(id) => {
                 directories.push(places.fs(*id));
                 has_local = true;
-                catalog_is_masked = false;
+                masked_catalogs = 0;
             }
             // Overlayfs refuses the same directory twice, and the upper of two equal layers
             // already provides, and hides, everything that the lower one does.
             Lower::Remote { digest, .. } if !named.insert(digest) => {}
             Lower::Remote { id, mask, hides, .. } => {
-                let needs_mask = match mask {
-                    Mask::Nothing => false,
-                    Mask::TopCatalog => !catalog_is_masked,
-                    Mask::Markers { .. } => true,
-                };
-                if needs_mask {
+                if mask.others || mask.top_catalogs & !masked_catalogs != 0 {
                     directories.push(places.mask(*id));
                     has_local = true;
+                    masked_catalogs |= mask.top_catalogs;
                 }
-                catalog_is_masked |= matches!(mask, Mask::TopCatalog | Mask::Markers { top_catalog: true });
                 directories.push(places.fs(*id));
                 if *hides {
                     directories.push(places.hide(*id));
@@ -167,10 +162,11 @@ mod tests {
         Lower::Local(SnapshotId(id))
     }
 
-    const PLAIN: Mask = Mask::Nothing;
-    const TOP: Mask = Mask::TopCatalog;
-    const FULL: Mask = Mask::Markers { top_catalog: true };
-    const MARKERS: Mask = Mask::Markers { top_catalog: false };
+    const PLAIN: Mask = Mask { top_catalogs: 0, others: false };
+    const TOP: Mask = Mask { top_catalogs: 1, others: false };
+    const AUTO: Mask = Mask { top_catalogs: 3, others: false };
+    const FULL: Mask = Mask { top_catalogs: 1, others: true };
+    const MARKERS: Mask = Mask { top_catalogs: 0, others: true };
 
     fn places() -> Places {
         Places::new("/s".into())
@@ -186,15 +182,17 @@ mod tests {
         for (chain, expected) in [
             (vec![local(2), local(1)], "2/fs:1/fs"),
             (vec![remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)], "2/fs:1/fs"),
-            (vec![remote(2, 'b', TOP, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/fs"),
-            (vec![remote(2, 'b', TOP, false), local(1)], "2/mask:2/fs:1/fs"),
-            (vec![remote(3, 'c', TOP, true), remote(2, 'b', FULL, true)], "3/mask:3/fs:3/hide:2/mask:2/fs:2/hide"),
-            (vec![remote(2, 'b', MARKERS, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/mask:1/fs"),
-            (vec![remote(2, 'b', FULL, false), remote(1, 'a', TOP, false)], "2/mask:2/fs:1/fs"),
-            (vec![remote(3, 'c', TOP, false), local(2), remote(1, 'a', TOP, false)], "3/mask:3/fs:2/fs:1/mask:1/fs"),
+            (vec![remote(2, 'b', TOP, false), remote(1, 'a', TOP, false)], "2/m:2/fs:1/fs"),
+            (vec![remote(2, 'b', TOP, false), local(1)], "2/m:2/fs:1/fs"),
+            (vec![remote(3, 'c', TOP, true), remote(2, 'b', FULL, true)], "3/m:3/fs:3/h:2/m:2/fs:2/h"),
+            (vec![remote(2, 'b', TOP, false), remote(1, 'a', AUTO, false)], "2/m:2/fs:1/m:1/fs"),
+            (vec![remote(2, 'b', AUTO, false), remote(1, 'a', TOP, false)], "2/m:2/fs:1/fs"),
+            (vec![remote(2, 'b', MARKERS, false), remote(1, 'a', TOP, false)], "2/m:2/fs:1/m:1/fs"),
+            (vec![remote(2, 'b', FULL, false), remote(1, 'a', TOP, false)], "2/m:2/fs:1/fs"),
+            (vec![remote(3, 'c', TOP, false), local(2), remote(1, 'a', TOP, false)], "3/m:3/fs:2/fs:1/m:1/fs"),
             (
                 vec![remote(4, 'a', TOP, false), remote(3, 'b', TOP, false), remote(2, 'a', TOP, false), local(1)],
-                "4/mask:4/fs:3/fs:1/fs",
+                "4/m:4/fs:3/fs:1/fs",
             ),
         ] {
             assert_eq!(lower(&chain), expected);
@@ -227,12 +225,30 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_chain_fits_into_a_page() {
+        let chain: Vec<Lower> = (0..127)
+            .map(|n| {
+                let digest = Digest::parse(&format!("sha256:{n:064x}")).unwrap();
+                Lower::Remote { id: SnapshotId(999_000 + n), digest, mask: FULL, hides: true }
+            })
+            .collect();
+        // As containerd shortens it: relative to the directory of all snapshots.
+        let places = Places::new("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots".into());
+        let mounts = active(&places, SnapshotId(999_999), &chain, &["index=off".to_owned()]);
+        let shortened = text(&mounts)
+            .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/999999", "UPPER")
+            .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/", "")
+            .replace("UPPER", "/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/999999");
+        assert!(shortened.len() < 4000, "{}", shortened.len());
+    }
+
+    #[test]
     fn a_view_always_has_a_local_lower_directory() {
         let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), chain, &[]));
         let plain = [remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)];
         assert_eq!(view(&plain), "overlay overlay lowerdir=/s/2/fs:/s/1/fs:/s/9/fs");
         assert_eq!(view(&plain[..1]), "bind /s/2/fs ro,rbind");
-        assert_eq!(view(&[remote(2, 'b', TOP, false)]), "overlay overlay lowerdir=/s/2/mask:/s/2/fs");
+        assert_eq!(view(&[remote(2, 'b', TOP, false)]), "overlay overlay lowerdir=/s/2/m:/s/2/fs");
         // Equal layers leave one directory, which overlayfs alone would refuse.
         assert_eq!(view(&[remote(2, 'b', PLAIN, false), remote(1, 'b', PLAIN, false)]), "bind /s/2/fs ro,rbind");
     }

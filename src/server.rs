@@ -24,10 +24,11 @@ use grpcio::{
     ChannelBuilder, Deadline, EnvBuilder, Method, RpcContext, RpcStatus, ServerBuilder, ServerCredentials,
     ServerStreamingSink, Service, ServiceBuilder, UnarySink, WriteFlags,
 };
+use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
 use self::filters::Filters;
-pub use self::socket::{Error, Result};
+pub use self::socket::{Error, Result, check as check_address};
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
     ListSnapshotsRequest, ListSnapshotsResponse, MountsResponse, PrepareSnapshotResponse, StatSnapshotResponse,
@@ -40,8 +41,9 @@ use crate::types::{Key, Snapshot};
 const MESSAGE_BYTES: i32 = 16 << 20;
 /// Threads of grpcio's own that read requests and send answers; they never wait for a disk.
 const TRANSPORT_THREADS: usize = 2;
-/// Snapshots in one message of a streamed List.
+/// Snapshots in one message of a streamed List, and bytes after which one is sent.
 const LIST_BATCH: usize = 100;
+const LIST_BATCH_BYTES: u64 = 1 << 20;
 
 pub struct Server {
     grpc: grpcio::Server,
@@ -51,6 +53,7 @@ pub struct Server {
 impl Server {
     /// Listens on the unix socket `address` and begins to serve.
     pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance) -> Result<Self> {
+        grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let args = ChannelBuilder::new(Arc::clone(&environment))
             .max_receive_message_len(MESSAGE_BYTES)
@@ -245,13 +248,16 @@ fn list(
             Ok(Err(status)) => return drop(sink.fail(status).await),
             Err(oneshot::Canceled) => return,
         };
-        let mut rest = snapshots.into_iter();
-        loop {
-            let info: Vec<_> = rest.by_ref().take(LIST_BATCH).map(convert::info).collect();
-            if info.is_empty() {
-                break;
+        let mut rest = snapshots.into_iter().peekable();
+        while rest.peek().is_some() {
+            let mut batch = ListSnapshotsResponse::default();
+            let mut bytes = 0;
+            while batch.info.len() < LIST_BATCH && bytes < LIST_BATCH_BYTES {
+                let Some(snapshot) = rest.next() else { break };
+                let info = convert::info(snapshot);
+                bytes += info.compute_size();
+                batch.info.push(info);
             }
-            let batch = ListSnapshotsResponse { info, ..ListSnapshotsResponse::default() };
             if sink.send((batch, WriteFlags::default())).await.is_err() {
                 return; // The client went away.
             }

@@ -15,6 +15,7 @@ mod recovery;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use nix::errno::Errno;
 
@@ -28,8 +29,8 @@ use crate::repository::Repository;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
-    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, Labels, Layer,
-    Mount, Snapshot, SnapshotId, Timestamp,
+    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, LABELS_BYTES,
+    Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
 /// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
@@ -44,8 +45,10 @@ pub struct Snapshotter {
     sys: Arc<dyn Sys>,
     /// For every overlay, such as `index=off`.
     overlay_options: Vec<String>,
-    /// One at a time.
+    /// Held by the one cleanup that runs.
     cleaning: parking_lot::Mutex<()>,
+    /// Another one waits for it to end.
+    cleanup_waits: AtomicBool,
 }
 
 /// A snapshot that a client wants made.
@@ -78,13 +81,14 @@ impl Snapshotter {
             sys,
             overlay_options,
             cleaning: parking_lot::Mutex::default(),
+            cleanup_waits: AtomicBool::default(),
         })
     }
 
     /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:
     /// if the layer is published, the answer is `RemoteCommitted`.
     pub fn prepare(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
-        drop_empty(&mut wanted.labels);
+        check_labels(&mut wanted.labels)?;
         if let Some(reference) = wanted.labels.get(LABEL_SNAPSHOT_REF) {
             let reference = reference.clone();
             match self.commit_remote(&wanted, &reference)? {
@@ -97,7 +101,7 @@ impl Snapshotter {
 
     /// A read-only snapshot of `parent`.
     pub fn view(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
-        drop_empty(&mut wanted.labels);
+        check_labels(&mut wanted.labels)?;
         self.create(Kind::View, &wanted)
     }
 
@@ -113,8 +117,14 @@ impl Snapshotter {
             });
         }
         self.require_files(snapshot)?;
-        // The snapshot is in the store already, so nothing takes its layers away.
-        let (lower, _pins) = self.lower(below)?;
+        let (lower, pins) = self.lower(below)?;
+        // If it was removed meanwhile, its layers were attached for nobody.
+        let now = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
+        if now.is_none_or(|now| now.id != snapshot.id) {
+            drop(pins);
+            self.release_later(below);
+            return Err(Error::NotFound(key.clone()));
+        }
         Ok(self.describe(snapshot.kind, snapshot.id, &lower))
     }
 
@@ -326,9 +336,13 @@ fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Resul
     Key::parse(&format!("cvmfs/{}/{reference}", parent.map_or(0, |p| p.id.0)))
 }
 
-/// Labels without a value are no labels.
-fn drop_empty(labels: &mut Labels) {
+/// Labels without a value are no labels, and too many are refused.
+fn check_labels(labels: &mut Labels) -> Result<()> {
     labels.retain(|_, value| !value.is_empty());
+    match labels.iter().map(|(label, value)| label.len() + value.len()).sum() {
+        ..=LABELS_BYTES => Ok(()),
+        bytes => Err(Error::LabelsTooLong { bytes }),
+    }
 }
 
 /// The host's ids of a container's root, if the labels say so.

@@ -32,8 +32,9 @@ const KEYS: TableDefinition<u64, &str> = TableDefinition::new("keys");
 const CHILDREN: TableDefinition<u64, (u64, u64)> = TableDefinition::new("children");
 /// `(snapshot.ref, parent key or "", key)`: what containerd asks after every remote layer.
 const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefinition::new("by_ref");
-/// Ids that may have something on disk that nothing needs any more.
-const CLEANUP: TableDefinition<u64, ()> = TableDefinition::new("cleanup");
+/// Ids that may have something on disk that nothing needs any more, and whether a cleanup
+/// has begun with them.
+const CLEANUP: TableDefinition<u64, bool> = TableDefinition::new("cleanup");
 /// Layer digest to `LayerScan`.
 const SCANS: TableDefinition<&str, &[u8]> = TableDefinition::new("scans");
 
@@ -45,7 +46,7 @@ const NEXT_ID: &str = "next_id";
 const FIRST_ID: &str = "first_id";
 
 /// So many ids are reserved by one durable write. What is left of a block at a stop is skipped.
-const ID_BLOCK: u64 = 256;
+const ID_BLOCK: u64 = 64;
 const CACHE_BYTES: usize = 16 << 20;
 
 #[derive(Debug)]
@@ -99,8 +100,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens or creates the store. A new one hands out ids above `occupied`, the highest
-    /// number that already has a directory.
+    /// Opens or creates the store. It hands out ids above `occupied`, the highest number that
+    /// already has a directory: another snapshotter's, or made after the copy of the file
+    /// that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
         let database = open_database(path)?;
         let first_id = initialise(&database, occupied).map_err(|e| match e {
@@ -254,6 +256,7 @@ impl<E: Into<redb::Error>> From<E> for Initialise {
 /// Creates the tables of a new store; the result is its first id.
 fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result::Result<u64, Initialise> {
     let transaction = database.begin_write()?;
+    let above = occupied.map_or(1, |id| id.0.saturating_add(1));
     let first_id;
     {
         let mut meta = transaction.open_table(META)?;
@@ -262,12 +265,13 @@ fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result:
             Some(SCHEMA_VERSION) => first_id = meta.get(FIRST_ID)?.map_or(1, |v| v.value()),
             Some(other) => return Err(Initialise::Schema(other)),
             None => {
-                first_id = occupied.map_or(1, |id| id.0 + 1);
+                first_id = above;
                 meta.insert(SCHEMA, SCHEMA_VERSION)?;
                 meta.insert(FIRST_ID, first_id)?;
-                meta.insert(NEXT_ID, first_id)?;
             }
         }
+        let next_id = meta.get(NEXT_ID)?.map_or(1, |v| v.value());
+        meta.insert(NEXT_ID, next_id.max(above))?;
     }
     transaction.open_table(SNAPSHOTS)?;
     transaction.open_table(KEYS)?;
@@ -380,10 +384,17 @@ pub trait Lookup {
         Ok(())
     }
 
+    /// Whether `id` is on the list for cleanup.
+    fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
+        let table = self.table(CLEANUP)?;
+        let row = table.get(id.0).map_err(|e| self.error(e))?;
+        Ok(row.is_some())
+    }
+
     fn scan(&self, digest: &Digest) -> Result<Option<Scan>> {
         let scans = self.table(SCANS)?;
         let row = scans.get(digest.as_str()).map_err(|e| self.error(e))?;
-        row.map(|row| record::decode_scan(digest, row.value())).transpose()
+        row.map_or(Ok(None), |row| record::decode_scan(digest, row.value()))
     }
 }
 
@@ -496,22 +507,53 @@ impl Write<'_> {
     }
 
     pub fn schedule_cleanup(&self, id: SnapshotId) -> Result<()> {
-        self.open(CLEANUP)?.insert(id.0, ()).map_err(|e| self.error(e))?;
+        self.open(CLEANUP)?.insert(id.0, false).map_err(|e| self.error(e))?;
         Ok(())
     }
 
-    /// Takes up to `limit` ids off the list. Whoever cannot deal with one puts it back; what
-    /// a crash loses on the way, the next start finds.
-    pub fn take_cleanup(&self, limit: usize) -> Result<Vec<SnapshotId>> {
+    /// Up to `limit` ids of the list that no cleanup has begun with. They stay on it, so that
+    /// a crash does not lose them.
+    pub fn begin_cleanup(&self, limit: usize) -> Result<Vec<SnapshotId>> {
         let mut table = self.open(CLEANUP)?;
-        let mut taken = Vec::new();
-        while taken.len() < limit {
-            let Some((id, ())) = table.pop_first().map_err(|e| self.error(e))?.map(|(id, _)| (id.value(), ())) else {
-                break;
-            };
-            taken.push(SnapshotId(id));
+        let mut begun = Vec::new();
+        for row in table.iter().map_err(|e| self.error(e))? {
+            let (id, is_begun) = row.map_err(|e| self.error(e))?;
+            if !is_begun.value() {
+                begun.push(SnapshotId(id.value()));
+                if begun.len() == limit {
+                    break;
+                }
+            }
         }
-        Ok(taken)
+        for id in &begun {
+            table.insert(id.0, true).map_err(|e| self.error(e))?;
+        }
+        Ok(begun)
+    }
+
+    /// Takes ids off the list with which a cleanup is through, unless they were put on it
+    /// again meanwhile.
+    pub fn finish_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        for id in ids {
+            table.retain_in(id.0..=id.0, |_, is_begun| !is_begun).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    /// A cleanup of an earlier process has begun with nothing.
+    pub fn forget_begun_cleanups(&self) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        let begun: Vec<u64> = table
+            .iter()
+            .map_err(|e| self.error(e))?
+            .filter_map(|row| row.map(|(id, is_begun)| is_begun.value().then(|| id.value())).transpose())
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|e| self.error(e))?;
+        for id in begun {
+            table.insert(id, false).map_err(|e| self.error(e))?;
+        }
+        Ok(())
     }
 
     pub fn put_scan(&self, digest: &Digest, scan: &Scan) -> Result<()> {

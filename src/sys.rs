@@ -9,6 +9,7 @@
 
 #[cfg(test)]
 pub mod failing;
+mod tree;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -22,8 +23,11 @@ use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
+
+use crate::types::Quoted;
 
 /// A failed system call, with what it was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +50,9 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot {} {}: {} ({:?})", self.call, self.path.display(), self.errno.desc(), self.errno)
+        // The path may hold names that a container chose.
+        let path = self.path.to_string_lossy();
+        write!(f, "cannot {} {}: {} ({:?})", self.call, Quoted(&path), self.errno.desc(), self.errno)
     }
 }
 
@@ -62,8 +68,6 @@ pub struct Status {
     pub uid: u32,
     pub gid: u32,
     pub mtime: (i64, i64),
-    /// Allocated, in units of 512 bytes.
-    pub blocks: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +99,6 @@ impl From<&fs::Metadata> for Status {
             uid: m.uid(),
             gid: m.gid(),
             mtime: (m.mtime(), m.mtime_nsec()),
-            blocks: m.blocks(),
         }
     }
 }
@@ -112,10 +115,12 @@ pub struct Attributes {
     pub xattrs: Vec<(OsString, Vec<u8>)>,
 }
 
+/// What `statfs` says about the mount and the file system that a path is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Writable {
-    Yes,
-    ReadOnly,
+pub struct FileSystem {
+    pub read_only: bool,
+    /// Its inode numbers may change under us, as those of CernVM-FS do.
+    pub fuse: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +145,7 @@ pub trait Sys: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
     fn remove_file(&self, path: &Path) -> Result<()>;
     fn remove_dir(&self, path: &Path) -> Result<()>;
-    /// Removes a tree, without following links. Absent is fine.
+    /// Removes a tree, without following links or entering mounts. Absent is fine.
     fn remove_tree(&self, path: &Path) -> Result<()>;
     fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()>;
     fn unmount(&self, target: &Path, how: Unmount) -> Result<()>;
@@ -152,7 +157,9 @@ pub trait Sys: Send + Sync {
     /// Names and types, in no order, without `.` and `..`.
     fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>>;
     /// Asks the file system itself; unlike `stat` this fails when a FUSE server has died.
-    fn statfs(&self, path: &Path) -> Result<Writable>;
+    fn statfs(&self, path: &Path) -> Result<FileSystem>;
+    /// Allocated bytes and distinct inodes of a tree. ECANCELED if `cancelled` says so.
+    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)>;
     /// The mount points strictly below `path`, in this mount namespace.
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>>;
 }
@@ -211,10 +218,7 @@ impl Sys for Host {
     }
 
     fn remove_tree(&self, path: &Path) -> Result<()> {
-        match fs::remove_dir_all(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.map_err(|e| Error::io("remove tree", path, &e)),
-        }
+        tree::remove(path).map_err(|e| Error::new("remove tree", path, e))
     }
 
     fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()> {
@@ -260,10 +264,14 @@ impl Sys for Host {
         let xattrs = match xattr::list(path) {
             Ok(names) => names
                 .filter(|name| shows_through_overlay(name))
-                .filter_map(|name| xattr::get(path, &name).ok().flatten().map(|value| (name, value)))
-                .collect(),
+                .filter_map(|name| match xattr::get(path, &name) {
+                    Ok(value) => value.map(|value| Ok((name, value))),
+                    Err(e) => Some(Err(Error::io("read the attributes of", path, &e))),
+                })
+                .collect::<Result<_>>()?,
             // A file system without extended attributes has none to show.
-            Err(_) => Vec::new(),
+            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Vec::new(),
+            Err(e) => return Err(Error::io("list the attributes of", path, &e)),
         };
         Ok(Attributes { mode: status.mode, uid: status.uid, gid: status.gid, mtime: status.mtime, xattrs })
     }
@@ -284,9 +292,16 @@ impl Sys for Host {
             .map_err(|e| Error::io(CALL, path, &e))
     }
 
-    fn statfs(&self, path: &Path) -> Result<Writable> {
-        let flags = statvfs(path).map_err(|e| Error::new("statfs", path, e))?.flags();
-        Ok(if flags.contains(FsFlags::ST_RDONLY) { Writable::ReadOnly } else { Writable::Yes })
+    fn statfs(&self, path: &Path) -> Result<FileSystem> {
+        let found = statfs(path).map_err(|e| Error::new("statfs", path, e))?;
+        Ok(FileSystem {
+            read_only: found.flags().contains(FsFlags::ST_RDONLY),
+            fuse: found.filesystem_type() == FUSE_SUPER_MAGIC,
+        })
+    }
+
+    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)> {
+        tree::disk_usage(path, cancelled).map_err(|e| Error::new("measure", path, e))
     }
 
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {

@@ -92,9 +92,12 @@ impl fmt::Display for InvalidKey {
 pub struct SnapshotId(pub u64);
 
 impl SnapshotId {
+    /// No node counts this far, so a directory with a higher number is not ours.
+    const MAX: u64 = 1 << 48;
+
     /// The id that a directory name stands for, if it is written exactly as we write it.
     pub fn from_directory_name(name: &str) -> Option<Self> {
-        let id = name.parse().ok().map(Self)?;
+        let id = name.parse().ok().filter(|id| *id <= Self::MAX).map(Self)?;
         (id.to_string() == name).then_some(id)
     }
 }
@@ -177,6 +180,10 @@ impl Kind {
 }
 
 pub type Labels = BTreeMap<String, String>;
+
+/// All labels of a snapshot together, in bytes. containerd allows 4096 for one; a snapshot
+/// must always fit into a message of a List.
+pub const LABELS_BYTES: usize = 1 << 20;
 
 /// Nanoseconds since the epoch, UTC: what containerd compares to the last digit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -288,7 +295,7 @@ mod tests {
     #[test]
     fn only_our_own_spelling_is_a_snapshot_directory() {
         assert_eq!(SnapshotId::from_directory_name("12"), Some(SnapshotId(12)));
-        for other in ["", "012", "+12", "12x", "new-12", "-1", "99999999999999999999999"] {
+        for other in ["", "012", "+12", "12x", "new-12", "-1", "99999999999999999999999", "18446744073709551615"] {
             assert_eq!(SnapshotId::from_directory_name(other), None, "{other:?}");
         }
     }

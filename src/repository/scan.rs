@@ -3,7 +3,7 @@
 //! A publisher unpacks the layer's tar as it is, so deletions stay in the form of the OCI
 //! image format: `.wh.<name>` deletes `<name>` of the layers below, `.wh..wh..opq` empties
 //! its directory of them. Kernel overlayfs knows neither, and no container may see them.
-//! `.cvmfscatalog` is the publisher's. The rules for odd cases are those of containerd's
+//! `.cvmfscatalog` and `.cvmfsautocatalog` are the publisher's. The rules for odd cases are those of containerd's
 //! own unpacking, because its result is what a container is promised to see.
 #![forbid(unsafe_code)]
 
@@ -13,10 +13,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::sys::{Attributes, FileType, Result, Sys};
+use crate::sys::{FileType, Result, Sys};
 
-/// Marks the root of a nested catalog of CernVM-FS.
-pub const CATALOG_MARKER: &str = ".cvmfscatalog";
+/// Mark the root of a nested catalog of CernVM-FS; the second one where the publisher
+/// decided by itself to make one.
+pub const CATALOG_MARKERS: [&str; 2] = [".cvmfscatalog", ".cvmfsautocatalog"];
+/// Counts up whenever the rules below find something else in the same layer: what was kept
+/// under older rules is then found anew.
+pub const RULES: u32 = 1;
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 /// At the top of a layer, names with this prefix are records of AUFS and mean nothing.
@@ -33,7 +37,6 @@ pub struct Scan {
 pub struct Directory {
     /// Relative to the top of the layer, empty for the top itself.
     pub path: PathBuf,
-    pub attributes: Attributes,
     /// Names that the layer deletes from the layers below.
     pub deleted: Vec<OsString>,
     /// Nothing of this directory shows from the layers below.
@@ -42,8 +45,8 @@ pub struct Directory {
     pub hidden: Vec<OsString>,
 }
 
-/// Walks the layer at `top`. Reads directories, and the attributes of those with markers;
-/// never a file.
+/// Walks the directories of the layer at `top`. What is found is a matter of names only:
+/// owners and modes look different through another mount of the same repository.
 pub fn scan(sys: &dyn Sys, top: &Path) -> Result<Scan> {
     let mut marked: BTreeMap<PathBuf, Directory> = BTreeMap::new();
     marked.insert(PathBuf::new(), Directory::default());
@@ -63,11 +66,7 @@ pub fn scan(sys: &dyn Sys, top: &Path) -> Result<Scan> {
             marked.insert(path, directory);
         }
     }
-    let mut directories: Vec<Directory> = marked.into_values().collect();
-    for directory in &mut directories {
-        directory.attributes = sys.attributes(&top.join(&directory.path))?;
-    }
-    Ok(Scan { directories })
+    Ok(Scan { directories: marked.into_values().collect() })
 }
 
 impl Directory {
@@ -86,7 +85,7 @@ fn read_markers(path: &Path, entries: &[(OsString, FileType)]) -> Directory {
     let mut deleted = Vec::new();
     for (name, file_type) in entries {
         let bytes = name.as_bytes();
-        if name == CATALOG_MARKER && *file_type == FileType::Other {
+        if CATALOG_MARKERS.iter().any(|marker| name == marker) && *file_type == FileType::Other {
             directory.hidden.push(name.clone());
         } else if let Some(target) = bytes.strip_prefix(WHITEOUT_PREFIX) {
             directory.hidden.push(name.clone());
@@ -148,11 +147,20 @@ mod tests {
 
     #[test]
     fn markers_are_found_with_their_parents() {
-        let top =
-            layer(&["a/b/c", "x/y"], &[".cvmfscatalog", "a/b/c/.wh.gone", "a/b/c/kept", "x/y/.wh..wh..opq", "x/f"]);
+        let top = layer(
+            &["a/b/c", "x/y"],
+            &[".cvmfscatalog", "x/.cvmfsautocatalog", "a/b/c/.wh.gone", "a/b/c/kept", "x/y/.wh..wh..opq", "x/f"],
+        );
         assert_eq!(
             shown(&top),
-            [": !.cvmfscatalog", "a:", "a/b:", "a/b/c: -gone !.wh.gone", "x:", "x/y: !.wh..wh..opq =opaque"]
+            [
+                ": !.cvmfscatalog",
+                "a:",
+                "a/b:",
+                "a/b/c: -gone !.wh.gone",
+                "x: !.cvmfsautocatalog",
+                "x/y: !.wh..wh..opq =opaque"
+            ]
         );
     }
 

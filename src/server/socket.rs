@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
+use nix::unistd::geteuid;
 
 /// Longest path of a unix socket, in bytes; the kernel's `sun_path` has room for one more.
 const PATH_BYTES: usize = 107;
@@ -21,6 +22,10 @@ pub enum Error {
         address: PathBuf,
     },
     TooLong {
+        address: PathBuf,
+    },
+    /// gRPC takes addresses as URIs, in which some characters mean something else.
+    OddCharacter {
         address: PathBuf,
     },
     /// Another process answers there.
@@ -35,6 +40,7 @@ pub enum Error {
     OpenDirectory {
         directory: PathBuf,
         mode: u32,
+        owner: u32,
     },
     Directory {
         directory: PathBuf,
@@ -64,9 +70,15 @@ impl fmt::Display for Error {
             Self::NotASocket { address } => {
                 write!(f, "{} exists and is no socket: remove it, or choose another --address", address.display())
             }
-            Self::OpenDirectory { directory, mode } => write!(
+            Self::OddCharacter { address } => write!(
                 f,
-                "the socket directory {} has mode {mode:04o} and others could replace the socket: chmod go-w it",
+                "the socket address {} must be UTF-8 without %, # and ?, and must not end in a slash",
+                address.display()
+            ),
+            Self::OpenDirectory { directory, mode, owner } => write!(
+                f,
+                "the socket directory {} has mode {mode:04o} and owner {owner}, and others could replace the socket: \
+                 make it root's and chmod go-w it",
                 directory.display()
             ),
             Self::Directory { directory, cause } => {
@@ -88,15 +100,24 @@ pub struct Bound {
     inode: u64,
 }
 
+/// Whether `address` can be one; the result is the socket's directory.
+pub fn check(address: &Path) -> Result<&Path> {
+    let named = || address.to_owned();
+    if !address.is_absolute() {
+        return Err(Error::NotAbsolute { address: named() });
+    }
+    if address.as_os_str().len() > PATH_BYTES {
+        return Err(Error::TooLong { address: named() });
+    }
+    match (address.parent(), address.to_str()) {
+        (Some(parent), Some(text)) if !text.contains(['%', '#', '?']) && !text.ends_with('/') => Ok(parent),
+        _ => Err(Error::OddCharacter { address: named() }),
+    }
+}
+
 /// Makes `listen` listen on `address`; it gets the address as gRPC writes it.
 pub fn bind(address: &Path, listen: impl FnOnce(String) -> grpcio::Result<()>) -> Result<Bound> {
-    let parent = match address.parent() {
-        Some(parent) if address.is_absolute() => parent,
-        _ => return Err(Error::NotAbsolute { address: address.to_owned() }),
-    };
-    if address.as_os_str().len() > PATH_BYTES {
-        return Err(Error::TooLong { address: address.to_owned() });
-    }
+    let parent = check(address)?;
     let directory_error = |cause| Error::Directory { directory: parent.to_owned(), cause };
     if !parent.is_dir() {
         DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(directory_error)?;
@@ -104,8 +125,9 @@ pub fn bind(address: &Path, listen: impl FnOnce(String) -> grpcio::Result<()>) -
     let status = fs::metadata(parent).map_err(directory_error)?;
     let mode = status.mode() & 0o7777;
     // A sticky directory (/tmp) lets nobody but the owner replace a file.
-    if mode & 0o022 != 0 && mode & 0o1000 == 0 {
-        return Err(Error::OpenDirectory { directory: parent.to_owned(), mode });
+    let trusted_owner = status.uid() == 0 || status.uid() == geteuid().as_raw();
+    if !trusted_owner || (mode & 0o022 != 0 && mode & 0o1000 == 0) {
+        return Err(Error::OpenDirectory { directory: parent.to_owned(), mode, owner: status.uid() });
     }
     // Two starts at once must not both find the socket dead.
     let directory = File::open(parent).map_err(directory_error)?;
@@ -199,6 +221,13 @@ mod tests {
         assert!(matches!(bind(Path::new("s.sock"), listen), Err(Error::NotAbsolute { .. })));
         let long = dir.path().join("s".repeat(120));
         assert!(matches!(bind(&long, listen), Err(Error::TooLong { .. })));
+        for odd in ["/", "/tmp/a%41", "/tmp/a#b", "/tmp/a?b", "/tmp/a/"] {
+            assert!(matches!(bind(Path::new(odd), listen), Err(Error::OddCharacter { .. })), "{odd}");
+        }
+        let theirs = dir.path().join("theirs");
+        fs::create_dir(&theirs).unwrap();
+        std::os::unix::fs::chown(&theirs, Some(65_534), None).unwrap();
+        assert!(matches!(bind(&theirs.join("s"), listen), Err(Error::OpenDirectory { owner: 65_534, .. })));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         assert!(matches!(bind(&dir.path().join("s"), listen), Err(Error::OpenDirectory { .. })));
     }

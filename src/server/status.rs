@@ -17,6 +17,7 @@ fn code(error: &Error) -> RpcStatusCode {
         | Error::OtherParent { .. }
         | Error::ImmutableField(_)
         | Error::InvalidFilter { .. }
+        | Error::LabelsTooLong { .. }
         | Error::InvalidMapping { .. } => RpcStatusCode::INVALID_ARGUMENT,
         Error::NotFound(_) | Error::ParentNotFound(_) => RpcStatusCode::NOT_FOUND,
         Error::AlreadyExists(_) | Error::RemoteCommitted { .. } => RpcStatusCode::ALREADY_EXISTS,
@@ -67,6 +68,7 @@ mod tests {
             (Error::NewParentNotCommitted { parent: key(), kind: Kind::View }, RpcStatusCode::FAILED_PRECONDITION),
             (Error::ImmutableField("f".into()), RpcStatusCode::INVALID_ARGUMENT),
             (Error::InvalidFilter { filter: "f".into(), why: "w".into() }, RpcStatusCode::INVALID_ARGUMENT),
+            (Error::LabelsTooLong { bytes: 1 }, RpcStatusCode::INVALID_ARGUMENT),
             (Error::InvalidMapping { label: "l", value: "v".into() }, RpcStatusCode::INVALID_ARGUMENT),
             (unavailable, RpcStatusCode::UNAVAILABLE),
             (Error::Broken { key: key(), id: SnapshotId(1) }, RpcStatusCode::UNAVAILABLE),

@@ -3,13 +3,14 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use super::{Error, Result, Snapshotter};
 use crate::attach::{Release, Released};
 use crate::store::Lookup;
 use crate::types::SnapshotId;
 
-/// So many ids are taken off the list at a time.
+/// So many ids are worked on between two looks at the mount table.
 const BATCH: usize = 256;
 
 /// What a cleanup did.
@@ -21,8 +22,17 @@ pub struct Cleaned {
 }
 
 impl Snapshotter {
+    /// One at a time, and one that waits: what a third one wants done, the waiting one does.
     pub fn cleanup(&self, cancelled: &dyn Fn() -> bool) -> Result<Cleaned> {
-        let _one_at_a_time = self.cleaning.lock();
+        let _turn = match self.cleaning.try_lock() {
+            Some(turn) => turn,
+            None if self.cleanup_waits.swap(true, Ordering::SeqCst) => return Ok(Cleaned::default()),
+            None => {
+                let turn = self.cleaning.lock();
+                self.cleanup_waits.store(false, Ordering::SeqCst);
+                turn
+            }
+        };
         let mut cleaned = Cleaned::default();
         let mut left = Vec::new();
         let result = self.clean_list(cancelled, &mut cleaned, &mut left);
@@ -39,9 +49,8 @@ impl Snapshotter {
         cleaned: &mut Cleaned,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
-        while !cancelled() {
-            // Off the list first: an id that is put on it from now on means something new.
-            let batch = self.store.write(|tx| tx.take_cleanup(BATCH).map_err(Error::from))?;
+        loop {
+            let mut batch = self.store.write(|tx| tx.begin_cleanup(BATCH).map_err(Error::from))?;
             if batch.is_empty() {
                 return Ok(());
             }
@@ -52,15 +61,24 @@ impl Snapshotter {
                     return Err(e.into());
                 }
             };
-            for id in batch {
-                if self.clean(id, &mounts) {
-                    cleaned.done += 1;
-                } else {
+            let mut done = Vec::new();
+            while let Some(id) = batch.pop() {
+                if cancelled() {
                     left.push(id);
+                    left.append(&mut batch);
+                    self.finish(&done, cleaned)?;
+                    return Err(Error::Cancelled);
                 }
+                if self.clean(id, &mounts) { done.push(id) } else { left.push(id) }
             }
+            self.finish(&done, cleaned)?;
         }
-        Err(Error::Cancelled)
+    }
+
+    fn finish(&self, done: &[SnapshotId], cleaned: &mut Cleaned) -> Result<()> {
+        self.store.write(|tx| tx.finish_cleanup(done).map_err(Error::from))?;
+        cleaned.done += done.len();
+        Ok(())
     }
 
     /// Whether `id` needs no cleanup any more.

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::repository::Missing;
-use crate::types::{Digest, InvalidKey, Key, Kind, Quoted, SnapshotId};
+use crate::types::{Digest, InvalidKey, Key, Kind, LABELS_BYTES, Quoted, SnapshotId};
 use crate::{store, sys};
 
 #[derive(Debug)]
@@ -44,6 +44,9 @@ pub enum Error {
     InvalidFilter {
         filter: String,
         why: String,
+    },
+    LabelsTooLong {
+        bytes: usize,
     },
     InvalidMapping {
         label: &'static str,
@@ -96,6 +99,9 @@ impl fmt::Display for Error {
                 write!(f, "cannot update field {}: only \"labels\" and \"labels.<key>\" can change", Quoted(path))
             }
             Self::InvalidFilter { filter, why } => write!(f, "invalid filter {}: {why}", Quoted(filter)),
+            Self::LabelsTooLong { bytes } => {
+                write!(f, "labels of {bytes} bytes are too long for a snapshot, the limit is {LABELS_BYTES}")
+            }
             Self::InvalidMapping { label, value } => write!(
                 f,
                 "invalid label {label}={}: needed are container:host:length, numbers below 2^32, \

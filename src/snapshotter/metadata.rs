@@ -1,12 +1,10 @@
 //! The calls that only read or change records: stat, update, list, usage, commit, remove.
 #![forbid(unsafe_code)]
 
-use std::collections::HashSet;
-use std::path::Path;
+use nix::errno::Errno;
 
-use super::{Error, Result, Snapshotter, drop_empty};
+use super::{Error, Result, Snapshotter, check_labels};
 use crate::store::Lookup;
-use crate::sys::FileType;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 
 /// What an Update does to the labels.
@@ -39,7 +37,7 @@ impl Snapshotter {
                     }
                 }
             }
-            drop_empty(&mut new.labels);
+            check_labels(&mut new.labels)?;
             tx.update(&old, &new)?;
             Ok(new)
         })
@@ -85,51 +83,22 @@ impl Snapshotter {
         }
     }
 
-    /// Like `du`: allocated bytes, every inode once, the top directory included.
     fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
         self.require_files(snapshot)?;
-        let mut seen = HashSet::new();
-        let mut usage = Usage::default();
-        let mut count = |path: &Path| -> Result<()> {
-            let status = match self.sys.lstat(path) {
-                Ok(status) => status,
-                // A container is at work there.
-                Err(e) if e.errno == nix::errno::Errno::ENOENT => return Ok(()),
-                Err(e) => return Err(e.into()),
-            };
-            if seen.insert((status.device, status.inode)) {
-                let bytes = i64::try_from(status.blocks).unwrap_or(i64::MAX).saturating_mul(512);
-                usage = Usage { size: usage.size.saturating_add(bytes), inodes: usage.inodes + 1 };
+        match self.sys.disk_usage(&self.places.fs(snapshot.id), cancelled) {
+            Ok((bytes, inodes)) => {
+                let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+                Ok(Usage { size: number(bytes), inodes: number(inodes) })
             }
-            Ok(())
-        };
-        let top = self.places.fs(snapshot.id);
-        count(&top)?;
-        let mut unread = vec![top];
-        while let Some(directory) = unread.pop() {
-            if cancelled() {
-                return Err(Error::Cancelled);
-            }
-            let entries = match self.sys.read_dir(&directory) {
-                Ok(entries) => entries,
-                Err(e) if e.errno == nix::errno::Errno::ENOENT => continue,
-                Err(e) => return Err(e.into()),
-            };
-            for (name, file_type) in entries {
-                let path = directory.join(name);
-                count(&path)?;
-                if file_type == FileType::Directory {
-                    unread.push(path);
-                }
-            }
+            Err(e) if e.errno == Errno::ECANCELED => Err(Error::Cancelled),
+            Err(e) => Err(e.into()),
         }
-        Ok(usage)
     }
 
     /// Makes the active snapshot `key` the committed snapshot `name`, with exactly `labels`.
     /// `parent` may give one to a snapshot that was prepared without.
     pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
-        drop_empty(&mut labels);
+        check_labels(&mut labels)?;
         let now = Timestamp::now();
         self.store.write(|tx| {
             let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;

@@ -2,9 +2,12 @@
 //! nobody owns on the cleanup list, say what is broken, and stop at nothing.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
 use crate::store::Lookup;
+use crate::sys::FileType;
 use crate::types::{Snapshot, SnapshotId};
 
 /// What a start found.
@@ -15,6 +18,8 @@ pub struct Found {
     pub leftovers: usize,
     /// Local snapshots whose files are missing.
     pub broken: Vec<SnapshotId>,
+    /// Files that no record knows and nobody removed: the metadata is older than they are.
+    pub unknown: Vec<SnapshotId>,
     /// Entries beside our directories that are not ours.
     pub foreign: usize,
 }
@@ -22,6 +27,7 @@ pub struct Found {
 impl Snapshotter {
     /// To be called once, before the first call is served.
     pub fn recover(&self) -> Result<Found> {
+        self.store.write(|tx| tx.forget_begun_cleanups().map_err(Error::from))?;
         let mut records: Vec<Snapshot> = Vec::new();
         self.store.read(|tx| tx.for_each(|snapshot| records.push(snapshot)).map_err(Error::from))?;
         let mut found = Found { snapshots: records.len(), ..Found::default() };
@@ -31,12 +37,23 @@ impl Snapshotter {
                 found.broken.push(snapshot.id);
             }
         }
+        let mounts = self.sys.mounts_below(self.places.all())?;
         let mut leftovers = Vec::new();
         for (name, _) in self.sys.read_dir(self.places.all())? {
             let id = name.to_str().and_then(SnapshotId::from_directory_name);
             match id {
                 Some(id) if id >= self.store.first_id() => {
-                    if !self.store.read(|tx| needs_its_directory(tx, id))? {
+                    if self.store.read(|tx| needs_its_directory(tx, id))? {
+                        continue;
+                    }
+                    if self.holds_unknown_files(id, &mounts)? {
+                        log::error!(
+                            "{} holds files that the metadata does not know: it is left alone; remove it once you \
+                             are sure that nothing needs it",
+                            self.places.home(id).display()
+                        );
+                        found.unknown.push(id);
+                    } else {
                         leftovers.push(id);
                     }
                 }
@@ -49,5 +66,20 @@ impl Snapshotter {
             self.store.write(|tx| leftovers.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
         }
         Ok(found)
+    }
+
+    /// A crash while a snapshot was made leaves an empty `fs`, and one while it was removed
+    /// leaves its id on the cleanup list. Files of anything else were somebody's: an older
+    /// copy of the metadata was put back, or the file was damaged and lost its last entries.
+    fn holds_unknown_files(&self, id: SnapshotId, mounts: &[PathBuf]) -> Result<bool> {
+        let known = self.store.read(|tx| Ok::<_, Error>(tx.exists(id)? || tx.is_scheduled(id)?))?;
+        let fs = self.places.fs(id);
+        if known || mounts.contains(&fs) {
+            return Ok(false);
+        }
+        Ok(match self.sys.lstat(&fs) {
+            Ok(status) if status.file_type == FileType::Directory => !self.sys.read_dir(&fs)?.is_empty(),
+            _ => false,
+        })
     }
 }

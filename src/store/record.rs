@@ -10,11 +10,9 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use super::{Error, Result};
 use crate::proto::record::{
-    ExtendedAttribute, LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
-    snapshot_record::Kind as KindRecord,
+    LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord, snapshot_record::Kind as KindRecord,
 };
-use crate::repository::scan::{Directory, Scan};
-use crate::sys::Attributes;
+use crate::repository::scan::{Directory, RULES, Scan};
 use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// Encoding into memory cannot fail: no field of ours is required.
@@ -83,45 +81,27 @@ pub fn encode_scan(scan: &Scan) -> Vec<u8> {
     let bytes = |names: &[OsString]| names.iter().map(|n| n.as_bytes().to_vec()).collect();
     let directories = scan.directories.iter().map(|d| ScannedDirectory {
         path: d.path.as_os_str().as_bytes().to_vec(),
-        mode: d.attributes.mode,
-        uid: d.attributes.uid,
-        gid: d.attributes.gid,
-        mtime_seconds: d.attributes.mtime.0,
-        mtime_nanoseconds: d.attributes.mtime.1,
-        xattrs: d
-            .attributes
-            .xattrs
-            .iter()
-            .map(|(name, value)| ExtendedAttribute {
-                name: name.as_bytes().to_vec(),
-                value: value.clone(),
-                ..ExtendedAttribute::default()
-            })
-            .collect(),
         deleted: bytes(&d.deleted),
         opaque: d.opaque,
         hidden: bytes(&d.hidden),
         ..ScannedDirectory::default()
     });
-    encode(&LayerScan { directories: directories.collect(), ..LayerScan::default() })
+    encode(&LayerScan { directories: directories.collect(), rules: RULES, ..LayerScan::default() })
 }
 
-pub fn decode_scan(digest: &Digest, bytes: &[u8]) -> Result<Scan> {
+/// None: made by other rules than today's.
+pub fn decode_scan(digest: &Digest, bytes: &[u8]) -> Result<Option<Scan>> {
     let record = LayerScan::parse_from_bytes(bytes)
         .map_err(|_| Error::BadRow { table: "scans", key: digest.as_str().to_owned() })?;
+    if record.rules != RULES {
+        return Ok(None);
+    }
     let names = |names: Vec<Vec<u8>>| names.into_iter().map(OsString::from_vec).collect();
     let directories = record.directories.into_iter().map(|d| Directory {
         path: PathBuf::from(OsString::from_vec(d.path)),
-        attributes: Attributes {
-            mode: d.mode,
-            uid: d.uid,
-            gid: d.gid,
-            mtime: (d.mtime_seconds, d.mtime_nanoseconds),
-            xattrs: d.xattrs.into_iter().map(|x| (OsString::from_vec(x.name), x.value)).collect(),
-        },
         deleted: names(d.deleted),
         opaque: d.opaque,
         hidden: names(d.hidden),
     });
-    Ok(Scan { directories: directories.collect() })
+    Ok(Some(Scan { directories: directories.collect() }))
 }

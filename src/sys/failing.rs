@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::{
-    Attributes, Errno, Error, FileType, Host, OsString, Path, PathBuf, Result, Status, Sys, Unmount, Writable,
+    Attributes, Errno, Error, FileSystem, FileType, Host, OsString, Path, PathBuf, Result, Status, Sys, Unmount,
 };
 
 /// What happens after the call that fails.
@@ -86,7 +86,8 @@ impl Sys for Failing {
         query attributes(path: &Path) -> Attributes;
         query read_link(path: &Path) -> PathBuf;
         query read_dir(path: &Path) -> Vec<(OsString, FileType)>;
-        query statfs(path: &Path) -> Writable;
+        query statfs(path: &Path) -> FileSystem;
+        query disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64);
         query mounts_below(path: &Path) -> Vec<PathBuf>;
     }
 }

@@ -1,6 +1,7 @@
 //! A snapshotter alone, without a containerd, with a repository that has three layers.
 
 use std::fs;
+use std::path::Path;
 
 use cvmfs_snapshotter::proto::mount::Mount;
 use grpcio::RpcStatusCode;
@@ -37,6 +38,19 @@ impl Alone {
 /// The digest of layer 1, 2 or 3, or of one that is not published.
 pub fn digest(n: u8) -> String {
     format!("sha256:{}", format!("{n:02x}").repeat(32))
+}
+
+/// Fills a directory with so many directories of so many names each, which takes long to walk.
+/// The names in one directory are links to one file: making those is quick.
+pub fn fill(top: &Path, directories: usize, names: usize) {
+    for directory in 0..directories {
+        let directory = top.join(directory.to_string());
+        fs::create_dir(&directory).expect("a directory can be made");
+        fs::write(directory.join("0"), "").expect("a file can be made");
+        for name in 1..names {
+            fs::hard_link(directory.join("0"), directory.join(name.to_string())).expect("a link can be made");
+        }
+    }
 }
 
 /// The message of a call that must be refused with `code`.

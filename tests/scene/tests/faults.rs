@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cvmfs_snapshotter::proto::snapshots::Kind;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, options, refused};
+use scene::alone::{Alone, digest, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
@@ -180,6 +180,8 @@ fn root_directories_of_another_snapshotter_are_left_alone() {
     let sandbox = Sandbox::enter("foreign");
     let repository = Repository::create(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
+    // Numbers at the end of their range are nobody's ids.
+    sandbox.make_dir("s/root/snapshotter/snapshots/18446744073709551615");
     fs::write(theirs.join("precious"), "x").unwrap();
     fs::write(sandbox.path("s/root/snapshotter/metadata.db"), "theirs").unwrap();
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
@@ -196,7 +198,7 @@ fn root_directories_of_another_snapshotter_are_left_alone() {
         snapshotter.start_again();
     }
     assert_eq!(fs::read_to_string(theirs.join("precious")).unwrap(), "x");
-    assert!(snapshotter.log().contains("1 entries of another snapshotter"));
+    assert!(snapshotter.log().contains("2 entries of another snapshotter"));
 }
 
 #[test]
@@ -232,19 +234,14 @@ fn root_socket_and_state_belong_to_one_daemon() {
 fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
     let mut d = Alone::start("stop", "workers = 1");
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    for dir in 0..300 {
-        fs::create_dir(source.join(dir.to_string())).unwrap();
-        for file in 0..200 {
-            fs::write(source.join(format!("{dir}/{file}")), "").unwrap();
-        }
-    }
+    fill(&source, 300, 200);
     let c = d.client.clone();
     let running = std::thread::spawn(move || c.usage("big"));
     std::thread::sleep(Duration::from_millis(50));
     let begun = Instant::now();
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
     assert!(begun.elapsed() < Duration::from_secs(10));
-    assert_eq!(running.join().unwrap().unwrap().1, 300 * 201 + 1, "a call under way is finished");
+    assert_eq!(running.join().unwrap().unwrap().1, 300 * 2 + 1, "a call under way is finished");
     // A connection that only sits there holds nobody up.
     d.snapshotter.start_again();
     let idle = UnixStream::connect(d.snapshotter.socket()).unwrap();
@@ -385,4 +382,137 @@ fn root_configuration_is_checked_and_the_log_level_can_change() {
     assert!(!quiet(&d), "the flag says debug, and it wins at the start");
     d.snapshotter.server().signal(Signal::SIGHUP);
     scene::process::eventually("SIGHUP makes the log quiet", || quiet(&d));
+}
+
+/// The mount table names things by their real paths. With a root behind a link, the look for
+/// foreign mounts found none, and a cleanup emptied a directory that was mounted below us.
+#[test]
+fn root_what_is_mounted_in_a_snapshot_is_never_emptied() {
+    let sandbox = Sandbox::enter("linked-root");
+    let repository = Repository::create(&sandbox.path("cvmfs"));
+    fs::create_dir_all(sandbox.make_dir("real").join("root")).unwrap();
+    fs::create_dir(sandbox.path("s")).unwrap();
+    std::os::unix::fs::symlink(sandbox.path("real/root"), sandbox.path("s/root")).unwrap();
+    let precious = sandbox.make_dir("precious");
+    fs::write(precious.join("file"), "x").unwrap();
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    let source = PathBuf::from(&c.prepare("key", "", &[]).unwrap()[0].source);
+    assert!(source.starts_with(sandbox.path("real")), "{}", source.display());
+    let at = source.join("a/b");
+    fs::create_dir_all(&at).unwrap();
+    run("mount", ["--bind", precious.to_str().unwrap(), at.to_str().unwrap()]).ok();
+    c.remove("key").unwrap();
+    c.cleanup().unwrap();
+    assert!(precious.join("file").exists());
+    assert!(snapshotter.log().contains("something is mounted on"), "{}", snapshotter.log());
+    run("umount", [at.to_str().unwrap()]).ok();
+    c.cleanup().unwrap();
+    assert!(!source.exists(), "it is taken away once nothing is mounted there");
+}
+
+/// A container can make a tree that no path can name. Removing it ran out of stack, in the
+/// daemon and again at every start.
+#[test]
+fn root_a_very_deep_tree_is_measured_and_removed() {
+    let mut d = Alone::start("deep", "");
+    let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
+    let (flags, mode) = (nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::from_bits_truncate(0o755));
+    let mut directory = nix::fcntl::open(&source, flags, mode).unwrap();
+    for _ in 0..19_000 {
+        nix::sys::stat::mkdirat(&directory, "d", mode).unwrap();
+        directory = nix::fcntl::openat(&directory, "d", flags, mode).unwrap();
+    }
+    drop(directory);
+    assert_eq!(d.client.usage("key").unwrap().1, 19_001);
+    d.client.remove("key").unwrap();
+    d.client.cleanup().unwrap();
+    assert!(!source.exists());
+    assert!(d.snapshotter.end(Signal::SIGTERM).success());
+}
+
+/// An older copy of the metadata knows nothing of what was made since: those directories
+/// looked like what a crash leaves, and were removed at the start.
+#[test]
+fn root_files_that_older_metadata_does_not_know_are_left_alone() {
+    let mut d = Alone::start("restored", "");
+    d.client.prepare("old", "", &[]).unwrap();
+    d.snapshotter.end(Signal::SIGTERM);
+    let metadata = d.snapshotter.root().join("snapshotter/metadata.redb");
+    fs::copy(&metadata, d.sandbox.path("copy")).unwrap();
+    d.snapshotter.start_again();
+    let c = d.snapshotter.client();
+    let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
+    fs::write(source.join("precious"), "x").unwrap();
+    c.commit("newer", "new", &[]).unwrap();
+    d.snapshotter.end(Signal::SIGTERM);
+    fs::copy(d.sandbox.path("copy"), &metadata).unwrap();
+    for _ in 0..2 {
+        d.snapshotter.start_again();
+        let c = d.snapshotter.client();
+        c.prepare("another", "", &[]).unwrap();
+        c.remove("another").unwrap();
+        c.cleanup().unwrap();
+        assert_eq!(fs::read_to_string(source.join("precious")).unwrap(), "x");
+        d.snapshotter.end(Signal::SIGTERM);
+    }
+    assert!(d.snapshotter.log().contains("hold files that the metadata does not know"));
+}
+
+#[test]
+fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
+    let sandbox = Sandbox::enter("anew");
+    // On a device of its own, as a repository is.
+    mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
+    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let top = repository.layer_dir(&digest(1)).join("layerfs");
+    let publish = |text: &str| {
+        fs::create_dir_all(top.join("dir")).unwrap();
+        fs::write(top.join("dir/file"), text).unwrap();
+        fs::write(top.join("dir/.wh.gone"), "").unwrap();
+        fs::write(top.join(".cvmfscatalog"), "").unwrap();
+        fs::write(top.join(".cvmfsautocatalog"), "").unwrap();
+    };
+    publish("first");
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    let name = c.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let at = sandbox.path("mnt");
+    let seen = |key: &str| {
+        let mounted = Mounted::new(&c.prepare(key, &name, &[]).unwrap(), &at).unwrap();
+        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(at.join("dir")).unwrap());
+        let names = scene::stage::names(mounted.path());
+        (fs::read_to_string(at.join("dir/file")).unwrap(), owner, names)
+    };
+    assert_eq!(seen("one"), ("first".to_owned(), 0, vec!["dir".to_owned()]), "no marker of the publisher shows");
+    fs::remove_dir_all(&top).unwrap();
+    publish("second");
+    assert_eq!(seen("two").0, "second");
+    // Another mount of the repository may show other owners.
+    std::os::unix::fs::chown(top.join("dir"), Some(1234), None).unwrap();
+    for key in ["one", "two"] {
+        c.remove(key).unwrap();
+    }
+    scene::process::eventually("the layer is detached", || {
+        c.cleanup().unwrap();
+        mounts_below(&snapshotter.snapshots()).is_empty()
+    });
+    assert_eq!(seen("three").1, 1234);
+}
+
+#[test]
+fn root_a_wrong_address_is_a_wrong_configuration() {
+    let sandbox = Sandbox::enter("address");
+    let root = sandbox.path("root");
+    for address in ["relative.sock", "/", "/tmp/a%41b", "/tmp/a/"] {
+        let output = run(binary(), ["--address", address, "--root", root.to_str().unwrap(), "--config", "/dev/null"]);
+        assert_eq!(output.status.code(), Some(78), "{address}: {}", output.stderr);
+        assert!(output.stderr.contains(address), "{}", output.stderr);
+        assert!(!root.exists(), "nothing is made for a wrong address");
+    }
+    // Nobody listens to the message; the exit code says it all the same.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = std::process::Command::new(binary()).args(["--address", "x"]).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(78));
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, options, refused};
+use scene::alone::{Alone, digest, fill, options, refused};
 use scene::sandbox::mounts_below;
 
 #[test]
@@ -109,12 +109,7 @@ fn root_a_full_queue_refuses_at_once_and_a_late_call_is_not_started() {
     let d = Alone::start("queue", "workers = 1\nqueue = 2");
     // A directory that takes long to measure keeps the only worker busy.
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    for dir in 0..200 {
-        fs::create_dir(source.join(dir.to_string())).unwrap();
-        for file in 0..200 {
-            fs::write(source.join(format!("{dir}/{file}")), "").unwrap();
-        }
-    }
+    fill(&source, 200, 200);
     std::thread::scope(|scope| {
         let busy: Vec<_> = (0..40)
             .map(|_| {
@@ -173,4 +168,28 @@ fn root_a_client_that_does_not_read_its_list_holds_no_worker() {
         d.snapshotter.client().with_timeout(Duration::from_secs(5)).stat(&format!("key-{n}")).unwrap();
     }
     drop(streams);
+}
+
+/// Each Cleanup that waited for the one under way held a worker: a few of them stopped the
+/// daemon until a large snapshot was removed.
+#[test]
+fn root_many_cleanups_leave_workers_for_others() {
+    let d = Alone::start("cleanups", "workers = 3");
+    let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
+    fill(&source, 400, 250);
+    d.client.prepare("other", "", &[]).unwrap();
+    d.client.remove("big").unwrap();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| d.client.cleanup().unwrap());
+        let begun = || fs::read_dir(&source).map_or(true, |entries| entries.count() < 400);
+        while !begun() {
+            assert!(!first.is_finished(), "the removal never began");
+        }
+        for _ in 0..6 {
+            scope.spawn(|| d.client.cleanup().unwrap());
+        }
+        d.client.stat("other").unwrap();
+        assert!(source.exists() && !first.is_finished(), "the call was answered only after the removal");
+    });
+    assert!(!source.exists());
 }

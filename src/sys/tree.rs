@@ -1,0 +1,208 @@
+//! Walks over trees that a container made: as deep and as odd as it likes, and changing
+//! under our hands. Both walks hold a fixed number of descriptors, never follow a link,
+//! name entries relative to an open directory, and never enter another file system.
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+
+/// Removes the tree at `path`. A mount point in it ends the removal with EBUSY.
+pub fn remove(path: &Path) -> Result<(), Errno> {
+    let top = match open(path, DIRECTORY, Mode::empty()) {
+        Ok(top) => top,
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(Errno::ENOTDIR | Errno::ELOOP) => return unlinkat(AT_FDCWD, path, UnlinkatFlags::NoRemoveDir),
+        Err(e) => return Err(e),
+    };
+    let mut hoisted = 0_u64;
+    loop {
+        let names = names(&top)?;
+        if names.is_empty() {
+            break;
+        }
+        for name in names {
+            remove_entry(&top, &name, &mut hoisted)?;
+        }
+    }
+    unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir)
+}
+
+/// Removes an entry of `top`. The directories in it are first moved up into `top`, for a
+/// later round, so that depth costs neither stack nor descriptors.
+fn remove_entry(top: &OwnedFd, name: &CStr, hoisted: &mut u64) -> Result<(), Errno> {
+    if !remove_flat(top, name)? {
+        return Ok(());
+    }
+    // The kernel has just said ENOTEMPTY and not EBUSY: nothing is mounted here.
+    let directory = openat(top, name, DIRECTORY, Mode::empty())?;
+    if fstat(&directory)?.st_dev != fstat(top)?.st_dev {
+        return Err(Errno::EBUSY);
+    }
+    for name in names(&directory)? {
+        while remove_flat(&directory, &name)? {
+            let up = CString::new(format!(".hoisted-{hoisted}")).unwrap_or_default();
+            *hoisted += 1;
+            match renameat(&directory, name.as_c_str(), top, up.as_c_str()) {
+                Ok(()) => break,
+                // The container has an entry of that very name; the next number may be free.
+                Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    unlinkat(top, name, UnlinkatFlags::RemoveDir)
+}
+
+/// Removes a file or an empty directory; true if it is a directory with entries.
+fn remove_flat(parent: &OwnedFd, name: &CStr) -> Result<bool, Errno> {
+    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => return Ok(false),
+        Err(Errno::EISDIR) => {}
+        Err(e) => return Err(e),
+    }
+    match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(false),
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
+/// Allocated bytes and distinct inodes of the tree at `path`, itself included, as `du`
+/// counts them. What vanishes meanwhile is not counted. ECANCELED if `cancelled` says so.
+pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64), Errno> {
+    /// A directory that is being read: who it is, and what is still to be looked at.
+    struct Level {
+        identity: (u64, u64),
+        names: Vec<CString>,
+    }
+    let mut current = open(path, DIRECTORY, Mode::empty())?;
+    let status = fstat(&current)?;
+    let device = status.st_dev;
+    let mut seen = HashSet::from([identity(&status)]);
+    let mut bytes = allocated(&status);
+    let mut levels = vec![Level { identity: identity(&status), names: names(&current)? }];
+    while let Some(level) = levels.last_mut() {
+        let Some(name) = level.names.pop() else {
+            levels.pop();
+            if let Some(above) = levels.last() {
+                current = openat(&current, c"..", DIRECTORY, Mode::empty())?;
+                if identity(&fstat(&current)?) != above.identity {
+                    // Moved away while we were in it: there is no way back to the rest.
+                    break;
+                }
+            }
+            continue;
+        };
+        let status = match fstatat(&current, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(status) => status,
+            Err(Errno::ENOENT) => continue,
+            Err(e) => return Err(e),
+        };
+        if status.st_dev != device {
+            continue;
+        }
+        if seen.insert(identity(&status)) {
+            bytes = bytes.saturating_add(allocated(&status));
+        }
+        if status.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits() {
+            if cancelled() {
+                return Err(Errno::ECANCELED);
+            }
+            match openat(&current, name.as_c_str(), DIRECTORY, Mode::empty()) {
+                Ok(directory) => {
+                    let identity = identity(&fstat(&directory)?);
+                    levels.push(Level { identity, names: names(&directory)? });
+                    current = directory;
+                }
+                // Removed, or made something else, since.
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok((bytes, seen.len() as u64))
+}
+
+fn identity(status: &FileStat) -> (u64, u64) {
+    (status.st_dev, status.st_ino)
+}
+
+fn allocated(status: &FileStat) -> u64 {
+    u64::try_from(status.st_blocks).unwrap_or(0).saturating_mul(512)
+}
+
+/// The entries of an open directory, from its beginning, without `.` and `..`.
+fn names(directory: &OwnedFd) -> Result<Vec<CString>, Errno> {
+    // A description of its own: reading must not move the one that was handed in.
+    let mut reader = Dir::from_fd(openat(directory.as_fd(), c".", DIRECTORY, Mode::empty())?)?;
+    let mut names = Vec::new();
+    for entry in reader.iter() {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    /// A chain of directories deeper than any path can name.
+    fn deep(top: &Path, levels: usize) {
+        let mut current = open(top, DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..levels {
+            nix::sys::stat::mkdirat(&current, c"d", Mode::from_bits_truncate(0o755)).unwrap();
+            current = openat(&current, c"d", DIRECTORY, Mode::empty()).unwrap();
+        }
+    }
+
+    /// A container can make a tree this deep. The walk of the standard library recurses once
+    /// for each level: it ran out of stack, and so did every start after that.
+    #[test]
+    fn a_tree_of_any_depth_is_measured_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        fs::create_dir(&top).unwrap();
+        deep(&top, 20_000);
+        fs::create_dir_all(top.join(".hoisted-0/x/y")).unwrap();
+        fs::write(top.join(".hoisted-1"), "").unwrap();
+        let (_, inodes) = disk_usage(&top, &|| false).unwrap();
+        assert_eq!(inodes, 20_001 + 4);
+        assert_eq!(disk_usage(&top, &|| true), Err(Errno::ECANCELED));
+        remove(&top).unwrap();
+        assert!(!top.exists());
+        remove(&top).unwrap();
+    }
+
+    #[test]
+    fn links_are_removed_and_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, other) = (dir.path().join("top"), dir.path().join("other"));
+        fs::create_dir_all(top.join("a/b")).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("precious"), vec![1; 100_000]).unwrap();
+        symlink(&other, top.join("a/b/link")).unwrap();
+        symlink(&other, top.join("link")).unwrap();
+        let (bytes, inodes) = disk_usage(&top, &|| false).unwrap();
+        assert!(bytes < 100_000 && inodes == 5, "{bytes} {inodes}");
+        remove(&top).unwrap();
+        symlink(&other, &top).unwrap();
+        remove(&top).unwrap();
+        assert!(other.join("precious").exists());
+    }
+}
