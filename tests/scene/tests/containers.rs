@@ -50,6 +50,14 @@ fn root_a_pull_of_a_published_image_writes_only_records() {
     let log = stage.snapshotter.log();
     let lines: Vec<&str> = log.lines().filter(|line| !line.contains("\"level\":\"debug\"")).collect();
     assert_eq!(lines.len(), 2, "healthy calls say nothing at info, only the start does: {lines:?}");
+    // In the shape of the Go snapshotter's log.
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("a line of the log is JSON");
+        let field = |name: &str| line[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}"));
+        assert!(["debug", "info"].contains(&field("level")) && !field("msg").is_empty());
+        let time = field("time");
+        assert!(time.len() == "2026-11-24T12:00:00.000000000Z".len() && time.ends_with('Z'), "{time}");
+    }
 }
 
 #[test]
