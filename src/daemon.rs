@@ -21,13 +21,15 @@ use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Server};
 use crate::snapshotter::{self, Snapshotter};
-use crate::store::{self, Store};
+use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
 use crate::{logging, sys};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// And so long for the last lines of the log.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 
@@ -79,6 +81,7 @@ impl fmt::Display for Error {
                 "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
                 root.display()
             ),
+            Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
             Self::Store(cause) => write!(
                 f,
                 "{cause}; nothing was changed. If the file is damaged, keep a copy, move it away, start again, and pull the images anew"
@@ -121,6 +124,12 @@ pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(arguments: &Arguments) -> Result<(), Error> {
+    let result = serve(arguments);
+    logging::flush(LOG_LIMIT);
+    result
+}
+
+fn serve(arguments: &Arguments) -> Result<(), Error> {
     // Blocked before the first thread starts, so that every thread inherits it and the
     // signals wait for us.
     let signals = block_signals();

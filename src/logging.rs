@@ -1,9 +1,15 @@
 //! The log: lines on standard error, as JSON in the shape of the Go snapshotter's or as
-//! text. The level can change while the program runs.
+//! text. The level can change while the program runs. A thread of its own writes the lines:
+//! whoever reads them may be slow, or stuck, and that must stop no call and no stop.
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Sender, bounded};
+use env_logger::Target;
 use env_logger::fmt::Formatter;
 use log::kv::{Error, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Record};
@@ -36,12 +42,71 @@ pub fn start(format: Format, level: LevelFilter) {
         // Ours at any level, so that `set_level` decides; grpcio's own chatter only if it matters.
         .filter_level(LevelFilter::Warn)
         .filter_module(env!("CARGO_CRATE_NAME"), LevelFilter::Trace)
+        .target(Target::Pipe(Box::new(Queue::start())))
         .format(match format {
             Format::Json => json,
             Format::Text => text,
         })
         .init();
     set_level(level);
+}
+
+/// Lines that may wait to be written; beyond that they are dropped, and counted.
+const WAITING_LINES: usize = 4096;
+
+/// Lines on their way to standard error.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+/// The log's end of the thread that writes.
+struct Queue {
+    lines: Sender<Vec<u8>>,
+    dropped: u64,
+}
+
+impl Queue {
+    fn start() -> Self {
+        let (lines, waiting) = bounded::<Vec<u8>>(WAITING_LINES);
+        // Without the thread there is no log, but a daemon all the same.
+        let _ = thread::Builder::new().name("log".to_owned()).spawn(move || {
+            for line in waiting {
+                let _ = io::stderr().write_all(&line);
+                WAITING.fetch_sub(1, Ordering::SeqCst);
+            }
+        });
+        Self { lines, dropped: 0 }
+    }
+}
+
+impl Write for Queue {
+    /// Gets a whole line at a time.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut whole = Vec::new();
+        if self.dropped > 0 {
+            whole = format!("{{\"level\":\"warning\",\"msg\":\"{} lines of the log were dropped\"}}\n", self.dropped)
+                .into();
+        }
+        whole.extend_from_slice(line);
+        WAITING.fetch_add(1, Ordering::SeqCst);
+        if self.lines.try_send(whole).is_ok() {
+            self.dropped = 0;
+        } else {
+            WAITING.fetch_sub(1, Ordering::SeqCst);
+            self.dropped += 1;
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits until all lines are written, `limit` at most.
+pub fn flush(limit: Duration) {
+    let until = Instant::now() + limit;
+    while WAITING.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 pub fn set_level(level: LevelFilter) {

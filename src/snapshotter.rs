@@ -25,7 +25,7 @@ use self::layers::Scanner;
 pub use self::metadata::LabelChange;
 use crate::attach::{Attacher, Mode, Pin};
 use crate::overlay::{self, Lower, Places};
-use crate::repository::Repository;
+use crate::repository::{Missing, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
@@ -261,7 +261,14 @@ impl Snapshotter {
         let owner = match (mapped_root, chain.first()) {
             (Some(root), _) => Some(root),
             (None, Some(parent)) => {
-                let top = self.sys.stat(&self.places.fs(parent.id))?;
+                let top = self.sys.stat(&self.places.fs(parent.id)).map_err(|e| match &parent.layer {
+                    Some(layer) => Error::LayerUnavailable {
+                        digest: layer.digest.clone(),
+                        repository: self.repository.name().to_owned(),
+                        why: Missing::Unreadable(e),
+                    },
+                    None => Error::System(e),
+                })?;
                 Some((top.uid, top.gid))
             }
             (None, None) => None,

@@ -9,6 +9,7 @@
 mod record;
 
 use std::fmt;
+use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,7 @@ const FIRST_ID: &str = "first_id";
 /// So many ids are reserved by one durable write. What is left of a block at a stop is skipped.
 const ID_BLOCK: u64 = 64;
 const CACHE_BYTES: usize = 16 << 20;
+const RESERVE_BYTES: usize = 1 << 20;
 
 #[derive(Debug)]
 pub enum Error {
@@ -94,6 +96,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 pub struct Store {
     path: PathBuf,
+    /// A file that only takes space, until that space is needed to free more.
+    reserve: PathBuf,
     /// None after a failed write, until the file could be opened again.
     database: RwLock<Option<Database>>,
     /// Ids that are reserved and not handed out yet.
@@ -106,17 +110,54 @@ impl Store {
     /// already has a directory: another snapshotter's, or made after the copy of the file
     /// that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
-        let database = open_database(path)?;
-        let first_id = initialise(&database, occupied).map_err(|e| match e {
-            Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
-            Initialise::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
-        })?;
-        Ok(Self {
+        let reserve = path.with_extension("reserve");
+        let open = || {
+            let database = open_database(path)?;
+            let first_id = initialise(&database, occupied).map_err(|e| match e {
+                Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
+                Initialise::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
+            })?;
+            Ok((database, first_id))
+        };
+        let (database, first_id) = match open() {
+            Err(e) if is_full(&e) && fs::remove_file(&reserve).is_ok() => open()?,
+            result => result?,
+        };
+        let store = Self {
             path: path.to_owned(),
+            reserve,
             database: RwLock::new(Some(database)),
             reserved: Mutex::new(0..0),
             first_id: SnapshotId(first_id),
-        })
+        };
+        store.restore_reserve();
+        Ok(store)
+    }
+
+    /// As `write`, for what frees space: it works on a full disk as well, because space was
+    /// put by for it.
+    pub fn write_to_free<T, E: From<Error> + FullDisk>(
+        &self,
+        body: impl Fn(&Write) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        match self.write(&body) {
+            Err(e) if e.is_full_disk() && fs::remove_file(&self.reserve).is_ok() => {
+                log::warn!("the disk of {} is full: the space put by for removals is used", self.path.display());
+                self.write(&body)
+            }
+            result => result,
+        }
+    }
+
+    /// Puts space by again, if there is any.
+    pub fn restore_reserve(&self) {
+        if self.reserve.exists() {
+            return;
+        }
+        // Real blocks, not a hole.
+        if fs::write(&self.reserve, vec![0xff; RESERVE_BYTES]).is_err() {
+            let _ = fs::remove_file(&self.reserve);
+        }
     }
 
     /// Directories with a lower number were there before this store was.
@@ -230,6 +271,22 @@ impl Store {
     }
 }
 
+/// Whether an error means that the disk is full.
+pub trait FullDisk {
+    fn is_full_disk(&self) -> bool;
+}
+
+fn is_full(error: &Error) -> bool {
+    let Error::Engine { cause: redb::Error::Io(cause), .. } = error else { return false };
+    cause.raw_os_error() == Some(nix::errno::Errno::ENOSPC as i32)
+}
+
+impl FullDisk for Error {
+    fn is_full_disk(&self) -> bool {
+        is_full(self)
+    }
+}
+
 enum Attempt<T, E> {
     /// Committed, or refused by the body and undone.
     Done(std::result::Result<T, E>),
@@ -257,8 +314,15 @@ impl<E: Into<redb::Error>> From<E> for Initialise {
 
 /// Creates the tables of a new store; the result is its first id.
 fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result::Result<u64, Initialise> {
-    let transaction = database.begin_write()?;
     let above = occupied.map_or(1, |id| id.0.saturating_add(1));
+    // A start that has nothing to write must not need space.
+    if let Ok(meta) = database.begin_read()?.open_table(META)
+        && meta.get(SCHEMA)?.is_some_and(|v| v.value() == SCHEMA_VERSION)
+        && meta.get(NEXT_ID)?.is_some_and(|v| v.value() >= above)
+    {
+        return Ok(meta.get(FIRST_ID)?.map_or(1, |v| v.value()));
+    }
+    let transaction = database.begin_write()?;
     let first_id;
     {
         let mut meta = transaction.open_table(META)?;

@@ -98,7 +98,7 @@ build | demo | test | lint)
 esac
 case $want in
 demo | test)
-    packages gzip libseccomp2 mount procps tar
+    packages e2fsprogs gzip libseccomp2 mount procps tar
     unpack busybox-static containerd docker-registry runc
     ;;
 esac

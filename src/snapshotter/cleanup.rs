@@ -38,8 +38,10 @@ impl Snapshotter {
         let result = self.clean_list(cancelled, &mut cleaned, &mut left);
         cleaned.left = left.len();
         if !left.is_empty() {
-            self.store.write(|tx| left.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
+            self.store
+                .write_to_free(|tx| left.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
         }
+        self.store.restore_reserve();
         result.map(|()| cleaned)
     }
 
@@ -49,8 +51,10 @@ impl Snapshotter {
         cleaned: &mut Cleaned,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
+        // Nobody else cleans: what looks begun is of a cleanup that failed or was killed.
+        self.store.write_to_free(|tx| tx.forget_begun_cleanups().map_err(Error::from))?;
         loop {
-            let mut batch = self.store.write(|tx| tx.begin_cleanup(BATCH).map_err(Error::from))?;
+            let mut batch = self.store.write_to_free(|tx| tx.begin_cleanup(BATCH).map_err(Error::from))?;
             if batch.is_empty() {
                 return Ok(());
             }
@@ -76,7 +80,7 @@ impl Snapshotter {
     }
 
     fn finish(&self, done: &[SnapshotId], cleaned: &mut Cleaned) -> Result<()> {
-        self.store.write(|tx| tx.finish_cleanup(done).map_err(Error::from))?;
+        self.store.write_to_free(|tx| tx.finish_cleanup(done).map_err(Error::from))?;
         cleaned.done += done.len();
         Ok(())
     }

@@ -160,7 +160,11 @@ impl Snapshotter {
             Error::System(cause) => unavailable(Missing::Unreadable(cause)),
             other => other,
         })?;
-        let pin = self.attacher.attach(id, &top, &scan)?;
+        let pin = self.attacher.attach(id, &top, &scan).map_err(|e| {
+            // Gone while we were at it?
+            let of_repository = e.path.starts_with(&top) || self.repository.layer(&layer.digest).is_err();
+            if of_repository { unavailable(Missing::Unreadable(e)) } else { Error::System(e) }
+        })?;
         let (mask, hides) = attach::skeletons(&scan);
         Ok((Lower::Remote { id, digest: layer.digest.clone(), mask, hides }, pin))
     }

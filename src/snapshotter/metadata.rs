@@ -145,7 +145,7 @@ impl Snapshotter {
     /// One short transaction, because containerd holds its lock meanwhile; what the
     /// snapshot left on disk is the business of `cleanup`.
     pub fn remove(&self, key: &Key) -> Result<()> {
-        self.store.write(|tx| {
+        self.store.write_to_free(|tx| {
             let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
             if tx.has_children(snapshot.id)? {
                 return Err(Error::HasChildren(key.clone()));

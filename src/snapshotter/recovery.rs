@@ -27,7 +27,6 @@ pub struct Found {
 impl Snapshotter {
     /// To be called once, before the first call is served.
     pub fn recover(&self) -> Result<Found> {
-        self.store.write(|tx| tx.forget_begun_cleanups().map_err(Error::from))?;
         let mut records: Vec<Snapshot> = Vec::new();
         self.store.read(|tx| tx.for_each(|snapshot| records.push(snapshot)).map_err(Error::from))?;
         let mut found = Found { snapshots: records.len(), ..Found::default() };
@@ -63,7 +62,9 @@ impl Snapshotter {
         }
         found.leftovers = leftovers.len();
         if !leftovers.is_empty() {
-            self.store.write(|tx| leftovers.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
+            self.store.write_to_free(|tx| {
+                leftovers.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from)
+            })?;
         }
         Ok(found)
     }

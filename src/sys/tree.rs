@@ -26,12 +26,21 @@ pub fn remove(path: &Path) -> Result<(), Errno> {
     };
     let mut hoisted = 0_u64;
     loop {
-        let names = names(&top)?;
-        if names.is_empty() {
-            break;
-        }
-        for name in names {
-            remove_entry(&top, &name, &mut hoisted)?;
+        // One entry that cannot be removed must not keep all the others.
+        let mut refused = None;
+        let mut names = names(&top)?;
+        let (before, entries) = (hoisted, names.len());
+        names.retain(|name| match remove_entry(&top, name, &mut hoisted) {
+            Ok(()) => false,
+            Err(e) => {
+                refused.get_or_insert(e);
+                true
+            }
+        });
+        match refused {
+            Some(e) if names.len() == entries && hoisted == before => return Err(e),
+            None if entries == 0 => break,
+            _ => {}
         }
     }
     unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir)
@@ -48,19 +57,31 @@ fn remove_entry(top: &OwnedFd, name: &CStr, hoisted: &mut u64) -> Result<(), Err
     if fstat(&directory)?.st_dev != fstat(top)?.st_dev {
         return Err(Errno::EBUSY);
     }
+    let mut refused = None;
     for name in names(&directory)? {
-        while remove_flat(&directory, &name)? {
-            let up = CString::new(format!(".hoisted-{hoisted}")).unwrap_or_default();
-            *hoisted += 1;
-            match renameat(&directory, name.as_c_str(), top, up.as_c_str()) {
-                Ok(()) => break,
-                // The container has an entry of that very name; the next number may be free.
-                Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => {}
-                Err(e) => return Err(e),
-            }
+        if let Err(e) = remove_flat(&directory, &name)
+            .and_then(|is_full| if is_full { hoist(&directory, &name, top, hoisted) } else { Ok(()) })
+        {
+            refused.get_or_insert(e);
         }
     }
-    unlinkat(top, name, UnlinkatFlags::RemoveDir)
+    unlinkat(top, name, UnlinkatFlags::RemoveDir).map_err(|e| refused.unwrap_or(e))
+}
+
+/// Moves the directory `name` up into `top`.
+fn hoist(directory: &OwnedFd, name: &CStr, top: &OwnedFd, hoisted: &mut u64) -> Result<(), Errno> {
+    loop {
+        let up = CString::new(format!(".hoisted-{hoisted}")).unwrap_or_default();
+        match renameat(directory, name, top, up.as_c_str()) {
+            Ok(()) => {
+                *hoisted += 1;
+                return Ok(());
+            }
+            // The container has an entry of that very name; the next number may be free.
+            Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => *hoisted += 1,
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// Removes a file or an empty directory; true if it is a directory with entries.
@@ -186,6 +207,30 @@ mod tests {
         assert_eq!(disk_usage(&top, &|| true), Err(Errno::ECANCELED));
         remove(&top).unwrap();
         assert!(!top.exists());
+        remove(&top).unwrap();
+    }
+
+    #[test]
+    fn one_entry_that_cannot_be_removed_keeps_only_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        for n in 0..50 {
+            fs::create_dir_all(top.join(format!("{n}/deep"))).unwrap();
+            fs::write(top.join(format!("{n}/deep/file")), "").unwrap();
+        }
+        let immutable = |flag: &str, path: &Path| {
+            std::process::Command::new("chattr").arg(flag).arg(path).status().is_ok_and(|status| status.success())
+        };
+        if !immutable("+i", &top.join("7/deep/file")) {
+            assert!(std::env::var_os("CI").is_none(), "chattr does not work here");
+            eprintln!("SKIPPED: chattr +i does not work on the file system of {}", top.display());
+            return;
+        }
+        assert_eq!(remove(&top), Err(Errno::EPERM));
+        let (_, inodes) = disk_usage(&top, &|| false).unwrap();
+        assert_eq!(inodes, 3, "the top, one directory and the file");
+        let directory = fs::read_dir(&top).unwrap().next().unwrap().unwrap().path();
+        assert!(immutable("-i", &directory.join("file")));
         remove(&top).unwrap();
     }
 

@@ -113,6 +113,9 @@ fn root_a_full_disk_loses_nothing_and_heals() {
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
     let c = snapshotter.client();
     c.prepare("before", "", &[("kept", "yes")]).unwrap();
+    for n in 0..3 {
+        c.prepare(&format!("removed-{n}"), "", &[]).unwrap();
+    }
     let filler = small.join("filler");
     let mut made = Vec::new();
     let mut failed = 0;
@@ -134,6 +137,15 @@ fn root_a_full_disk_loses_nothing_and_heals() {
         }
     }
     assert!(failed > 20, "the disk never got full");
+    // What containerd frees space with works all the same, and so does a start.
+    c.remove("removed-0").unwrap();
+    c.cleanup().unwrap();
+    snapshotter.end(Signal::SIGKILL);
+    snapshotter.start_again();
+    let c = snapshotter.client();
+    c.remove("removed-1").unwrap();
+    c.remove("removed-2").unwrap();
+    c.cleanup().unwrap();
     fs::remove_file(&filler).unwrap();
     c.prepare("after", "", &[]).unwrap();
     for restart in [false, true] {
@@ -515,4 +527,49 @@ fn root_a_wrong_address_is_a_wrong_configuration() {
     drop(reader);
     let status = std::process::Command::new(binary()).args(["--address", "x"]).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(78));
+}
+
+/// A pipe that nobody reads: the first worker that logged waited for ever, then the others,
+/// and SIGTERM did nothing.
+#[test]
+fn root_a_log_that_nobody_reads_stops_nothing() {
+    let mut d = Alone::start("stalled-log", "");
+    d.snapshotter.end(Signal::SIGTERM);
+    let mut command = d.snapshotter.command();
+    let mut daemon = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let socket = d.snapshotter.socket();
+    scene::process::eventually("it listens", || UnixStream::connect(&socket).is_ok());
+    let c = d.snapshotter.client().with_timeout(Duration::from_secs(10));
+    for n in 0..3000 {
+        c.prepare(&format!("key-{n}"), "", &[(scene::client::REF, "sha256:c")]).unwrap();
+        c.remove(&format!("key-{n}")).unwrap();
+    }
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    let begun = Instant::now();
+    let mut status = None;
+    scene::process::eventually("it stops", || {
+        status = daemon.try_wait().unwrap();
+        status.is_some()
+    });
+    assert!(status.unwrap().success() && begun.elapsed() < Duration::from_secs(12));
+}
+
+/// What a failed cleanup had begun with was never looked at again.
+#[test]
+fn root_a_cleanup_that_failed_is_taken_up_by_the_next() {
+    let d = Alone::start("taken-up", "");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("container", &name, &[]).unwrap();
+    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
+    let open = fs::File::open(layer.join("dir/file-1")).unwrap();
+    d.client.remove("container").unwrap();
+    for _ in 0..2 {
+        d.client.cleanup().unwrap();
+        assert!(layer.join("dir").exists(), "somebody has a file open");
+    }
+    drop(open);
+    scene::process::eventually("the layer is detached", || {
+        d.client.cleanup().unwrap();
+        mounts_below(&d.snapshotter.snapshots()).is_empty()
+    });
 }
