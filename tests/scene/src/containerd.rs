@@ -164,6 +164,15 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
         self.ctr(&arguments).ok();
     }
 
+    /// The root file system as the container's first process sees it.
+    pub fn root_of(&self, id: &str) -> PathBuf {
+        let id = self.unique(id);
+        let tasks = self.ctr(&["tasks", "ls"]).ok();
+        let task = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|words| words[0] == id);
+        PathBuf::from(format!("/proc/{}/root", task.expect("the container runs")[1]))
+    }
+
+    /// Runs a program in a running container. Of its output ctr 1.6 may lose the end.
     pub fn exec(&self, id: &str, program: &[&str]) -> Output {
         let id = self.unique(id);
         let mut arguments = vec!["tasks", "exec", "--exec-id", "scene", &id];
