@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -250,6 +251,70 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     // Nobody looks at the layer again.
     fs::remove_dir_all(place.layer(2)).unwrap();
     assert_eq!(s.scanner.scan(&digest(2), &place.layer(2)).unwrap().directories.len(), 2);
+}
+
+/// Layers were attached for a snapshot that was gone by then, and nobody took them away.
+#[test]
+fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
+    let place = Place::new(Mode::Bind);
+    let shared: Arc<std::sync::OnceLock<Snapshotter>> = Arc::default();
+    let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (other, trigger) = (Arc::clone(&shared), Arc::clone(&armed));
+    let sys = Failing::meanwhile(move |call, path| {
+        if call == "statfs" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
+            let s = other.get().unwrap();
+            s.remove(&key("container")).unwrap();
+            s.cleanup(&|| false).unwrap();
+        }
+    });
+    let s = shared.get_or_init(|| place.open(Arc::new(sys)));
+    let chain = pull(s, 1, "");
+    let top = pull(s, 2, &chain);
+    s.prepare(wanted("container", &top, &[])).unwrap();
+    armed.store(true, Ordering::SeqCst);
+    assert!(matches!(s.mounts(&key("container")), Err(Error::NotFound(_))));
+    s.cleanup(&|| false).unwrap();
+    assert_eq!((place.on_disk(), place.mounts()), (Vec::<String>::new(), 0));
+}
+
+#[test]
+fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        // Before each question that is asked of the repository, one after the other.
+        for step in 0.. {
+            let place = Place::new(mode);
+            let (here, away) = (place.dir.path().join("cvmfs"), place.dir.path().join("away"));
+            let asked = std::sync::atomic::AtomicUsize::new(0);
+            let gone = Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let (top, tell) = (here.clone(), Arc::clone(&gone));
+            let target = away.clone();
+            let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let is_armed = Arc::clone(&armed);
+            let sys = Failing::meanwhile(move |_, path| {
+                let of_repository = path.starts_with(&top) && is_armed.load(Ordering::SeqCst);
+                if of_repository && asked.fetch_add(1, Ordering::SeqCst) == step {
+                    fs::rename(&top, &target).unwrap();
+                    tell.store(true, Ordering::SeqCst);
+                }
+            });
+            let s = place.open(Arc::new(sys));
+            let chain = pull(&s, 1, "");
+            let top = pull(&s, 2, &chain);
+            for n in [1, 2] {
+                s.scanner.scan(&digest(n), &place.layer(n)).unwrap();
+            }
+            armed.store(true, Ordering::SeqCst);
+            let result = s.prepare(wanted("container", &top, &[]));
+            if !gone.load(Ordering::SeqCst) {
+                result.unwrap();
+                assert!(step > 3, "the repository was hardly asked");
+                break;
+            }
+            assert!(matches!(result, Ok(_) | Err(Error::LayerUnavailable { .. })), "{mode:?}, step {step}: {result:?}");
+            fs::rename(&away, &here).unwrap();
+            remove_all(&place, &s);
+        }
+    }
 }
 
 /// The contract in a page, without disks, threads and transactions.

@@ -25,16 +25,30 @@ pub struct Failing {
     errno: Errno,
     after: After,
     recorded: Mutex<Vec<(&'static str, PathBuf)>>,
+    meanwhile: Option<Meanwhile>,
 }
+
+/// What happens in the world just before a question is asked.
+type Meanwhile = Box<dyn Fn(&str, &Path) + Send + Sync>;
 
 impl Failing {
     /// Fails the change numbered `fail_at`, counted from 0.
     pub fn at(fail_at: usize, errno: Errno, after: After) -> Self {
-        Self { host: Host, calls: AtomicUsize::new(0), fail_at, errno, after, recorded: Mutex::default() }
+        Self {
+            host: Host,
+            calls: AtomicUsize::new(0),
+            fail_at,
+            errno,
+            after,
+            recorded: Mutex::default(),
+            meanwhile: None,
+        }
     }
 
-    pub fn never() -> Self {
-        Self::at(usize::MAX, Errno::UnknownErrno, After::Recovers)
+    /// Fails nothing, but lets something happen before each question.
+    pub fn meanwhile(happens: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
+        let never = Self::at(usize::MAX, Errno::UnknownErrno, After::Recovers);
+        Self { meanwhile: Some(Box::new(happens)), ..never }
     }
 
     /// The calls that changed something, or tried to.
@@ -49,6 +63,9 @@ impl Failing {
     }
 
     fn query(&self, call: &'static str, path: &Path) -> Result<()> {
+        if let Some(happens) = &self.meanwhile {
+            happens(call, path);
+        }
         let passed = self.calls.load(Ordering::SeqCst) > self.fail_at;
         self.fail_if(passed && self.after == After::Dead, call, path)
     }
