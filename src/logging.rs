@@ -56,11 +56,12 @@ const WAITING_LINES: usize = 4096;
 
 /// Lines on their way to standard error.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
+/// Lines that found the queue full, since that was last said.
+static DROPPED: AtomicUsize = AtomicUsize::new(0);
 
 /// The log's end of the thread that writes.
 struct Queue {
     lines: Sender<Vec<u8>>,
-    dropped: u64,
 }
 
 impl Queue {
@@ -68,30 +69,26 @@ impl Queue {
         let (lines, waiting) = bounded::<Vec<u8>>(WAITING_LINES);
         // Without the thread there is no log, but a daemon all the same.
         let _ = thread::Builder::new().name("log".to_owned()).spawn(move || {
-            for line in waiting {
+            while let Ok(line) = waiting.recv() {
                 let _ = io::stderr().write_all(&line);
                 WAITING.fetch_sub(1, Ordering::SeqCst);
+                if waiting.is_empty() && DROPPED.load(Ordering::SeqCst) > 0 {
+                    // A line like any other: there is room for it now.
+                    log::warn!("{} lines of the log were dropped", DROPPED.swap(0, Ordering::SeqCst));
+                }
             }
         });
-        Self { lines, dropped: 0 }
+        Self { lines }
     }
 }
 
 impl Write for Queue {
     /// Gets a whole line at a time.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut whole = Vec::new();
-        if self.dropped > 0 {
-            whole = format!("{{\"level\":\"warning\",\"msg\":\"{} lines of the log were dropped\"}}\n", self.dropped)
-                .into();
-        }
-        whole.extend_from_slice(line);
         WAITING.fetch_add(1, Ordering::SeqCst);
-        if self.lines.try_send(whole).is_ok() {
-            self.dropped = 0;
-        } else {
+        if self.lines.try_send(line.to_owned()).is_err() {
             WAITING.fetch_sub(1, Ordering::SeqCst);
-            self.dropped += 1;
+            DROPPED.fetch_add(1, Ordering::SeqCst);
         }
         Ok(line.len())
     }

@@ -241,9 +241,7 @@ impl Snapshotter {
         if remote.is_empty() {
             return;
         }
-        let scheduled =
-            self.store.write(|tx| remote.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from));
-        if let Err(e) = scheduled {
+        if let Err(e) = self.store.write(|tx| tx.schedule_cleanup(&remote).map_err(Error::from)) {
             log::warn!("layers may stay attached until the next start: {e}");
         }
     }
@@ -262,11 +260,7 @@ impl Snapshotter {
             (Some(root), _) => Some(root),
             (None, Some(parent)) => {
                 let top = self.sys.stat(&self.places.fs(parent.id)).map_err(|e| match &parent.layer {
-                    Some(layer) => Error::LayerUnavailable {
-                        digest: layer.digest.clone(),
-                        repository: self.repository.name().to_owned(),
-                        why: Missing::Unreadable(e),
-                    },
+                    Some(layer) => self.unavailable(layer, Missing::Unreadable(e)),
                     None => Error::System(e),
                 })?;
                 Some((top.uid, top.gid))

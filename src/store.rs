@@ -111,7 +111,7 @@ impl Store {
     /// that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
         let reserve = path.with_extension("reserve");
-        let open = || {
+        let open = || -> Result<_> {
             let database = open_database(path)?;
             let first_id = initialise(&database, occupied).map_err(|e| match e {
                 Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
@@ -120,7 +120,7 @@ impl Store {
             Ok((database, first_id))
         };
         let (database, first_id) = match open() {
-            Err(e) if is_full(&e) && fs::remove_file(&reserve).is_ok() => open()?,
+            Err(e) if e.is_full_disk() && fs::remove_file(&reserve).is_ok() => open()?,
             result => result?,
         };
         let store = Self {
@@ -276,14 +276,10 @@ pub trait FullDisk {
     fn is_full_disk(&self) -> bool;
 }
 
-fn is_full(error: &Error) -> bool {
-    let Error::Engine { cause: redb::Error::Io(cause), .. } = error else { return false };
-    cause.raw_os_error() == Some(nix::errno::Errno::ENOSPC as i32)
-}
-
 impl FullDisk for Error {
     fn is_full_disk(&self) -> bool {
-        is_full(self)
+        let Self::Engine { cause: redb::Error::Io(cause), .. } = self else { return false };
+        cause.raw_os_error() == Some(nix::errno::Errno::ENOSPC as i32)
     }
 }
 
@@ -563,7 +559,7 @@ impl Write<'_> {
                 break;
             }
             if counted.1 == 0 && parent.layer.is_some() {
-                self.schedule_cleanup(parent.id)?;
+                self.schedule_cleanup(&[parent.id])?;
             }
             children_step = 0;
             next = parent.parent;
@@ -571,8 +567,11 @@ impl Write<'_> {
         Ok(())
     }
 
-    pub fn schedule_cleanup(&self, id: SnapshotId) -> Result<()> {
-        self.open(CLEANUP)?.insert(id.0, false).map_err(|e| self.error(e))?;
+    pub fn schedule_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        for id in ids {
+            table.insert(id.0, false).map_err(|e| self.error(e))?;
+        }
         Ok(())
     }
 
@@ -606,7 +605,7 @@ impl Write<'_> {
         Ok(())
     }
 
-    /// A cleanup of an earlier process has begun with nothing.
+    /// What a cleanup had begun with when it failed or was killed is to be done again.
     pub fn forget_begun_cleanups(&self) -> Result<()> {
         let mut table = self.open(CLEANUP)?;
         let begun: Vec<u64> = table

@@ -3,8 +3,9 @@
 //! A publisher unpacks the layer's tar as it is, so deletions stay in the form of the OCI
 //! image format: `.wh.<name>` deletes `<name>` of the layers below, `.wh..wh..opq` empties
 //! its directory of them. Kernel overlayfs knows neither, and no container may see them.
-//! `.cvmfscatalog` and `.cvmfsautocatalog` are the publisher's. The rules for odd cases are those of containerd's
-//! own unpacking, because its result is what a container is promised to see.
+//! `.cvmfscatalog` and `.cvmfsautocatalog` are the publisher's. The rules for odd cases are
+//! those of containerd's own unpacking, because its result is what a container is promised
+//! to see.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;

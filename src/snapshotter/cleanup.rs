@@ -38,8 +38,7 @@ impl Snapshotter {
         let result = self.clean_list(cancelled, &mut cleaned, &mut left);
         cleaned.left = left.len();
         if !left.is_empty() {
-            self.store
-                .write_to_free(|tx| left.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from))?;
+            self.store.write_to_free(|tx| tx.schedule_cleanup(&left).map_err(Error::from))?;
         }
         self.store.restore_reserve();
         result.map(|()| cleaned)
@@ -51,10 +50,16 @@ impl Snapshotter {
         cleaned: &mut Cleaned,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
-        // Nobody else cleans: what looks begun is of a cleanup that failed or was killed.
-        self.store.write_to_free(|tx| tx.forget_begun_cleanups().map_err(Error::from))?;
+        let mut is_first = true;
         loop {
-            let mut batch = self.store.write_to_free(|tx| tx.begin_cleanup(BATCH).map_err(Error::from))?;
+            let mut batch = self.store.write_to_free(|tx| {
+                if is_first {
+                    // Nobody else cleans: what looks begun is of a cleanup that failed or was killed.
+                    tx.forget_begun_cleanups()?;
+                }
+                tx.begin_cleanup(BATCH).map_err(Error::from)
+            })?;
+            is_first = false;
             if batch.is_empty() {
                 return Ok(());
             }

@@ -148,13 +148,13 @@ impl Finder {
 }
 
 impl Snapshotter {
+    pub(super) fn unavailable(&self, layer: &Layer, why: Missing) -> Error {
+        Error::LayerUnavailable { digest: layer.digest.clone(), repository: self.repository.name().to_owned(), why }
+    }
+
     /// Attaches a published layer as snapshot `id` and says how overlayfs is to see it.
     pub(super) fn attach(&self, id: SnapshotId, layer: &Layer) -> Result<(Lower, Pin)> {
-        let unavailable = |why| Error::LayerUnavailable {
-            digest: layer.digest.clone(),
-            repository: self.repository.name().to_owned(),
-            why,
-        };
+        let unavailable = |why| self.unavailable(layer, why);
         let top = self.repository.layer(&layer.digest).map_err(unavailable)?;
         let scan = self.scanner.scan(&layer.digest, &top).map_err(|e| match e {
             Error::System(cause) => unavailable(Missing::Unreadable(cause)),

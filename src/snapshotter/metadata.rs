@@ -151,7 +151,7 @@ impl Snapshotter {
                 return Err(Error::HasChildren(key.clone()));
             }
             tx.remove(&snapshot)?;
-            tx.schedule_cleanup(snapshot.id)?;
+            tx.schedule_cleanup(&[snapshot.id])?;
             Ok(())
         })
     }

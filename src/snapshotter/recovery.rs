@@ -62,9 +62,7 @@ impl Snapshotter {
         }
         found.leftovers = leftovers.len();
         if !leftovers.is_empty() {
-            self.store.write_to_free(|tx| {
-                leftovers.iter().try_for_each(|id| tx.schedule_cleanup(*id)).map_err(Error::from)
-            })?;
+            self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;
         }
         Ok(found)
     }

@@ -230,7 +230,7 @@ fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let s = place.open(Arc::new(Host));
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         s.store.write(|tx| -> Result<()> {
-            tx.schedule_cleanup(SnapshotId(99))?;
+            tx.schedule_cleanup(&[SnapshotId(99)])?;
             panic!("on purpose")
         })
     }));

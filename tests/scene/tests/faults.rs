@@ -537,6 +537,7 @@ fn root_a_log_that_nobody_reads_stops_nothing() {
     d.snapshotter.end(Signal::SIGTERM);
     let mut command = d.snapshotter.command();
     let mut daemon = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut unread = daemon.stderr.take().unwrap();
     let socket = d.snapshotter.socket();
     scene::process::eventually("it listens", || UnixStream::connect(&socket).is_ok());
     let c = d.snapshotter.client().with_timeout(Duration::from_secs(10));
@@ -552,6 +553,35 @@ fn root_a_log_that_nobody_reads_stops_nothing() {
         status.is_some()
     });
     assert!(status.unwrap().success() && begun.elapsed() < Duration::from_secs(12));
+    drop(std::io::Read::read(&mut unread, &mut [0; 1]));
+}
+
+/// A reader that was slow finds out how much it missed.
+#[test]
+fn root_lines_that_were_dropped_are_counted_in_the_log() {
+    let mut d = Alone::start("dropped", "log-format = \"text\"");
+    d.snapshotter.end(Signal::SIGTERM);
+    let mut daemon = d.snapshotter.command().stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let socket = d.snapshotter.socket();
+    scene::process::eventually("it listens", || UnixStream::connect(&socket).is_ok());
+    let c = d.snapshotter.client();
+    for _ in 0..7000 {
+        refused(c.stat("absent"), Code::NOT_FOUND);
+    }
+    let mut stderr = daemon.stderr.take().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
+        text
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
+    let text = reader.join().unwrap();
+    let notice = text.lines().find(|line| line.contains("lines of the log were dropped")).unwrap();
+    let dropped: usize = notice.split_whitespace().nth(2).unwrap().parse().unwrap();
+    let written = text.lines().filter(|line| line.contains("\"absent\" does not exist")).count();
+    assert_eq!(written + dropped, 7000, "{notice}");
 }
 
 /// What a failed cleanup had begun with was never looked at again.
