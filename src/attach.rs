@@ -1,19 +1,23 @@
-//! Brings a published layer under `snapshots/<id>/` and takes it away again.
+//! Brings what is published under `snapshots/<id>/` and takes it away again.
 //!
-//! Attaching is lazy, idempotent and safe from many threads: each layer has a slot with a
-//! lock, and whoever is about to use a layer holds a pin on it until the store knows.
-//! Knows directories and mounts, not chains and not containerd. Presence is completeness:
-//! a skeleton is built beside its place and renamed into it.
+//! Attaching is lazy, idempotent and safe from many threads: each snapshot has a slot with a
+//! lock, and whoever is about to use what is attached holds a pin on it until the store
+//! knows. Knows directories and mounts, not chains and not containerd. Presence is
+//! completeness: a skeleton is built beside its place and renamed into it. `attach` asks the
+//! repository, so it runs on the repository's threads; `release` never does, not even where
+//! a mount of it hangs.
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use crate::overlay::{Mask, Places};
+use crate::overlay::{Form, Mask, Places};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
 use crate::sys::{Error, FileType, Result, Sys, Unmount};
 use crate::types::SnapshotId;
@@ -27,6 +31,20 @@ pub enum Mode {
     Symlink,
 }
 
+/// What is to be attached, and as what.
+pub struct Attach<'a> {
+    pub id: SnapshotId,
+    pub form: Form,
+    pub source: &'a Path,
+    pub scan: &'a Scan,
+}
+
+/// So long a release waits for a thread that is attaching the same layer right now. One that
+/// takes longer may hang in the repository, and a cleanup must not.
+const RELEASE_WAIT: Duration = Duration::from_millis(50);
+/// And so long one thread that attaches waits for another.
+const ATTACH_WAIT: Duration = Duration::from_secs(10);
+
 /// More mounts than this on one directory are not ours to untangle.
 const STACKED_MOUNTS: usize = 16;
 
@@ -34,21 +52,27 @@ pub struct Attacher {
     places: Places,
     mode: Mode,
     sys: Arc<dyn Sys>,
-    slots: Mutex<HashMap<SnapshotId, Arc<Mutex<Slot>>>>,
+    slots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
 }
 
 #[derive(Default)]
 struct Slot {
-    /// Users that the store does not know yet.
-    pins: usize,
+    turn: Mutex<()>,
+    /// Users that the store does not know yet. Counted up with the lock held; counted down
+    /// without it, because its holder may hang.
+    pins: AtomicUsize,
 }
 
 /// Keeps a layer attached while it lives.
-pub struct Pin(Arc<Mutex<Slot>>);
+pub struct Pin {
+    slot: Arc<Slot>,
+    /// It was attached just now.
+    pub fresh: bool,
+}
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        self.0.lock().pins -= 1;
+        self.slot.pins.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -76,7 +100,7 @@ pub enum Release {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
     Done,
-    /// Pinned, or busy: ask again later.
+    /// Pinned, or being attached: ask again later.
     NotYet,
 }
 
@@ -85,27 +109,56 @@ impl Attacher {
         Self { places, mode, sys, slots: Mutex::default() }
     }
 
-    /// Attaches the layer at `source` as snapshot `id`, unless it is attached already.
-    pub fn attach(&self, id: SnapshotId, source: &Path, scan: &Scan) -> Result<Pin> {
+    /// Attaches what `wanted` says, unless it is attached already.
+    pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
+        let Attach { id, form, source, scan } = *wanted;
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        {
-            let mut held = slot.lock();
-            self.ensure_directory(&self.places.home(id), 0o700)?;
-            self.ensure_skeleton(&self.places.mask(id), source, scan, |d| !d.hidden.is_empty(), Self::build_mask)?;
-            self.ensure_skeleton(
-                &self.places.hide(id),
-                source,
-                scan,
-                |d| d.opaque || !d.deleted.is_empty(),
-                Self::build_hide,
-            )?;
-            match self.mode {
-                Mode::Bind => self.ensure_bound(id, source)?,
-                Mode::Symlink => self.ensure_linked(id, source)?,
+        let fresh = {
+            let home = self.places.home(id);
+            let Some(_turn) = slot.turn.try_lock_for(ATTACH_WAIT) else {
+                return Err(Error { call: "wait for another thread at", path: home, errno: Errno::ETIMEDOUT });
+            };
+            self.ensure_directory(&home, 0o700)?;
+            let (place, mask) = (self.places.root(id, form), self.places.mask(id, form));
+            let hide = (form == Form::Layer).then(|| self.places.hide(id));
+            self.ensure_of_this_source(&place, source, [Some(&mask), hide.as_ref()])?;
+            self.ensure_skeleton(&mask, source, scan, |d| !d.hidden.is_empty(), Self::build_mask)?;
+            if let Some(hide) = hide {
+                self.ensure_skeleton(&hide, source, scan, |d| d.opaque || !d.deleted.is_empty(), Self::build_hide)?;
             }
-            held.pins += 1;
+            let fresh = match self.mode {
+                Mode::Bind => self.ensure_bound(&home, &place, source)?,
+                Mode::Symlink => self.ensure_linked(&place, source)?,
+            };
+            slot.pins.fetch_add(1, Ordering::SeqCst);
+            fresh
+        };
+        Ok(Pin { slot, fresh })
+    }
+
+    /// What was built for another source, a layer of another repository say, is put aside:
+    /// whoever uses it keeps it, and it goes with the snapshot's directory.
+    fn ensure_of_this_source(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
+        let note = place.with_extension("of");
+        match self.sys.read_link(&note) {
+            Ok(of) if of == source => return Ok(()),
+            Ok(_) => {}
+            Err(e) if e.errno == Errno::ENOENT => {}
+            Err(e) => return Err(e),
         }
-        Ok(Pin(slot))
+        for skeleton in skeletons.into_iter().flatten() {
+            if self.lstat(skeleton)?.is_none() {
+                continue;
+            }
+            let aside = (0..).map(|n| skeleton.with_extension(format!("old-{n}")));
+            for aside in aside {
+                if self.lstat(&aside)?.is_none() {
+                    self.sys.rename(skeleton, &aside)?;
+                    break;
+                }
+            }
+        }
+        self.replace_link(&note, source)
     }
 
     /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked
@@ -116,33 +169,23 @@ impl Attacher {
         decide: impl FnOnce() -> std::result::Result<Release, E>,
     ) -> std::result::Result<Released, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let held = slot.lock();
-        if held.pins > 0 {
+        let Some(_turn) = slot.turn.try_lock_for(RELEASE_WAIT) else { return Ok(Released::NotYet) };
+        if slot.pins.load(Ordering::SeqCst) > 0 {
             return Ok(Released::NotYet);
         }
-        let released = match decide()? {
-            Release::Keep => Released::Done,
-            Release::Remove => match self.detach(id)? {
-                Released::Done => self.sys.remove_tree(&self.places.home(id)).map(|()| Released::Done)?,
-                Released::NotYet => Released::NotYet,
-            },
-        };
+        if decide()? == Release::Remove {
+            for form in [Form::Layer, Form::Flat] {
+                self.unmount_all(&self.places.root(id, form))?;
+            }
+            self.sys.remove_tree(&self.places.home(id))?;
+        }
         // Only we and the map hold the slot, and under the map's lock nobody else can begin
         // to: two threads never work on one layer in two slots.
         let mut slots = self.slots.lock();
         if Arc::strong_count(&slot) == 2 {
             slots.remove(&id);
         }
-        Ok(released)
-    }
-
-    fn detach(&self, id: SnapshotId) -> Result<Released> {
-        let fs = self.places.fs(id);
-        if self.lstat(&fs)?.is_some_and(|status| status == FileType::Symlink) {
-            self.sys.remove_file(&fs)?;
-            return Ok(Released::Done);
-        }
-        self.unmount_all(&fs)
+        Ok(Released::Done)
     }
 
     /// The type of what is there; a dead mount counts as a directory.
@@ -150,7 +193,7 @@ impl Attacher {
         match self.sys.lstat(path) {
             Ok(status) => Ok(Some(status.file_type)),
             Err(e) if e.errno == Errno::ENOENT => Ok(None),
-            Err(e) if is_dead(&e) => Ok(Some(FileType::Directory)),
+            Err(e) if e.is_dead() => Ok(Some(FileType::Directory)),
             Err(e) => Err(e),
         }
     }
@@ -162,48 +205,42 @@ impl Attacher {
         }
     }
 
-    fn ensure_bound(&self, id: SnapshotId, source: &Path) -> Result<()> {
-        let fs = self.places.fs(id);
+    /// Whether it had to be bound.
+    fn ensure_bound(&self, home: &Path, place: &Path, source: &Path) -> Result<bool> {
         for _ in 0..STACKED_MOUNTS {
-            match self.found(id, source)? {
-                Found::Attached => return Ok(()),
-                Found::Nothing => self.sys.create_dir(&fs, 0o755)?,
-                Found::Link => self.sys.remove_file(&fs)?,
-                Found::Other => match self.sys.unmount(&fs, Unmount::Plain) {
-                    Ok(()) => {}
-                    // Somebody still has a file open there. It keeps what it has; nobody
-                    // else gets it.
-                    Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(&fs, Unmount::Detach)?,
-                    // Nothing is mounted.
-                    Err(e) if e.errno == Errno::EINVAL => {
-                        if let Err(e) = self.sys.bind_read_only(source, &fs) {
-                            // The mount may be there and writable: that must not stay.
-                            let _ = self.unmount_all(&fs);
-                            return Err(e);
-                        }
-                        return Ok(());
+            match self.found(home, place, source)? {
+                Found::Attached => return Ok(false),
+                Found::Nothing => self.sys.create_dir(place, 0o755)?,
+                Found::Link => self.sys.remove_file(place)?,
+                Found::Other => {
+                    if self.unmount_one(place)? {
+                        continue;
                     }
-                    Err(e) => return Err(e),
-                },
+                    if let Err(e) = self.sys.bind_read_only(source, place) {
+                        // The mount may be there and writable: that must not stay.
+                        let _ = self.unmount_all(place);
+                        return Err(e);
+                    }
+                    return Ok(true);
+                }
             }
         }
-        Err(Error { call: "untangle the mounts on", path: fs, errno: Errno::ELOOP })
+        Err(tangled(place))
     }
 
-    fn found(&self, id: SnapshotId, source: &Path) -> Result<Found> {
-        let fs = self.places.fs(id);
-        let there = match self.sys.lstat(&fs) {
+    fn found(&self, home: &Path, place: &Path, source: &Path) -> Result<Found> {
+        let there = match self.sys.lstat(place) {
             Ok(there) => there,
             Err(e) if e.errno == Errno::ENOENT => return Ok(Found::Nothing),
-            Err(e) if is_dead(&e) => return Ok(Found::Other),
+            Err(e) if e.is_dead() => return Ok(Found::Other),
             Err(e) => return Err(e),
         };
         if there.file_type == FileType::Symlink {
             return Ok(Found::Link);
         }
         let wanted = self.sys.stat(source)?;
-        let Ok(file_system) = self.sys.statfs(&fs) else { return Ok(Found::Other) };
-        let home = self.sys.lstat(&self.places.home(id))?;
+        let Ok(file_system) = self.sys.statfs(place) else { return Ok(Found::Other) };
+        let home = self.sys.lstat(home)?;
         // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
         // layer that it publishes never changes, so there the device says enough.
         let is_wanted = there.device == wanted.device
@@ -211,42 +248,50 @@ impl Attacher {
         Ok(if is_wanted && file_system.read_only { Found::Attached } else { Found::Other })
     }
 
-    fn ensure_linked(&self, id: SnapshotId, source: &Path) -> Result<()> {
-        let fs = self.places.fs(id);
-        match self.lstat(&fs)? {
-            Some(FileType::Symlink) if self.sys.read_link(&fs)? == source => return Ok(()),
+    /// Whether the link had to be made.
+    fn ensure_linked(&self, place: &Path, source: &Path) -> Result<bool> {
+        match self.lstat(place)? {
+            Some(FileType::Symlink) if self.sys.read_link(place)? == source => return Ok(false),
             // From a time when layers were bound.
             Some(FileType::Directory) => {
-                if self.unmount_all(&fs)? == Released::NotYet {
-                    self.sys.unmount(&fs, Unmount::Detach)?;
-                }
-                self.sys.remove_dir(&fs)?;
+                self.unmount_all(place)?;
+                self.sys.remove_dir(place)?;
             }
             Some(FileType::Symlink | FileType::Other) | None => {}
         }
-        let new = beside(&fs);
+        self.replace_link(place, source)?;
+        Ok(true)
+    }
+
+    fn replace_link(&self, link: &Path, target: &Path) -> Result<()> {
+        let new = beside(link);
         match self.sys.remove_file(&new) {
             Err(e) if e.errno != Errno::ENOENT => return Err(e),
             _ => {}
         }
-        self.sys.symlink(source, &new)?;
-        self.sys.rename(&new, &fs)
+        self.sys.symlink(target, &new)?;
+        self.sys.rename(&new, link)
     }
 
-    fn unmount_all(&self, target: &Path) -> Result<Released> {
+    fn unmount_all(&self, target: &Path) -> Result<()> {
         for _ in 0..STACKED_MOUNTS {
-            match self.sys.unmount(target, Unmount::Plain) {
-                Ok(()) => {}
-                // Not a mount point (any more), or not there at all.
-                Err(e) if matches!(e.errno, Errno::EINVAL | Errno::ENOENT) => return Ok(Released::Done),
-                Err(e) if e.errno == Errno::EBUSY => match self.sys.statfs(target) {
-                    Err(dead) if is_dead(&dead) => self.sys.unmount(target, Unmount::Detach)?,
-                    _ => return Ok(Released::NotYet),
-                },
-                Err(e) => return Err(e),
+            if !self.unmount_one(target)? {
+                return Ok(());
             }
         }
-        Err(Error { call: "untangle the mounts on", path: target.to_owned(), errno: Errno::ELOOP })
+        Err(tangled(target))
+    }
+
+    /// Whether something was mounted there. Asks the mount table and no file system. Somebody may have a file open in it: that one
+    /// keeps what it has, and nobody else gets it.
+    fn unmount_one(&self, target: &Path) -> Result<bool> {
+        match self.sys.unmount(target, Unmount::Plain) {
+            Ok(()) => Ok(true),
+            // Not a mount point (any more), or not there at all.
+            Err(e) if matches!(e.errno, Errno::EINVAL | Errno::ENOENT) => Ok(false),
+            Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(target, Unmount::Detach).map(|()| true),
+            Err(e) => Err(e),
+        }
     }
 
     fn ensure_skeleton(
@@ -307,12 +352,11 @@ pub fn skeletons(scan: &Scan) -> (Mask, bool) {
     (mask, hides)
 }
 
+fn tangled(path: &Path) -> Error {
+    Error { call: "untangle the mounts on", path: path.to_owned(), errno: Errno::ELOOP }
+}
+
 /// Where a thing is built before it is renamed to `place`.
 fn beside(place: &Path) -> PathBuf {
     place.with_extension("new")
-}
-
-/// The server of a FUSE file system has died, or the file system below us is gone.
-fn is_dead(error: &Error) -> bool {
-    matches!(error.errno, Errno::ENOTCONN | Errno::ESTALE)
 }

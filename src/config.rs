@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use log::LevelFilter;
 use toml::Spanned;
@@ -15,16 +16,18 @@ use toml::de::{DeTable, DeValue};
 
 use crate::attach::Mode;
 use crate::logging::{self, Format};
+use crate::types::RootfsMode;
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Fully qualified repository name.
-    pub repository: String,
-    /// Where the repository is, if not at `/cvmfs/<repository>`.
-    pub absolute_mountpoint: Option<PathBuf>,
+    /// In the order in which they are asked; never empty.
+    pub repositories: Vec<RepositoryAt>,
+    /// So long a call waits for an answer of a repository.
+    pub repository_timeout: Duration,
+    pub rootfs: RootfsMode,
     pub attach: Mode,
     /// Threads that do the work of calls. None: the larger of 4 and the number of cores.
     pub workers: Option<usize>,
@@ -38,8 +41,9 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            repository: "unpacked.cern.ch".to_owned(),
-            absolute_mountpoint: None,
+            repositories: vec![RepositoryAt::named(DEFAULT_REPOSITORY)],
+            repository_timeout: Duration::from_secs(10),
+            rootfs: RootfsMode::Auto,
             attach: Mode::Bind,
             workers: None,
             queue: 1024,
@@ -49,15 +53,27 @@ impl Default for Config {
     }
 }
 
+/// A repository and the directory where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryAt {
+    /// Fully qualified name, or the path where only that is known.
+    pub name: String,
+    pub path: PathBuf,
+}
+
+impl RepositoryAt {
+    fn named(name: &str) -> Self {
+        Self { name: name.to_owned(), path: Path::new(CVMFS).join(name) }
+    }
+}
+
+const DEFAULT_REPOSITORY: &str = "unpacked.cern.ch";
+const TIMEOUT: RangeInclusive<i64> = 1..=3600;
 const WORKERS: RangeInclusive<i64> = 1..=256;
 const QUEUE: RangeInclusive<i64> = 1..=65_536;
 const FEWEST_DEFAULT_WORKERS: usize = 4;
 
 impl Config {
-    pub fn repository_path(&self) -> PathBuf {
-        self.absolute_mountpoint.clone().unwrap_or_else(|| Path::new(CVMFS).join(&self.repository))
-    }
-
     pub fn worker_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.unwrap_or_else(|| cores().max(FEWEST_DEFAULT_WORKERS))
@@ -155,6 +171,7 @@ fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
         why: e.message().to_owned(),
     })?;
     let mut loaded = Loaded::default();
+    let mut named = Named::default();
     for (key, value) in table.get_ref() {
         let entry = Entry {
             path,
@@ -163,10 +180,11 @@ fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
             text: text.get(value.span()).unwrap_or_default(),
             value: Spanned::get_ref(value),
         };
-        if !set(&mut loaded.config, &entry)? {
+        if !named.set(&entry)? && !set(&mut loaded.config, &entry)? {
             loaded.unknown.push(UnknownKey { key: entry.key.to_owned(), line: entry.line });
         }
     }
+    loaded.config.repositories = named.in_order(path)?;
     loaded.unknown.sort_by_key(|unknown| unknown.line);
     Ok(loaded)
 }
@@ -174,8 +192,19 @@ fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
 /// Whether the key is one of ours.
 fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
     match entry.key {
-        "repository" => config.repository = repository(entry)?,
-        "absolute-mountpoint" => config.absolute_mountpoint = absolute_mountpoint(entry)?,
+        "repository-timeout" => {
+            let seconds = entry.number(TIMEOUT, "it is a number of seconds from 1 to 3600")?;
+            config.repository_timeout = Duration::from_secs(seconds.try_into().unwrap_or(u64::MAX));
+        }
+        "rootfs" => {
+            const ALLOWED: &str = "it is \"auto\", \"flat\" or \"layers\"";
+            config.rootfs = match entry.string(ALLOWED)? {
+                "auto" => RootfsMode::Auto,
+                "flat" => RootfsMode::Flat,
+                "layers" => RootfsMode::Layers,
+                _ => return entry.refuse(ALLOWED),
+            };
+        }
         "attach" => {
             const ALLOWED: &str = "it is \"bind\" or \"symlink\"";
             config.attach = match entry.string(ALLOWED)? {
@@ -203,28 +232,94 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
     Ok(true)
 }
 
-fn repository(entry: &Entry<'_>) -> Result<String, Error> {
-    const ALLOWED: &str = "it is the name of a repository, letters, digits, dots, dashes and underscores";
-    let name = entry.string(ALLOWED)?;
-    let well_formed = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    if name.is_empty() || name.starts_with('.') || !well_formed {
-        return entry.refuse(ALLOWED);
-    }
-    Ok(name.to_owned())
+/// The keys that name repositories; together they are one list.
+#[derive(Default)]
+struct Named {
+    repository: Option<String>,
+    /// With the line and the text, for messages.
+    mountpoint: Option<(PathBuf, usize, String)>,
+    more: Vec<RepositoryAt>,
+    /// Of `repositories`.
+    line: usize,
 }
 
-/// The Go snapshotter takes an empty text as "not given".
-fn absolute_mountpoint(entry: &Entry<'_>) -> Result<Option<PathBuf>, Error> {
-    const ALLOWED: &str = "it is an absolute path, without \"..\", colons, commas, quotes or backslashes";
-    let path = entry.string(ALLOWED)?;
-    if path.is_empty() {
-        return Ok(None);
+impl Named {
+    /// Whether the key is one of these.
+    fn set(&mut self, entry: &Entry<'_>) -> Result<bool, Error> {
+        match entry.key {
+            "repository" => {
+                const ALLOWED: &str = "it is the name of a repository, letters, digits, dots, dashes and underscores";
+                let name = entry.string(ALLOWED)?;
+                if !is_repository_name(name) {
+                    return entry.refuse(ALLOWED);
+                }
+                self.repository = Some(name.to_owned());
+            }
+            "absolute-mountpoint" => {
+                const ALLOWED: &str = "it is an absolute path, without \"..\", colons, commas, quotes or backslashes";
+                let path = entry.string(ALLOWED)?;
+                // The Go snapshotter takes an empty text as "not given".
+                if !path.is_empty() {
+                    if !is_mountpoint(path) {
+                        return entry.refuse(ALLOWED);
+                    }
+                    self.mountpoint = Some((PathBuf::from(path), entry.line, entry.text.to_owned()));
+                }
+            }
+            "repositories" => {
+                const ALLOWED: &str = "it is a list of names of repositories and of absolute paths";
+                let Some(list) = entry.value.as_array() else { return entry.refuse(ALLOWED) };
+                self.line = entry.line;
+                for one in list {
+                    self.more.push(match Spanned::get_ref(one).as_str() {
+                        Some(name) if is_repository_name(name) => RepositoryAt::named(name),
+                        Some(path) if is_mountpoint(path) => {
+                            RepositoryAt { name: path.to_owned(), path: PathBuf::from(path) }
+                        }
+                        _ => return entry.refuse(ALLOWED),
+                    });
+                }
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
     }
+
+    /// `repository` first, if the file names it or names no other.
+    fn in_order(self, file: &Path) -> Result<Vec<RepositoryAt>, Error> {
+        let refuse = |line, key: &str, value, allowed| {
+            Err(Error::Value { path: file.to_owned(), line, key: key.to_owned(), value, allowed })
+        };
+        let mut all = Vec::new();
+        if self.repository.is_some() || self.more.is_empty() {
+            let mut first = RepositoryAt::named(self.repository.as_deref().unwrap_or(DEFAULT_REPOSITORY));
+            if let Some((path, ..)) = self.mountpoint {
+                first.path = path;
+            }
+            all.push(first);
+        } else if let Some((_, line, text)) = self.mountpoint {
+            const ALLOWED: &str =
+                "it says where \"repository\" is, which is not named; put the path into \"repositories\"";
+            return refuse(line, "absolute-mountpoint", text, ALLOWED);
+        }
+        for one in self.more {
+            if all.iter().any(|other| other.name == one.name || other.path == one.path) {
+                return refuse(self.line, "repositories", format!("{:?}", one.name), "it is named before");
+            }
+            all.push(one);
+        }
+        Ok(all)
+    }
+}
+
+fn is_repository_name(name: &str) -> bool {
+    let well_formed = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    !name.is_empty() && !name.starts_with('.') && well_formed
+}
+
+fn is_mountpoint(path: &str) -> bool {
     let odd = path.chars().any(|c| matches!(c, ':' | ',' | '\\' | '"') || c.is_control());
-    if odd || !path.starts_with('/') || path.split('/').any(|part| part == "..") {
-        return entry.refuse(ALLOWED);
-    }
-    Ok(Some(PathBuf::from(path)))
+    path.starts_with('/') && !odd && !path.split('/').any(|part| part == "..")
 }
 
 #[cfg(test)]
@@ -253,25 +348,62 @@ mod tests {
         let defaults =
             Config { workers: loaded.config.workers, log_level: Some(LevelFilter::Info), ..Config::default() };
         assert_eq!(loaded.config, defaults);
-        for key in ["repository", "absolute-mountpoint", "attach", "workers", "queue", "log-format", "log-level"] {
+        for key in [
+            "repository",
+            "absolute-mountpoint",
+            "repositories",
+            "repository-timeout",
+            "rootfs",
+            "attach",
+            "workers",
+            "queue",
+            "log-format",
+            "log-level",
+        ] {
             assert!(uncommented.contains(&format!("\n{key} = ")), "{key} is not documented");
         }
     }
 
     #[test]
     fn keys_of_the_go_snapshotter_mean_the_same() {
-        let loaded = read("repository = \"singularity.opensciencegrid.org\"\nabsolute-mountpoint = \"\"\n").unwrap();
-        assert_eq!(loaded.config.repository_path(), Path::new("/cvmfs/singularity.opensciencegrid.org"));
-        let loaded = read("absolute-mountpoint = \"/mnt/a\"").unwrap();
-        assert_eq!(loaded.config.repository_path(), Path::new("/mnt/a"));
-        assert_eq!(Config::default().repository_path(), Path::new("/cvmfs/unpacked.cern.ch"));
+        let (osg, packed) = ("singularity.opensciencegrid.org", "unpacked.cern.ch");
+        for (text, expected) in [
+            (
+                "repository = \"singularity.opensciencegrid.org\"\nabsolute-mountpoint = \"\"\n",
+                vec![(osg, "/cvmfs/singularity.opensciencegrid.org")],
+            ),
+            ("absolute-mountpoint = \"/mnt/a\"", vec![(packed, "/mnt/a")]),
+            ("", vec![(packed, "/cvmfs/unpacked.cern.ch")]),
+            ("repositories = []", vec![(packed, "/cvmfs/unpacked.cern.ch")]),
+            ("repositories = [\"a.b\", \"/mnt/x\"]", vec![("a.b", "/cvmfs/a.b"), ("/mnt/x", "/mnt/x")]),
+            (
+                "repositories = [\"a.b\"]\nrepository = \"c.d\"\nabsolute-mountpoint = \"/mnt/c\"",
+                vec![("c.d", "/mnt/c"), ("a.b", "/cvmfs/a.b")],
+            ),
+        ] {
+            let found: Vec<_> = read(text).unwrap().config.repositories;
+            let found: Vec<_> = found.iter().map(|r| (r.name.as_str(), r.path.to_str().unwrap())).collect();
+            assert_eq!(found, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn repositories_that_contradict_each_other_are_refused() {
+        for (text, message) in [
+            ("repositories = [\"a.b\", \"a.b\"]", "line 1: repositories = \"a.b\" is not possible: it is named before"),
+            ("repository = \"a.b\"\nrepositories = [\"/cvmfs/a.b\"]", "line 2: repositories"),
+            ("absolute-mountpoint = \"/m\"\nrepositories = [\"a.b\"]", "line 1: absolute-mountpoint"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
     }
 
     #[test]
     fn unknown_keys_are_named_with_their_lines() {
         let loaded = read("version = 2\nrepository = \"r\"\n\n[plugins.x]\n  y = 1\n[proxy_plugins]\n").unwrap();
         let shown: Vec<String> = loaded.unknown.iter().map(ToString::to_string).collect();
-        assert_eq!(loaded.config.repository, "r");
+        assert_eq!(loaded.config.repositories, [RepositoryAt::named("r")]);
         assert_eq!(
             shown,
             [
@@ -298,6 +430,13 @@ mod tests {
             "absolute-mountpoint = \"/a/../b\"",
             "absolute-mountpoint = \"/a:b\"",
             "absolute-mountpoint = true",
+            "repositories = \"a\"",
+            "repositories = [\"../a\"]",
+            "repositories = [\"/a:b\"]",
+            "repositories = [1]",
+            "repository-timeout = 0",
+            "repository-timeout = \"10s\"",
+            "rootfs = \"flatter\"",
             "attach = 1",
             "workers = 0",
             "workers = 257",

@@ -20,7 +20,7 @@ use crate::config::{self, Config, Loaded};
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Server};
-use crate::snapshotter::{self, Snapshotter};
+use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
@@ -164,14 +164,18 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     }
     let pool = Pool::start(config.worker_threads(), config.queue).map_err(Error::Threads)?;
     let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pool.entrance()).map_err(Error::Server)?;
+    let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
-        repository = config.repository.as_str();
-        "cvmfs-snapshotter {} serves {} from {}", env!("CARGO_PKG_VERSION"),
-        arguments.address.display(), config.repository_path().display()
+        "cvmfs-snapshotter {} serves {} from {}",
+        env!("CARGO_PKG_VERSION"),
+        arguments.address.display(),
+        paths.join(", ")
     );
-    clean_leftovers(snapshotter)?;
+    snapshotter.look_at_repositories();
+    clean_leftovers(Arc::clone(&snapshotter))?;
     wait_for_stop(&signals, arguments);
     stop(server, pool);
+    snapshotter.close();
     Ok(())
 }
 
@@ -294,7 +298,12 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?))
         .max();
     let store = Store::open(&root.metadata, occupied).map_err(Error::Store)?;
-    let repository = Repository::new(config.repository.clone(), config.repository_path(), Arc::clone(&sys));
-    let options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
-    Snapshotter::new(store, repository, sys, &root.snapshots, config.attach, options).map_err(Error::Threads)
+    let repositories = config
+        .repositories
+        .iter()
+        .map(|at| Repository::new(at.name.clone(), at.path.clone(), config.repository_timeout, Arc::clone(&sys)))
+        .collect();
+    let overlay_options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
+    let ways = Ways { attach: config.attach, rootfs: config.rootfs, overlay_options };
+    Snapshotter::new(store, repositories, sys, &root.snapshots, ways).map_err(Error::Threads)
 }

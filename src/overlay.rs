@@ -40,16 +40,36 @@ impl Places {
         self.home(id).join("work")
     }
 
-    /// The skeleton above an attached layer: whiteouts for names nobody may see. Its name is
+    /// Where something published is attached.
+    pub fn root(&self, id: SnapshotId, form: Form) -> PathBuf {
+        match form {
+            Form::Layer => self.fs(id),
+            Form::Flat => self.home(id).join("flat"),
+        }
+    }
+
+    /// The skeleton above it: whiteouts for names nobody may see. The name of a layer's is
     /// short because up to 127 of them share one page of mount options.
-    pub fn mask(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("m")
+    pub fn mask(&self, id: SnapshotId, form: Form) -> PathBuf {
+        self.home(id).join(match form {
+            Form::Layer => "m",
+            Form::Flat => "flat-mask",
+        })
     }
 
     /// The skeleton below an attached layer: what the layer deletes from those below.
     pub fn hide(&self, id: SnapshotId) -> PathBuf {
         self.home(id).join("h")
     }
+}
+
+/// What of a repository is attached as a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// The snapshot's own layer.
+    Layer,
+    /// The whole root file system of the image whose uppermost layer the snapshot is.
+    Flat,
 }
 
 /// What the mask of a layer hides.
@@ -67,7 +87,17 @@ pub struct Mask {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lower {
     Local(SnapshotId),
-    Remote { id: SnapshotId, digest: Digest, mask: Mask, hides: bool },
+    Remote {
+        id: SnapshotId,
+        digest: Digest,
+        mask: Mask,
+        hides: bool,
+    },
+    /// Everything below, in one.
+    Flat {
+        id: SnapshotId,
+        masked: bool,
+    },
 }
 
 /// The lower directories of a chain, uppermost first, and whether one of them is local.
@@ -88,7 +118,7 @@ fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
             Lower::Remote { digest, .. } if !named.insert(digest) => {}
             Lower::Remote { id, mask, hides, .. } => {
                 if mask.others || mask.top_catalogs & !masked_catalogs != 0 {
-                    directories.push(places.mask(*id));
+                    directories.push(places.mask(*id, Form::Layer));
                     has_local = true;
                     masked_catalogs |= mask.top_catalogs;
                 }
@@ -97,6 +127,13 @@ fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
                     directories.push(places.hide(*id));
                     has_local = true;
                 }
+            }
+            Lower::Flat { id, masked } => {
+                if *masked {
+                    directories.push(places.mask(*id, Form::Flat));
+                    has_local = true;
+                }
+                directories.push(places.root(*id, Form::Flat));
             }
         }
     }
@@ -194,6 +231,8 @@ mod tests {
                 vec![remote(4, 'a', TOP, false), remote(3, 'b', TOP, false), remote(2, 'a', TOP, false), local(1)],
                 "4/m:4/fs:3/fs:1/fs",
             ),
+            (vec![Lower::Flat { id: SnapshotId(4), masked: true }], "4/flat-mask:4/flat"),
+            (vec![Lower::Flat { id: SnapshotId(4), masked: false }], "4/flat"),
         ] {
             assert_eq!(lower(&chain), expected);
         }

@@ -12,35 +12,44 @@ mod error;
 mod layers;
 mod metadata;
 mod recovery;
+mod rootfs;
+mod scans;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 
 pub use self::cleanup::Cleaned;
 pub use self::error::{Error, Result};
-use self::layers::Scanner;
+use self::layers::{Attached, Sources};
 pub use self::metadata::LabelChange;
-use crate::attach::{Attacher, Mode, Pin};
+use self::scans::Scans;
+use crate::attach::{Attacher, Mode};
 use crate::overlay::{self, Lower, Places};
-use crate::repository::{Missing, Repository};
+use crate::repository::Repository;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
     Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, LABELS_BYTES,
-    Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
+    Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
 };
 
 /// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
 const LABEL_REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
 
+/// So many pulled layers wait at most until something is done ahead for their containers;
+/// for what finds no place it is done when it is needed.
+const AHEAD: usize = 4096;
+
 pub struct Snapshotter {
     store: Arc<Store>,
-    repository: Arc<Repository>,
-    attacher: Attacher,
-    scanner: Scanner,
+    sources: Arc<Sources>,
+    /// Layers that were just pulled.
+    ahead: Sender<Key>,
     places: Places,
     sys: Arc<dyn Sys>,
     /// For every overlay, such as `index=off`.
@@ -59,30 +68,59 @@ pub struct Wanted {
     pub labels: Labels,
 }
 
+/// How published files come under a container.
+#[derive(Clone, Debug)]
+pub struct Ways {
+    pub attach: Mode,
+    pub rootfs: RootfsMode,
+    /// For every overlay, such as `index=off`.
+    pub overlay_options: Vec<String>,
+}
+
 impl Snapshotter {
-    /// `snapshots` is a directory that exists and that nobody else uses.
+    /// `snapshots` is a directory that exists and that nobody else uses. `repositories` are
+    /// asked in their order; there is at least one.
     pub fn new(
         store: Store,
-        repository: Repository,
+        repositories: Vec<Repository>,
         sys: Arc<dyn Sys>,
         snapshots: &Path,
-        mode: Mode,
-        overlay_options: Vec<String>,
+        ways: Ways,
     ) -> std::io::Result<Self> {
         let places = Places::new(snapshots.to_owned());
         let store = Arc::new(store);
-        let repository = Arc::new(repository);
+        let sources = Arc::new(Sources {
+            store: Arc::clone(&store),
+            sys: Arc::clone(&sys),
+            attacher: Attacher::new(places.clone(), ways.attach, Arc::clone(&sys)),
+            scans: Scans::new(Arc::clone(&store), Arc::clone(&sys)),
+            repositories: repositories.into_iter().map(Arc::new).collect(),
+            rootfs: ways.rootfs,
+        });
+        let (ahead, pulled) = bounded(AHEAD);
+        let background = Arc::clone(&sources);
+        thread::Builder::new().name("ahead".to_owned()).spawn(move || work_ahead(&background, &pulled))?;
         Ok(Self {
-            attacher: Attacher::new(places.clone(), mode, Arc::clone(&sys)),
-            scanner: Scanner::start(Arc::clone(&store), Arc::clone(&repository), Arc::clone(&sys))?,
             store,
-            repository,
+            sources,
+            ahead,
             places,
             sys,
-            overlay_options,
+            overlay_options: ways.overlay_options,
             cleaning: parking_lot::Mutex::default(),
             cleanup_waits: AtomicBool::default(),
         })
+    }
+
+    /// Asks each repository whether it is there, without waiting, and says so where it is not.
+    pub fn look_at_repositories(&self) {
+        self.sources.repositories.iter().for_each(Repository::look);
+    }
+
+    /// Lets go of the metadata: a thread that hangs in a repository must not keep it locked
+    /// after the end of everything else.
+    pub fn close(&self) {
+        self.store.close_for_good();
     }
 
     /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:
@@ -93,7 +131,7 @@ impl Snapshotter {
             let reference = reference.clone();
             match self.commit_remote(&wanted, &reference)? {
                 Ok(()) => return Err(Error::RemoteCommitted { reference }),
-                Err(why) => why.log(&wanted.key, &reference, self.repository.name()),
+                Err(why) => why.log(&wanted.key, &reference),
             }
         }
         self.create(Kind::Active, &wanted)
@@ -117,12 +155,12 @@ impl Snapshotter {
             });
         }
         self.require_files(snapshot)?;
-        let (lower, pins) = self.lower(below)?;
+        let (lower, attached) = self.lower(below)?;
         // If it was removed meanwhile, its layers were attached for nobody.
         let now = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
         if now.is_none_or(|now| now.id != snapshot.id) {
-            drop(pins);
-            self.release_later(below);
+            drop(attached);
+            self.release(below);
             return Err(Error::NotFound(key.clone()));
         }
         Ok(self.describe(snapshot.kind, snapshot.id, &lower))
@@ -138,9 +176,10 @@ impl Snapshotter {
             Ok(digest) => digest,
             Err(why) => return Ok(Err(Fallback::BadDigest { digest: text.clone(), why })),
         };
-        if let Err(why) = self.repository.layer(&digest) {
-            return Ok(Err(Fallback::Missing { digest, why }));
-        }
+        let repository = match self.sources.find(&digest) {
+            Ok(repository) => repository,
+            Err(why) => return Ok(Err(Fallback::Missing { digest, why })),
+        };
         let id = self.store.reserve_id()?;
         let now = Timestamp::now();
         let committed = self.store.write(|tx| {
@@ -150,27 +189,28 @@ impl Snapshotter {
                 let same = present.layer.is_some()
                     && present.parent == wanted.parent
                     && present.labels.get(LABEL_SNAPSHOT_REF).map(String::as_str) == Some(reference);
-                return Ok(if same { Ok(()) } else { Err(Fallback::NameTaken { name }) });
+                return Ok(if same { Ok(name) } else { Err(Fallback::NameTaken { name }) });
             }
             let mut labels = wanted.labels.clone();
             labels.insert(LABEL_REMOTE.0.to_owned(), LABEL_REMOTE.1.to_owned());
             tx.insert(&Snapshot {
                 id,
-                key: name,
+                key: name.clone(),
                 parent: wanted.parent.clone(),
                 kind: Kind::Committed,
                 created: now,
                 updated: now,
                 labels,
-                layer: Some(Layer { digest: digest.clone(), repository: self.repository.name().to_owned() }),
+                layer: Some(Layer { digest: digest.clone(), repository: repository.name().to_owned() }),
                 usage: None,
             })?;
-            Ok::<_, Error>(Ok(()))
+            Ok::<_, Error>(Ok(name))
         })?;
-        if committed.is_ok() {
-            self.scanner.scan_soon(digest);
-        }
-        Ok(committed)
+        Ok(committed.map(|name| {
+            if self.ahead.try_send(name).is_err() {
+                log::debug!("many layers were pulled; what their containers need is done when they need it");
+            }
+        }))
     }
 
     /// An ordinary snapshot: layers below it attached, directories made, then the record.
@@ -182,7 +222,7 @@ impl Snapshotter {
         })?;
         let created = self.create_on(kind, wanted, &chain, mapped_root);
         if created.is_err() {
-            self.release_later(&chain);
+            self.release(&chain);
         }
         created
     }
@@ -194,10 +234,19 @@ impl Snapshotter {
         chain: &[Snapshot],
         mapped_root: Option<(u32, u32)>,
     ) -> Result<Vec<Mount>> {
-        let (lower, _pins) = self.lower(chain)?;
+        let (lower, attached) = self.lower(chain)?;
         let id = self.store.reserve_id()?;
+        let owner = match (mapped_root, chain.first()) {
+            (Some(root), _) => Some(root),
+            (None, Some(parent)) if parent.layer.is_some() => attached.first().map(|uppermost| uppermost.owner),
+            (None, Some(parent)) => {
+                let top = self.sys.stat(&self.places.fs(parent.id))?;
+                Some((top.uid, top.gid))
+            }
+            (None, None) => None,
+        };
         let made = self
-            .make_directories(kind, id, chain, mapped_root)
+            .make_directories(kind, id, owner)
             .and_then(|()| self.insert(kind, id, wanted, chain.first().map(|parent| parent.id)));
         match made {
             Ok(()) => Ok(self.describe(kind, id, &lower)),
@@ -234,39 +283,16 @@ impl Snapshotter {
         })
     }
 
-    /// Has the layers of `chain` looked at by the next cleanup: they may have been attached
-    /// for nothing.
-    fn release_later(&self, chain: &[Snapshot]) {
+    /// The layers of `chain` may have been attached for nothing.
+    fn release(&self, chain: &[Snapshot]) {
         let remote: Vec<SnapshotId> = chain.iter().filter(|s| s.layer.is_some()).map(|s| s.id).collect();
-        if remote.is_empty() {
-            return;
-        }
-        if let Err(e) = self.store.write(|tx| tx.schedule_cleanup(&remote).map_err(Error::from)) {
-            log::warn!("layers may stay attached until the next start: {e}");
-        }
+        self.sources.release_unused(&remote);
     }
 
-    fn make_directories(
-        &self,
-        kind: Kind,
-        id: SnapshotId,
-        chain: &[Snapshot],
-        mapped_root: Option<(u32, u32)>,
-    ) -> Result<()> {
+    fn make_directories(&self, kind: Kind, id: SnapshotId, owner: Option<(u32, u32)>) -> Result<()> {
         self.sys.create_dir(&self.places.home(id), 0o700)?;
         let fs = self.places.fs(id);
         self.sys.create_dir(&fs, 0o755)?;
-        let owner = match (mapped_root, chain.first()) {
-            (Some(root), _) => Some(root),
-            (None, Some(parent)) => {
-                let top = self.sys.stat(&self.places.fs(parent.id)).map_err(|e| match &parent.layer {
-                    Some(layer) => self.unavailable(layer, Missing::Unreadable(e)),
-                    None => Error::System(e),
-                })?;
-                Some((top.uid, top.gid))
-            }
-            (None, None) => None,
-        };
         if let Some((uid, gid)) = owner {
             self.sys.chown(&fs, uid, gid)?;
         }
@@ -283,24 +309,13 @@ impl Snapshotter {
         }
     }
 
-    /// The lower directories of `chain`, nearest first, with every published layer attached.
-    fn lower(&self, chain: &[Snapshot]) -> Result<(Vec<Lower>, Vec<Pin>)> {
-        let mut lower = Vec::with_capacity(chain.len());
-        let mut pins = Vec::new();
-        for snapshot in chain {
-            match &snapshot.layer {
-                None => {
-                    self.require_files(snapshot)?;
-                    lower.push(Lower::Local(snapshot.id));
-                }
-                Some(layer) => {
-                    let (one, pin) = self.attach(snapshot.id, layer)?;
-                    lower.push(one);
-                    pins.push(pin);
-                }
-            }
+    /// The lower directories of `chain`, nearest first, with all that is published attached.
+    fn lower(&self, chain: &[Snapshot]) -> Result<(Vec<Lower>, Vec<Attached>)> {
+        for local in chain.iter().filter(|snapshot| snapshot.layer.is_none()) {
+            self.require_files(local)?;
         }
-        Ok((lower, pins))
+        let (lower, attached): (_, Vec<_>) = self.sources.attach_below(chain)?.into_iter().unzip();
+        Ok((lower, attached.into_iter().flatten().collect()))
     }
 
     fn require_files(&self, local: &Snapshot) -> Result<()> {
@@ -308,6 +323,14 @@ impl Snapshotter {
             Ok(_) => Ok(()),
             Err(sys::Error { errno: Errno::ENOENT, .. }) => Err(Error::Broken { key: local.key.clone(), id: local.id }),
             Err(e) => Err(e.into()),
+        }
+    }
+}
+
+fn work_ahead(sources: &Arc<Sources>, pulled: &Receiver<Key>) {
+    while let Ok(key) = pulled.recv() {
+        if let Err(why) = sources.prepare(&key) {
+            log::debug!("what containers on {key} need is done when they need it: {why}");
         }
     }
 }

@@ -12,6 +12,7 @@ use std::fmt;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use redb::{
@@ -19,8 +20,8 @@ use redb::{
     WriteTransaction,
 };
 
-use crate::repository::scan::Scan;
-use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Quoted, Snapshot, SnapshotId};
+use crate::repository::scan::{Extent, Scan, Subject};
+use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Quoted, Rootfs, Snapshot, SnapshotId};
 
 /// Counters and the schema version, by name.
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -36,8 +37,10 @@ const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefinition::new("by
 /// Ids that may have something on disk that nothing needs any more, and whether a cleanup
 /// has begun with them.
 const CLEANUP: TableDefinition<u64, bool> = TableDefinition::new("cleanup");
-/// Layer digest to `LayerScan`.
+/// `<extent> <digest> <repository>` to `LayerScan`.
 const SCANS: TableDefinition<&str, &[u8]> = TableDefinition::new("scans");
+/// Id of the uppermost snapshot of a chain to `RootfsChoice`.
+const ROOTFS: TableDefinition<u64, &[u8]> = TableDefinition::new("rootfs");
 
 const SCHEMA: &str = "schema";
 const SCHEMA_VERSION: u64 = 1;
@@ -100,6 +103,7 @@ pub struct Store {
     reserve: PathBuf,
     /// None after a failed write, until the file could be opened again.
     database: RwLock<Option<Database>>,
+    closed: AtomicBool,
     /// Ids that are reserved and not handed out yet.
     reserved: Mutex<std::ops::Range<u64>>,
     first_id: SnapshotId,
@@ -127,6 +131,7 @@ impl Store {
             path: path.to_owned(),
             reserve,
             database: RwLock::new(Some(database)),
+            closed: AtomicBool::new(false),
             reserved: Mutex::new(0..0),
             first_id: SnapshotId(first_id),
         };
@@ -251,6 +256,9 @@ impl Store {
     }
 
     fn ensure_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::SeqCst) {
+            return Err(self.error(StorageError::DatabaseClosed));
+        }
         if self.database.read().is_some() {
             return Ok(());
         }
@@ -264,6 +272,12 @@ impl Store {
 
     fn close(&self) {
         *self.database.write() = None;
+    }
+
+    /// As at the end of the process: nothing can be read or written any more.
+    pub fn close_for_good(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.close();
     }
 
     fn error(&self, cause: impl Into<redb::Error>) -> Error {
@@ -312,7 +326,8 @@ impl<E: Into<redb::Error>> From<E> for Initialise {
 fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result::Result<u64, Initialise> {
     let above = occupied.map_or(1, |id| id.0.saturating_add(1));
     // A start that has nothing to write must not need space.
-    if let Ok(meta) = database.begin_read()?.open_table(META)
+    let read = database.begin_read()?;
+    if let (Ok(meta), Ok(_)) = (read.open_table(META), read.open_table(ROOTFS))
         && meta.get(SCHEMA)?.is_some_and(|v| v.value() == SCHEMA_VERSION)
         && meta.get(NEXT_ID)?.is_some_and(|v| v.value() >= above)
     {
@@ -341,6 +356,7 @@ fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result:
     transaction.open_table(BY_REF)?;
     transaction.open_table(CLEANUP)?;
     transaction.open_table(SCANS)?;
+    transaction.open_table(ROOTFS)?;
     transaction.commit()?;
     Ok(first_id)
 }
@@ -453,10 +469,18 @@ pub trait Lookup {
         Ok(row.is_some())
     }
 
-    fn scan(&self, digest: &Digest) -> Result<Option<Scan>> {
+    fn scan(&self, subject: &Subject) -> Result<Option<Scan>> {
         let scans = self.table(SCANS)?;
-        let row = scans.get(digest.as_str()).map_err(|e| self.error(e))?;
-        row.map_or(Ok(None), |row| record::decode_scan(digest, row.value()))
+        let key = scan_key(subject);
+        let row = scans.get(key.as_str()).map_err(|e| self.error(e))?;
+        row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
+    }
+
+    /// What was decided for the chain below and with snapshot `id`.
+    fn rootfs(&self, id: SnapshotId) -> Result<Option<Rootfs>> {
+        let table = self.table(ROOTFS)?;
+        let row = table.get(id.0).map_err(|e| self.error(e))?;
+        row.map(|row| record::decode_rootfs(id, row.value())).transpose()
     }
 }
 
@@ -506,6 +530,9 @@ impl Write<'_> {
         self.open(SNAPSHOTS)?.remove(snapshot.key.as_str()).map_err(|e| self.error(e))?;
         self.unindex(snapshot)?;
         self.open(KEYS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
+        if snapshot.layer.is_some() {
+            self.open(ROOTFS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
+        }
         self.count_child(snapshot, -1)
     }
 
@@ -620,11 +647,32 @@ impl Write<'_> {
         Ok(())
     }
 
-    pub fn put_scan(&self, digest: &Digest, scan: &Scan) -> Result<()> {
+    pub fn put_scan(&self, subject: &Subject, scan: &Scan) -> Result<()> {
         let record = record::encode_scan(scan);
-        self.open(SCANS)?.insert(digest.as_str(), record.as_slice()).map_err(|e| self.error(e))?;
+        self.open(SCANS)?.insert(scan_key(subject).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
         Ok(())
     }
+
+    /// Forgets the scans whose digests `is_needed` does not know.
+    pub fn prune_scans(&self, is_needed: impl Fn(&str) -> bool) -> Result<()> {
+        let mut table = self.open(SCANS)?;
+        table.retain(|key, _| key.split(' ').nth(1).is_some_and(&is_needed)).map_err(|e| self.error(e))
+    }
+
+    pub fn put_rootfs(&self, id: SnapshotId, rootfs: &Rootfs) -> Result<()> {
+        let record = record::encode_rootfs(rootfs);
+        self.open(ROOTFS)?.insert(id.0, record.as_slice()).map_err(|e| self.error(e))?;
+        Ok(())
+    }
+}
+
+fn scan_key(subject: &Subject) -> String {
+    let extent = match subject.extent {
+        Extent::Layer => "layer",
+        Extent::Bottom => "bottom",
+        Extent::Flat => "flat",
+    };
+    format!("{extent} {} {}", subject.digest, subject.repository)
 }
 
 fn index_row(snapshot: &Snapshot) -> Option<(&str, &str, &str)> {

@@ -14,9 +14,9 @@ mod tree;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -48,6 +48,13 @@ impl Error {
     }
 }
 
+impl Error {
+    /// The server of a FUSE file system has died, or the file system is gone.
+    pub fn is_dead(&self) -> bool {
+        matches!(self.errno, Errno::ENOTCONN | Errno::ESTALE)
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The path may hold names that a container chose.
@@ -67,6 +74,7 @@ pub struct Status {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
+    pub size: u64,
     pub mtime: (i64, i64),
 }
 
@@ -98,6 +106,7 @@ impl From<&fs::Metadata> for Status {
             mode: m.mode() & 0o7777,
             uid: m.uid(),
             gid: m.gid(),
+            size: m.size(),
             mtime: (m.mtime(), m.mtime_nsec()),
         }
     }
@@ -155,7 +164,17 @@ pub trait Sys: Send + Sync {
     fn attributes(&self, path: &Path) -> Result<Attributes>;
     fn read_link(&self, path: &Path) -> Result<PathBuf>;
     /// Names and types, in no order, without `.` and `..`.
-    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>>;
+    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
+        let mut entries = Vec::new();
+        self.for_each_entry(path, &mut |name, file_type| entries.push((name.to_owned(), file_type)))?;
+        Ok(entries)
+    }
+    /// As `read_dir`, without holding all names at once.
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()>;
+    /// The content of a file; EFBIG if it has more than `limit` bytes.
+    fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
+    /// The value of one extended attribute; none where there is no such attribute.
+    fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>>;
     /// Asks the file system itself; unlike `stat` this fails when a FUSE server has died.
     fn statfs(&self, path: &Path) -> Result<FileSystem>;
     /// Allocated bytes and distinct inodes of a tree. ECANCELED if `cancelled` says so.
@@ -280,16 +299,35 @@ impl Sys for Host {
         fs::read_link(path).map_err(|e| Error::io("read link", path, &e))
     }
 
-    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
-        const CALL: &str = "read directory";
-        fs::read_dir(path)
-            .map_err(|e| Error::io(CALL, path, &e))?
-            .map(|entry| {
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
+        let mut read = || -> io::Result<()> {
+            for entry in fs::read_dir(path)? {
                 let entry = entry?;
-                Ok((entry.file_name(), entry.file_type()?.into()))
-            })
-            .collect::<io::Result<_>>()
-            .map_err(|e| Error::io(CALL, path, &e))
+                each(&entry.file_name(), entry.file_type()?.into());
+            }
+            Ok(())
+        };
+        read().map_err(|e| Error::io("read directory", path, &e))
+    }
+
+    fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        const CALL: &str = "read";
+        // What a repository has is input: a fifo must not make us wait.
+        let file = fs::File::options()
+            .read(true)
+            .custom_flags(nix::libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|e| Error::io(CALL, path, &e))?;
+        let mut content = Vec::new();
+        file.take(limit + 1).read_to_end(&mut content).map_err(|e| Error::io(CALL, path, &e))?;
+        if content.len() as u64 > limit { Err(Error::new(CALL, path, Errno::EFBIG)) } else { Ok(content) }
+    }
+
+    fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+        match xattr::get(path, name) {
+            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(None),
+            result => result.map_err(|e| Error::io("read the attributes of", path, &e)),
+        }
     }
 
     fn statfs(&self, path: &Path) -> Result<FileSystem> {

@@ -6,6 +6,7 @@
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,6 +14,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// The digest of the layer's compressed blob, as the image manifest names it.
 pub const LABEL_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+/// The reference of the image that is being pulled.
+pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 /// Where container uids start on the host: `container:host:length[,…]`.
 pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 /// Where container gids start on the host: `container:host:length[,…]`.
@@ -212,6 +215,34 @@ pub struct Layer {
     pub digest: Digest,
     /// The repository it was pulled from; for people, the digest alone finds the files.
     pub repository: String,
+}
+
+/// What lies below the containers of a chain of published layers, once that was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rootfs {
+    Layers,
+    Flat(Flat),
+}
+
+/// What the configuration wants there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RootfsMode {
+    /// The published root file system of the image where there is one, else its layers.
+    Auto,
+    /// As `Auto`, and a warning for each image that has none.
+    Flat,
+    /// Always the layers.
+    Layers,
+}
+
+/// The whole root file system of an image, as a repository publishes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flat {
+    /// Of the image's configuration.
+    pub config: Digest,
+    pub repository: String,
+    /// Names at its top that the publisher added and the image does not have.
+    pub added: Vec<OsString>,
 }
 
 /// A snapshot as the store keeps it.

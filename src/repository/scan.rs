@@ -1,34 +1,71 @@
-//! Finds what a published layer holds besides files of the image: the markers.
+//! Finds what is published besides files of the image: the markers.
 //!
-//! A publisher unpacks the layer's tar as it is, so deletions stay in the form of the OCI
+//! A publisher unpacks a layer's tar as it is, so deletions stay in the form of the OCI
 //! image format: `.wh.<name>` deletes `<name>` of the layers below, `.wh..wh..opq` empties
 //! its directory of them. Kernel overlayfs knows neither, and no container may see them.
 //! `.cvmfscatalog` and `.cvmfsautocatalog` are the publisher's. The rules for odd cases are
 //! those of containerd's own unpacking, because its result is what a container is promised
-//! to see.
+//! to see. What cannot be read is an error, never a directory without markers.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
-use crate::sys::{FileType, Result, Sys};
+use parking_lot::{Condvar, Mutex};
+
+use crate::sys::{self, FileType, Sys};
+use crate::types::Digest;
 
 /// Mark the root of a nested catalog of CernVM-FS; the second one where the publisher
 /// decided by itself to make one.
 pub const CATALOG_MARKERS: [&str; 2] = [".cvmfscatalog", ".cvmfsautocatalog"];
 /// Counts up whenever the rules below find something else in the same layer: what was kept
 /// under older rules is then found anew.
-pub const RULES: u32 = 1;
+pub const RULES: u32 = 2;
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 /// At the top of a layer, names with this prefix are records of AUFS and mean nothing.
 const META_PREFIX: &[u8] = b".wh..wh.";
 
-/// The directories of a layer that hold markers, and their parents; a directory stands
-/// after its parent, and the first is the top of the layer.
+/// Threads that read directories of one tree. The time goes to the FUSE server's round
+/// trips, not to our cores: four need half the time of one.
+const WALKERS: usize = 4;
+/// A tree with fewer directories is read by one.
+const FEW: usize = 64;
+/// Names that a scan holds at once, in bytes: directories that are still to be read, and
+/// markers. A layer of a million entries needs a few megabytes.
+const MOST_BYTES: usize = 64 << 20;
+
+/// What is looked for, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Extent {
+    /// A layer with others below it: everything, everywhere.
+    Layer,
+    /// The lowest layer of a chain: there is nothing below that it could delete, so only its
+    /// top is looked at, for what is to be hidden.
+    Bottom,
+    /// A whole root file system: deletions are done, catalog markers are everywhere.
+    Flat,
+}
+
+/// Whose markers. What is found is kept under this.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Subject {
+    pub extent: Extent,
+    /// Of a layer, or of the configuration whose root file system it is.
+    pub digest: Digest,
+    pub repository: String,
+}
+
+/// The directories that hold markers, and their parents; a directory stands after its
+/// parent, and the first is the top.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
     pub directories: Vec<Directory>,
@@ -46,69 +83,221 @@ pub struct Directory {
     pub hidden: Vec<OsString>,
 }
 
-/// Walks the directories of the layer at `top`. What is found is a matter of names only:
-/// owners and modes look different through another mount of the same repository.
-pub fn scan(sys: &dyn Sys, top: &Path) -> Result<Scan> {
-    let mut marked: BTreeMap<PathBuf, Directory> = BTreeMap::new();
-    marked.insert(PathBuf::new(), Directory::default());
-    let mut unread = vec![PathBuf::new()];
-    while let Some(path) = unread.pop() {
-        let entries = sys.read_dir(&top.join(&path))?;
-        let directory = read_markers(&path, &entries);
-        for (name, file_type) in &entries {
-            if *file_type == FileType::Directory && !is_marker(name) {
-                unread.push(path.join(name));
-            }
-        }
-        if directory.opaque || !directory.hidden.is_empty() {
-            for parent in path.ancestors().skip(1) {
-                marked.entry(parent.to_owned()).or_insert_with(|| Directory::at(parent));
-            }
-            marked.insert(path, directory);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    System(sys::Error),
+    /// Not an image that anybody built: it would take too much memory.
+    TooMuch {
+        top: PathBuf,
+    },
+    /// A thread of ours failed.
+    Panicked {
+        top: PathBuf,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::System(cause) => cause.fmt(f),
+            Self::TooMuch { top } => write!(
+                f,
+                "{} has more names of directories and markers than {} MiB hold",
+                top.display(),
+                MOST_BYTES >> 20
+            ),
+            Self::Panicked { top } => write!(f, "looking through {} hit a bug in the snapshotter", top.display()),
         }
     }
-    Ok(Scan { directories: marked.into_values().collect() })
+}
+
+impl From<sys::Error> for Error {
+    fn from(cause: sys::Error) -> Self {
+        Self::System(cause)
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Walks the directories at `top`. What is found is a matter of names only: owners and
+/// modes look different through another mount of the same repository. `read` counts the
+/// directories, for whoever wants to know how far it is.
+pub fn scan(sys: &dyn Sys, top: &Path, extent: Extent, read: &AtomicUsize) -> Result<Scan> {
+    let walk = Walk { sys, top, extent, read, state: Mutex::default(), changed: Condvar::new() };
+    walk.state.lock().unread.push(Unread { parent: Arc::from(Path::new("")), name: OsString::new() });
+    walk.read_until(FEW);
+    if !walk.is_over() {
+        thread::scope(|scope| {
+            for _ in 0..WALKERS {
+                scope.spawn(|| walk.read_until(usize::MAX));
+            }
+        });
+    }
+    walk.result()
+}
+
+/// A directory by its parent, which it shares with its siblings.
+struct Unread {
+    parent: Arc<Path>,
+    name: OsString,
+}
+
+struct Walk<'a> {
+    sys: &'a dyn Sys,
+    top: &'a Path,
+    extent: Extent,
+    read: &'a AtomicUsize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    unread: Vec<Unread>,
+    /// Walkers that read a directory, and may find more.
+    busy: usize,
+    bytes: usize,
+    marked: BTreeMap<PathBuf, Directory>,
+    failed: Option<Error>,
+}
+
+impl State {
+    fn is_over(&self) -> bool {
+        self.failed.is_some() || (self.unread.is_empty() && self.busy == 0)
+    }
+}
+
+impl Walk<'_> {
+    fn is_over(&self) -> bool {
+        self.state.lock().is_over()
+    }
+
+    /// Reads directories until all are, or somebody failed, or this one has read `limit`.
+    fn read_until(&self, limit: usize) {
+        for _ in 0..limit {
+            let next = {
+                let mut state = self.state.lock();
+                while state.unread.is_empty() && !state.is_over() {
+                    self.changed.wait(&mut state);
+                }
+                if state.is_over() {
+                    return;
+                }
+                state.busy += 1;
+                state.unread.pop()
+            };
+            let Some(next) = next else { return };
+            // A panic must not leave the others waiting for this one.
+            let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next)))
+                .unwrap_or_else(|_| Err(Error::Panicked { top: self.top.to_owned() }));
+            self.read.fetch_add(1, Ordering::Relaxed);
+            let mut state = self.state.lock();
+            state.busy -= 1;
+            state.bytes = state.bytes.saturating_sub(cost(&next.name));
+            match found {
+                Ok((directory, below)) => {
+                    let parent: Arc<Path> = Arc::from(directory.path.as_path());
+                    state.bytes += below.iter().map(|name| cost(name)).sum::<usize>() + directory.cost();
+                    state.unread.extend(below.into_iter().map(|name| Unread { parent: Arc::clone(&parent), name }));
+                    if directory.opaque || !directory.hidden.is_empty() {
+                        state.marked.insert(directory.path.clone(), directory);
+                    }
+                    if state.bytes > MOST_BYTES {
+                        state.failed = Some(Error::TooMuch { top: self.top.to_owned() });
+                    }
+                }
+                Err(e) => state.failed = Some(e),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// The markers of one directory, and the directories in it.
+    fn read(&self, unread: &Unread) -> Result<(Directory, Vec<OsString>)> {
+        let path = unread.parent.join(&unread.name);
+        let at = self.top.join(&path);
+        let is_top = path.as_os_str().is_empty();
+        let mut below = Vec::new();
+        let mut markers = Vec::new();
+        let mut bytes = 0;
+        self.sys.for_each_entry(&at, &mut |name, file_type| {
+            let kept = match file_type {
+                _ if self.extent != Extent::Flat && is_whiteout(name) => &mut markers,
+                FileType::Other if CATALOG_MARKERS.iter().any(|marker| name == *marker) => &mut markers,
+                FileType::Directory if self.extent != Extent::Bottom => &mut below,
+                _ => return,
+            };
+            bytes += cost(name);
+            if bytes <= MOST_BYTES {
+                kept.push(name.to_owned());
+            }
+        })?;
+        if bytes > MOST_BYTES {
+            return Err(Error::TooMuch { top: self.top.to_owned() });
+        }
+        let mut directory = Directory::of(path, is_top, markers);
+        if self.extent == Extent::Bottom {
+            directory.opaque = false;
+            directory.deleted.clear();
+        }
+        if !directory.deleted.is_empty() {
+            // A name that the layer both deletes and has is simply there: a file hides what is
+            // below, and a directory is merged with it, for unpacking it removes the whiteout.
+            let mut absent: HashSet<OsString> = directory.deleted.drain(..).collect();
+            self.sys.for_each_entry(&at, &mut |name, _| {
+                absent.remove(name);
+            })?;
+            directory.deleted = absent.into_iter().collect();
+            directory.deleted.sort();
+        }
+        Ok((directory, below))
+    }
+
+    fn result(self) -> Result<Scan> {
+        let State { mut marked, failed, .. } = self.state.into_inner();
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        let parents: HashSet<PathBuf> =
+            marked.keys().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
+        for path in parents.into_iter().chain([PathBuf::new()]) {
+            marked.entry(path.clone()).or_insert_with(|| Directory { path, ..Directory::default() });
+        }
+        Ok(Scan { directories: marked.into_values().collect() })
+    }
 }
 
 impl Directory {
-    fn at(path: &Path) -> Self {
-        Self { path: path.to_owned(), ..Self::default() }
-    }
-}
-
-fn is_marker(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(WHITEOUT_PREFIX)
-}
-
-fn read_markers(path: &Path, entries: &[(OsString, FileType)]) -> Directory {
-    let is_top = path.as_os_str().is_empty();
-    let mut directory = Directory::at(path);
-    let mut deleted = Vec::new();
-    for (name, file_type) in entries {
-        let bytes = name.as_bytes();
-        if CATALOG_MARKERS.iter().any(|marker| name == marker) && *file_type == FileType::Other {
-            directory.hidden.push(name.clone());
-        } else if let Some(target) = bytes.strip_prefix(WHITEOUT_PREFIX) {
-            directory.hidden.push(name.clone());
+    fn of(path: PathBuf, is_top: bool, markers: Vec<OsString>) -> Self {
+        let mut directory = Self { path, hidden: markers, ..Self::default() };
+        for name in &directory.hidden {
+            let bytes = name.as_bytes();
+            let Some(target) = bytes.strip_prefix(WHITEOUT_PREFIX) else { continue };
             if is_top && bytes.starts_with(META_PREFIX) {
                 // containerd passes over these, an opaque marker among them.
             } else if bytes == OPAQUE_MARKER {
                 directory.opaque = true;
             } else if !matches!(target, b"" | b"." | b"..") {
-                deleted.push(OsStr::from_bytes(target));
+                directory.deleted.push(OsStr::from_bytes(target).to_owned());
             }
         }
+        directory.hidden.sort();
+        directory
     }
-    if !deleted.is_empty() {
-        // A name that the layer both deletes and has is simply there: a file hides what is
-        // below, and a directory is merged with it, for unpacking it removes the whiteout.
-        let present: HashSet<&OsStr> = entries.iter().map(|(name, _)| name.as_os_str()).collect();
-        deleted.retain(|name| !present.contains(name));
-        directory.deleted = deleted.into_iter().map(OsStr::to_owned).collect();
+
+    fn cost(&self) -> usize {
+        let names = self.hidden.iter().chain(&self.deleted);
+        if self.hidden.is_empty() { 0 } else { cost(self.path.as_os_str()) + names.map(|n| cost(n)).sum::<usize>() }
     }
-    directory.hidden.sort();
-    directory.deleted.sort();
-    directory
+}
+
+/// What a name takes in memory, about.
+fn cost(name: &OsStr) -> usize {
+    name.len() + 64
+}
+
+fn is_whiteout(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(WHITEOUT_PREFIX)
 }
 
 #[cfg(test)]
@@ -128,9 +317,17 @@ mod tests {
         top
     }
 
+    fn find(sys: &dyn Sys, top: &Path, extent: Extent) -> Result<Scan> {
+        scan(sys, top, extent, &AtomicUsize::new(0))
+    }
+
     /// `path: -deleted … !hidden … =opaque`, one line a directory.
     fn shown(top: &tempfile::TempDir) -> Vec<String> {
-        let scan = scan(&Host, top.path()).unwrap();
+        shown_as(top, Extent::Layer)
+    }
+
+    fn shown_as(top: &tempfile::TempDir, extent: Extent) -> Vec<String> {
+        let scan = find(&Host, top.path(), extent).unwrap();
         scan.directories
             .iter()
             .map(|d| {
@@ -192,7 +389,7 @@ mod tests {
     fn odd_names_are_found() {
         let long = format!("d/.wh.{}", "n".repeat(251));
         let top = layer(&["d"], &["d/.wh.two words", "d/.wh.line\nbreak", &long]);
-        let scan = scan(&Host, top.path()).unwrap();
+        let scan = find(&Host, top.path(), Extent::Layer).unwrap();
         let deleted: Vec<usize> = scan.directories[1].deleted.iter().map(|n| n.len()).collect();
         assert_eq!(deleted, [10, 251, 9]);
     }
@@ -200,5 +397,56 @@ mod tests {
     #[test]
     fn a_directory_named_like_the_catalog_marker_is_the_images_own() {
         assert_eq!(shown(&layer(&[".cvmfscatalog"], &[])), [":"]);
+    }
+
+    #[test]
+    fn of_the_bottom_layer_only_the_top_is_read() {
+        let top = layer(&["d"], &[".cvmfscatalog", ".wh.x", ".wh..wh..opq", "d/.wh.y", "d/.cvmfscatalog"]);
+        assert_eq!(shown_as(&top, Extent::Bottom), [": !.cvmfscatalog !.wh..wh..opq !.wh.x"]);
+        let read = AtomicUsize::new(0);
+        scan(&Host, top.path(), Extent::Bottom, &read).unwrap();
+        assert_eq!(read.into_inner(), 1);
+    }
+
+    #[test]
+    fn in_a_root_file_system_only_catalog_markers_are_hidden() {
+        let top = layer(&["a/b"], &[".cvmfscatalog", "a/b/.cvmfscatalog", "a/.wh.file"]);
+        assert_eq!(shown_as(&top, Extent::Flat), [": !.cvmfscatalog", "a:", "a/b: !.cvmfscatalog"]);
+    }
+
+    #[test]
+    fn many_walkers_find_what_one_finds() {
+        let names: Vec<String> = (0..400).map(|n| format!("{}/{}/{n}", n % 7, n % 31)).collect();
+        let directories: Vec<&str> = names.iter().map(String::as_str).collect();
+        let marked: Vec<String> = names.iter().map(|name| format!("{name}/.wh.gone")).collect();
+        let files: Vec<&str> = marked.iter().map(String::as_str).collect();
+        let top = layer(&directories, &files);
+        let scan = find(&Host, top.path(), Extent::Layer).unwrap();
+        let found = scan.directories.iter().filter(|d| d.deleted == ["gone"]).count();
+        let parents = 1 + 7 + 7 * 31;
+        assert_eq!((found, scan.directories.len()), (400, 400 + parents));
+        assert!(scan.directories.is_sorted_by_key(|d| &d.path));
+    }
+
+    /// An unreadable directory must not pass for one without deletions.
+    #[test]
+    fn what_cannot_be_read_is_an_error() {
+        let names: Vec<String> = (0..300).map(|n| format!("d/{n}")).collect();
+        let top = layer(&names.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
+        for unreadable in ["", "d", "d/0", "d/150", "d/299"] {
+            let at = top.path().join(unreadable);
+            let sys = crate::sys::failing::Failing::refusing(at.clone(), nix::errno::Errno::EIO);
+            let Err(Error::System(e)) = find(&sys, top.path(), Extent::Layer) else { panic!("{unreadable} was read") };
+            assert_eq!((e.path, e.errno), (at, nix::errno::Errno::EIO));
+        }
+    }
+
+    #[test]
+    fn names_without_end_do_not_eat_the_memory() {
+        let top = tempfile::tempdir().unwrap();
+        let sys = crate::sys::failing::Failing::endless(MOST_BYTES / 200);
+        let read = AtomicUsize::new(0);
+        assert_eq!(scan(&sys, top.path(), Extent::Layer, &read), Err(Error::TooMuch { top: top.path().to_owned() }));
+        assert!(read.into_inner() < 100);
     }
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use super::{Error, Result, Snapshotter};
-use crate::attach::{Release, Released};
+use crate::attach::Released;
+use crate::overlay::Form;
 use crate::store::Lookup;
 use crate::types::SnapshotId;
 
@@ -92,16 +93,13 @@ impl Snapshotter {
 
     /// Whether `id` needs no cleanup any more.
     fn clean(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
-        let (home, fs) = (self.places.home(id), self.places.fs(id));
-        if let Some(foreign) = mounts.iter().find(|m| m.starts_with(&home) && **m != fs) {
+        let home = self.places.home(id);
+        let ours = [Form::Layer, Form::Flat].map(|form| self.places.root(id, form));
+        if let Some(foreign) = mounts.iter().find(|m| m.starts_with(&home) && !ours.contains(m)) {
             log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
             return false;
         }
-        let released = self.attacher.release(id, || {
-            let needed = self.store.read(|tx| needs_its_directory(tx, id))?;
-            Ok::<_, Error>(if needed { Release::Keep } else { Release::Remove })
-        });
-        match released {
+        match self.sources.release_one(id) {
             Ok(Released::Done) => true,
             Ok(Released::NotYet) => {
                 log::debug!("{} is in use, it is taken away later", home.display());

@@ -110,8 +110,8 @@ impl fmt::Display for Error {
             ),
             Self::LayerUnavailable { digest, repository, why } => write!(
                 f,
-                "layer {digest} of repository {repository} is not available: {why}; make the repository available \
-                 again and retry, or remove the image and pull it anew"
+                "layer {digest} of repository {repository} is not available: {why}; see that the repository is \
+                 mounted and answers (cvmfs_config probe {repository}) and retry, or remove the image and pull it anew"
             ),
             Self::Broken { key, id } => write!(
                 f,

@@ -1,47 +1,54 @@
-//! Published layers on their way into a chain: why one is not taken, scanning one for
-//! markers, attaching one.
+//! Published files on their way under a chain: finding them, looking through them, attaching
+//! them. All questions go through the repositories' own threads and come back in time.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::ffi::OsString;
 use std::sync::Arc;
-use std::thread;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-use parking_lot::Mutex;
-
-use super::{Error, Result, Snapshotter};
-use crate::attach::{self, Pin};
-use crate::overlay::Lower;
-use crate::repository::scan::{self, Scan};
-use crate::repository::{Missing, Repository};
-use crate::store::{Lookup, Store};
+use super::scans::{Pending, Scans};
+use super::{Error, Result, cleanup};
+use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
+use crate::overlay::{Form, Lower};
+use crate::repository::lane::{Ticket, Turn};
+use crate::repository::scan::{Directory, Extent, Scan, Subject};
+use crate::repository::{Missing, Repository, Top};
+use crate::store::Store;
 use crate::sys::Sys;
-use crate::types::{Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, SnapshotId};
+use crate::types::{Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, RootfsMode, Snapshot, SnapshotId};
 
 /// Why the layer of a pull is downloaded after all.
 #[derive(Debug)]
 pub enum Fallback {
     NoDigest,
-    BadDigest { digest: String, why: InvalidDigest },
-    Missing { digest: Digest, why: Missing },
+    BadDigest {
+        digest: String,
+        why: InvalidDigest,
+    },
+    /// What each repository said.
+    Missing {
+        digest: Digest,
+        why: Vec<(String, Missing)>,
+    },
     NameTooLong,
-    NameTaken { name: Key },
+    NameTaken {
+        name: Key,
+    },
 }
 
 impl Fallback {
     /// One line for each layer that is downloaded.
-    pub fn log(&self, key: &Key, reference: &str, repository: &str) {
+    pub fn log(&self, key: &Key, reference: &str) {
         let key = key.to_string();
         match self {
-            Self::Missing { digest, why: why @ Missing::NotPublished } => log::info!(
-                digest = digest.as_str(), repository = repository;
-                "layer {digest} will be downloaded: {why}"
-            ),
-            Self::Missing { digest, why } => log::warn!(
-                digest = digest.as_str(), repository = repository;
-                "layer {digest} will be downloaded: {why}"
-            ),
+            Self::Missing { digest, why } => {
+                let names: Vec<&str> = why.iter().map(|(name, _)| name.as_str()).collect();
+                let reasons: Vec<String> = why.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+                let (repositories, reasons) = (names.join(" "), reasons.join("; "));
+                let is_usual = why.iter().all(|(_, why)| *why == Missing::NotPublished);
+                let level = if is_usual { log::Level::Info } else { log::Level::Warn };
+                log::log!(level, digest = digest.as_str(), repository = repositories.as_str();
+                    "layer {digest} will be downloaded: {reasons}");
+            }
             Self::NoDigest => log::warn!(
                 key = key.as_str();
                 "a layer will be downloaded: the pull of {} came without the label {LABEL_LAYER_DIGEST}; \
@@ -64,108 +71,283 @@ impl Fallback {
     }
 }
 
-/// So many layers wait for their scan at most; one that finds no place is scanned when it
-/// is needed.
-const WAITING_SCANS: usize = 4096;
-
-/// Looks through each layer for markers, once per digest; what it found is kept in the store.
-pub struct Scanner {
-    finder: Arc<Finder>,
-    soon: Sender<Digest>,
+/// What it takes to bring published files under a chain; shared with the repositories' threads.
+pub struct Sources {
+    pub store: Arc<Store>,
+    pub sys: Arc<dyn Sys>,
+    pub attacher: Attacher,
+    pub scans: Scans,
+    /// In the order in which they are asked.
+    pub repositories: Vec<Arc<Repository>>,
+    pub rootfs: RootfsMode,
 }
 
-struct Finder {
-    store: Arc<Store>,
-    repository: Arc<Repository>,
-    sys: Arc<dyn Sys>,
-    /// Digests that are being scanned, so that nobody walks a layer beside somebody else.
-    under_way: Mutex<HashMap<Digest, Arc<Mutex<()>>>>,
+/// Something published that is wanted as a snapshot.
+#[derive(Clone)]
+pub struct Piece {
+    pub id: SnapshotId,
+    pub form: Form,
+    pub subject: Subject,
+    /// Names at the top that are hidden besides those that a scan finds.
+    pub added: Vec<OsString>,
+    /// None: not known yet.
+    pub scan: Option<Arc<Scan>>,
 }
 
-impl Scanner {
-    pub fn start(store: Arc<Store>, repository: Arc<Repository>, sys: Arc<dyn Sys>) -> std::io::Result<Self> {
-        let finder = Arc::new(Finder { store, repository, sys, under_way: Mutex::default() });
-        let (soon, waiting) = bounded(WAITING_SCANS);
-        let background = Arc::clone(&finder);
-        thread::Builder::new().name("layer-scan".to_owned()).spawn(move || background.work(&waiting))?;
-        Ok(Self { finder, soon })
-    }
+/// A piece in its place. It stays there while this lives.
+pub struct Attached {
+    _pin: Pin,
+    pub owner: (u32, u32),
+    pub scan: Arc<Scan>,
+}
 
-    /// Scans the layer in the background, so that the first container need not wait.
-    pub fn scan_soon(&self, digest: Digest) {
-        if self.soon.try_send(digest).is_err() {
-            log::debug!("many layers are waiting for their scan; this one is scanned when it is needed");
-        }
-    }
+/// Why a piece is not in its place.
+#[derive(Debug)]
+pub enum Trouble {
+    /// The repository cannot provide it.
+    Missing(Missing),
+    /// Our own disk, or our own store.
+    Own(Error),
+}
 
-    /// What the layer at `top` holds.
-    pub fn scan(&self, digest: &Digest, top: &Path) -> Result<Scan> {
-        self.finder.scan(digest, top)
+impl From<Missing> for Trouble {
+    fn from(missing: Missing) -> Self {
+        Self::Missing(missing)
     }
 }
 
-impl Finder {
-    fn work(&self, waiting: &Receiver<Digest>) {
-        while let Ok(digest) = waiting.recv() {
-            let result = self
-                .repository
-                .layer(&digest)
-                .map_err(|why| why.to_string())
-                .and_then(|top| self.scan(&digest, &top).map_err(|e| e.to_string()));
-            if let Err(why) = result {
-                log::debug!("layer {digest} will be scanned when it is needed: {why}");
+enum Step {
+    Attached(Attached),
+    /// It must be looked through first.
+    Unscanned(Top),
+}
+
+/// How far a piece is. The steps of many pieces are begun together and waited for in turn.
+enum Progress {
+    Asked(Ticket<std::result::Result<Step, Trouble>>),
+    Scanning(Pending),
+    Over(std::result::Result<Attached, Trouble>),
+}
+
+impl Sources {
+    /// The first repository that has the layer, or what each of them said.
+    pub fn find(&self, digest: &Digest) -> std::result::Result<Arc<Repository>, Vec<(String, Missing)>> {
+        let mut reasons = Vec::new();
+        for repository in &self.repositories {
+            let (asked, wanted) = (Arc::clone(repository), digest.clone());
+            match repository.ask(move || asked.layer(&wanted)).and_then(|top| top) {
+                Ok(_) => return Ok(Arc::clone(repository)),
+                Err(missing) => reasons.push((repository.name().to_owned(), missing)),
             }
         }
+        Err(reasons)
     }
 
-    /// What the layer at `top` holds; walks it only if nobody has before.
-    fn scan(&self, digest: &Digest, top: &Path) -> Result<Scan> {
-        if let Some(known) = self.known(digest)? {
-            return Ok(known);
+    pub fn named(&self, name: &str) -> Option<&Arc<Repository>> {
+        self.repositories.iter().find(|repository| repository.name() == name)
+    }
+
+    /// The one that it came from, then the others: a digest names the same files everywhere.
+    /// Never empty, as the configuration's list is not.
+    pub fn candidates(&self, name: &str) -> Vec<Arc<Repository>> {
+        let others = self.repositories.iter().filter(|repository| repository.name() != name);
+        self.named(name).into_iter().chain(others).cloned().collect()
+    }
+
+    /// Attaches the layers of `chain`, nearest first; None where a snapshot is local.
+    pub fn attach_layers(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Vec<(Lower, Option<Attached>)>> {
+        let remote: Vec<(&Snapshot, &Layer)> = chain.iter().filter_map(|s| Some((s, s.layer.as_ref()?))).collect();
+        let mut begun = Vec::with_capacity(remote.len());
+        for (snapshot, layer) in &remote {
+            let first = self.candidates(&layer.repository).swap_remove(0);
+            let piece = self.piece(snapshot, layer, &first)?;
+            let progress = self.begin(&piece, &first);
+            begun.push((first, piece, progress));
         }
-        let turn = Arc::clone(self.under_way.lock().entry(digest.clone()).or_default());
-        let result = {
-            let _turn = turn.lock();
-            match self.known(digest)? {
-                Some(known) => Ok(known),
-                None => self.walk(digest, top),
+        for _ in 0..Progress::STEPS {
+            for (first, piece, progress) in &mut begun {
+                progress.advance(self, piece, first);
+            }
+        }
+        let mut attached = Vec::with_capacity(remote.len());
+        for ((_, _, progress), (snapshot, layer)) in begun.into_iter().zip(&remote) {
+            attached.push(match progress.result() {
+                Err(Trouble::Missing(why)) => self.attach_from_others(snapshot, layer, why)?,
+                Err(Trouble::Own(e)) => return Err(e),
+                Ok(attached) => attached,
+            });
+        }
+        let mut attached = attached.into_iter();
+        Ok(chain
+            .iter()
+            .map(|snapshot| match &snapshot.layer {
+                None => (Lower::Local(snapshot.id), None),
+                Some(layer) => {
+                    let attached = attached.next();
+                    let (mask, hides) = attached.as_ref().map_or_else(Default::default, |a| attach::skeletons(&a.scan));
+                    (Lower::Remote { id: snapshot.id, digest: layer.digest.clone(), mask, hides }, attached)
+                }
+            })
+            .collect())
+    }
+
+    fn piece(&self, snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Result<Piece> {
+        let subject = layer_subject(snapshot, layer, repository);
+        let scan = self.scans.known(&subject)?;
+        Ok(Piece { id: snapshot.id, form: Form::Layer, subject, added: Vec::new(), scan })
+    }
+
+    /// The repository that the layer came from cannot provide it: another one may.
+    fn attach_from_others(self: &Arc<Self>, snapshot: &Snapshot, layer: &Layer, why: Missing) -> Result<Attached> {
+        for other in self.candidates(&layer.repository).iter().skip(1) {
+            match self.attach(&self.piece(snapshot, layer, other)?, other) {
+                Ok(attached) => return Ok(attached),
+                Err(Trouble::Own(e)) => return Err(e),
+                Err(Trouble::Missing(_)) => {}
+            }
+        }
+        let why = if self.named(&layer.repository).is_some() { why } else { Missing::NotConfigured };
+        Err(unavailable(layer, why))
+    }
+
+    /// Attaches one piece, looked through before if need be.
+    pub fn attach(
+        self: &Arc<Self>,
+        piece: &Piece,
+        repository: &Arc<Repository>,
+    ) -> std::result::Result<Attached, Trouble> {
+        let mut progress = self.begin(piece, repository);
+        for _ in 0..Progress::STEPS {
+            progress.advance(self, piece, repository);
+        }
+        progress.result()
+    }
+
+    fn begin(self: &Arc<Self>, piece: &Piece, repository: &Arc<Repository>) -> Progress {
+        let job = {
+            let (sources, piece, repository) = (Arc::clone(self), piece.clone(), Arc::clone(repository));
+            move || sources.step(&piece, &repository)
+        };
+        let late = {
+            let (sources, id) = (Arc::clone(self), piece.id);
+            move |result| {
+                if let Ok(Step::Attached(attached)) = result {
+                    drop::<Attached>(attached);
+                    sources.release_unused(&[id]);
+                }
             }
         };
-        // Whoever comes later finds the result in the store, or walks again.
-        self.under_way.lock().remove(digest);
-        result
+        match repository.start(job, late) {
+            Ok(ticket) => Progress::Asked(ticket),
+            Err(missing) => Progress::Over(Err(missing.into())),
+        }
     }
 
-    fn known(&self, digest: &Digest) -> Result<Option<Scan>> {
-        self.store.read(|tx| tx.scan(digest).map_err(Error::from))
+    /// On a thread of the repository.
+    fn step(&self, piece: &Piece, repository: &Repository) -> std::result::Result<Step, Trouble> {
+        let top = match piece.form {
+            Form::Layer => repository.layer(&piece.subject.digest)?,
+            Form::Flat => repository.flat(&piece.subject.digest)?,
+        };
+        let Some(scan) = &piece.scan else { return Ok(Step::Unscanned(top)) };
+        let scan = if piece.added.is_empty() { Arc::clone(scan) } else { Arc::new(with_added(scan, &piece.added)) };
+        let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
+        let pin = self.attacher.attach(&wanted).map_err(|e| {
+            // Gone while we were at it?
+            let of_repository = e.path.starts_with(&top.path) || e.is_dead();
+            if of_repository || repository.layer(&piece.subject.digest).is_err() {
+                Trouble::Missing(repository.unreadable(e))
+            } else {
+                Trouble::Own(Error::System(e))
+            }
+        })?;
+        if pin.fresh && piece.subject.extent != Extent::Layer {
+            repository.notice_owners(&describe(&piece.subject), &top.path);
+        }
+        Ok(Step::Attached(Attached { _pin: pin, owner: top.owner, scan }))
     }
 
-    fn walk(&self, digest: &Digest, top: &Path) -> Result<Scan> {
-        let found = scan::scan(self.sys.as_ref(), top)?;
-        self.store.write(|tx| tx.put_scan(digest, &found).map_err(Error::from))?;
-        Ok(found)
+    /// Takes away what `id` has on disk, unless it is needed.
+    pub fn release_one(&self, id: SnapshotId) -> Result<Released> {
+        self.attacher.release(id, || {
+            let needed = self.store.read(|tx| cleanup::needs_its_directory(tx, id))?;
+            Ok::<_, Error>(if needed { Release::Keep } else { Release::Remove })
+        })
+    }
+
+    /// Takes away what was attached for nobody, now; what is in somebody's hands is looked at
+    /// by the next cleanup.
+    pub fn release_unused(&self, ids: &[SnapshotId]) {
+        let mut left = Vec::new();
+        for id in ids {
+            if !matches!(self.release_one(*id), Ok(Released::Done)) {
+                left.push(*id);
+            }
+        }
+        if left.is_empty() {
+            return;
+        }
+        if let Err(e) = self.store.write(|tx| tx.schedule_cleanup(&left).map_err(Error::from)) {
+            log::warn!("layers may stay attached until the next start: {e}");
+        }
     }
 }
 
-impl Snapshotter {
-    pub(super) fn unavailable(&self, layer: &Layer, why: Missing) -> Error {
-        Error::LayerUnavailable { digest: layer.digest.clone(), repository: self.repository.name().to_owned(), why }
+impl Progress {
+    /// Asked, looked through, asked again, attached.
+    const STEPS: usize = 3;
+
+    fn result(self) -> std::result::Result<Attached, Trouble> {
+        match self {
+            Self::Over(result) => result,
+            Self::Asked(_) | Self::Scanning(_) => unreachable!("a piece takes {} steps", Self::STEPS),
+        }
     }
 
-    /// Attaches a published layer as snapshot `id` and says how overlayfs is to see it.
-    pub(super) fn attach(&self, id: SnapshotId, layer: &Layer) -> Result<(Lower, Pin)> {
-        let unavailable = |why| self.unavailable(layer, why);
-        let top = self.repository.layer(&layer.digest).map_err(unavailable)?;
-        let scan = self.scanner.scan(&layer.digest, &top).map_err(|e| match e {
-            Error::System(cause) => unavailable(Missing::Unreadable(cause)),
-            other => other,
-        })?;
-        let pin = self.attacher.attach(id, &top, &scan).map_err(|e| {
-            // Gone while we were at it?
-            let of_repository = e.path.starts_with(&top) || self.repository.layer(&layer.digest).is_err();
-            if of_repository { unavailable(Missing::Unreadable(e)) } else { Error::System(e) }
-        })?;
-        let (mask, hides) = attach::skeletons(&scan);
-        Ok((Lower::Remote { id, digest: layer.digest.clone(), mask, hides }, pin))
+    fn advance(&mut self, sources: &Arc<Sources>, piece: &Piece, repository: &Arc<Repository>) {
+        let now = std::mem::replace(self, Self::Over(Err(Missing::NotConfigured.into())));
+        *self = match now {
+            Self::Asked(ticket) => match repository.wait(ticket) {
+                Ok(Ok(Step::Attached(attached))) => Self::Over(Ok(attached)),
+                Ok(Ok(Step::Unscanned(top))) => {
+                    match sources.scans.start(&piece.subject, repository, top.path, Turn::Next) {
+                        Ok(pending) => Self::Scanning(pending),
+                        Err(missing) => Self::Over(Err(missing.into())),
+                    }
+                }
+                Ok(Err(trouble)) => Self::Over(Err(trouble)),
+                Err(missing) => Self::Over(Err(missing.into())),
+            },
+            Self::Scanning(pending) => match pending.wait() {
+                Ok(scan) => sources.begin(&Piece { scan: Some(scan), ..piece.clone() }, repository),
+                Err(missing) => Self::Over(Err(missing.into())),
+            },
+            over @ Self::Over(_) => over,
+        };
     }
+}
+
+pub fn layer_subject(snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Subject {
+    let extent = if snapshot.parent.is_none() { Extent::Bottom } else { Extent::Layer };
+    Subject { extent, digest: layer.digest.clone(), repository: repository.name().to_owned() }
+}
+
+pub fn unavailable(layer: &Layer, why: Missing) -> Error {
+    Error::LayerUnavailable { digest: layer.digest.clone(), repository: layer.repository.clone(), why }
+}
+
+fn describe(subject: &Subject) -> String {
+    match subject.extent {
+        Extent::Layer | Extent::Bottom => format!("layer {}", subject.digest),
+        Extent::Flat => format!("root file system {}", subject.digest),
+    }
+}
+
+fn with_added(scan: &Scan, added: &[OsString]) -> Scan {
+    let mut scan = scan.clone();
+    if scan.directories.is_empty() {
+        scan.directories.push(Directory::default());
+    }
+    scan.directories[0].hidden.extend(added.iter().cloned());
+    scan
 }

@@ -2,6 +2,7 @@
 //! nobody owns on the cleanup list, say what is broken, and stop at nothing.
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::cleanup::needs_its_directory;
@@ -60,6 +61,13 @@ impl Snapshotter {
                 _ => found.foreign += 1,
             }
         }
+        // What was found in layers that nobody has any more.
+        let digests: HashSet<&str> =
+            records.iter().filter_map(|s| s.layer.as_ref()).map(|layer| layer.digest.as_str()).collect();
+        let configs = self.sources.flat_configs(&records)?;
+        self.store.write_to_free(|tx| {
+            tx.prune_scans(|digest| digests.contains(digest) || configs.contains(digest)).map_err(Error::from)
+        })?;
         found.leftovers = leftovers.len();
         if !leftovers.is_empty() {
             self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;

@@ -13,6 +13,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::repository::lane::Turn;
+use crate::repository::scan::{Extent, Subject};
 use crate::sys::Host;
 use crate::sys::failing::{After, Failing};
 
@@ -64,8 +66,10 @@ impl Place {
                 store => break store.unwrap(),
             }
         };
-        let repository = Repository::new("r".into(), self.dir.path().join("cvmfs"), Arc::clone(&sys));
-        Snapshotter::new(store, repository, sys, &self.snapshots(), self.mode, Vec::new()).unwrap()
+        let timeout = std::time::Duration::from_secs(10);
+        let repository = Repository::new("r".into(), self.dir.path().join("cvmfs"), timeout, Arc::clone(&sys));
+        let ways = Ways { attach: self.mode, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
+        Snapshotter::new(store, vec![repository], sys, &self.snapshots(), ways).unwrap()
     }
 
     /// A process that finds what another one left.
@@ -116,6 +120,17 @@ fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
     assert!(matches!(s.prepare(asked), Err(Error::RemoteCommitted { .. })));
     let parent_id = if parent.is_empty() { 0 } else { s.stat(&key(parent)).unwrap().id.0 };
     format!("cvmfs/{parent_id}/{reference}")
+}
+
+/// The number of directories with markers in layer `n`.
+fn look_through(s: &Snapshotter, place: &Place, n: u8) -> usize {
+    let repository = &s.sources.repositories[0];
+    let subject = Subject { extent: Extent::Layer, digest: digest(n), repository: repository.name().to_owned() };
+    let found = match s.sources.scans.known(&subject).unwrap() {
+        Some(known) => known,
+        None => s.sources.scans.start(&subject, repository, place.layer(n), Turn::Next).unwrap().wait().unwrap(),
+    };
+    found.directories.len()
 }
 
 /// Removes all snapshots, children first; whatever state they are in, nothing may be left.
@@ -245,12 +260,12 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     let s = place.open(Arc::new(Host));
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| s.scanner.scan(&digest(2), &place.layer(2)).unwrap());
+            scope.spawn(|| look_through(&s, &place, 2));
         }
     });
     // Nobody looks at the layer again.
     fs::remove_dir_all(place.layer(2)).unwrap();
-    assert_eq!(s.scanner.scan(&digest(2), &place.layer(2)).unwrap().directories.len(), 2);
+    assert_eq!(look_through(&s, &place, 2), 2);
 }
 
 /// Layers were attached for a snapshot that was gone by then, and nobody took them away.
@@ -300,9 +315,9 @@ fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
             let s = place.open(Arc::new(sys));
             let chain = pull(&s, 1, "");
             let top = pull(&s, 2, &chain);
-            for n in [1, 2] {
-                s.scanner.scan(&digest(n), &place.layer(n)).unwrap();
-            }
+            drop(s.view(wanted("scan", &top, &[])).unwrap());
+            s.remove(&key("scan")).unwrap();
+            s.cleanup(&|| false).unwrap();
             armed.store(true, Ordering::SeqCst);
             let result = s.prepare(wanted("container", &top, &[]));
             if !gone.load(Ordering::SeqCst) {

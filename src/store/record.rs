@@ -10,10 +10,11 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use super::{Error, Result};
 use crate::proto::record::{
-    LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord, snapshot_record::Kind as KindRecord,
+    LayerScan, RemoteLayer, RootfsChoice, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
+    snapshot_record::Kind as KindRecord,
 };
 use crate::repository::scan::{Directory, RULES, Scan};
-use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Usage};
+use crate::types::{Digest, Flat, Key, Kind, Layer, Rootfs, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// Encoding into memory cannot fail: no field of ours is required.
 fn encode(message: &impl Message) -> Vec<u8> {
@@ -77,31 +78,59 @@ pub fn decode_snapshot(key: &str, bytes: &[u8]) -> Result<Snapshot> {
     })
 }
 
+fn to_bytes(names: &[OsString]) -> Vec<Vec<u8>> {
+    names.iter().map(|n| n.as_bytes().to_vec()).collect()
+}
+
+fn to_names(names: Vec<Vec<u8>>) -> Vec<OsString> {
+    names.into_iter().map(OsString::from_vec).collect()
+}
+
+pub fn encode_rootfs(rootfs: &Rootfs) -> Vec<u8> {
+    encode(&match rootfs {
+        Rootfs::Layers => RootfsChoice::default(),
+        Rootfs::Flat(flat) => RootfsChoice {
+            config: flat.config.as_str().to_owned(),
+            repository: flat.repository.clone(),
+            added: to_bytes(&flat.added),
+            ..RootfsChoice::default()
+        },
+    })
+}
+
+pub fn decode_rootfs(id: SnapshotId, bytes: &[u8]) -> Result<Rootfs> {
+    let damaged = || Error::BadRow { table: "rootfs", key: id.to_string() };
+    let record = RootfsChoice::parse_from_bytes(bytes).map_err(|_| damaged())?;
+    if record.config.is_empty() {
+        return Ok(Rootfs::Layers);
+    }
+    let config = Digest::parse(&record.config).map_err(|_| damaged())?;
+    Ok(Rootfs::Flat(Flat { config, repository: record.repository, added: to_names(record.added) }))
+}
+
 pub fn encode_scan(scan: &Scan) -> Vec<u8> {
-    let bytes = |names: &[OsString]| names.iter().map(|n| n.as_bytes().to_vec()).collect();
     let directories = scan.directories.iter().map(|d| ScannedDirectory {
         path: d.path.as_os_str().as_bytes().to_vec(),
-        deleted: bytes(&d.deleted),
+        deleted: to_bytes(&d.deleted),
         opaque: d.opaque,
-        hidden: bytes(&d.hidden),
+        hidden: to_bytes(&d.hidden),
         ..ScannedDirectory::default()
     });
     encode(&LayerScan { directories: directories.collect(), rules: RULES, ..LayerScan::default() })
 }
 
 /// None: made by other rules than today's.
-pub fn decode_scan(digest: &Digest, bytes: &[u8]) -> Result<Option<Scan>> {
-    let record = LayerScan::parse_from_bytes(bytes)
-        .map_err(|_| Error::BadRow { table: "scans", key: digest.as_str().to_owned() })?;
+pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
+    let record =
+        LayerScan::parse_from_bytes(bytes).map_err(|_| Error::BadRow { table: "scans", key: key.to_owned() })?;
     if record.rules != RULES {
         return Ok(None);
     }
-    let names = |names: Vec<Vec<u8>>| names.into_iter().map(OsString::from_vec).collect();
     let directories = record.directories.into_iter().map(|d| Directory {
         path: PathBuf::from(OsString::from_vec(d.path)),
-        deleted: names(d.deleted),
+        deleted: to_names(d.deleted),
         opaque: d.opaque,
-        hidden: names(d.hidden),
+        hidden: to_names(d.hidden),
     });
     Ok(Some(Scan { directories: directories.collect() }))
 }

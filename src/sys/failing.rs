@@ -4,9 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::{
-    Attributes, Errno, Error, FileSystem, FileType, Host, OsString, Path, PathBuf, Result, Status, Sys, Unmount,
-};
+use super::{Attributes, Errno, Error, FileSystem, FileType, Host, OsStr, Path, PathBuf, Result, Status, Sys, Unmount};
 
 /// What happens after the call that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,10 +24,12 @@ pub struct Failing {
     after: After,
     recorded: Mutex<Vec<(&'static str, PathBuf)>>,
     meanwhile: Option<Meanwhile>,
+    /// So many directories are in each directory.
+    endless: Option<usize>,
 }
 
-/// What happens in the world just before a question is asked.
-type Meanwhile = Box<dyn Fn(&str, &Path) + Send + Sync>;
+/// What happens in the world just before a question is asked, and whether it is answered.
+type Meanwhile = Box<dyn Fn(&str, &Path) -> Option<Errno> + Send + Sync>;
 
 impl Failing {
     /// Fails the change numbered `fail_at`, counted from 0.
@@ -42,13 +42,32 @@ impl Failing {
             after,
             recorded: Mutex::default(),
             meanwhile: None,
+            endless: None,
         }
     }
 
     /// Fails nothing, but lets something happen before each question.
     pub fn meanwhile(happens: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
-        let never = Self::at(usize::MAX, Errno::UnknownErrno, After::Recovers);
-        Self { meanwhile: Some(Box::new(happens)), ..never }
+        let happens = move |call: &str, path: &Path| {
+            happens(call, path);
+            None
+        };
+        Self { meanwhile: Some(Box::new(happens)), ..Self::never() }
+    }
+
+    /// Fails every question about `path`.
+    pub fn refusing(path: PathBuf, errno: Errno) -> Self {
+        let refuse = move |_: &str, asked: &Path| (asked == path).then_some(errno);
+        Self { meanwhile: Some(Box::new(refuse)), ..Self::never() }
+    }
+
+    /// Every directory has so many directories with long names in it.
+    pub fn endless(entries: usize) -> Self {
+        Self { endless: Some(entries), ..Self::never() }
+    }
+
+    fn never() -> Self {
+        Self::at(usize::MAX, Errno::UnknownErrno, After::Recovers)
     }
 
     /// The calls that changed something, or tried to.
@@ -63,8 +82,8 @@ impl Failing {
     }
 
     fn query(&self, call: &'static str, path: &Path) -> Result<()> {
-        if let Some(happens) = &self.meanwhile {
-            happens(call, path);
+        if let Some(errno) = self.meanwhile.as_ref().and_then(|happens| happens(call, path)) {
+            return Err(Error::new(call, path, errno));
         }
         let passed = self.calls.load(Ordering::SeqCst) > self.fail_at;
         self.fail_if(passed && self.after == After::Dead, call, path)
@@ -102,9 +121,19 @@ impl Sys for Failing {
         query lstat(path: &Path) -> Status;
         query attributes(path: &Path) -> Attributes;
         query read_link(path: &Path) -> PathBuf;
-        query read_dir(path: &Path) -> Vec<(OsString, FileType)>;
+        query read_file(path: &Path, limit: u64) -> Vec<u8>;
+        query attribute(path: &Path, name: &str) -> Option<Vec<u8>>;
         query statfs(path: &Path) -> FileSystem;
         query disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64);
         query mounts_below(path: &Path) -> Vec<PathBuf>;
+    }
+
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
+        self.query("for_each_entry", path)?;
+        let Some(entries) = self.endless else { return self.host.for_each_entry(path, each) };
+        for n in 0..entries {
+            each(OsStr::new(&format!("{n:0200}")), FileType::Directory);
+        }
+        Ok(())
     }
 }

@@ -1,14 +1,31 @@
-//! A repository of unpacked layers in a plain directory, laid out as DUCC publishes them.
+//! A repository of unpacked images, laid out as DUCC publishes them: the layers, and where a
+//! test wants it, manifests and whole root file systems.
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, FileTimes};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use serde_json::json;
 
 use crate::image::{Blob, Image};
 
 pub struct Repository {
     dir: PathBuf,
 }
+
+/// What a publisher adds to a root file system for Singularity, as links into `.singularity.d`.
+pub const SINGULARITY: [(&str, &str); 6] = [
+    (".exec", ".singularity.d/actions/exec"),
+    (".run", ".singularity.d/actions/run"),
+    (".shell", ".singularity.d/actions/shell"),
+    (".test", ".singularity.d/actions/test"),
+    ("environment", ".singularity.d/env/90-environment.sh"),
+    ("singularity", ".singularity.d/runscript"),
+];
+const CATALOG: &str = ".cvmfscatalog";
 
 impl Repository {
     pub fn create(dir: &Path) -> Self {
@@ -20,9 +37,18 @@ impl Repository {
         &self.dir
     }
 
-    pub fn layer_dir(&self, digest: &str) -> PathBuf {
+    fn in_store(&self, store: &str, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
-        self.dir.join(".layers").join(&hex[..2]).join(hex)
+        self.dir.join(store).join(&hex[..2]).join(hex)
+    }
+
+    pub fn layer_dir(&self, digest: &str) -> PathBuf {
+        self.in_store(".layers", digest)
+    }
+
+    /// The whole root file system of the image with this configuration.
+    pub fn flat_dir(&self, config: &str) -> PathBuf {
+        self.in_store(".flat", config)
     }
 
     pub fn publish(&self, image: &Image) {
@@ -37,20 +63,105 @@ impl Repository {
                 continue;
             }
             fs::create_dir_all(&top).expect("a layer's directory can be made");
-            fs::write(top.join(".cvmfscatalog"), "").expect("a catalog marker can be written");
-            let status = Command::new("tar")
-                .args(["--extract", "--gzip", "--preserve-permissions", "--same-owner", "--numeric-owner"])
-                .args(["--xattrs", "--xattrs-include=*", "--delay-directory-restore", "--file"])
-                .arg(&layer.path)
-                .arg("--directory")
-                .arg(&top)
-                .status()
-                .expect("tar runs");
-            assert!(status.success(), "tar failed");
+            fs::write(top.join(CATALOG), "").expect("a catalog marker can be written");
+            extract(layer, &top, &[]);
         }
+    }
+
+    /// The image's manifest under `reference`, and its root file system with all layers
+    /// applied, what Singularity needs, and a catalog in each of `catalogs`.
+    pub fn publish_flat(&self, image: &Image, reference: &str, catalogs: &[&str]) {
+        self.publish_manifest(image, reference);
+        let top = self.flat_dir(&image.config.digest);
+        fs::create_dir_all(&top).expect("a root's directory can be made");
+        for layer in &image.layers {
+            let from = self.layer_dir(&layer.digest).join("layerfs");
+            make_room(&from, &top);
+            extract(layer, &top, &["--exclude=.wh.*"]);
+        }
+        fs::create_dir_all(top.join(".singularity.d/env")).expect("a directory can be made");
+        fs::write(top.join(".singularity.d/runscript"), "#!/bin/sh\n").expect("a file can be written");
+        for (name, target) in SINGULARITY {
+            if fs::symlink_metadata(top.join(name)).is_err() {
+                symlink(target, top.join(name)).expect("a link can be made");
+            }
+        }
+        for directory in catalogs.iter().chain(&[""]) {
+            let directory = top.join(directory);
+            let before = fs::metadata(&directory).and_then(|m| m.modified()).expect("a catalog's directory is there");
+            fs::write(directory.join(CATALOG), "").expect("a catalog marker can be written");
+            let opened = fs::File::open(&directory).expect("a directory can be opened");
+            opened.set_times(FileTimes::new().set_modified(before)).expect("a time can be set");
+        }
+    }
+
+    /// As Go writes it: with its own names of fields.
+    pub fn publish_manifest(&self, image: &Image, reference: &str) {
+        let descriptor = |b: &Blob| json!({ "MediaType": b.media_type, "Size": b.size, "Digest": b.digest });
+        let manifest = json!({
+            "SchemaVersion": 2,
+            "MediaType": image.manifest.media_type,
+            "Config": descriptor(&image.config),
+            "Layers": image.layers.iter().map(descriptor).collect::<Vec<_>>(),
+        });
+        let dir = self.dir.join(".metadata").join(reference);
+        fs::create_dir_all(&dir).expect("a manifest's directory can be made");
+        fs::write(dir.join("manifest.json"), manifest.to_string()).expect("a manifest can be written");
     }
 
     pub fn withdraw(&self, digest: &str) {
         fs::remove_dir_all(self.layer_dir(digest)).expect("a published layer can be removed");
+    }
+
+    pub fn withdraw_flat(&self, config: &str) {
+        fs::remove_dir_all(self.flat_dir(config)).expect("a published root can be removed");
+    }
+}
+
+fn extract(layer: &Blob, top: &Path, more: &[&str]) {
+    let status = Command::new("tar")
+        .args(["--extract", "--gzip", "--preserve-permissions", "--same-owner", "--numeric-owner"])
+        .args(["--xattrs", "--xattrs-include=*", "--delay-directory-restore"])
+        .args(more)
+        .arg("--file")
+        .arg(&layer.path)
+        .arg("--directory")
+        .arg(top)
+        .status()
+        .expect("tar runs");
+    assert!(status.success(), "tar failed");
+}
+
+/// Removes from `root` what the layer at `from` deletes, or replaces by something of another type.
+fn make_room(from: &Path, root: &Path) {
+    let entries = fs::read_dir(from).unwrap_or_else(|e| panic!("cannot read {}: {e}", from.display()));
+    for entry in entries {
+        let entry = entry.expect("an entry can be read");
+        let name = entry.file_name();
+        let is_dir = entry.file_type().expect("an entry has a type").is_dir();
+        match name.as_bytes().strip_prefix(b".wh.") {
+            Some(b".wh..opq") => {
+                for old in fs::read_dir(root).into_iter().flatten().flatten() {
+                    remove(&old.path());
+                }
+            }
+            Some(target) => remove(&root.join(OsStr::from_bytes(target))),
+            None => {
+                let there = root.join(&name);
+                match fs::symlink_metadata(&there) {
+                    Ok(old) if old.is_dir() && is_dir => make_room(&entry.path(), &there),
+                    Ok(old) if old.is_dir() != is_dir => remove(&there),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    match fs::symlink_metadata(path) {
+        Ok(status) if status.is_dir() => fs::remove_dir_all(path).expect("a directory can be removed"),
+        Ok(_) => fs::remove_file(path).expect("a file can be removed"),
+        Err(_) => {}
     }
 }

@@ -49,7 +49,7 @@ fn root_a_pull_of_a_published_image_writes_only_records() {
     assert_eq!(output, "xtext\ntop\n");
     let log = stage.snapshotter.log();
     let lines: Vec<&str> = log.lines().filter(|line| !line.contains("\"level\":\"debug\"")).collect();
-    assert_eq!(lines.len(), 2, "healthy calls say nothing at info, only the start does: {lines:?}");
+    assert_eq!(lines.len(), 3, "healthy calls say nothing at info, only the start does: {lines:?}");
     // In the shape of the Go snapshotter's log.
     for line in log.lines() {
         let line: serde_json::Value = serde_json::from_str(line).expect("a line of the log is JSON");
@@ -298,7 +298,7 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
     let pulled = stage.registry.push(&local);
     stage.ours.pull(&pulled);
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
-    assert_eq!(stage.snapshotter.log().matches("will be downloaded: no repository is mounted").count(), 3);
+    assert_eq!(stage.snapshotter.log().matches("will be downloaded: scene.test: no repository is mounted").count(), 3);
     fs::rename(&away, stage.repository.dir()).expect("the repository can be moved back");
     assert_eq!(stage.ours.run(&reference, "e", &["/bin/cat", "/data/text"]).ok(), "x");
 }

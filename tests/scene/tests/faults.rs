@@ -588,18 +588,32 @@ fn root_lines_that_were_dropped_are_counted_in_the_log() {
 #[test]
 fn root_a_cleanup_that_failed_is_taken_up_by_the_next() {
     let d = Alone::start("taken-up", "");
+    let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
+    let foreign = d.sandbox.make_dir("foreign");
+    let at = source.join("at");
+    fs::create_dir(&at).unwrap();
+    run("mount", ["--bind", foreign.to_str().unwrap(), at.to_str().unwrap()]).ok();
+    d.client.remove("key").unwrap();
+    for _ in 0..2 {
+        d.client.cleanup().unwrap();
+        assert!(source.exists(), "something is mounted in it");
+    }
+    run("umount", [at]).ok();
+    d.client.cleanup().unwrap();
+    assert!(!source.exists());
+}
+
+#[test]
+fn root_a_file_that_is_open_in_a_layer_keeps_no_mount_and_stays_readable() {
+    let d = Alone::start("open-file", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
     let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
-    let open = fs::File::open(layer.join("dir/file-1")).unwrap();
+    let mut open = fs::File::open(layer.join("dir/file-1")).unwrap();
     d.client.remove("container").unwrap();
-    for _ in 0..2 {
-        d.client.cleanup().unwrap();
-        assert!(layer.join("dir").exists(), "somebody has a file open");
-    }
-    drop(open);
-    scene::process::eventually("the layer is detached", || {
-        d.client.cleanup().unwrap();
-        mounts_below(&d.snapshotter.snapshots()).is_empty()
-    });
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut open, &mut text).unwrap();
+    assert_eq!(text, "1");
 }

@@ -1,0 +1,242 @@
+//! Whether a repository answers.
+//!
+//! Once somebody waited in vain, or was told that the server is dead, everybody else is told
+//! so at once, until a probe succeeds. A probe may hang as well, so it has a thread of its
+//! own, and another one is tried beside it: the mount that it hangs on may be an old one.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+/// Between two probes that failed.
+const PAUSE: Duration = Duration::from_secs(1);
+/// So long a call lets a probe try, before it is told that the repository does not answer.
+const GRACE: Duration = Duration::from_millis(200);
+/// Probes that hang, at most.
+const PROBES: usize = 4;
+
+/// Asks the repository something that only its server can answer; the error says why not.
+pub type Probe = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// Since when a repository does not answer, and what is known about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sick {
+    pub since: Instant,
+    pub why: String,
+}
+
+impl fmt::Display for Sick {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "it has not answered for {} s: {}", self.since.elapsed().as_secs(), self.why)
+    }
+}
+
+#[derive(Clone)]
+pub struct Health {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    repository: String,
+    /// A probe that takes longer hangs.
+    patience: Duration,
+    probe: Probe,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    sick: Option<Sick>,
+    probes: usize,
+    /// When the latest probe was started; None while all of them sleep.
+    asking: Option<Instant>,
+    /// Somebody wants a probe now.
+    wanted: bool,
+    failures: u64,
+}
+
+impl Health {
+    pub fn new(repository: &str, patience: Duration, probe: Probe) -> Self {
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Self { shared: Arc::new(Shared { repository: repository.to_owned(), patience, probe, state, changed }) }
+    }
+
+    /// Fails if the repository does not answer. Waits for a moment where it may just have come
+    /// back, and not for one that hangs.
+    pub fn check(&self) -> Result<(), Sick> {
+        let mut state = self.shared.state.lock();
+        let Some(sick) = state.sick.clone() else { return Ok(()) };
+        let hangs = state.asking.is_some_and(|since| since.elapsed() > GRACE);
+        if hangs {
+            self.probe_beside(&mut state);
+            return Err(sick);
+        }
+        state.wanted = true;
+        self.shared.changed.notify_all();
+        let (until, before) = (Instant::now() + GRACE, state.failures);
+        while state.sick.is_some() && state.failures == before {
+            if self.shared.changed.wait_until(&mut state, until).timed_out() {
+                break;
+            }
+        }
+        state.sick.clone().map_or(Ok(()), Err)
+    }
+
+    /// Somebody waited in vain, or was told that the server is dead.
+    pub fn suspect(&self, why: String) {
+        let mut state = self.shared.state.lock();
+        if state.sick.is_none() {
+            log::warn!(repository = self.shared.repository.as_str();
+                "repository {} does not answer: {why}; layers are downloaded and containers on its layers do not \
+                 start until it does", self.shared.repository);
+            state.sick = Some(Sick { since: Instant::now(), why });
+        }
+        if state.probes == 0 {
+            self.start_probe(&mut state);
+        }
+    }
+
+    /// It does not answer, and the first probe has not helped.
+    pub fn is_hopeless(&self) -> bool {
+        self.shared.state.lock().sick.as_ref().is_some_and(|sick| sick.since.elapsed() > GRACE)
+    }
+
+    pub fn sick(&self) -> Option<Sick> {
+        self.shared.state.lock().sick.clone()
+    }
+
+    fn probe_beside(&self, state: &mut State) {
+        let hangs = state.asking.is_some_and(|since| since.elapsed() > self.shared.patience);
+        if hangs && state.probes < PROBES {
+            self.start_probe(state);
+        }
+    }
+
+    fn start_probe(&self, state: &mut State) {
+        let shared = Arc::clone(&self.shared);
+        state.asking = Some(Instant::now());
+        match thread::Builder::new().name("probe".to_owned()).spawn(move || shared.probe()) {
+            Ok(_) => state.probes += 1,
+            Err(e) => log::error!("cannot start a thread that probes {}: {e}", self.shared.repository),
+        }
+    }
+}
+
+impl Shared {
+    fn probe(&self) {
+        loop {
+            let result = (self.probe)();
+            let mut state = self.state.lock();
+            state.asking = None;
+            match (result, &mut state.sick) {
+                (Ok(()), sick) => {
+                    if let Some(sick) = sick.take() {
+                        log::info!(repository = self.repository.as_str();
+                            "repository {} answers again, after {} s", self.repository, sick.since.elapsed().as_secs());
+                    }
+                }
+                (Err(why), Some(sick)) => sick.why = why,
+                (Err(_), None) => {}
+            }
+            state.failures += 1;
+            self.changed.notify_all();
+            let until = Instant::now() + PAUSE;
+            while state.sick.is_some() && !state.wanted {
+                if self.changed.wait_until(&mut state, until).timed_out() {
+                    break;
+                }
+            }
+            if state.sick.is_none() {
+                state.probes -= 1;
+                return;
+            }
+            state.wanted = false;
+            state.asking = Some(Instant::now());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+
+    const FINE: u8 = 0;
+    const DEAD: u8 = 1;
+    const HANGING: u8 = 2;
+
+    struct Patient {
+        health: Health,
+        mood: Arc<AtomicU8>,
+        asked: Arc<AtomicUsize>,
+    }
+
+    fn patient(patience: Duration) -> Patient {
+        let (mood, asked) = (Arc::new(AtomicU8::new(FINE)), Arc::new(AtomicUsize::new(0)));
+        let (now, count) = (Arc::clone(&mood), Arc::clone(&asked));
+        let probe = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            // What hangs goes on hanging, whatever is mounted in its place.
+            let hangs = now.load(Ordering::SeqCst) == HANGING;
+            while hangs && now.load(Ordering::SeqCst) != DEAD {
+                thread::sleep(Duration::from_millis(5));
+            }
+            if now.load(Ordering::SeqCst) == FINE { Ok(()) } else { Err("it is dead".to_owned()) }
+        };
+        Patient { health: Health::new("r", patience, Box::new(probe)), mood, asked }
+    }
+
+    /// One call is enough, unless this machine is so busy that no thread has its turn.
+    fn settled(p: &Patient) -> Result<(), Sick> {
+        (0..20).map(|_| p.health.check()).find(Result::is_ok).unwrap_or_else(|| p.health.check())
+    }
+
+    #[test]
+    fn a_dead_repository_fails_fast_until_a_probe_succeeds() {
+        let p = patient(Duration::from_secs(10));
+        assert_eq!(p.health.check(), Ok(()));
+        p.mood.store(DEAD, Ordering::SeqCst);
+        p.health.suspect("first".to_owned());
+        let until = Instant::now() + Duration::from_secs(10);
+        while p.health.check().map_err(|sick| sick.why) != Err("it is dead".to_owned()) {
+            assert!(Instant::now() < until, "what the probe said is passed on");
+        }
+        p.mood.store(FINE, Ordering::SeqCst);
+        assert_eq!(settled(&p), Ok(()), "a call after it came back finds it");
+        assert_eq!(p.health.sick(), None);
+    }
+
+    #[test]
+    fn a_suspicion_that_is_wrong_costs_nobody_anything() {
+        let p = patient(Duration::from_secs(10));
+        p.health.suspect("slow".to_owned());
+        assert_eq!(settled(&p), Ok(()));
+    }
+
+    #[test]
+    fn a_probe_that_hangs_on_an_old_mount_is_not_the_last_one() {
+        let p = patient(Duration::from_millis(300));
+        p.mood.store(HANGING, Ordering::SeqCst);
+        p.health.suspect("hangs".to_owned());
+        assert!(p.health.check().is_err());
+        let begun = Instant::now();
+        for _ in 0..50 {
+            assert!(p.health.check().is_err());
+        }
+        assert!(begun.elapsed() < 25 * GRACE, "a probe that hangs is waited for once");
+        thread::sleep(Duration::from_millis(400));
+        assert_eq!(p.asked.load(Ordering::SeqCst), 1);
+        // The old mount goes on hanging, another one is in its place.
+        p.mood.store(FINE, Ordering::SeqCst);
+        let until = Instant::now() + Duration::from_secs(10);
+        while p.health.check().is_err() {
+            assert!(Instant::now() < until, "it was never probed again");
+        }
+        p.mood.store(DEAD, Ordering::SeqCst);
+    }
+}
