@@ -4,9 +4,10 @@
 #   make build    the daemon and the programs of the tests
 #   make demo     pull and run a real image through the snapshotter, next to a normal pull
 #   make test     every test
+#   make bench    what large layers and long chains cost
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
-# demo and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
+# demo, bench and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
 
 # What is downloaded and built stays here; remove the folder to start afresh.
 export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
@@ -14,7 +15,7 @@ export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
 export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
 tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 
-.PHONY: help build demo test test-unit test-suite test-scene lint advisories
+.PHONY: help build demo bench test test-unit test-testbed test-suite test-scene lint advisories
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,12 +29,21 @@ demo: build
 	tests/setup.sh demo
 	"$(CARGO_TARGET_DIR)/debug/demo"
 
+bench: build
+	tests/setup.sh demo
+	"$(CARGO_TARGET_DIR)/debug/bench"
+
 test: build
 	tests/setup.sh test
-	$(MAKE) test-unit test-suite test-scene
+	cargo build --locked --package cvmfs-testbed --features cvmfs-crate
+	$(MAKE) test-unit test-testbed test-suite test-scene
 
 test-unit:
 	cargo test --locked --package cvmfs-snapshotter
+
+# The publisher and the FUSE clients that the other tests stand on, against the source trees.
+test-testbed:
+	cargo test --locked --package cvmfs-testbed --features cvmfs-crate
 
 # containerd's own test suite for snapshotters, against the daemon.
 test-suite:

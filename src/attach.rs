@@ -229,6 +229,11 @@ impl Attacher {
     }
 
     fn found(&self, home: &Path, place: &Path, source: &Path) -> Result<Found> {
+        let wanted = self.sys.stat(source)?;
+        // Of a mount of something else nothing is asked: its server may hang.
+        if self.sys.mounted_fuse(place)?.is_some_and(|device| device != wanted.device) {
+            return Ok(Found::Other);
+        }
         let there = match self.sys.lstat(place) {
             Ok(there) => there,
             Err(e) if e.errno == Errno::ENOENT => return Ok(Found::Nothing),
@@ -238,7 +243,6 @@ impl Attacher {
         if there.file_type == FileType::Symlink {
             return Ok(Found::Link);
         }
-        let wanted = self.sys.stat(source)?;
         let Ok(file_system) = self.sys.statfs(place) else { return Ok(Found::Other) };
         let home = self.sys.lstat(home)?;
         // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
@@ -250,14 +254,16 @@ impl Attacher {
 
     /// Whether the link had to be made.
     fn ensure_linked(&self, place: &Path, source: &Path) -> Result<bool> {
-        match self.lstat(place)? {
-            Some(FileType::Symlink) if self.sys.read_link(place)? == source => return Ok(false),
-            // From a time when layers were bound.
-            Some(FileType::Directory) => {
+        match self.sys.read_link(place) {
+            Ok(target) if target == source => return Ok(false),
+            Ok(_) => {}
+            Err(e) if e.errno == Errno::ENOENT => {}
+            // No link, but from a time when layers were bound.
+            Err(e) if e.errno == Errno::EINVAL => {
                 self.unmount_all(place)?;
                 self.sys.remove_dir(place)?;
             }
-            Some(FileType::Symlink | FileType::Other) | None => {}
+            Err(e) => return Err(e),
         }
         self.replace_link(place, source)?;
         Ok(true)

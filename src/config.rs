@@ -44,7 +44,7 @@ impl Default for Config {
             repositories: vec![RepositoryAt::named(DEFAULT_REPOSITORY)],
             repository_timeout: Duration::from_secs(10),
             rootfs: RootfsMode::Auto,
-            attach: Mode::Bind,
+            attach: Mode::Symlink,
             workers: None,
             queue: 1024,
             log_format: Format::Json,
@@ -74,6 +74,11 @@ const QUEUE: RangeInclusive<i64> = 1..=65_536;
 const FEWEST_DEFAULT_WORKERS: usize = 4;
 
 impl Config {
+    /// Threads for calls that wait for a repository. They cost little: nearly all the time they wait.
+    pub fn waiter_threads(&self) -> usize {
+        self.worker_threads() * 4
+    }
+
     pub fn worker_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.unwrap_or_else(|| cores().max(FEWEST_DEFAULT_WORKERS))

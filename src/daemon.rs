@@ -163,7 +163,9 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         );
     }
     let pool = Pool::start(config.worker_threads(), config.queue).map_err(Error::Threads)?;
-    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pool.entrance()).map_err(Error::Server)?;
+    let waiters = Pool::start(config.waiter_threads(), config.queue).map_err(Error::Threads)?;
+    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pool.entrance(), waiters.entrance())
+        .map_err(Error::Server)?;
     let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
         "cvmfs-snapshotter {} serves {} from {}",
@@ -174,7 +176,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     snapshotter.look_at_repositories();
     clean_leftovers(Arc::clone(&snapshotter))?;
     wait_for_stop(&signals, arguments);
-    stop(server, pool);
+    stop(server, [pool, waiters]);
     snapshotter.close();
     Ok(())
 }
@@ -217,12 +219,19 @@ fn reload(arguments: &Arguments) {
 }
 
 /// Leaves every snapshot and every mount as it is.
-fn stop(server: Server, pool: Pool) {
+/// The pools in the order in which calls go through them.
+fn stop(server: Server, pools: [Pool; 2]) {
     log::info!("stopping; snapshots and mounts stay as they are");
     let until = Instant::now() + STOP_LIMIT;
-    server.stop(until, || match pool.drain(STOP_LIMIT) {
-        Drained::Completely => {}
-        Drained::LeavingBehind(calls) => log::warn!("{calls} calls did not finish in {STOP_LIMIT:?} and are given up"),
+    server.stop(until, || {
+        for pool in pools {
+            match pool.drain(until.saturating_duration_since(Instant::now())) {
+                Drained::Completely => {}
+                Drained::LeavingBehind(calls) => {
+                    log::warn!("{calls} calls did not finish in {STOP_LIMIT:?} and are given up");
+                }
+            }
+        }
     });
     log::info!("stopped");
 }

@@ -31,8 +31,9 @@ use self::filters::Filters;
 pub use self::socket::{Error, Result, check as check_address};
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
-    ListSnapshotsRequest, ListSnapshotsResponse, MountsResponse, PrepareSnapshotResponse, StatSnapshotResponse,
-    UpdateSnapshotResponse, UsageResponse, ViewSnapshotResponse,
+    ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse, PrepareSnapshotRequest,
+    PrepareSnapshotResponse, StatSnapshotResponse, UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest,
+    ViewSnapshotResponse,
 };
 use crate::snapshotter::{self, Snapshotter};
 use crate::types::{Key, Snapshot};
@@ -52,7 +53,8 @@ pub struct Server {
 
 impl Server {
     /// Listens on the unix socket `address` and begins to serve.
-    pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance) -> Result<Self> {
+    /// `pool` does the work, except for calls that a repository may keep waiting: `waiters` does those.
+    pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Entrance) -> Result<Self> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let args = ChannelBuilder::new(Arc::clone(&environment))
@@ -61,7 +63,7 @@ impl Server {
             .build_args();
         let mut grpc = ServerBuilder::new(environment)
             .channel_args(args)
-            .register_service(snapshots(&Handlers { snapshotter, pool }))
+            .register_service(snapshots(&Handlers { snapshotter, pool, waiters }))
             .build()
             .map_err(Error::Transport)?;
         let socket =
@@ -106,48 +108,55 @@ fn wait(future: impl Future, until: Instant) -> bool {
 struct Handlers {
     snapshotter: Arc<Snapshotter>,
     pool: Entrance,
+    waiters: Entrance,
 }
+
+/// Whether a call may have to wait for a repository.
+type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<bool>;
 
 fn snapshots(handlers: &Handlers) -> Service {
     let mut service = ServiceBuilder::new();
-    service = unary(service, handlers, &service::PREPARE, |s, request, _| {
+    let asks: Waits<PrepareSnapshotRequest> = |s, request| s.asks_for_prepare(&request.parent, &request.labels);
+    service = unary(service, handlers, &service::PREPARE, Some(asks), |s, request, _| {
         let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
         let mounts = convert::mounts(s.prepare(wanted)?);
         Ok(PrepareSnapshotResponse { mounts, ..PrepareSnapshotResponse::default() })
     });
-    service = unary(service, handlers, &service::VIEW, |s, request, _| {
+    let asks: Waits<ViewSnapshotRequest> = |s, request| s.asks_repository(&request.parent);
+    service = unary(service, handlers, &service::VIEW, Some(asks), |s, request, _| {
         let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
         let mounts = convert::mounts(s.view(wanted)?);
         Ok(ViewSnapshotResponse { mounts, ..ViewSnapshotResponse::default() })
     });
-    service = unary(service, handlers, &service::MOUNTS, |s, request, _| {
+    let asks: Waits<MountsRequest> = |s, request| s.asks_repository(&request.key);
+    service = unary(service, handlers, &service::MOUNTS, Some(asks), |s, request, _| {
         let mounts = convert::mounts(s.mounts(&Key::parse(&request.key)?)?);
         Ok(MountsResponse { mounts, ..MountsResponse::default() })
     });
-    service = unary(service, handlers, &service::COMMIT, |s, request, _| {
+    service = unary(service, handlers, &service::COMMIT, None, |s, request, _| {
         let (name, key) = (Key::parse(&request.name)?, Key::parse(&request.key)?);
         let parent = Key::parse_optional(&request.parent)?;
         s.commit(&name, &key, request.labels.into_iter().collect(), parent.as_ref())?;
         Ok(Empty::new())
     });
-    service = unary(service, handlers, &service::REMOVE, |s, request, _| {
+    service = unary(service, handlers, &service::REMOVE, None, |s, request, _| {
         s.remove(&Key::parse(&request.key)?)?;
         Ok(Empty::new())
     });
-    service = unary(service, handlers, &service::STAT, |s, request, _| {
+    service = unary(service, handlers, &service::STAT, None, |s, request, _| {
         let info = convert::info(s.stat(&Key::parse(&request.key)?)?);
         Ok(StatSnapshotResponse { info: Some(info).into(), ..StatSnapshotResponse::default() })
     });
-    service = unary(service, handlers, &service::UPDATE, |s, request, _| {
+    service = unary(service, handlers, &service::UPDATE, None, |s, request, _| {
         let (key, change) = convert::update(request)?;
         let info = convert::info(s.update(&key, &change)?);
         Ok(UpdateSnapshotResponse { info: Some(info).into(), ..UpdateSnapshotResponse::default() })
     });
-    service = unary(service, handlers, &service::USAGE, |s, request, cancelled| {
+    service = unary(service, handlers, &service::USAGE, None, |s, request, cancelled| {
         let usage = s.usage(&Key::parse(&request.key)?, cancelled)?;
         Ok(UsageResponse { size: usage.size, inodes: usage.inodes, ..UsageResponse::default() })
     });
-    service = unary(service, handlers, &service::CLEANUP, |s, _, cancelled| {
+    service = unary(service, handlers, &service::CLEANUP, None, |s, _, cancelled| {
         let cleaned = s.cleanup(cancelled)?;
         log::debug!("cleanup: {} done, {} left for later", cleaned.done, cleaned.left);
         Ok(Empty::new())
@@ -160,9 +169,15 @@ fn snapshots(handlers: &Handlers) -> Service {
         .build()
 }
 
-/// Adds a method that is answered once. `work` runs on a worker; it gets a function that
-/// says whether the caller has given up.
-fn unary<Q, R, F>(service: ServiceBuilder, handlers: &Handlers, method: &Method<Q, R>, work: F) -> ServiceBuilder
+/// Adds a method that is answered once. `work` runs on a worker, or on a waiter if the call
+/// `waits`; it gets a function that says whether the caller has given up.
+fn unary<Q, R, F>(
+    service: ServiceBuilder,
+    handlers: &Handlers,
+    method: &Method<Q, R>,
+    waits: Option<Waits<Q>>,
+    work: F,
+) -> ServiceBuilder
 where
     Q: Send + 'static,
     R: Send + 'static,
@@ -172,19 +187,35 @@ where
     let name = method.name;
     service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
         let deadline = context.deadline();
-        let snapshotter = Arc::clone(&handlers.snapshotter);
+        let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), handlers.waiters.clone());
         let work = work.clone();
         let (started, sending) = oneshot::channel();
+        let answer = move |result| {
+            // Sending starts here, on the worker, without another change of threads.
+            let answer = match status_or_value(name, result) {
+                Ok(response) => sink.success(response),
+                Err(status) => sink.fail(status),
+            };
+            drop(started.send(answer));
+        };
+        let work = move |request| {
+            let work = work.clone();
+            let snapshotter = Arc::clone(&snapshotter);
+            move || work(&snapshotter, request, &|| deadline.exceeded())
+        };
+        let snapshotter = Arc::clone(&handlers.snapshotter);
+        let now = work.clone();
         handlers.pool.submit(
             move || deadline.exceeded(),
-            move || work(&snapshotter, request, &|| deadline.exceeded()),
-            move |result| {
-                // Sending starts here, on the worker, without another change of threads.
-                let answer = match status_or_value(name, result) {
-                    Ok(response) => sink.success(response),
-                    Err(status) => sink.fail(status),
-                };
-                drop(started.send(answer));
+            move || match waits.map_or(Ok(false), |waits| waits(&snapshotter, &request)) {
+                Ok(true) => Step::PassOn(request),
+                Ok(false) => Step::Done(now(request)()),
+                Err(e) => Step::Done(Err(e)),
+            },
+            move |step| match step {
+                Ok(Step::PassOn(request)) => waiters.submit(move || deadline.exceeded(), work(request), answer),
+                Ok(Step::Done(result)) => answer(Ok(result)),
+                Err(refusal) => answer(Err(refusal)),
             },
         );
         // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
@@ -195,6 +226,12 @@ where
             }
         });
     })
+}
+
+/// What a worker did with a call.
+enum Step<Q, R> {
+    Done(snapshotter::Result<R>),
+    PassOn(Q),
 }
 
 /// The answer to a call, and a line in the log if it shows a fault of this program or host.

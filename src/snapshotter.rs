@@ -15,6 +15,7 @@ mod recovery;
 mod rootfs;
 mod scans;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -121,6 +122,17 @@ impl Snapshotter {
     /// after the end of everything else.
     pub fn close(&self) {
         self.store.close_for_good();
+    }
+
+    /// Whether what lies below `key`, or is it, comes from a repository, which may keep a call waiting.
+    pub fn asks_repository(&self, key: &str) -> Result<bool> {
+        let Some(key) = Key::parse_optional(key)? else { return Ok(false) };
+        self.store.read(|tx| Ok(tx.chain(&key)?.iter().any(|snapshot| snapshot.layer.is_some())))
+    }
+
+    /// As `asks_repository`, for a Prepare with these labels: a pull asks.
+    pub fn asks_for_prepare(&self, parent: &str, labels: &HashMap<String, String>) -> Result<bool> {
+        Ok(labels.contains_key(LABEL_SNAPSHOT_REF) || self.asks_repository(parent)?)
     }
 
     /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:

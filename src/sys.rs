@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mknod, utimensat};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
@@ -179,6 +179,9 @@ pub trait Sys: Send + Sync {
     fn statfs(&self, path: &Path) -> Result<FileSystem>;
     /// Allocated bytes and distinct inodes of a tree. ECANCELED if `cancelled` says so.
     fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)>;
+    /// The device of the FUSE file system that is mounted on exactly this path, if one is. Asks
+    /// the mount table only: a server that hangs cannot keep anybody waiting here.
+    fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>>;
     /// The mount points strictly below `path`, in this mount namespace.
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>>;
 }
@@ -342,18 +345,43 @@ impl Sys for Host {
         tree::disk_usage(path, cancelled).map_err(|e| Error::new("measure", path, e))
     }
 
+    fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>> {
+        let table = mount_table()?;
+        // The last one is the uppermost.
+        let found = mounts(&table).filter(|mount| mount.point == path).last();
+        Ok(found.filter(|mount| mount.is_fuse).map(|mount| mount.device))
+    }
+
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        let table = Path::new("/proc/self/mountinfo");
-        let text = fs::read(table).map_err(|e| Error::io("read", table, &e))?;
-        Ok(mount_points(&text).filter(|point| point != path && point.starts_with(path)).collect())
+        let table = mount_table()?;
+        let points = mounts(&table).map(|mount| mount.point);
+        Ok(points.filter(|point| point != path && point.starts_with(path)).collect())
     }
 }
 
-/// The mount points of a mountinfo table: field 5 of each line, with space, tab, newline
-/// and backslash written in octal.
-fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> + '_ {
+fn mount_table() -> Result<Vec<u8>> {
+    let table = Path::new("/proc/self/mountinfo");
+    fs::read(table).map_err(|e| Error::io("read", table, &e))
+}
+
+/// One line of a mountinfo table.
+#[derive(Debug, PartialEq, Eq)]
+struct MountLine {
+    point: PathBuf,
+    device: u64,
+    is_fuse: bool,
+}
+
+/// The lines of a mountinfo table. Field 3 is the device, field 5 the mount point, with space,
+/// tab, newline and backslash written in octal, and after a dash comes the type.
+fn mounts(table: &[u8]) -> impl Iterator<Item = MountLine> + '_ {
     table.split(|b| *b == b'\n').filter_map(|line| {
-        let field = line.split(|b| *b == b' ').nth(4)?;
+        let mut fields = line.split(|b| *b == b' ');
+        let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
+        let device = makedev(major.parse().ok()?, minor.parse().ok()?);
+        let field = fields.nth(1)?;
+        let file_system = fields.skip_while(|field| *field != b"-").nth(1)?;
+        let is_fuse = file_system == b"fuse" || file_system.starts_with(b"fuse.");
         let mut point = Vec::with_capacity(field.len());
         let mut rest = field;
         while let [first, tail @ ..] = rest {
@@ -364,7 +392,7 @@ fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> + '_ {
             point.push(octal.unwrap_or(*first));
             rest = if octal.is_some() { &tail[3..] } else { tail };
         }
-        Some(PathBuf::from(OsString::from_vec(point)))
+        Some(MountLine { point: PathBuf::from(OsString::from_vec(point)), device, is_fuse })
     })
 }
 
@@ -381,10 +409,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_points_are_read_with_their_escapes() {
+    fn mounts_are_read_with_their_escapes() {
         let table = b"22 1 254:0 / / rw - ext4 /dev/vda rw\n\
-            30 22 0:5 / /mnt/two\\040words\\134 rw shared:1 - tmpfs tmpfs rw\nbroken\n";
-        let points: Vec<PathBuf> = mount_points(table).collect();
-        assert_eq!(points, [PathBuf::from("/"), PathBuf::from("/mnt/two words\\")]);
+            30 22 0:5 / /mnt/two\\040words\\134 rw shared:1 - tmpfs tmpfs rw\n\
+            31 22 0:300 /sub /cvmfs/a ro,nosuid - fuse cvmfs2 ro\nbroken\n";
+        let expected = [("/", 254, 0, false), ("/mnt/two words\\", 0, 5, false), ("/cvmfs/a", 0, 300, true)];
+        let expected = expected.map(|(point, major, minor, is_fuse)| MountLine {
+            point: point.into(),
+            device: makedev(major, minor),
+            is_fuse,
+        });
+        assert_eq!(mounts(table).collect::<Vec<_>>(), expected);
     }
 }

@@ -98,8 +98,8 @@ build | demo | test | lint)
 esac
 case $want in
 demo | test)
-    packages e2fsprogs gzip libseccomp2 mount procps tar
-    unpack busybox-static containerd docker-registry runc
+    packages e2fsprogs findutils gzip libseccomp2 libxml2 mount openssl procps tar
+    unpack autofs busybox-static containerd docker-registry runc
     ;;
 esac
 # The ready one on PyPI is too old to read what today's cargo says.

@@ -13,10 +13,12 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::overlay::Form;
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Subject};
 use crate::sys::Host;
 use crate::sys::failing::{After, Failing};
+use crate::types::LABEL_IMAGE_REF;
 
 /// A state root and a repository with two layers: the second deletes a file and replaces a
 /// directory of the first.
@@ -116,7 +118,12 @@ fn wanted(name: &str, parent: &str, labels: &[(&str, &str)]) -> Wanted {
 fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
     let reference = format!("sha256:chain-{n}");
     let digest = digest(n);
-    let asked = wanted("extract", parent, &[(LABEL_SNAPSHOT_REF, &reference), (LABEL_LAYER_DIGEST, digest.as_str())]);
+    let labels = [
+        (LABEL_SNAPSHOT_REF, reference.as_str()),
+        (LABEL_LAYER_DIGEST, digest.as_str()),
+        (LABEL_IMAGE_REF, "example.org/image:1"),
+    ];
+    let asked = wanted("extract", parent, &labels);
     assert!(matches!(s.prepare(asked), Err(Error::RemoteCommitted { .. })));
     let parent_id = if parent.is_empty() { 0 } else { s.stat(&key(parent)).unwrap().id.0 };
     format!("cvmfs/{parent_id}/{reference}")
@@ -148,6 +155,33 @@ fn remove_all(place: &Place, s: &Snapshotter) {
     assert_eq!((place.on_disk(), place.mounts()), (Vec::<String>::new(), 0));
 }
 
+/// Publishes the image of both layers whole: what its manifest says, and its root.
+fn publish_flat(place: &Place) {
+    let cvmfs = place.dir.path().join("cvmfs");
+    let metadata = cvmfs.join(".metadata/example.org/image:1");
+    fs::create_dir_all(&metadata).unwrap();
+    let [one, two, config] = [1, 2, 9].map(|n| digest(n).as_str().to_owned());
+    let manifest =
+        format!(r#"{{"Config":{{"Digest":"{config}"}},"Layers":[{{"Digest":"{one}"}},{{"Digest":"{two}"}}]}}"#);
+    fs::write(metadata.join("manifest.json"), manifest).unwrap();
+    let top = cvmfs.join(".flat/09").join(digest(9).hex());
+    for file in [".cvmfscatalog", "dir/new", "dir/.cvmfscatalog", "environment"] {
+        fs::create_dir_all(top.join(file).parent().unwrap()).unwrap();
+        fs::write(top.join(file), "").unwrap();
+    }
+}
+
+/// As `check_files`, where the whole root is the only lower directory.
+fn check_flat(mounts: &[Mount]) {
+    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+    let [mask, flat] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+    for hidden in [".cvmfscatalog", "dir/.cvmfscatalog", "environment"] {
+        assert!(flat.join(hidden).exists());
+        assert_eq!(fs::symlink_metadata(mask.join(hidden)).unwrap().mode() & 0o170_000, 0o020_000);
+    }
+    assert!(flat.join("dir/new").exists());
+}
+
 /// The lower directories hold what they should: a layer whose attachment was cut short
 /// must not pass for an empty one.
 fn check_files(place: &Place, mounts: &[Mount]) {
@@ -173,9 +207,17 @@ fn check_files(place: &Place, mounts: &[Mount]) {
 /// Runs `operation` again and again, each time with another of its steps failing, until it
 /// has no more steps. Afterwards the same must work, and everything can be removed.
 fn stop_at_every_step(mode: Mode, prepare: impl Fn(&Snapshotter), operation: impl Fn(&Snapshotter) -> Result<()>) {
-    for after in [After::Recovers, After::Dead] {
+    for (after, form) in [
+        (After::Recovers, Form::Layer),
+        (After::Dead, Form::Layer),
+        (After::Recovers, Form::Flat),
+        (After::Dead, Form::Flat),
+    ] {
         for step in 0.. {
             let place = Place::new(mode);
+            if form == Form::Flat {
+                publish_flat(&place);
+            }
             {
                 let s = place.open(Arc::new(Host));
                 let chain = pull(&s, 1, "");
@@ -200,7 +242,8 @@ fn stop_at_every_step(mode: Mode, prepare: impl Fn(&Snapshotter), operation: imp
                 assert!(again.is_ok(), "step {step}, {after:?}: {}", again.unwrap_err());
             }
             if s.stat(&key("new")).is_ok() {
-                check_files(&place, &s.mounts(&key("new")).unwrap());
+                let mounts = s.mounts(&key("new")).unwrap();
+                if form == Form::Flat { check_flat(&mounts) } else { check_files(&place, &mounts) }
             }
             remove_all(&place, &s);
             if steps <= step {

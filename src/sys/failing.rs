@@ -125,6 +125,7 @@ impl Sys for Failing {
         query attribute(path: &Path, name: &str) -> Option<Vec<u8>>;
         query statfs(path: &Path) -> FileSystem;
         query disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64);
+        query mounted_fuse(path: &Path) -> Option<u64>;
         query mounts_below(path: &Path) -> Vec<PathBuf>;
     }
 

@@ -23,13 +23,14 @@ impl Alone {
     /// `config` is added to the snapshotter's configuration.
     pub fn start(name: &str, config: &str) -> Self {
         let sandbox = Sandbox::enter(name);
-        let repository = Repository::create(&sandbox.path("cvmfs"));
+        let repository = Repository::mounted(&sandbox.path("cvmfs"));
         for n in 1..=3 {
             let top = repository.layer_dir(&digest(n)).join("layerfs");
             fs::create_dir_all(top.join("dir")).expect("a layer can be made");
             fs::write(top.join(format!("dir/file-{n}")), n.to_string()).expect("a layer can be filled");
             fs::write(top.join(".cvmfscatalog"), "").expect("a layer can be marked");
         }
+        repository.commit();
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         Self { client: snapshotter.client(), snapshotter, repository, sandbox }
     }

@@ -1,5 +1,6 @@
 //! A repository of unpacked images, laid out as DUCC publishes them: the layers, and where a
-//! test wants it, manifests and whole root file systems.
+//! test wants it, manifests and whole root file systems. It is a signed CernVM-FS repository,
+//! served over HTTP and mounted by a FUSE client, or a plain directory.
 
 use std::ffi::OsStr;
 use std::fs::{self, FileTimes};
@@ -7,13 +8,38 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use cvmfs_testbed::client;
+pub use cvmfs_testbed::client::Mount;
+pub use cvmfs_testbed::publisher::Owners;
+use cvmfs_testbed::publisher::Publisher;
+use cvmfs_testbed::web::Web;
 use serde_json::json;
 
 use crate::image::{Blob, Image};
 
+/// Its fully qualified name.
+pub const NAME: &str = "scene.test";
+/// As the real client answers: overlayfs must live with it.
+const NAME_LENGTH: &str = "0";
+
 pub struct Repository {
+    /// Where a snapshotter finds it.
     dir: PathBuf,
+    /// What is published, at the next `commit`.
+    tree: PathBuf,
+    /// None: a plain directory, and `dir` is `tree`.
+    real: Option<Mutex<Real>>,
+}
+
+/// Fields are dropped in order: the client before its server.
+struct Real {
+    mount: Option<Mount>,
+    web: Web,
+    publisher: Publisher,
+    cache: PathBuf,
+    options: Vec<String>,
 }
 
 /// What a publisher adds to a root file system for Singularity, as links into `.singularity.d`.
@@ -28,18 +54,95 @@ pub const SINGULARITY: [(&str, &str); 6] = [
 const CATALOG: &str = ".cvmfscatalog";
 
 impl Repository {
-    pub fn create(dir: &Path) -> Self {
+    /// A repository that is mounted on `dir`.
+    pub fn mounted(dir: &Path) -> Self {
+        Self::mounted_with(dir, Owners::Kept, &[])
+    }
+
+    /// `options` go to the client.
+    pub fn mounted_with(dir: &Path, owners: Owners, options: &[&str]) -> Self {
+        let beside = |name: &str| dir.with_extension(name);
+        let (tree, served) = (beside("tree"), beside("web"));
+        fs::create_dir_all(tree.join(".layers")).expect("the repository's tree can be made");
+        fs::create_dir_all(dir).expect("the mount point can be made");
+        fs::create_dir_all(&served).expect("the served directory can be made");
+        let mut publisher = Publisher::create(&served, NAME, owners);
+        publisher.publish(&tree);
+        let web = Web::start(&served);
+        let options = ["--name-length", NAME_LENGTH].iter().chain(options).map(|&o| o.to_owned()).collect();
+        let real = Real { mount: None, web, publisher, cache: beside("cache"), options };
+        let repository = Self { dir: dir.to_owned(), tree, real: Some(Mutex::new(real)) };
+        repository.mount();
+        repository
+    }
+
+    pub fn plain(dir: &Path) -> Self {
         fs::create_dir_all(dir.join(".layers")).expect("the repository's directory can be made");
-        Self { dir: dir.to_owned() }
+        Self { dir: dir.to_owned(), tree: dir.to_owned(), real: None }
     }
 
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
+    /// Where the next revision is made ready.
+    pub fn tree(&self) -> &Path {
+        &self.tree
+    }
+
+    fn real(&self) -> MutexGuard<'_, Real> {
+        let real = self.real.as_ref().expect("the repository is not a plain directory");
+        real.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Mounts it anew; whatever was mounted before is let go of, lazily.
+    pub fn mount(&self) {
+        let mut real = self.real();
+        real.mount = None;
+        let options: Vec<&str> = real.options.iter().map(String::as_str).collect();
+        let mount = Mount::start(&client::program(), &real.web.url(), &self.dir, &real.cache, &options);
+        real.mount = Some(mount);
+    }
+
+    /// As `mount`, with nothing in any cache.
+    pub fn mount_cold(&self) {
+        self.unmount();
+        let cache = self.real().cache.clone();
+        fs::remove_dir_all(&cache).expect("a cache can be emptied");
+        self.mount();
+    }
+
+    /// Kills the client and lets go of its mount: an empty directory stays.
+    pub fn unmount(&self) {
+        self.real().mount = None;
+    }
+
+    /// Talks to the client that is mounted.
+    pub fn with_client<T>(&self, with: impl FnOnce(&mut Mount) -> T) -> T {
+        with(self.real().mount.as_mut().expect("the repository is mounted"))
+    }
+
+    /// Has the client do `command`, see its manual.
+    #[track_caller]
+    pub fn command(&self, command: &str) -> String {
+        let answer = self.with_client(|mount| mount.command(command));
+        answer.strip_prefix("ok").unwrap_or_else(|| panic!("{command}: {answer}")).trim().to_owned()
+    }
+
+    /// What the tree holds becomes the next revision, and the client takes it up.
+    pub fn commit(&self) {
+        if self.real.is_none() {
+            return;
+        }
+        self.real().publisher.publish(&self.tree);
+        if self.real().mount.is_some() {
+            self.command("reload");
+        }
+    }
+
     fn in_store(&self, store: &str, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
-        self.dir.join(store).join(&hex[..2]).join(hex)
+        self.tree.join(store).join(&hex[..2]).join(hex)
     }
 
     pub fn layer_dir(&self, digest: &str) -> PathBuf {
@@ -66,12 +169,13 @@ impl Repository {
             fs::write(top.join(CATALOG), "").expect("a catalog marker can be written");
             extract(layer, &top, &[]);
         }
+        self.commit();
     }
 
     /// The image's manifest under `reference`, and its root file system with all layers
     /// applied, what Singularity needs, and a catalog in each of `catalogs`.
     pub fn publish_flat(&self, image: &Image, reference: &str, catalogs: &[&str]) {
-        self.publish_manifest(image, reference);
+        self.write_manifest(image, reference);
         let top = self.flat_dir(&image.config.digest);
         fs::create_dir_all(&top).expect("a root's directory can be made");
         for layer in &image.layers {
@@ -93,10 +197,16 @@ impl Repository {
             let opened = fs::File::open(&directory).expect("a directory can be opened");
             opened.set_times(FileTimes::new().set_modified(before)).expect("a time can be set");
         }
+        self.commit();
+    }
+
+    pub fn publish_manifest(&self, image: &Image, reference: &str) {
+        self.write_manifest(image, reference);
+        self.commit();
     }
 
     /// As Go writes it: with its own names of fields.
-    pub fn publish_manifest(&self, image: &Image, reference: &str) {
+    fn write_manifest(&self, image: &Image, reference: &str) {
         let descriptor = |b: &Blob| json!({ "MediaType": b.media_type, "Size": b.size, "Digest": b.digest });
         let manifest = json!({
             "SchemaVersion": 2,
@@ -104,17 +214,23 @@ impl Repository {
             "Config": descriptor(&image.config),
             "Layers": image.layers.iter().map(descriptor).collect::<Vec<_>>(),
         });
-        let dir = self.dir.join(".metadata").join(reference);
+        let dir = self.manifest_dir(reference);
         fs::create_dir_all(&dir).expect("a manifest's directory can be made");
         fs::write(dir.join("manifest.json"), manifest.to_string()).expect("a manifest can be written");
     }
 
+    pub fn manifest_dir(&self, reference: &str) -> PathBuf {
+        self.tree.join(".metadata").join(reference)
+    }
+
     pub fn withdraw(&self, digest: &str) {
         fs::remove_dir_all(self.layer_dir(digest)).expect("a published layer can be removed");
+        self.commit();
     }
 
     pub fn withdraw_flat(&self, config: &str) {
         fs::remove_dir_all(self.flat_dir(config)).expect("a published root can be removed");
+        self.commit();
     }
 }
 

@@ -28,12 +28,17 @@ pub struct Stage {
 pub const PAUSE: &str = "pause:1";
 
 impl Stage {
-    /// `config` is added to the snapshotter's configuration.
+    /// `config` is added to the snapshotter's configuration. The repository is a CernVM-FS mount.
     pub fn set(name: &str, config: &str) -> Self {
+        Self::with(name, config, Repository::mounted)
+    }
+
+    /// With a repository that `publisher` makes in a directory.
+    pub fn with(name: &str, config: &str, publisher: impl FnOnce(&Path) -> Repository) -> Self {
         let sandbox = Sandbox::enter(name);
         let builder = Builder::new(&sandbox.path("images"));
         let registry = Registry::start(&sandbox.path("registry"));
-        let repository = Repository::create(&sandbox.path("cvmfs"));
+        let repository = publisher(&sandbox.path("cvmfs"));
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         let pause = registry.reference(PAUSE);
         let ours = Containerd::with_snapshotter(&sandbox.path("o"), &pause, &snapshotter.socket());
@@ -84,12 +89,17 @@ impl Stage {
 
     /// Both root file systems of an image that both sides have.
     pub fn compare(&self, image: &Image, writable: Writable) -> Comparison {
+        self.compare_with(&self.ours, image, writable)
+    }
+
+    /// As `compare`, with another containerd than ours.
+    pub fn compare_with(&self, other: &Containerd, image: &Image, writable: Writable) -> Comparison {
         let key = format!("compare {} {writable:?}", image.name);
         let normal = self.normal.mount_image(image, &key, &self.sandbox.path("mnt/normal"), writable);
-        let ours = self.ours.mount_image(image, &key, &self.sandbox.path("mnt/ours"), writable);
+        let ours = other.mount_image(image, &key, &self.sandbox.path("mnt/ours"), writable);
         let comparison = compare(normal.path(), ours.path());
         drop((normal, ours));
-        for side in [&self.normal, &self.ours] {
+        for side in [&self.normal, other] {
             side.snapshots().remove(&key).unwrap_or_else(|status| panic!("{}", status.message()));
         }
         comparison

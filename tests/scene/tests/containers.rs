@@ -95,7 +95,7 @@ fn root_layers_in_another_order_and_pulled_again_are_not_fetched() {
 
 #[test]
 fn root_removed_images_and_containers_leave_nothing_behind() {
-    for config in ["", "attach = \"symlink\""] {
+    for config in ["attach = \"bind\"", "attach = \"symlink\""] {
         let stage = Stage::set("removed", config);
         let image = shell_image(&stage, "removed:1", "x");
         let unpublished = shell_image(&stage, "local:1", "y");
@@ -126,7 +126,7 @@ fn root_removed_images_and_containers_leave_nothing_behind() {
 
 #[test]
 fn root_layers_are_detached_when_no_container_stands_on_them() {
-    let stage = Stage::set("detached", "");
+    let stage = Stage::set("detached", "attach = \"bind\"");
     let image = shell_image(&stage, "detached:1", "x");
     let reference = publish_and_push(&stage, &image);
     stage.ours.pull(&reference);
@@ -152,7 +152,7 @@ fn root_layers_are_detached_when_no_container_stands_on_them() {
 /// prints nothing, and no image of the node starts any more.
 #[test]
 fn root_a_container_lives_through_every_way_of_stopping_the_snapshotter() {
-    for config in ["", "attach = \"symlink\""] {
+    for config in ["attach = \"bind\"", "attach = \"symlink\""] {
         let mut stage = Stage::set("stopping", config);
         let image = shell_image(&stage, "stopping:1", "x");
         let reference = publish_and_push(&stage, &image);
@@ -286,8 +286,7 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
     let image = shell_image(&stage, "away:1", "x");
     let reference = publish_and_push(&stage, &image);
     stage.ours.pull(&reference);
-    let away = stage.sandbox.path("away");
-    fs::rename(stage.repository.dir(), &away).expect("the repository can be moved");
+    stage.repository.unmount();
     let failed = stage.ours.run(&reference, "c", &["/bin/true"]);
     assert!(!failed.status.success());
     for part in ["is not available", &image.layers[2].digest, "scene.test", "no repository is mounted"] {
@@ -299,13 +298,13 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
     stage.ours.pull(&pulled);
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
     assert_eq!(stage.snapshotter.log().matches("will be downloaded: scene.test: no repository is mounted").count(), 3);
-    fs::rename(&away, stage.repository.dir()).expect("the repository can be moved back");
+    stage.repository.mount();
     assert_eq!(stage.ours.run(&reference, "e", &["/bin/cat", "/data/text"]).ok(), "x");
 }
 
 #[test]
 fn root_bound_layers_are_read_only() {
-    let stage = Stage::set("read-only", "");
+    let stage = Stage::set("read-only", "attach = \"bind\"");
     let image = shell_image(&stage, "ro:1", "x");
     let reference = publish_and_push(&stage, &image);
     stage.ours.pull(&reference);

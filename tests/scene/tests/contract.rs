@@ -227,7 +227,7 @@ fn root_list_comes_in_batches_and_follows_filters() {
 
 #[test]
 fn root_remote_layers_follow_the_protocol() {
-    let d = Alone::start("remote", "");
+    let d = Alone::start("remote", "attach = \"bind\"");
     let c = &d.client;
     let first = c.pull_remote("default/1/extract-1 sha256:c1", "", "sha256:c1", &digest(1));
     let second = c.pull_remote("default/2/extract-2 sha256:c2", &first, "sha256:c2", &digest(2));
@@ -293,6 +293,7 @@ fn root_a_layer_that_cannot_be_remote_becomes_an_ordinary_snapshot() {
     assert!(log.contains("containerd must be configured to pass image annotations"));
     // The repository is asked anew each time.
     fs::create_dir_all(d.repository.layer_dir(&digest(9)).join("layerfs")).unwrap();
+    d.repository.commit();
     c.pull_remote("extract-y sha256:c", "", "sha256:c", &digest(9));
     // A name that somebody took makes no wrong answer.
     c.prepare("squatter", "", &[]).unwrap();

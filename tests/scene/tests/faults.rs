@@ -107,7 +107,7 @@ fn root_what_was_acknowledged_survives_sigkill() {
 #[test]
 fn root_a_full_disk_loses_nothing_and_heals() {
     let sandbox = Sandbox::enter("full");
-    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let small = sandbox.make_dir("s/root");
     mount_tmpfs(&small, "size=8m");
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
@@ -190,7 +190,7 @@ fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
 #[test]
 fn root_directories_of_another_snapshotter_are_left_alone() {
     let sandbox = Sandbox::enter("foreign");
-    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
     // Numbers at the end of their range are nobody's ids.
     sandbox.make_dir("s/root/snapshotter/snapshots/18446744073709551615");
@@ -265,7 +265,7 @@ fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
 
 #[test]
 fn root_changing_the_way_of_attaching_works_on_what_is_there() {
-    let mut d = Alone::start("modes", "");
+    let mut d = Alone::start("modes", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
     for (config, mounts) in [("attach = \"symlink\"", 0), ("attach = \"bind\"", 1)] {
@@ -290,7 +290,7 @@ fn root_changing_the_way_of_attaching_works_on_what_is_there() {
 
 #[test]
 fn root_attachments_lost_in_a_reboot_are_made_again() {
-    let mut d = Alone::start("reboot", "");
+    let mut d = Alone::start("reboot", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
     d.snapshotter.end(Signal::SIGKILL);
@@ -307,7 +307,7 @@ fn root_attachments_lost_in_a_reboot_are_made_again() {
 
 #[test]
 fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
-    let d = Alone::start("stale", "");
+    let d = Alone::start("stale", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
     let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
@@ -338,7 +338,7 @@ fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
 
 #[test]
 fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
-    let d = Alone::start("half-way", "");
+    let d = Alone::start("half-way", "attach = \"bind\"");
     let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
     d.repository.withdraw(&digest(1));
@@ -401,7 +401,7 @@ fn root_configuration_is_checked_and_the_log_level_can_change() {
 #[test]
 fn root_what_is_mounted_in_a_snapshot_is_never_emptied() {
     let sandbox = Sandbox::enter("linked-root");
-    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
     fs::create_dir_all(sandbox.make_dir("real").join("root")).unwrap();
     fs::create_dir(sandbox.path("s")).unwrap();
     std::os::unix::fs::symlink(sandbox.path("real/root"), sandbox.path("s/root")).unwrap();
@@ -476,7 +476,7 @@ fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
     let sandbox = Sandbox::enter("anew");
     // On a device of its own, as a repository is.
     mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
-    let repository = Repository::create(&sandbox.path("cvmfs"));
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
     let top = repository.layer_dir(&digest(1)).join("layerfs");
     let publish = |text: &str| {
         fs::create_dir_all(top.join("dir")).unwrap();

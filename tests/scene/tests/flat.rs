@@ -108,6 +108,7 @@ fn root_a_root_that_is_not_certainly_the_images_is_not_used() {
         stage.repository.publish(&image);
         stage.repository.publish_flat(&image, &reference, &[]);
         spoil(&image, &reference);
+        stage.repository.commit();
         stage.normal.pull(&reference);
         stage.ours.pull(&reference);
         assert!(lower_directories(&stage, &image) > 2, "{name}");
@@ -122,10 +123,10 @@ fn root_a_root_that_is_not_certainly_the_images_is_not_used() {
         fs::write(at, "of the publisher, and longer").expect("a file can be replaced");
     });
     layers("no-manifest:1", "no manifest of the image", &|_, reference| {
-        fs::remove_dir_all(stage.repository.dir().join(".metadata").join(reference)).expect("it was published");
+        fs::remove_dir_all(stage.repository.manifest_dir(reference)).expect("it was published");
     });
     layers("broken-manifest:1", "no manifest of the image", &|_, reference| {
-        let at = stage.repository.dir().join(".metadata").join(reference).join("manifest.json");
+        let at = stage.repository.manifest_dir(reference).join("manifest.json");
         fs::write(at, "{\"Layers\": 7").expect("it was published");
     });
     layers("other-layers:1", "lists other layers", &|_, reference| {
@@ -173,12 +174,14 @@ fn root_a_root_that_is_withdrawn_is_replaced_by_the_layers_and_back() {
     let away = stage.sandbox.path("away");
     let flat = stage.repository.flat_dir(&image.config.digest);
     fs::rename(&flat, &away).expect("a root can be withdrawn");
+    stage.repository.commit();
     assert_eq!(lower_directories(&stage, &image), 5, "the layers are there");
     assert_same(&stage, &image);
     // The new choice is kept over a restart, and made again when the layers go.
     stage.snapshotter.end(nix::sys::signal::Signal::SIGTERM);
     stage.snapshotter.start_again();
     fs::rename(&away, &flat).expect("a root can be published again");
+    stage.repository.commit();
     scene::process::eventually("containerd has connected again", || {
         stage.ours.run(&reference, "again", &["/bin/true"]).status.success()
     });
@@ -192,6 +195,7 @@ fn root_a_root_that_is_withdrawn_is_replaced_by_the_layers_and_back() {
         let at = flat.join(name);
         fs::remove_file(&at).or_else(|_| fs::remove_dir_all(&at)).expect("the publisher has put it there");
     }
+    stage.repository.commit();
     assert_eq!(lower_directories(&stage, &image), 2, "the layers are gone, the root is there");
     assert_eq!(stage.ours.run(&reference, "last", &["/bin/cat", "/data/text"]).ok(), "withdrawn:1");
     stage.repository.withdraw_flat(&image.config.digest);

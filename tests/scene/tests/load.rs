@@ -49,7 +49,7 @@ fn root_every_call_is_answered_under_load() {
 
 #[test]
 fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
-    let d = Alone::start("concurrent", "");
+    let d = Alone::start("concurrent", "attach = \"bind\"");
     std::thread::scope(|scope| {
         for t in 0..16 {
             let c = d.snapshotter.client();
@@ -69,7 +69,7 @@ fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
 
 #[test]
 fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
-    let d = Alone::start("race", "");
+    let d = Alone::start("race", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

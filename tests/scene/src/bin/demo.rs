@@ -1,5 +1,6 @@
 //! `make demo`: a real image is pulled by a real containerd, the normal way and through
-//! cvmfs-snapshotter; a container computes something; both root file systems are compared.
+//! cvmfs-snapshotter, from a CernVM-FS repository that is mounted by a FUSE client; a container
+//! computes something; the root file systems are compared.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,13 +13,14 @@ use scene::image::{Image, Layer};
 use scene::process::{cache, run};
 use scene::registry::Fetched;
 use scene::sandbox::mounts_below;
-use scene::stage::Stage;
+use scene::snapshotter::Snapshotter;
+use scene::stage::{PAUSE, Stage};
 
 /// Debian packages in a layer.
 const PACKAGES: usize = 8;
 
 const PROGRAM: &str = "
-import numpy
+import numpy, sympy, networkx, babel.core, pygments.lexers, django.http, decimal, json, xml.dom.minidom
 a = numpy.arange(250000.0).reshape(500, 500) / 250000
 print('numpy', numpy.__version__, 'says: trace of a*a^T is', round(float(numpy.trace(a @ a.T)), 3))
 ";
@@ -27,37 +29,49 @@ fn main() -> ExitCode {
     let begun = Instant::now();
     let say = |text: &str| println!("[{:5.1} s] {text}", begun.elapsed().as_secs_f64());
 
-    say("starting a registry, two containerd and cvmfs-snapshotter, all with a place of their own");
-    let stage = Stage::set("demo", "");
+    say("starting a registry, three containerd and two cvmfs-snapshotter, all with a place of their own");
+    let stage = Stage::set("demo", "rootfs = \"layers\"");
+    let pause = stage.registry.reference(PAUSE);
+    let auto = Snapshotter::start(&stage.sandbox.path("a"), stage.repository.dir(), "rootfs = \"auto\"");
+    let flat_side = Containerd::with_snapshotter(&stage.sandbox.path("f"), &pause, &auto.socket());
     let image = build(&stage, &say);
     say("pushing the image to the registry on loopback");
     let reference = stage.registry.push(&image);
-    say("unpacking its layers into a repository, as DUCC publishes them");
+    say("publishing it in a CernVM-FS repository, as DUCC does: layers, manifest, root file system");
     stage.repository.publish(&image);
+    stage.repository.publish_flat(&image, &reference, &["usr", "usr/lib", "usr/share"]);
 
     say("pulling through containerd's overlayfs: every layer is fetched and unpacked");
-    let normal = measure(&stage, &stage.normal, &image, &reference);
-    say("pulling through cvmfs-snapshotter: only the manifest and the configuration are fetched");
-    let ours = measure(&stage, &stage.ours, &image, &reference);
-    say(&format!("a container answered: {}", ours.answer.trim()));
-    print_table(&normal, &ours);
+    let normal = measure(&stage, &stage.normal, &[], &image, &reference);
+    say("pulling through cvmfs-snapshotter, layer upon layer (rootfs = \"layers\"), all caches empty");
+    stage.repository.mount_cold();
+    let layers = measure(&stage, &stage.ours, &[&stage.snapshotter], &image, &reference);
+    say("pulling through cvmfs-snapshotter, published root file system (rootfs = \"auto\"), all caches empty");
+    stage.repository.mount_cold();
+    let flat = measure(&stage, &flat_side, &[&auto], &image, &reference);
+    say(&format!("a container answered: {}", flat.answer.trim()));
+    print_table([&normal, &layers, &flat]);
 
-    say("comparing both root file systems: type, mode, owner, mtime, links, xattrs, content");
+    say("comparing the root file systems: type, mode, owner, mtime, links, xattrs, content");
     let mut differences = 0;
-    for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
-        let comparison = stage.compare(&image, writable);
-        println!(
-            "          {name}: {} entries, {} MB of content, {} differences",
-            comparison.entries,
-            comparison.bytes / 1_000_000,
-            comparison.differences.len()
-        );
-        for difference in comparison.differences.iter().take(20) {
-            println!("            {difference}");
+    for (side, form) in [(&stage.ours, "layers"), (&flat_side, "flat")] {
+        for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
+            let comparison = stage.compare_with(side, &image, writable);
+            println!(
+                "          {form}, {name}: {} entries, {} MB of content, {} differences",
+                comparison.entries,
+                comparison.bytes / 1_000_000,
+                comparison.differences.len()
+            );
+            for difference in comparison.differences.iter().take(20) {
+                println!("            {difference}");
+            }
+            differences += comparison.differences.len();
         }
-        differences += comparison.differences.len();
     }
-    let fine = differences == 0 && normal.answer == ours.answer;
+    let same_answers = normal.answer == layers.answer && normal.answer == flat.answer;
+    let fine = differences == 0 && same_answers && flat.lower < layers.lower;
+    drop((flat_side, auto));
     drop(stage);
     say(if fine {
         "done; nothing is left running or mounted"
@@ -126,34 +140,62 @@ fn upper_layers(stage: &Stage) -> Vec<Layer> {
 
 struct Measured {
     pull_seconds: f64,
-    start_seconds: f64,
     fetched: Fetched,
     disk_bytes: u64,
+    /// Directories that overlayfs stacks below a container.
+    lower: usize,
+    /// A start that imports many modules, the first time and again.
+    start_seconds: [f64; 2],
+    /// A walk over the whole root that looks at every entry, the first time and again.
+    find_seconds: [f64; 2],
     mounts: usize,
     answer: String,
 }
 
-fn measure(stage: &Stage, containerd: &Containerd, image: &Image, reference: &str) -> Measured {
+fn seconds(work: impl FnOnce()) -> f64 {
+    let begun = Instant::now();
+    work();
+    begun.elapsed().as_secs_f64()
+}
+
+fn measure(
+    stage: &Stage,
+    containerd: &Containerd,
+    snapshotters: &[&Snapshotter],
+    image: &Image,
+    reference: &str,
+) -> Measured {
     let before = stage.registry.fetched();
     let begun = Instant::now();
     containerd.pull(reference);
     let pull_seconds = begun.elapsed().as_secs_f64();
     let fetched = stage.registry.fetched().since(&before);
-    let state = [containerd.root(), stage.snapshotter.root()];
-    // The state of our snapshotter counts on our side only.
-    let sides = if containerd.snapshotter() == "overlayfs" { &state[..1] } else { &state[..] };
-    let disk_bytes = sides.iter().map(|dir| disk_use(dir)).sum();
-    let begun = Instant::now();
-    let answer = containerd.run(reference, "numpy", &["/usr/bin/python3", "-c", PROGRAM]).ok();
-    let start_seconds = begun.elapsed().as_secs_f64();
+    let state: Vec<PathBuf> = snapshotters.iter().map(|s| s.root()).chain([containerd.root()]).collect();
+    let disk_bytes = state.iter().map(|dir| disk_use(dir)).sum();
+    let mut answer = String::new();
+    let start_seconds = [1, 2].map(|n| {
+        let id = format!("numpy-{n}");
+        seconds(|| answer = containerd.run(reference, &id, &["/usr/bin/python3", "-c", PROGRAM]).ok())
+    });
+    let (lower, find_seconds) = {
+        let (key, at) = ("find", stage.sandbox.path("mnt/find"));
+        let mounted = containerd.mount_image(image, key, &at, Writable::Yes);
+        let mounts = containerd.snapshots().mounts(key).expect("it is mounted");
+        let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap_or_default();
+        let arguments = [mounted.path(), Path::new("-newermt"), Path::new("1970-01-02")];
+        let times = [1, 2].map(|_| seconds(|| drop(run("find", arguments).ok())));
+        drop(mounted);
+        containerd.snapshots().remove(key).expect("a snapshot can be removed");
+        (lower.split(':').count(), times)
+    };
     containerd.start_container(reference, "idle", &["/bin/sleep", "1000"]);
     let mounts = mounts_below(stage.sandbox.dir())
         .iter()
-        .filter(|m| sides.iter().chain([&containerd.root().with_file_name("state")]).any(|dir| m.starts_with(dir)))
+        .filter(|m| state.iter().chain([&containerd.root().with_file_name("state")]).any(|dir| m.starts_with(dir)))
         .count();
     containerd.end_container("idle");
     assert!(fetched.bytes > 0 && !image.layers.is_empty(), "the registry has seen the pull");
-    Measured { pull_seconds, start_seconds, fetched, disk_bytes, mounts, answer }
+    Measured { pull_seconds, fetched, disk_bytes, lower, start_seconds, find_seconds, mounts, answer }
 }
 
 fn disk_use(dir: &Path) -> u64 {
@@ -161,16 +203,26 @@ fn disk_use(dir: &Path) -> u64 {
     output.split('\t').next().and_then(|bytes| bytes.parse().ok()).expect("du prints a number")
 }
 
-fn print_table(normal: &Measured, ours: &Measured) {
+fn print_table(sides: [&Measured; 3]) {
     #[allow(clippy::cast_precision_loss)]
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    println!("\n  {:32} {:>12} {:>18} {:>8}", "", "normal pull", "cvmfs-snapshotter", "ratio");
-    let row = |name: &str, normal: f64, ours: f64, digits: usize| {
-        println!("  {name:32} {normal:>12.digits$} {ours:>18.digits$} {:>8.1}", normal / ours);
+    println!("\n  {:36} {:>12} {:>10} {:>10} {:>14}", "", "normal pull", "layers", "flat", "normal / flat");
+    let row = |name: &str, digits: usize, of: &dyn Fn(&Measured) -> f64| {
+        let [normal, layers, flat] = sides.map(of);
+        println!("  {name:36} {normal:>12.digits$} {layers:>10.digits$} {flat:>10.digits$} {:>14.1}", normal / flat);
     };
-    row("pull, seconds", normal.pull_seconds, ours.pull_seconds, 2);
-    row("fetched from the registry, MB", megabytes(normal.fetched.bytes), megabytes(ours.fetched.bytes), 3);
-    row("on disk after the pull, MB", megabytes(normal.disk_bytes), megabytes(ours.disk_bytes), 3);
-    row("container that imports numpy, s", normal.start_seconds, ours.start_seconds, 2);
-    println!("  {:32} {:>12} {:>18}\n", "mounts while one container runs", normal.mounts, ours.mounts);
+    row("pull, seconds", 2, &|m| m.pull_seconds);
+    row("fetched from the registry, MB", 3, &|m| megabytes(m.fetched.bytes));
+    row("on disk after the pull, MB", 3, &|m| megabytes(m.disk_bytes));
+    row("start that imports much, first, s", 2, &|m| m.start_seconds[0]);
+    row("start that imports much, again, s", 2, &|m| m.start_seconds[1]);
+    row("find over the whole root, first, s", 2, &|m| m.find_seconds[0]);
+    row("find over the whole root, again, s", 2, &|m| m.find_seconds[1]);
+    let count = |name: &str, of: &dyn Fn(&Measured) -> usize| {
+        let [normal, layers, flat] = sides.map(of);
+        println!("  {name:36} {normal:>12} {layers:>10} {flat:>10}");
+    };
+    count("lower directories", &|m| m.lower);
+    count("mounts while one container runs", &|m| m.mounts);
+    println!();
 }

@@ -1,0 +1,350 @@
+//! What can be asked and changed inside a transaction, and the tables it works on.
+//!
+//! The invariants of the module above are kept here, by each operation for itself.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use redb::{ReadTransaction, ReadableTable, TableDefinition, Value, WriteTransaction};
+
+use super::{Error, Result, record};
+use crate::repository::scan::{Extent, Scan, Subject};
+use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Rootfs, Snapshot, SnapshotId};
+
+/// Counters and the schema version, by name.
+pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+/// Snapshot key to `SnapshotRecord`.
+pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
+/// Snapshot id to its key.
+pub(super) const KEYS: TableDefinition<u64, &str> = TableDefinition::new("keys");
+/// Snapshot id to the number of its children, and of those children that are live: active,
+/// a view, or committed with a live child. Rows of zeros are left out.
+pub(super) const CHILDREN: TableDefinition<u64, (u64, u64)> = TableDefinition::new("children");
+/// `(snapshot.ref, parent key or "", key)`: what containerd asks after every remote layer.
+pub(super) const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefinition::new("by_ref");
+/// Ids that may have something on disk that nothing needs any more, and whether a cleanup
+/// has begun with them.
+pub(super) const CLEANUP: TableDefinition<u64, bool> = TableDefinition::new("cleanup");
+/// `<extent> <digest> <repository>` to `LayerScan`.
+pub(super) const SCANS: TableDefinition<&str, &[u8]> = TableDefinition::new("scans");
+/// Id of the uppermost snapshot of a chain to `RootfsChoice`.
+pub(super) const ROOTFS: TableDefinition<u64, &[u8]> = TableDefinition::new("rootfs");
+
+/// A read transaction.
+pub struct Read<'s> {
+    pub(super) transaction: ReadTransaction,
+    pub(super) path: &'s Path,
+}
+
+/// A write transaction; what it wrote, it reads.
+pub struct Write<'s> {
+    pub(super) transaction: WriteTransaction,
+    pub(super) path: &'s Path,
+}
+
+/// What can be asked inside either kind of transaction.
+pub trait Lookup {
+    #[doc(hidden)]
+    fn table<K: redb::Key + 'static, V: Value + 'static>(
+        &self,
+        definition: TableDefinition<K, V>,
+    ) -> Result<impl ReadableTable<K, V> + '_>;
+
+    #[doc(hidden)]
+    fn error(&self, cause: impl Into<redb::Error>) -> Error;
+
+    fn get(&self, key: &str) -> Result<Option<Snapshot>> {
+        let snapshots = self.table(SNAPSHOTS)?;
+        let row = snapshots.get(key).map_err(|e| self.error(e))?;
+        row.map(|row| record::decode_snapshot(key, row.value())).transpose()
+    }
+
+    /// The snapshot `key` and all its ancestors, nearest first. Empty when there is none.
+    fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
+        let snapshots = self.table(SNAPSHOTS)?;
+        let mut chain: Vec<Snapshot> = Vec::new();
+        let mut next = Some(key.clone());
+        while let Some(key) = next.take() {
+            let Some(row) = snapshots.get(key.as_str()).map_err(|e| self.error(e))? else { break };
+            let snapshot = record::decode_snapshot(key.as_str(), row.value())?;
+            next.clone_from(&snapshot.parent);
+            chain.push(snapshot);
+        }
+        Ok(chain)
+    }
+
+    fn has_children(&self, id: SnapshotId) -> Result<bool> {
+        Ok(self.children(id)?.0 > 0)
+    }
+
+    /// Whether an active snapshot or a view stands on this one, however far above.
+    fn is_live(&self, id: SnapshotId) -> Result<bool> {
+        Ok(self.children(id)?.1 > 0)
+    }
+
+    #[doc(hidden)]
+    fn children(&self, id: SnapshotId) -> Result<(u64, u64)> {
+        let table = self.table(CHILDREN)?;
+        let row = table.get(id.0).map_err(|e| self.error(e))?;
+        Ok(row.map_or((0, 0), |row| row.value()))
+    }
+
+    fn exists(&self, id: SnapshotId) -> Result<bool> {
+        let keys = self.table(KEYS)?;
+        let row = keys.get(id.0).map_err(|e| self.error(e))?;
+        Ok(row.is_some())
+    }
+
+    fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
+        let key = {
+            let keys = self.table(KEYS)?;
+            let row = keys.get(id.0).map_err(|e| self.error(e))?;
+            row.map(|row| row.value().to_owned())
+        };
+        key.map_or(Ok(None), |key| self.get(&key))
+    }
+
+    /// The snapshots with this `snapshot.ref` label and this parent ("" for none).
+    fn by_ref(&self, reference: &str, parent: &str) -> Result<Vec<Snapshot>> {
+        let index = self.table(BY_REF)?;
+        let snapshots = self.table(SNAPSHOTS)?;
+        let mut found = Vec::new();
+        for row in index.range((reference, parent, "")..).map_err(|e| self.error(e))? {
+            let (row, _) = row.map_err(|e| self.error(e))?;
+            let (row_reference, row_parent, key) = row.value();
+            if (row_reference, row_parent) != (reference, parent) {
+                break;
+            }
+            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))? {
+                found.push(record::decode_snapshot(key, row.value())?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Calls `each` for every snapshot.
+    fn for_each(&self, mut each: impl FnMut(Snapshot)) -> Result<()> {
+        for row in self.table(SNAPSHOTS)?.iter().map_err(|e| self.error(e))? {
+            let (key, value) = row.map_err(|e| self.error(e))?;
+            each(record::decode_snapshot(key.value(), value.value())?);
+        }
+        Ok(())
+    }
+
+    /// Whether `id` is on the list for cleanup.
+    fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
+        let table = self.table(CLEANUP)?;
+        let row = table.get(id.0).map_err(|e| self.error(e))?;
+        Ok(row.is_some())
+    }
+
+    fn scan(&self, subject: &Subject) -> Result<Option<Scan>> {
+        let scans = self.table(SCANS)?;
+        let key = scan_key(subject);
+        let row = scans.get(key.as_str()).map_err(|e| self.error(e))?;
+        row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
+    }
+
+    /// What was decided for the chain below and with snapshot `id`.
+    fn rootfs(&self, id: SnapshotId) -> Result<Option<Rootfs>> {
+        let table = self.table(ROOTFS)?;
+        let row = table.get(id.0).map_err(|e| self.error(e))?;
+        row.map(|row| record::decode_rootfs(id, row.value())).transpose()
+    }
+}
+
+impl Lookup for Read<'_> {
+    fn table<K: redb::Key + 'static, V: Value + 'static>(
+        &self,
+        definition: TableDefinition<K, V>,
+    ) -> Result<impl ReadableTable<K, V> + '_> {
+        self.transaction.open_table(definition).map_err(|e| self.error(e))
+    }
+
+    fn error(&self, cause: impl Into<redb::Error>) -> Error {
+        Error::Engine { path: self.path.to_owned(), cause: cause.into() }
+    }
+}
+
+impl Lookup for Write<'_> {
+    fn table<K: redb::Key + 'static, V: Value + 'static>(
+        &self,
+        definition: TableDefinition<K, V>,
+    ) -> Result<impl ReadableTable<K, V> + '_> {
+        self.open(definition)
+    }
+
+    fn error(&self, cause: impl Into<redb::Error>) -> Error {
+        Error::Engine { path: self.path.to_owned(), cause: cause.into() }
+    }
+}
+
+impl Write<'_> {
+    pub(super) fn open<K: redb::Key + 'static, V: Value + 'static>(
+        &self,
+        definition: TableDefinition<K, V>,
+    ) -> Result<redb::Table<'_, K, V>> {
+        self.transaction.open_table(definition).map_err(|e| self.error(e))
+    }
+
+    /// Adds a snapshot that has no children. Its key and its id must be free.
+    pub fn insert(&self, snapshot: &Snapshot) -> Result<()> {
+        self.put(snapshot)?;
+        self.open(KEYS)?.insert(snapshot.id.0, snapshot.key.as_str()).map_err(|e| self.error(e))?;
+        self.count_child(snapshot, 1)
+    }
+
+    /// Takes away a snapshot that has no children.
+    pub fn remove(&self, snapshot: &Snapshot) -> Result<()> {
+        self.open(SNAPSHOTS)?.remove(snapshot.key.as_str()).map_err(|e| self.error(e))?;
+        self.unindex(snapshot)?;
+        self.open(KEYS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
+        if snapshot.layer.is_some() {
+            self.open(ROOTFS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
+        }
+        self.count_child(snapshot, -1)
+    }
+
+    /// Stores `new`, which differs from `old` in labels, times or usage only.
+    pub fn update(&self, old: &Snapshot, new: &Snapshot) -> Result<()> {
+        debug_assert!(old.id == new.id && old.key == new.key && old.parent == new.parent && old.kind == new.kind);
+        self.unindex(old)?;
+        self.put(new)
+    }
+
+    fn put(&self, snapshot: &Snapshot) -> Result<()> {
+        let record = record::encode_snapshot(snapshot);
+        self.open(SNAPSHOTS)?.insert(snapshot.key.as_str(), record.as_slice()).map_err(|e| self.error(e))?;
+        if let Some(row) = index_row(snapshot) {
+            self.open(BY_REF)?.insert(row, ()).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    fn unindex(&self, snapshot: &Snapshot) -> Result<()> {
+        if let Some(row) = index_row(snapshot) {
+            self.open(BY_REF)?.remove(row).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    /// Counts `child` up or down at its parent. Where that makes an ancestor live, or ends
+    /// it, the next ancestor counts on; a remote layer that nothing stands on any more is
+    /// put on the list for cleanup. So the cost is one row, mostly, however long the chain.
+    fn count_child(&self, child: &Snapshot, step: i64) -> Result<()> {
+        let mut children_step = step;
+        let live_step = match child.kind {
+            Kind::Committed => 0,
+            Kind::Active | Kind::View => step,
+        };
+        let mut next = child.parent.clone();
+        while let Some(key) = next {
+            // Callers have looked; and if it were missing, the child could be removed all the same.
+            let Some(parent) = self.get(key.as_str())? else { break };
+            let (children, live) = self.children(parent.id)?;
+            let counted = (children.saturating_add_signed(children_step), live.saturating_add_signed(live_step));
+            {
+                let mut table = self.open(CHILDREN)?;
+                if counted == (0, 0) {
+                    table.remove(parent.id.0).map_err(|e| self.error(e))?;
+                } else {
+                    table.insert(parent.id.0, counted).map_err(|e| self.error(e))?;
+                }
+            }
+            if (live > 0) == (counted.1 > 0) {
+                break;
+            }
+            if counted.1 == 0 && parent.layer.is_some() {
+                self.schedule_cleanup(&[parent.id])?;
+            }
+            children_step = 0;
+            next = parent.parent;
+        }
+        Ok(())
+    }
+
+    pub fn schedule_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        for id in ids {
+            table.insert(id.0, false).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    /// Up to `limit` ids of the list that no cleanup has begun with. They stay on it, so that
+    /// a crash does not lose them.
+    pub fn begin_cleanup(&self, limit: usize) -> Result<Vec<SnapshotId>> {
+        let mut table = self.open(CLEANUP)?;
+        let mut begun = Vec::new();
+        for row in table.iter().map_err(|e| self.error(e))? {
+            let (id, is_begun) = row.map_err(|e| self.error(e))?;
+            if !is_begun.value() {
+                begun.push(SnapshotId(id.value()));
+                if begun.len() == limit {
+                    break;
+                }
+            }
+        }
+        for id in &begun {
+            table.insert(id.0, true).map_err(|e| self.error(e))?;
+        }
+        Ok(begun)
+    }
+
+    /// Takes ids off the list with which a cleanup is through, unless they were put on it
+    /// again meanwhile.
+    pub fn finish_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        for id in ids {
+            table.retain_in(id.0..=id.0, |_, is_begun| !is_begun).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    /// What a cleanup had begun with when it failed or was killed is to be done again.
+    pub fn forget_begun_cleanups(&self) -> Result<()> {
+        let mut table = self.open(CLEANUP)?;
+        let begun: Vec<u64> = table
+            .iter()
+            .map_err(|e| self.error(e))?
+            .filter_map(|row| row.map(|(id, is_begun)| is_begun.value().then(|| id.value())).transpose())
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|e| self.error(e))?;
+        for id in begun {
+            table.insert(id, false).map_err(|e| self.error(e))?;
+        }
+        Ok(())
+    }
+
+    pub fn put_scan(&self, subject: &Subject, scan: &Scan) -> Result<()> {
+        let record = record::encode_scan(scan);
+        self.open(SCANS)?.insert(scan_key(subject).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
+        Ok(())
+    }
+
+    /// Forgets the scans whose digests `is_needed` does not know.
+    pub fn prune_scans(&self, is_needed: impl Fn(&str) -> bool) -> Result<()> {
+        let mut table = self.open(SCANS)?;
+        table.retain(|key, _| key.split(' ').nth(1).is_some_and(&is_needed)).map_err(|e| self.error(e))
+    }
+
+    pub fn put_rootfs(&self, id: SnapshotId, rootfs: &Rootfs) -> Result<()> {
+        let record = record::encode_rootfs(rootfs);
+        self.open(ROOTFS)?.insert(id.0, record.as_slice()).map_err(|e| self.error(e))?;
+        Ok(())
+    }
+}
+
+fn scan_key(subject: &Subject) -> String {
+    let extent = match subject.extent {
+        Extent::Layer => "layer",
+        Extent::Bottom => "bottom",
+        Extent::Flat => "flat",
+    };
+    format!("{extent} {} {}", subject.digest, subject.repository)
+}
+
+fn index_row(snapshot: &Snapshot) -> Option<(&str, &str, &str)> {
+    let reference = snapshot.labels.get(LABEL_SNAPSHOT_REF)?;
+    Some((reference, snapshot.parent.as_ref().map_or("", Key::as_str), snapshot.key.as_str()))
+}

@@ -1,0 +1,13 @@
+//! A real CernVM-FS repository for end-to-end tests.
+//!
+//! [`publisher`] writes a signed repository from a directory tree, [`web`] serves it, and
+//! [`client`] mounts it through the binary `cvmfs-test-client` of this package, which can be told
+//! to hang, to be slow, to fail, or to take up a new revision. [`format`] is what publisher and
+//! client agree on. This is test code: what cannot go on panics with a sentence.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod format;
+pub mod publisher;
+pub mod web;

@@ -1,0 +1,95 @@
+//! The second reader of the format, which we did not write, on what our publisher writes.
+
+#![forbid(unsafe_code)]
+#![cfg(feature = "cvmfs-crate")]
+
+mod stage;
+
+use std::fs;
+use std::io::ErrorKind;
+use std::thread;
+
+use cvmfs_testbed::publisher::Owners;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use stage::{Detail, Stage, assert_equal, assert_same, plain_tree, seen, write};
+
+const CRATE: [&str; 2] = ["--backend", "crate"];
+
+#[test]
+fn root_the_crate_reads_what_we_publish() {
+    let mut stage = Stage::new(Owners::Kept);
+    plain_tree(&stage.source());
+    stage.publish();
+    let mount = stage.mount("mount", &CRATE);
+    assert_same(&stage.source(), mount.mountpoint(), Detail::Plain);
+    let attribute = |name| xattr::get(mount.mountpoint(), name).expect("the root answers");
+    assert_eq!(attribute("user.fqrn").as_deref(), Some(stage::FQRN.as_bytes()));
+    assert_eq!(attribute("user.unknown"), None);
+    for missing in ["missing", "layers/one/inner/missing"] {
+        let error = mount.mountpoint().join(missing).metadata().expect_err("nobody published that");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{missing}");
+    }
+}
+
+#[test]
+fn root_the_crate_serves_a_lower_layer() {
+    let mut stage = Stage::new(Owners::Kept);
+    plain_tree(&stage.source().join("top"));
+    write(&stage.source().join("bottom/home/user/other"), "seen through");
+    stage.publish();
+    let lower = stage.mount("mount", &["--backend", "crate", "--name-length", "0"]);
+    let dir = stage.dir.path();
+    for name in ["upper", "work", "merged"] {
+        fs::create_dir(dir.join(name)).expect("a directory can be made");
+    }
+    let (root, dir) = (lower.mountpoint().display(), dir.display());
+    let options = format!("lowerdir={root}/top:{root}/bottom,upperdir={dir}/upper,workdir={dir}/work");
+    let merged = stage.dir.path().join("merged");
+    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .expect("the mount is good enough for overlayfs");
+    assert_eq!(fs::read(merged.join("hello")).expect("the upper layer shows"), b"hello\n");
+    assert_eq!(fs::read(merged.join("home/user/other")).expect("the lower layer shows"), b"seen through");
+    fs::write(merged.join("hello"), "copied up").expect("a file can be written");
+    assert!(!merged.join("missing").exists());
+    umount2(&merged, MntFlags::MNT_DETACH).expect("the overlay can be unmounted");
+}
+
+#[test]
+fn root_the_crate_reads_right_twenty_times_cold_for_four_readers_at_once() {
+    let mut stage = Stage::new(Owners::Kept);
+    plain_tree(&stage.source());
+    stage.publish();
+    let expected = seen(&stage.source(), Detail::Plain);
+    for _ in 0..20 {
+        let mount = stage.mount("mount", &CRATE);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| assert_equal(&expected, &seen(mount.mountpoint(), Detail::Plain)));
+            }
+        });
+    }
+}
+
+#[test]
+fn root_one_owner_shows_through_the_crate() {
+    let mut stage = Stage::new(Owners::One { uid: 990, gid: 991 });
+    plain_tree(&stage.source());
+    stage.publish();
+    let own = stage.mount("own", &[]);
+    let other = stage.mount("crate", &CRATE);
+    assert_same(own.mountpoint(), other.mountpoint(), Detail::Plain);
+}
+
+#[test]
+fn root_the_crate_takes_up_a_new_revision_when_opened_anew() {
+    let mut stage = Stage::new(Owners::Kept);
+    plain_tree(&stage.source());
+    stage.publish();
+    let mut mount = stage.mount("mount", &CRATE);
+    assert_same(&stage.source(), mount.mountpoint(), Detail::Plain);
+    write(&stage.source().join("hello"), "another text");
+    write(&stage.source().join("layers/one/new"), "a new file");
+    stage.publish();
+    assert_eq!(mount.command("reload"), "ok 2");
+    assert_same(&stage.source(), mount.mountpoint(), Detail::Plain);
+}

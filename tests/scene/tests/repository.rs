@@ -1,0 +1,558 @@
+//! Repositories that misbehave: that hang, die, come back, are late, lose what they had. With a
+//! real FUSE mount below a real containerd, in both ways of attaching.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::{Alone, digest, options, refused};
+use scene::client::{Answer, Client, LAYER_DIGEST, REF};
+use scene::image::Image;
+use scene::process::{Server, cache, eventually, tool};
+use scene::publisher::Repository;
+use scene::rootfs::Mounted;
+use scene::sandbox::{Sandbox, mounts_below};
+use scene::snapshotter::Snapshotter;
+use scene::stage::{Stage, names};
+
+/// Long enough that a busy machine does not reach it by itself.
+const TIMEOUT: Duration = Duration::from_secs(4);
+const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
+
+fn image(stage: &Stage, name: &str, text: &str) -> Image {
+    let b = &stage.builder;
+    let layers = [
+        stage.base_layer(),
+        b.layer(|l| {
+            l.file("data/text", text).file("data/gone", "x");
+        }),
+        b.layer(|l| {
+            l.delete("data/gone").file("data/top", text);
+        }),
+    ];
+    b.image(name, &layers, &[])
+}
+
+fn publish_and_push(stage: &Stage, image: &Image) -> String {
+    stage.repository.publish(image);
+    stage.registry.push(image)
+}
+
+/// A chain of the three layers of an `Alone`; the result is the name of the uppermost.
+fn pull_chain(client: &Client) -> String {
+    let mut parent = String::new();
+    for n in 1..=3 {
+        parent = client.pull_remote(&format!("extract-{n}"), &parent, &format!("sha256:c{n}"), &digest(n));
+    }
+    parent
+}
+
+/// What a call on a layer that cannot be had must answer.
+#[track_caller]
+fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) -> String {
+    let message = refused(answer, Code::UNAVAILABLE);
+    for part in ["layer sha256:", "scene.test", "is not available", "cvmfs_config probe", "pull it anew"] {
+        assert!(message.contains(part), "{part} is missing in: {message}");
+    }
+    message
+}
+
+/// Every kind of call that needs no repository, once; the result is the longest time of one.
+fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> Duration {
+    let (key, name) = (format!("active-{round}"), format!("name-{round}"));
+    let mut longest = Duration::ZERO;
+    let mut timed = |what: &str, call: &dyn Fn() -> Answer<()>| {
+        let begun = Instant::now();
+        call().unwrap_or_else(|status| panic!("{what}: {}", status.message()));
+        longest = longest.max(begun.elapsed());
+    };
+    timed("stat", &|| client.stat(remote).map(drop));
+    timed("list", &|| client.list(&[]).map(drop));
+    timed("prepare", &|| client.prepare(&key, local, &[]).map(drop));
+    timed("mounts", &|| client.mounts(&key).map(drop));
+    timed("usage", &|| client.usage(&key).map(drop));
+    timed("usage of a remote one", &|| client.usage(remote).map(drop));
+    timed("update", &|| client.update(client.stat(remote)?, &["labels"]).map(drop));
+    timed("commit", &|| client.commit(&name, &key, &[]));
+    timed("view", &|| client.view(&key, &name, &[]).map(drop));
+    timed("remove", &|| client.remove(&key));
+    timed("remove", &|| client.remove(&name));
+    timed("cleanup", &|| client.cleanup());
+    longest
+}
+
+#[test]
+fn root_a_repository_that_hangs_delays_only_what_needs_it() {
+    for config in MODES {
+        let d = Alone::start("hangs", config);
+        let c = &d.client;
+        let chain = pull_chain(c);
+        c.prepare("running", &chain, &[]).expect("the repository answers");
+        for key in ["removed-1", "removed-2"] {
+            c.prepare(key, &chain, &[]).expect("the repository answers");
+        }
+        c.prepare("local-key", "", &[]).expect("a local snapshot needs no repository");
+        c.commit("local", "local-key", &[]).expect("a local snapshot needs no repository");
+
+        d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        let over = AtomicBool::new(false);
+        let longest = std::thread::scope(|scope| {
+            let others = scope.spawn(|| {
+                let c = d.snapshotter.client();
+                let (mut round, mut longest) = (0, Duration::ZERO);
+                while !over.load(Ordering::Relaxed) || round < 3 {
+                    longest = longest.max(unrelated_calls(&c, round, "local", &chain));
+                    round += 1;
+                }
+                longest
+            });
+            // More than there are workers.
+            let begun = Instant::now();
+            std::thread::scope(|starts| {
+                for n in 0..12 {
+                    let (c, chain) = (d.snapshotter.client(), &chain);
+                    starts.spawn(move || unavailable(c.prepare(&format!("start-{n}"), chain, &[])));
+                }
+            });
+            assert!(begun.elapsed() < TIMEOUT * 3, "container starts took {:?}", begun.elapsed());
+            // From now on everybody knows.
+            let begun = Instant::now();
+            let message = unavailable(c.mounts("running"));
+            assert!(message.contains("it has not answered for"), "{message}");
+            unavailable(c.view("view", &chain, &[]));
+            assert!(begun.elapsed() < TIMEOUT, "it is asked in vain again: {:?}", begun.elapsed());
+            let pulled = c.prepare("extract-9 sha256:c9", &chain, &[(REF, "sha256:c9"), (LAYER_DIGEST, &digest(2))]);
+            unavailable(pulled);
+            let pulled = c.prepare("extract-8 sha256:c8", "", &[(REF, "sha256:c8"), (LAYER_DIGEST, &digest(2))]);
+            assert_eq!(pulled.expect("it is downloaded").len(), 1);
+            // What containers left is taken away all the same.
+            for key in ["removed-1", "removed-2", "running"] {
+                c.remove(key).expect("a removal needs no repository");
+            }
+            c.cleanup().expect("a cleanup needs no repository");
+            over.store(true, Ordering::Relaxed);
+            others.join().expect("no call fails")
+        });
+        println!("{config:?}: the longest unrelated call while the repository hung took {longest:?}");
+        assert!(longest < TIMEOUT / 2, "an unrelated call took {longest:?}");
+
+        d.repository.with_client(|mount| mount.signal(Signal::SIGCONT));
+        eventually("the repository is found to answer again", || c.prepare("after", &chain, &[]).is_ok());
+        let mounted =
+            Mounted::new(&c.mounts("after").expect("it answers"), &d.sandbox.path("mnt")).expect("an overlay");
+        assert_eq!(names(&mounted.path().join("dir")), ["file-1", "file-2", "file-3"]);
+        drop(mounted);
+        let log = d.snapshotter.log();
+        for (line, times) in [("does not answer: ", 1), ("answers again", 1)] {
+            assert_eq!(log.matches(line).count(), times, "{line}");
+        }
+        // Threads that hung have come back and left nothing behind.
+        c.remove("after").expect("it is there");
+        eventually("everything is detached", || {
+            c.cleanup().expect("a cleanup succeeds");
+            mounts_below(&d.snapshotter.snapshots()).is_empty()
+        });
+    }
+}
+
+#[test]
+fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_alive() {
+    let d = Alone::start("half-dead", MODES[0]);
+    let chain = pull_chain(&d.client);
+    d.repository.command("hang tree");
+    unavailable(d.client.prepare("first", &chain, &[]));
+    let begun = Instant::now();
+    for n in 0..4 {
+        unavailable(d.client.prepare(&format!("next-{n}"), &chain, &[]));
+    }
+    assert!(begun.elapsed() < TIMEOUT, "it is waited for again and again: {:?}", begun.elapsed());
+    d.repository.command("normal");
+    eventually("it answers again", || d.client.prepare("after", &chain, &[]).is_ok());
+}
+
+#[test]
+fn root_a_slow_repository_is_waited_for() {
+    let d = Alone::start("slow", MODES[1]);
+    let chain = pull_chain(&d.client);
+    d.repository.command("slow 100");
+    d.client.prepare("container", &chain, &[]).expect("slow is not dead");
+    d.repository.command("normal");
+    assert!(!d.snapshotter.log().contains("does not answer"));
+}
+
+/// What a site sees when the client crashes: dead for two seconds, then an empty directory,
+/// then mounted anew.
+#[test]
+fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
+    for config in MODES {
+        let stage = Stage::set("died", config);
+        let published = image(&stage, "died:1", "x");
+        let reference = publish_and_push(&stage, &published);
+        let local = stage.registry.push(&image(&stage, "local:1", "y"));
+        stage.ours.pull(&reference);
+        stage.ours.pull(&local);
+        stage.ours.run(&reference, "before", &["/bin/true"]).ok();
+        let program =
+            "n=0; while true; do n=$((n+1)); cat /data/text > /dev/null || exit 1; echo $n > /count; sleep 0.05; done";
+        stage.ours.start_container(&local, "writer", &["/bin/sh", "-c", program]);
+        stage.ours.start_container(&reference, "idle", &["/bin/sleep", "1000"]);
+        let inside = stage.ours.root_of("writer");
+        let count = || fs::read_to_string(inside.join("count")).unwrap_or_default().trim().parse().unwrap_or(0_u64);
+
+        let mut pulls = 0;
+        let mut pull_downloads = |why: &str| {
+            pulls += 1;
+            let other = image(&stage, &format!("other:{pulls}"), &pulls.to_string());
+            // Published, but nobody can know.
+            let reference = stage.registry.push(&other);
+            let begun = Instant::now();
+            stage.ours.pull(&reference);
+            assert!(begun.elapsed() < TIMEOUT * 3, "a pull took {:?}", begun.elapsed());
+            assert_eq!(stage.registry.fetched().layers_of(&other), 3, "{why}");
+            assert_eq!(
+                stage.ours.run(&reference, &format!("other-{pulls}"), &["/bin/cat", "/data/top"]).ok(),
+                pulls.to_string()
+            );
+        };
+        let fails = |id: &str, why: &str| {
+            let failed = stage.ours.run(&reference, id, &["/bin/true"]);
+            assert!(!failed.status.success());
+            for part in ["is not available", &published.layers[2].digest, "scene.test", why] {
+                assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
+            }
+        };
+        stage.repository.with_client(scene::publisher::Mount::kill);
+        fails("dead", "ENOTCONN");
+        pull_downloads("the repository is dead");
+        stage.repository.unmount();
+        fails("gone", "no repository is mounted");
+        pull_downloads("no repository is mounted");
+        let written = count();
+        stage.repository.mount();
+        let output = stage.ours.run(&reference, "after", &["/bin/sh", "-c", "cat /data/text; ls /data"]);
+        assert_eq!(output.ok(), "xtext\ntop\n", "the first start after it came back");
+        eventually("the container of the local image writes on", || count() > written + 3);
+        for id in ["writer", "idle"] {
+            stage.ours.end_container(id);
+        }
+        stage.ours.remove(&reference);
+        eventually("everything is detached", || {
+            stage.ours.collect_garbage();
+            mounts_below(&stage.snapshotter.snapshots()).is_empty()
+        });
+    }
+}
+
+#[test]
+fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
+    let sandbox = Sandbox::enter("late");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+    repository.commit();
+    repository.unmount();
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    eventually("it is said", || snapshotter.log().contains("is not there yet: no repository is mounted"));
+    for n in 0..3 {
+        let answer = c.prepare(&format!("extract-{n} sha256:c"), "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+        assert_eq!(answer.expect("it is downloaded").len(), 1);
+    }
+    assert_eq!(snapshotter.log().matches("is not there yet").count(), 1);
+    repository.mount();
+    let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
+    c.prepare("container", &name, &[]).expect("it has appeared");
+}
+
+/// As sites mount `/cvmfs`: the kernel's autofs and the automounter, which mounts what is asked for.
+#[test]
+fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
+    let sandbox = Sandbox::enter("autofs");
+    let repository = Repository::mounted(&sandbox.path("real"));
+    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+    repository.commit();
+    let Some(automounter) = Automounter::start(&sandbox, repository.dir()) else {
+        assert!(std::env::var_os("CI").is_none(), "this kernel has no autofs");
+        eprintln!("SKIPPED: this kernel has no autofs");
+        return;
+    };
+    let path = automounter.dir.join("scene.test");
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), &path, "");
+    let c = snapshotter.client();
+    eventually("it is said", || snapshotter.log().contains("is not there yet"));
+    let answer = c.prepare("extract-1 sha256:c", "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+    assert_eq!(answer.expect("it is downloaded").len(), 1);
+    assert!(!mounts_below(&automounter.dir).contains(&path));
+    fs::write(&automounter.ready, "").expect("a file can be made");
+    // The automounter remembers for a second that there was nothing.
+    eventually("the layer is found", || {
+        let key = format!("extract-{}", std::process::id());
+        let answer = c.prepare(&key, "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+        answer.is_err_and(|status| status.code() == Code::ALREADY_EXISTS) || c.remove(&key).is_err()
+    });
+    assert!(mounts_below(&automounter.dir).contains(&path), "the question has mounted it");
+    let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
+    c.prepare("container", &name, &[]).expect("it is mounted");
+    // It went away while nobody used it: the next question brings it back.
+    c.remove("container").expect("it is there");
+    c.cleanup().expect("a cleanup succeeds");
+    scene::process::run("umount", [&path]).ok();
+    c.prepare("again", &name, &[]).expect("it is mounted again");
+}
+
+/// Debian's automounter, with one key that leads to a repository once a file says that it is ready.
+struct Automounter {
+    dir: PathBuf,
+    ready: PathBuf,
+    _server: Server,
+}
+
+impl Automounter {
+    fn start(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
+        if !fs::read_to_string("/proc/filesystems").expect("it is there").contains("\tautofs\n") {
+            return None;
+        }
+        let program = tool("automount");
+        // It looks for its modules in one place only; nobody else sees this mount.
+        let libraries = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+        let own = cache().join("tools/debian").join(&libraries);
+        let stacked = format!("lowerdir={}:/{libraries}", own.display());
+        scene::process::run("mount", ["-t", "overlay", "overlay", "-o", &stacked, &format!("/{libraries}")]).ok();
+        let (dir, ready, map) = (sandbox.make_dir("auto"), sandbox.path("ready"), sandbox.path("map"));
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = scene.test ] && [ -e {} ] && echo '-fstype=bind :{}'\n",
+            ready.display(),
+            repository.display()
+        );
+        fs::write(&map, script).expect("a map can be written");
+        fs::set_permissions(&map, fs::Permissions::from_mode(0o755)).expect("a map can be run");
+        let master = sandbox.path("master");
+        let line = format!("{} program:{} --timeout=600 --negative-timeout=1\n", dir.display(), map.display());
+        fs::write(&master, line).expect("a master map can be written");
+        let mut command = Command::new(program);
+        command.args(["--foreground", "--dont-check-daemon", "--pid-file"]).arg(sandbox.path("pid")).arg(&master);
+        // Autofs lets the automounter's own process group pass.
+        command.process_group(0);
+        let mut server = Server::start(&mut command, &sandbox.path("automount.log"));
+        server.wait_until("be mounted", || mounts_below(&dir).contains(&dir));
+        Some(Self { dir, ready, _server: server })
+    }
+}
+
+/// CernVM-FS says that names have 0 bytes at most. Overlayfs takes the largest of what its
+/// layers say, so without a local one every lookup fails.
+#[test]
+fn root_a_view_of_layers_without_markers_can_be_looked_into() {
+    let sandbox = Sandbox::enter("names");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    for n in 1..=2 {
+        let top = repository.layer_dir(&digest(n)).join("layerfs/dir");
+        fs::create_dir_all(&top).expect("a layer can be made");
+        fs::write(top.join(n.to_string()), "x").expect("a layer can be filled");
+    }
+    repository.commit();
+    for config in MODES {
+        let snapshotter =
+            Snapshotter::start(&sandbox.path(&config[10..12].replace('"', "x")), repository.dir(), config);
+        let c = snapshotter.client();
+        let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+        let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+        let view = c.view("view", &second, &[]).expect("a view");
+        let lower = options(&view)[0].clone();
+        let at = sandbox.path("mnt");
+        let mounted = Mounted::new(&view, &at).expect("an overlay");
+        assert_eq!(names(&at.join("dir")), ["1", "2"]);
+        drop(mounted);
+        // The test can fail: without our directory it does not work.
+        let mut without = view.clone();
+        let directories: Vec<&str> = lower.trim_start_matches("lowerdir=").split(':').collect();
+        assert_eq!(directories.len(), 3, "{lower}");
+        without[0].options[0] = format!("lowerdir={}:{}", directories[0], directories[1]);
+        let mounted = Mounted::new(&without, &at).expect("an overlay");
+        let error = fs::metadata(at.join("dir")).expect_err("names have 0 bytes");
+        assert_eq!(error.raw_os_error(), Some(nix::libc::ENAMETOOLONG));
+        drop(mounted);
+    }
+}
+
+#[test]
+fn root_a_hundred_first_uses_at_once_attach_each_layer_once() {
+    for (config, mounts) in MODES.into_iter().zip([3, 0]) {
+        let d = Alone::start("hundred", config);
+        let chain = pull_chain(&d.client);
+        std::thread::scope(|scope| {
+            for t in 0..20 {
+                let (c, chain) = (d.snapshotter.client(), &chain);
+                scope.spawn(move || {
+                    for n in 0..5 {
+                        c.prepare(&format!("{t}-{n}"), chain, &[]).expect("a container starts");
+                    }
+                });
+            }
+        });
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts);
+        let mounted =
+            Mounted::new(&d.client.mounts("7-3").expect("it is there"), &d.sandbox.path("mnt")).expect("an overlay");
+        assert_eq!(names(&mounted.path().join("dir")), ["file-1", "file-2", "file-3"]);
+    }
+}
+
+#[test]
+fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
+    for config in MODES {
+        let d = Alone::start("undone", config);
+        let chain = pull_chain(&d.client);
+        let nothing_is_left = |what: &str| {
+            assert_eq!(names(&d.snapshotter.snapshots()), Vec::<String>::new(), "{what}");
+            assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "{what}");
+        };
+        d.repository.command("fail EIO");
+        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        assert!(message.contains("EIO"), "{message}");
+        nothing_is_left("every question failed");
+        d.repository.command("normal");
+        // One layer of three is missing.
+        d.repository.withdraw(&digest(2));
+        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        assert!(message.contains(&digest(2)) && message.contains("does not have it"), "{message}");
+        nothing_is_left("a layer is missing");
+        let top = d.repository.layer_dir(&digest(2)).join("layerfs/dir");
+        fs::create_dir_all(&top).expect("a layer can be made");
+        d.repository.commit();
+        d.client.prepare("container", &chain, &[]).expect("everything is there");
+    }
+}
+
+#[test]
+fn root_a_layer_that_a_later_revision_lacks_costs_only_new_containers() {
+    for config in MODES {
+        let stage = Stage::set("withdrawn", config);
+        let published = image(&stage, "withdrawn:1", "x");
+        let reference = publish_and_push(&stage, &published);
+        stage.ours.pull(&reference);
+        stage.ours.start_container(&reference, "running", &["/bin/sleep", "1000"]);
+        let inside = stage.ours.root_of("running");
+        stage.repository.withdraw(&published.layers[1].digest);
+        for n in 0..2 {
+            let failed = stage.ours.run(&reference, &format!("new-{n}"), &["/bin/true"]);
+            for part in ["is not available", &published.layers[1].digest, "scene.test", "does not have it"] {
+                assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
+            }
+        }
+        // Nobody touched the container.
+        assert!(inside.join("bin/busybox").exists());
+        fs::write(inside.join("written"), "x").expect("the container can write");
+        stage.ours.end_container("running");
+        stage.ours.remove(&reference);
+        eventually("everything is given back", || {
+            stage.ours.collect_garbage();
+            stage.snapshot_dirs().is_empty()
+        });
+    }
+}
+
+#[test]
+fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
+    let sandbox = Sandbox::enter("unreadable");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let top = |n| repository.layer_dir(&digest(n)).join("layerfs");
+    fs::create_dir_all(top(1).join("dir")).expect("a layer can be made");
+    fs::write(top(1).join("dir/secret"), "x").expect("a layer can be filled");
+    fs::create_dir_all(top(2).join("dir")).expect("a layer can be made");
+    fs::write(top(2).join("dir/.wh.secret"), "").expect("a layer can be filled");
+    repository.commit();
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "repository-timeout = 4");
+    let c = snapshotter.client();
+    let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    repository.command("slow 400");
+    let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    repository.command("fail EIO");
+    unavailable(c.prepare("container", &second, &[]));
+    repository.command("normal");
+    let seen = |c: &Client, key: &str| {
+        let mounted = Mounted::new(&c.prepare(key, &second, &[]).expect("it can be read"), &sandbox.path("mnt"));
+        names(&mounted.expect("an overlay").path().join("dir"))
+    };
+    assert_eq!(seen(&c, "one"), Vec::<String>::new(), "the deletion counts");
+    // What was found is kept: after a restart nobody reads the layer again.
+    c.remove("one").expect("it is there");
+    c.cleanup().expect("a cleanup succeeds");
+    snapshotter.end(Signal::SIGKILL);
+    snapshotter.start_again();
+    let c = snapshotter.client();
+    eventually("it is looked at", || snapshotter.log().matches("is there, at").count() == 2);
+    let reads = || {
+        let counted = repository.command("requests");
+        let count = counted.split(' ').find_map(|word| word.strip_prefix("opendir=")).expect("they are counted");
+        count.parse::<u64>().expect("a number")
+    };
+    let before = reads();
+    c.prepare("two", &second, &[]).expect("it can be read");
+    assert_eq!(reads(), before + 1, "only the owners at the top of the lowest layer were looked at");
+}
+
+#[test]
+fn root_several_repositories_are_asked_in_order_and_stand_in_for_each_other() {
+    for mode in ["bind", "symlink"] {
+        let sandbox = Sandbox::enter("several");
+        let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));
+        let fill = |repository: &Repository, n: u8, text: &str, marker: bool| {
+            let top = repository.layer_dir(&digest(n)).join("layerfs");
+            fs::create_dir_all(top.join("dir")).expect("a layer can be made");
+            fs::write(top.join(format!("dir/{n}")), text).expect("a layer can be filled");
+            if marker {
+                fs::write(top.join("dir/.cvmfscatalog"), "").expect("a layer can be marked");
+            }
+        };
+        // Layer 1 is in both, layer 2 only in the second; each publisher has its own catalogs.
+        fill(&one, 1, "of one", false);
+        fill(&two, 1, "of two", true);
+        fill(&two, 2, "of two", true);
+        one.commit();
+        two.commit();
+        let paths =
+            format!("repositories = [\"{}\"]\nattach = \"{mode}\"\nrepository-timeout = 4", two.dir().display());
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), one.dir(), &paths);
+        let c = snapshotter.client();
+        c.prepare("base", "", &[]).expect("a local snapshot");
+        c.commit("local", "base", &[]).expect("a local snapshot");
+        let first = c.pull_remote("extract-1", "local", "sha256:c1", &digest(1));
+        let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+        let at = sandbox.path("mnt");
+        let text = |key: &str, n: u8| {
+            let mounted = Mounted::new(&c.mounts(key).expect("it is there"), &at).expect("an overlay");
+            assert_eq!(names(&mounted.path().join("dir")), ["1", "2"], "no marker of either publisher shows");
+            fs::read_to_string(mounted.path().join(format!("dir/{n}"))).expect("a file")
+        };
+        c.prepare("a", &second, &[]).expect("both are there");
+        assert_eq!((text("a", 1), text("a", 2)), ("of one".to_owned(), "of two".to_owned()));
+        let running = Mounted::new(&c.mounts("a").expect("it is there"), &sandbox.path("running")).expect("an overlay");
+        // The first one dies: the second one stands in, and what runs keeps what it has.
+        one.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        let begun = Instant::now();
+        c.prepare("b", &second, &[]).expect("the second one has both");
+        assert!(begun.elapsed() < TIMEOUT * 3, "{:?}", begun.elapsed());
+        assert_eq!(text("b", 1), "of two");
+        one.with_client(|mount| mount.signal(Signal::SIGCONT));
+        assert_eq!(names(&running.path().join("dir")), ["1", "2"]);
+        drop(running);
+        // The second one has the only copy of layer 2; where it came from is known.
+        two.unmount();
+        let message = refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
+        assert!(message.contains(&digest(2)) && message.contains(two.dir().to_str().expect("a path")), "{message}");
+        eventually("the first one is found to answer again", || c.prepare("d", &first, &[]).is_ok());
+        for key in ["a", "b", "d"] {
+            c.remove(key).expect("it is there");
+        }
+        eventually("everything is detached", || {
+            c.cleanup().expect("a cleanup succeeds");
+            names(&snapshotter.snapshots()).len() == 1
+        });
+        assert!(Path::new(one.dir()).join(".layers").exists(), "the repositories are as they were");
+    }
+}
