@@ -253,7 +253,8 @@ impl Repository {
     }
 
     fn directory(&self, path: PathBuf) -> Result<Top, Missing> {
-        let look = || match self.sys.stat(&path) {
+        // A link may lead out of the repository, to files of the host.
+        let look = || match self.sys.lstat(&path) {
             Ok(status) if status.file_type == FileType::Directory => Ok(Some((status.uid, status.gid))),
             Ok(_) => Err(Missing::NotADirectory { path: path.clone() }),
             Err(e) if e.errno == Errno::ENOENT => Ok(None),
@@ -356,6 +357,10 @@ mod tests {
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(&file, "").unwrap();
         assert_eq!(layer('b'), Err(Missing::NotADirectory { path: file }));
+        let link = dir.path().join(format!("cvmfs/.layers/cc/{}/layerfs", "c".repeat(64)));
+        fs::create_dir_all(link.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink("/etc", &link).unwrap();
+        assert_eq!(layer('c'), Err(Missing::NotADirectory { path: link }));
     }
 
     /// It was mounted between the two questions, and the answer was "not published".

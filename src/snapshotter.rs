@@ -16,6 +16,7 @@ mod rootfs;
 mod scans;
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -341,8 +342,11 @@ impl Snapshotter {
 
 fn work_ahead(sources: &Arc<Sources>, pulled: &Receiver<Key>) {
     while let Ok(key) = pulled.recv() {
-        if let Err(why) = sources.prepare(&key) {
-            log::debug!("what containers on {key} need is done when they need it: {why}");
+        // A bug costs what was done ahead, not this thread.
+        match catch_unwind(AssertUnwindSafe(|| sources.prepare(&key))) {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => log::debug!("what containers on {key} need is done when they need it: {why}"),
+            Err(_) => log::error!("what containers on {key} need could not be done ahead: a bug in the snapshotter"),
         }
     }
 }

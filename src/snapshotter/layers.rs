@@ -5,6 +5,8 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
@@ -254,7 +256,7 @@ impl Sources {
         let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
         let pin = self.attacher.attach(&wanted).map_err(|e| {
             // Gone while we were at it?
-            let of_repository = e.path.starts_with(&top.path) || e.is_dead();
+            let of_repository = e.path.starts_with(&top.path) || e.is_dead() || e.errno == Errno::ETIMEDOUT;
             if of_repository || repository.layer(&piece.subject.digest).is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {

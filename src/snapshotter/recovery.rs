@@ -65,9 +65,12 @@ impl Snapshotter {
         let digests: HashSet<&str> =
             records.iter().filter_map(|s| s.layer.as_ref()).map(|layer| layer.digest.as_str()).collect();
         let configs = self.sources.flat_configs(&records)?;
-        self.store.write_to_free(|tx| {
-            tx.prune_scans(|digest| digests.contains(digest) || configs.contains(digest)).map_err(Error::from)
+        let forgotten = self.store.read(|tx| {
+            tx.scans_of_nobody(|digest| digests.contains(digest) || configs.contains(digest)).map_err(Error::from)
         })?;
+        if !forgotten.is_empty() {
+            self.store.write_to_free(|tx| tx.forget_scans(&forgotten).map_err(Error::from))?;
+        }
         found.leftovers = leftovers.len();
         if !leftovers.is_empty() {
             self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;

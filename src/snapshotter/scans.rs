@@ -104,8 +104,13 @@ impl Pending {
         }
         drop(result);
         let directories = self.walk.directories.load(Ordering::Relaxed);
-        // It gets on: the layer is large. Else the repository is to blame.
-        if directories > before { Err(Missing::BeingScanned { directories }) } else { Err(self.repository.no_answer()) }
+        // It gets on: the layer is large. Or it waits for others that do. Else the repository is to blame.
+        let is_queued = !self.walk.begun.load(Ordering::SeqCst);
+        if directories > before || is_queued {
+            Err(Missing::BeingScanned { directories })
+        } else {
+            Err(self.repository.no_answer())
+        }
     }
 }
 

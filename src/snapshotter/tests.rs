@@ -311,6 +311,30 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     assert_eq!(look_through(&s, &place, 2), 2);
 }
 
+#[test]
+fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
+    let place = Place::new(Mode::Symlink);
+    publish_flat(&place);
+    let kept = |s: &Snapshotter| {
+        let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
+        let mut extents: Vec<String> = all.iter().map(|key| key.split(' ').next().unwrap().to_owned()).collect();
+        extents.sort();
+        extents
+    };
+    let s = place.restart();
+    let chain = pull(&s, 1, "");
+    let top = pull(&s, 2, &chain);
+    s.view(wanted("view", &top, &[])).unwrap();
+    look_through(&s, &place, 2);
+    s.remove(&key("view")).unwrap();
+    drop(s);
+    let s = place.restart();
+    assert_eq!(kept(&s), ["flat", "layer"]);
+    remove_all(&place, &s);
+    drop(s);
+    assert_eq!(kept(&place.restart()), Vec::<String>::new());
+}
+
 /// Layers were attached for a snapshot that was gone by then, and nobody took them away.
 #[test]
 fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {

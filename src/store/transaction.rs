@@ -145,6 +145,18 @@ pub trait Lookup {
         row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
     }
 
+    /// The keys of scans whose digests `is_needed` does not know.
+    fn scans_of_nobody(&self, is_needed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+        let mut keys = Vec::new();
+        for row in self.table(SCANS)?.iter().map_err(|e| self.error(e))? {
+            let (key, _) = row.map_err(|e| self.error(e))?;
+            if !key.value().split(' ').nth(1).is_some_and(&is_needed) {
+                keys.push(key.value().to_owned());
+            }
+        }
+        Ok(keys)
+    }
+
     /// What was decided for the chain below and with snapshot `id`.
     fn rootfs(&self, id: SnapshotId) -> Result<Option<Rootfs>> {
         let table = self.table(ROOTFS)?;
@@ -322,10 +334,12 @@ impl Write<'_> {
         Ok(())
     }
 
-    /// Forgets the scans whose digests `is_needed` does not know.
-    pub fn prune_scans(&self, is_needed: impl Fn(&str) -> bool) -> Result<()> {
+    pub fn forget_scans(&self, keys: &[String]) -> Result<()> {
         let mut table = self.open(SCANS)?;
-        table.retain(|key, _| key.split(' ').nth(1).is_some_and(&is_needed)).map_err(|e| self.error(e))
+        for key in keys {
+            table.remove(key.as_str()).map_err(|e| self.error(e))?;
+        }
+        Ok(())
     }
 
     pub fn put_rootfs(&self, id: SnapshotId, rootfs: &Rootfs) -> Result<()> {

@@ -58,6 +58,27 @@ impl Stage {
         })
     }
 
+    /// An image of three layers that can run a shell; `text` makes it unlike others.
+    pub fn shell_image(&self, name: &str, text: &str) -> Image {
+        let b = &self.builder;
+        let layers = [
+            self.base_layer(),
+            b.layer(|l| {
+                l.file("data/text", text).file("data/secret", "secret");
+            }),
+            b.layer(|l| {
+                l.delete("data/secret").file("data/top", text);
+            }),
+        ];
+        b.image(name, &layers, &[])
+    }
+
+    /// The result is the reference.
+    pub fn publish_and_push(&self, image: &Image) -> String {
+        self.repository.publish(image);
+        self.registry.push(image)
+    }
+
     /// Pushes and pulls on both sides, then compares what both see, read-only and writable.
     #[track_caller]
     pub fn assert_same(&self, image: &Image, published: &[&Blob]) {

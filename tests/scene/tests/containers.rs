@@ -6,30 +6,11 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 use scene::client::Client;
-use scene::image::{Blob, Image};
+use scene::image::Blob;
 use scene::process::eventually;
+use scene::publisher::Repository;
 use scene::sandbox::mounts_below;
 use scene::stage::{PAUSE, Stage, names};
-
-/// An image of three layers that can run a shell; `text` makes it unlike others.
-fn shell_image(stage: &Stage, name: &str, text: &str) -> Image {
-    let b = &stage.builder;
-    let layers = [
-        stage.base_layer(),
-        b.layer(|l| {
-            l.file("data/text", text).file("data/secret", "secret");
-        }),
-        b.layer(|l| {
-            l.delete("data/secret").file("data/top", text);
-        }),
-    ];
-    b.image(name, &layers, &[])
-}
-
-fn publish_and_push(stage: &Stage, image: &Image) -> String {
-    stage.repository.publish(image);
-    stage.registry.push(image)
-}
 
 fn committed(client: &Client) -> usize {
     client.list(&["kind==committed"]).expect("snapshots can be listed").len()
@@ -37,9 +18,14 @@ fn committed(client: &Client) -> usize {
 
 #[test]
 fn root_a_pull_of_a_published_image_writes_only_records() {
-    let stage = Stage::set("records", "");
-    let image = shell_image(&stage, "records:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    for publisher in [Repository::mounted, Repository::plain] {
+        check_that_a_pull_writes_only_records(&Stage::with("records", "", publisher));
+    }
+}
+
+fn check_that_a_pull_writes_only_records(stage: &Stage) {
+    let image = stage.shell_image("records:1", "x");
+    let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
     assert_eq!(stage.registry.fetched().layers_of(&image), 0, "layers were fetched");
     assert_eq!(committed(&stage.snapshotter.client()), 3);
@@ -75,7 +61,7 @@ fn root_layers_in_another_order_and_pulled_again_are_not_fetched() {
     let first = b.image("first:1", &[base.clone(), others[0].clone(), others[1].clone(), others[2].clone()], &[]);
     let second = b.image("second:1", &[others[2].clone(), others[0].clone(), base, others[1].clone()], &[]);
     for image in [&first, &second] {
-        let reference = publish_and_push(&stage, image);
+        let reference = stage.publish_and_push(image);
         for round in 0..2 {
             stage.ours.pull(&reference);
             assert_eq!(stage.registry.fetched().layers_of(image), 0, "{} in round {round}", image.name);
@@ -97,10 +83,10 @@ fn root_layers_in_another_order_and_pulled_again_are_not_fetched() {
 fn root_removed_images_and_containers_leave_nothing_behind() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
         let stage = Stage::set("removed", config);
-        let image = shell_image(&stage, "removed:1", "x");
-        let unpublished = shell_image(&stage, "local:1", "y");
+        let image = stage.shell_image("removed:1", "x");
+        let unpublished = stage.shell_image("local:1", "y");
         stage.repository.publish_layers(&unpublished.layers[..1]);
-        let reference = publish_and_push(&stage, &image);
+        let reference = stage.publish_and_push(&image);
         let local = stage.registry.push(&unpublished);
         for reference in [&reference, &local] {
             stage.ours.pull(reference);
@@ -127,8 +113,8 @@ fn root_removed_images_and_containers_leave_nothing_behind() {
 #[test]
 fn root_layers_are_detached_when_no_container_stands_on_them() {
     let stage = Stage::set("detached", "attach = \"bind\"");
-    let image = shell_image(&stage, "detached:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("detached:1", "x");
+    let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
     for id in ["one", "two"] {
         stage.ours.start_container(&reference, id, &["/bin/sleep", "1000"]);
@@ -154,8 +140,8 @@ fn root_layers_are_detached_when_no_container_stands_on_them() {
 fn root_a_container_lives_through_every_way_of_stopping_the_snapshotter() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
         let mut stage = Stage::set("stopping", config);
-        let image = shell_image(&stage, "stopping:1", "x");
-        let reference = publish_and_push(&stage, &image);
+        let image = stage.shell_image("stopping:1", "x");
+        let reference = stage.publish_and_push(&image);
         stage.ours.pull(&reference);
         let program = "n=0; while true; do n=$((n+1)); echo $n > /data/count; echo $n >> /data/log; sleep 0.05; done";
         stage.ours.start_container(&reference, "writer", &["/bin/sh", "-c", program]);
@@ -195,9 +181,9 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
     let stage = Stage::set("pod", "");
     let base = stage.base_layer();
     let pause = stage.builder.image_that_runs(PAUSE, &[base], &[], &["/bin/sleep", "1000"]);
-    let image = shell_image(&stage, "pod:1", "x");
-    publish_and_push(&stage, &pause);
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("pod:1", "x");
+    stage.publish_and_push(&pause);
+    let reference = stage.publish_and_push(&image);
     let cri = stage.ours.cri();
     cri.pull(&reference);
     let name = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
@@ -223,16 +209,16 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
 #[test]
 fn root_nerdctl_pulls_and_runs() {
     let stage = Stage::set("nerdctl", "");
-    let image = shell_image(&stage, "nerdctl:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("nerdctl:1", "x");
+    let reference = stage.publish_and_push(&image);
     stage.ours.nerdctl(&["pull", &reference]).ok();
     assert_eq!(stage.registry.fetched().layers_of(&image), 0, "nerdctl fetched layers");
     let output =
         stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/sh", "-c", "cat /data/text; ls /data"]);
     assert_eq!(output.ok(), "xtext\ntop\n");
     // run pulls what is not there.
-    let other = shell_image(&stage, "nerdctl:2", "y");
-    let reference = publish_and_push(&stage, &other);
+    let other = stage.shell_image("nerdctl:2", "y");
+    let reference = stage.publish_and_push(&other);
     let output = stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/cat", "/data/top"]);
     assert_eq!(output.ok(), "y");
     assert_eq!(stage.registry.fetched().layers_of(&other), 0, "nerdctl fetched layers");
@@ -241,8 +227,8 @@ fn root_nerdctl_pulls_and_runs() {
 #[test]
 fn root_ctr_pulls_an_image_the_ordinary_way_and_lists_it() {
     let stage = Stage::set("ctr", "");
-    let image = shell_image(&stage, "ctr:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("ctr:1", "x");
+    let reference = stage.publish_and_push(&image);
     // ctr 1.6 never asks for remote layers.
     stage.ours.ctr(&["images", "pull", "--plain-http", "--snapshotter", "cvmfs-snapshotter", &reference]).ok();
     assert_eq!(stage.registry.fetched().layers_of(&image), 3);
@@ -256,7 +242,7 @@ fn root_ctr_pulls_an_image_the_ordinary_way_and_lists_it() {
 #[test]
 fn root_two_namespaces_pull_the_same_image_over_different_parents() {
     let stage = Stage::set("namespaces", "");
-    let image = shell_image(&stage, "namespaces:1", "x");
+    let image = stage.shell_image("namespaces:1", "x");
     // The lowest layer is not published, so each namespace has its own local one.
     stage.repository.publish_layers(&image.layers[1..]);
     let reference = stage.registry.push(&image);
@@ -283,8 +269,8 @@ fn root_two_namespaces_pull_the_same_image_over_different_parents() {
 #[test]
 fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
     let stage = Stage::set("goes-away", "");
-    let image = shell_image(&stage, "away:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("away:1", "x");
+    let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
     stage.repository.unmount();
     let failed = stage.ours.run(&reference, "c", &["/bin/true"]);
@@ -293,7 +279,7 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
         assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
     }
     // A pull falls back to the ordinary way.
-    let local = shell_image(&stage, "local:1", "y");
+    let local = stage.shell_image("local:1", "y");
     let pulled = stage.registry.push(&local);
     stage.ours.pull(&pulled);
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
@@ -305,8 +291,8 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
 #[test]
 fn root_bound_layers_are_read_only() {
     let stage = Stage::set("read-only", "attach = \"bind\"");
-    let image = shell_image(&stage, "ro:1", "x");
-    let reference = publish_and_push(&stage, &image);
+    let image = stage.shell_image("ro:1", "x");
+    let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
     stage.ours.start_container(&reference, "c", &["/bin/sleep", "1000"]);
     let mounts = mounts_below(&stage.snapshotter.snapshots());

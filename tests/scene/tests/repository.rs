@@ -13,7 +13,6 @@ use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
 use scene::alone::{Alone, digest, options, refused};
 use scene::client::{Answer, Client, LAYER_DIGEST, REF};
-use scene::image::Image;
 use scene::process::{Server, cache, eventually, tool};
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
@@ -24,25 +23,6 @@ use scene::stage::{Stage, names};
 /// Long enough that a busy machine does not reach it by itself.
 const TIMEOUT: Duration = Duration::from_secs(4);
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
-
-fn image(stage: &Stage, name: &str, text: &str) -> Image {
-    let b = &stage.builder;
-    let layers = [
-        stage.base_layer(),
-        b.layer(|l| {
-            l.file("data/text", text).file("data/gone", "x");
-        }),
-        b.layer(|l| {
-            l.delete("data/gone").file("data/top", text);
-        }),
-    ];
-    b.image(name, &layers, &[])
-}
-
-fn publish_and_push(stage: &Stage, image: &Image) -> String {
-    stage.repository.publish(image);
-    stage.registry.push(image)
-}
 
 /// A chain of the three layers of an `Alone`; the result is the name of the uppermost.
 fn pull_chain(client: &Client) -> String {
@@ -186,15 +166,15 @@ fn root_a_slow_repository_is_waited_for() {
     assert!(!d.snapshotter.log().contains("does not answer"));
 }
 
-/// What a site sees when the client crashes: dead for two seconds, then an empty directory,
-/// then mounted anew.
+/// What a site sees when the client crashes: it hangs, is dead for two seconds, then its
+/// directory is empty, then it is mounted anew.
 #[test]
 fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
     for config in MODES {
         let stage = Stage::set("died", config);
-        let published = image(&stage, "died:1", "x");
-        let reference = publish_and_push(&stage, &published);
-        let local = stage.registry.push(&image(&stage, "local:1", "y"));
+        let published = stage.shell_image("died:1", "x");
+        let reference = stage.publish_and_push(&published);
+        let local = stage.registry.push(&stage.shell_image("local:1", "y"));
         stage.ours.pull(&reference);
         stage.ours.pull(&local);
         stage.ours.run(&reference, "before", &["/bin/true"]).ok();
@@ -208,7 +188,7 @@ fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
         let mut pulls = 0;
         let mut pull_downloads = |why: &str| {
             pulls += 1;
-            let other = image(&stage, &format!("other:{pulls}"), &pulls.to_string());
+            let other = stage.shell_image(&format!("other:{pulls}"), &pulls.to_string());
             // Published, but nobody can know.
             let reference = stage.registry.push(&other);
             let begun = Instant::now();
@@ -227,6 +207,11 @@ fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
                 assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
             }
         };
+        stage.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        let begun = Instant::now();
+        fails("hangs", "did not answer within 4 s");
+        assert!(begun.elapsed() < TIMEOUT * 3, "a start took {:?}", begun.elapsed());
+        pull_downloads("the repository hangs");
         stage.repository.with_client(scene::publisher::Mount::kill);
         fails("dead", "ENOTCONN");
         pull_downloads("the repository is dead");
@@ -432,8 +417,8 @@ fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
 fn root_a_layer_that_a_later_revision_lacks_costs_only_new_containers() {
     for config in MODES {
         let stage = Stage::set("withdrawn", config);
-        let published = image(&stage, "withdrawn:1", "x");
-        let reference = publish_and_push(&stage, &published);
+        let published = stage.shell_image("withdrawn:1", "x");
+        let reference = stage.publish_and_push(&published);
         stage.ours.pull(&reference);
         stage.ours.start_container(&reference, "running", &["/bin/sleep", "1000"]);
         let inside = stage.ours.root_of("running");
@@ -494,6 +479,33 @@ fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
     let before = reads();
     c.prepare("two", &second, &[]).expect("it can be read");
     assert_eq!(reads(), before + 1, "only the owners at the top of the lowest layer were looked at");
+}
+
+/// The first container on a very large layer must not wait for ever, nor be told that the
+/// repository is to blame; one that comes later finds the work done.
+#[test]
+fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
+    let sandbox = Sandbox::enter("long-scan");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+    let top = repository.layer_dir(&digest(2)).join("layerfs");
+    for n in 0..300 {
+        fs::create_dir_all(top.join(n.to_string())).expect("a layer can be made");
+    }
+    fs::write(top.join("299/.wh.gone"), "").expect("a layer can be marked");
+    repository.commit();
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "repository-timeout = 2");
+    let c = snapshotter.client();
+    let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    repository.command("slow 200");
+    let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    let begun = Instant::now();
+    let message = unavailable(c.prepare("container", &second, &[]));
+    assert!(message.contains("is still being looked through") && message.contains("directories are done"), "{message}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    repository.command("normal");
+    eventually("it goes on and is done", || c.prepare("container", &second, &[]).is_ok());
+    assert!(!snapshotter.log().contains("does not answer"), "it was never to blame");
 }
 
 #[test]
