@@ -247,17 +247,18 @@ impl Sources {
 
     /// On a thread of the repository.
     fn step(&self, piece: &Piece, repository: &Repository) -> std::result::Result<Step, Trouble> {
-        let top = match piece.form {
-            Form::Layer => repository.layer(&piece.subject.digest)?,
-            Form::Flat => repository.flat(&piece.subject.digest)?,
+        let look = || match piece.form {
+            Form::Layer => repository.layer(&piece.subject.digest),
+            Form::Flat => repository.flat(&piece.subject.digest),
         };
+        let top = look()?;
         let Some(scan) = &piece.scan else { return Ok(Step::Unscanned(top)) };
         let scan = if piece.added.is_empty() { Arc::clone(scan) } else { Arc::new(with_added(scan, &piece.added)) };
         let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
         let pin = self.attacher.attach(&wanted).map_err(|e| {
             // Gone while we were at it?
             let of_repository = e.path.starts_with(&top.path) || e.is_dead() || e.errno == Errno::ETIMEDOUT;
-            if of_repository || repository.layer(&piece.subject.digest).is_err() {
+            if of_repository || look().is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {
                 Trouble::Own(Error::System(e))

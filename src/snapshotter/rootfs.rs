@@ -77,6 +77,10 @@ impl Sources {
                         return Ok(below);
                     }
                 }
+                // Another repository may have the layers. What was decided stays.
+                Err(Trouble::Missing(why)) if self.repositories.len() > 1 => {
+                    return self.attach_layers(chain).map_err(|_| unavailable(remote[0], why));
+                }
                 result => return finish(result, &remote),
             },
             None => {

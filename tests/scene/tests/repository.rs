@@ -143,27 +143,31 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
 
 #[test]
 fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_alive() {
-    let d = Alone::start("half-dead", MODES[0]);
-    let chain = pull_chain(&d.client);
-    d.repository.command("hang tree");
-    unavailable(d.client.prepare("first", &chain, &[]));
-    let begun = Instant::now();
-    for n in 0..4 {
-        unavailable(d.client.prepare(&format!("next-{n}"), &chain, &[]));
+    for config in MODES {
+        let d = Alone::start("half-dead", config);
+        let chain = pull_chain(&d.client);
+        d.repository.command("hang tree");
+        unavailable(d.client.prepare("first", &chain, &[]));
+        let begun = Instant::now();
+        for n in 0..4 {
+            unavailable(d.client.prepare(&format!("next-{n}"), &chain, &[]));
+        }
+        assert!(begun.elapsed() < TIMEOUT, "it is waited for again and again: {:?}", begun.elapsed());
+        d.repository.command("normal");
+        eventually("it answers again", || d.client.prepare("after", &chain, &[]).is_ok());
     }
-    assert!(begun.elapsed() < TIMEOUT, "it is waited for again and again: {:?}", begun.elapsed());
-    d.repository.command("normal");
-    eventually("it answers again", || d.client.prepare("after", &chain, &[]).is_ok());
 }
 
 #[test]
 fn root_a_slow_repository_is_waited_for() {
-    let d = Alone::start("slow", MODES[1]);
-    let chain = pull_chain(&d.client);
-    d.repository.command("slow 100");
-    d.client.prepare("container", &chain, &[]).expect("slow is not dead");
-    d.repository.command("normal");
-    assert!(!d.snapshotter.log().contains("does not answer"));
+    for config in MODES {
+        let d = Alone::start("slow", config);
+        let chain = pull_chain(&d.client);
+        d.repository.command("slow 100");
+        d.client.prepare("container", &chain, &[]).expect("slow is not dead");
+        d.repository.command("normal");
+        assert!(!d.snapshotter.log().contains("does not answer"));
+    }
 }
 
 /// What a site sees when the client crashes: it hangs, is dead for two seconds, then its
@@ -236,22 +240,25 @@ fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
 
 #[test]
 fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
-    let sandbox = Sandbox::enter("late");
-    let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
-    repository.commit();
-    repository.unmount();
-    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
-    let c = snapshotter.client();
-    eventually("it is said", || snapshotter.log().contains("is not there yet: no repository is mounted"));
-    for n in 0..3 {
-        let answer = c.prepare(&format!("extract-{n} sha256:c"), "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
-        assert_eq!(answer.expect("it is downloaded").len(), 1);
+    for config in MODES {
+        let sandbox = Sandbox::enter("late");
+        let repository = Repository::mounted(&sandbox.path("cvmfs"));
+        fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+        repository.commit();
+        repository.unmount();
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
+        let c = snapshotter.client();
+        eventually("it is said", || snapshotter.log().contains("is not there yet: no repository is mounted"));
+        for n in 0..3 {
+            let answer =
+                c.prepare(&format!("extract-{n} sha256:c"), "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+            assert_eq!(answer.expect("it is downloaded").len(), 1);
+        }
+        assert_eq!(snapshotter.log().matches("is not there yet").count(), 1);
+        repository.mount();
+        let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
+        c.prepare("container", &name, &[]).expect("it has appeared");
     }
-    assert_eq!(snapshotter.log().matches("is not there yet").count(), 1);
-    repository.mount();
-    let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
-    c.prepare("container", &name, &[]).expect("it has appeared");
 }
 
 /// As sites mount `/cvmfs`: the kernel's autofs and the automounter, which mounts what is asked for.
@@ -288,6 +295,50 @@ fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
     c.cleanup().expect("a cleanup succeeds");
     scene::process::run("umount", [&path]).ok();
     c.prepare("again", &name, &[]).expect("it is mounted again");
+}
+
+/// The root is only in one repository, which hangs; the layers are in the other one as well.
+#[test]
+fn root_layers_of_another_repository_stand_in_for_a_root_that_does_not_answer() {
+    let sandbox = Sandbox::enter("stand-in");
+    let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));
+    let builder = scene::image::Builder::new(&sandbox.path("images"));
+    let layer = |name: &str| {
+        builder.layer(|l| {
+            l.file(format!("dir/{name}"), name);
+        })
+    };
+    let image = builder.image("a:1", &[layer("1"), layer("2")], &[]);
+    for repository in [&one, &two] {
+        repository.publish(&image);
+    }
+    one.publish_flat(&image, "example.org/a:1", &[]);
+    let more = format!("repositories = [\"{}\"]\nrepository-timeout = 4", two.dir().display());
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), one.dir(), &more);
+    let c = snapshotter.client();
+    let mut parent = String::new();
+    for (chain_id, layer) in image.chain_ids.iter().zip(&image.layers) {
+        let reference = ("containerd.io/snapshot/cri.image-ref", "example.org/a:1");
+        let with = [(REF, chain_id.as_str()), (LAYER_DIGEST, layer.digest.as_str()), reference];
+        c.prepare(&format!("extract {chain_id}"), &parent, &with).expect_err("the layer is published");
+        parent.clone_from(&c.list(&[&format!("labels.\"{REF}\"=={chain_id}")]).expect("a good filter")[0].name);
+    }
+    let lower = |key: &str| {
+        let mounts = c.prepare(key, &parent, &[]).expect("a container starts");
+        options(&mounts).iter().find(|o| o.starts_with("lowerdir=")).expect("an overlay").clone()
+    };
+    assert!(lower("a").contains("/flat"));
+    one.with_client(|mount| mount.signal(Signal::SIGSTOP));
+    assert!(!lower("b").contains("/flat"));
+    let mounted = Mounted::new(&c.mounts("b").expect("it is there"), &sandbox.path("mnt")).expect("an overlay");
+    assert_eq!(names(&mounted.path().join("dir")), ["1", "2"]);
+    drop(mounted);
+    one.with_client(|mount| mount.signal(Signal::SIGCONT));
+    let mut n = 0;
+    eventually("the root is used again", || {
+        n += 1;
+        lower(&format!("again-{n}")).contains("/flat")
+    });
 }
 
 /// Debian's automounter, with one key that leads to a repository once a file says that it is ready.
@@ -371,18 +422,14 @@ fn root_a_hundred_first_uses_at_once_attach_each_layer_once() {
         let d = Alone::start("hundred", config);
         let chain = pull_chain(&d.client);
         std::thread::scope(|scope| {
-            for t in 0..20 {
+            for n in 0..100 {
                 let (c, chain) = (d.snapshotter.client(), &chain);
-                scope.spawn(move || {
-                    for n in 0..5 {
-                        c.prepare(&format!("{t}-{n}"), chain, &[]).expect("a container starts");
-                    }
-                });
+                scope.spawn(move || c.prepare(&n.to_string(), chain, &[]).expect("a container starts"));
             }
         });
         assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts);
         let mounted =
-            Mounted::new(&d.client.mounts("7-3").expect("it is there"), &d.sandbox.path("mnt")).expect("an overlay");
+            Mounted::new(&d.client.mounts("73").expect("it is there"), &d.sandbox.path("mnt")).expect("an overlay");
         assert_eq!(names(&mounted.path().join("dir")), ["file-1", "file-2", "file-3"]);
     }
 }
