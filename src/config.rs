@@ -74,9 +74,10 @@ const QUEUE: RangeInclusive<i64> = 1..=65_536;
 const FEWEST_DEFAULT_WORKERS: usize = 4;
 
 impl Config {
-    /// Threads for calls that wait for a repository. They cost little: nearly all the time they wait.
+    /// Threads for calls that wait for one repository, or for the answers to a pull. They cost
+    /// little: nearly all the time they wait.
     pub fn waiter_threads(&self) -> usize {
-        self.worker_threads() * 4
+        self.worker_threads() * 2
     }
 
     pub fn worker_threads(&self) -> usize {

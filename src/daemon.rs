@@ -19,7 +19,7 @@ use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
-use crate::server::{self, Server};
+use crate::server::{self, Server, Waiters};
 use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
@@ -162,9 +162,8 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
             found.foreign
         );
     }
-    let pool = Pool::start(config.worker_threads(), config.queue).map_err(Error::Threads)?;
-    let waiters = Pool::start(config.waiter_threads(), config.queue).map_err(Error::Threads)?;
-    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pool.entrance(), waiters.entrance())
+    let pools = Pools::start(&config).map_err(Error::Threads)?;
+    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pools.workers.entrance(), pools.waiters())
         .map_err(Error::Server)?;
     let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
@@ -176,7 +175,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     snapshotter.look_at_repositories();
     clean_leftovers(Arc::clone(&snapshotter))?;
     wait_for_stop(&signals, arguments);
-    stop(server, [pool, waiters]);
+    stop(server, pools);
     snapshotter.close();
     Ok(())
 }
@@ -219,12 +218,11 @@ fn reload(arguments: &Arguments) {
 }
 
 /// Leaves every snapshot and every mount as it is.
-/// The pools in the order in which calls go through them.
-fn stop(server: Server, pools: [Pool; 2]) {
+fn stop(server: Server, pools: Pools) {
     log::info!("stopping; snapshots and mounts stay as they are");
     let until = Instant::now() + STOP_LIMIT;
     server.stop(until, || {
-        for pool in pools {
+        for pool in pools.in_order() {
             match pool.drain(until.saturating_duration_since(Instant::now())) {
                 Drained::Completely => {}
                 Drained::LeavingBehind(calls) => {
@@ -234,6 +232,35 @@ fn stop(server: Server, pools: [Pool; 2]) {
         }
     });
     log::info!("stopped");
+}
+
+/// The threads that do the work of calls. Who waits for one repository, or for the answers to a
+/// pull, takes no thread from anybody else.
+struct Pools {
+    workers: Pool,
+    pulls: Pool,
+    repositories: Vec<Pool>,
+}
+
+impl Pools {
+    fn start(config: &Config) -> io::Result<Self> {
+        let waiters = || Pool::start(config.waiter_threads(), config.queue);
+        Ok(Self {
+            workers: Pool::start(config.worker_threads(), config.queue)?,
+            pulls: waiters()?,
+            repositories: config.repositories.iter().map(|_| waiters()).collect::<io::Result<_>>()?,
+        })
+    }
+
+    fn waiters(&self) -> Waiters {
+        let repositories = self.repositories.iter().map(Pool::entrance).collect();
+        Waiters { pulls: self.pulls.entrance(), repositories }
+    }
+
+    /// In the order in which calls go through them.
+    fn in_order(self) -> impl Iterator<Item = Pool> {
+        [self.workers, self.pulls].into_iter().chain(self.repositories)
+    }
 }
 
 /// What a crash left, beside the first calls: nothing waits for it.

@@ -35,7 +35,7 @@ use crate::proto::snapshots::{
     PrepareSnapshotResponse, StatSnapshotResponse, UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest,
     ViewSnapshotResponse,
 };
-use crate::snapshotter::{self, Snapshotter};
+use crate::snapshotter::{self, Asks, Snapshotter};
 use crate::types::{Key, Snapshot};
 
 /// What containerd itself allows a message to be, both ways.
@@ -53,8 +53,8 @@ pub struct Server {
 
 impl Server {
     /// Listens on the unix socket `address` and begins to serve.
-    /// `pool` does the work, except for calls that a repository may keep waiting: `waiters` does those.
-    pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Entrance) -> Result<Self> {
+    /// `pool` does the work, except for calls that a repository may keep waiting.
+    pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Waiters) -> Result<Self> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let args = ChannelBuilder::new(Arc::clone(&environment))
@@ -63,7 +63,7 @@ impl Server {
             .build_args();
         let mut grpc = ServerBuilder::new(environment)
             .channel_args(args)
-            .register_service(snapshots(&Handlers { snapshotter, pool, waiters }))
+            .register_service(snapshots(&Handlers { snapshotter, pool, waiters: Arc::new(waiters) }))
             .build()
             .map_err(Error::Transport)?;
         let socket =
@@ -108,11 +108,27 @@ fn wait(future: impl Future, until: Instant) -> bool {
 struct Handlers {
     snapshotter: Arc<Snapshotter>,
     pool: Entrance,
-    waiters: Entrance,
+    waiters: Arc<Waiters>,
 }
 
-/// Whether a call may have to wait for a repository.
-type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<bool>;
+/// Who does the calls that may have to wait, apart for each thing that they may wait for.
+pub struct Waiters {
+    pub pulls: Entrance,
+    /// In the order of the repositories.
+    pub repositories: Vec<Entrance>,
+}
+
+impl Waiters {
+    fn of(&self, asks: Asks) -> &Entrance {
+        match asks {
+            Asks::All => &self.pulls,
+            Asks::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
+        }
+    }
+}
+
+/// What a call may have to wait for.
+type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<Asks>>;
 
 fn snapshots(handlers: &Handlers) -> Service {
     let mut service = ServiceBuilder::new();
@@ -122,13 +138,13 @@ fn snapshots(handlers: &Handlers) -> Service {
         let mounts = convert::mounts(s.prepare(wanted)?);
         Ok(PrepareSnapshotResponse { mounts, ..PrepareSnapshotResponse::default() })
     });
-    let asks: Waits<ViewSnapshotRequest> = |s, request| s.asks_repository(&request.parent);
+    let asks: Waits<ViewSnapshotRequest> = |s, request| s.asks(&request.parent);
     service = unary(service, handlers, &service::VIEW, Some(asks), |s, request, _| {
         let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
         let mounts = convert::mounts(s.view(wanted)?);
         Ok(ViewSnapshotResponse { mounts, ..ViewSnapshotResponse::default() })
     });
-    let asks: Waits<MountsRequest> = |s, request| s.asks_repository(&request.key);
+    let asks: Waits<MountsRequest> = |s, request| s.asks(&request.key);
     service = unary(service, handlers, &service::MOUNTS, Some(asks), |s, request, _| {
         let mounts = convert::mounts(s.mounts(&Key::parse(&request.key)?)?);
         Ok(MountsResponse { mounts, ..MountsResponse::default() })
@@ -187,7 +203,7 @@ where
     let name = method.name;
     service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
         let deadline = context.deadline();
-        let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), handlers.waiters.clone());
+        let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), Arc::clone(&handlers.waiters));
         let work = work.clone();
         let (started, sending) = oneshot::channel();
         let answer = move |result| {
@@ -207,13 +223,15 @@ where
         let now = work.clone();
         handlers.pool.submit(
             move || deadline.exceeded(),
-            move || match waits.map_or(Ok(false), |waits| waits(&snapshotter, &request)) {
-                Ok(true) => Step::PassOn(request),
-                Ok(false) => Step::Done(now(request)()),
+            move || match waits.map_or(Ok(None), |waits| waits(&snapshotter, &request)) {
+                Ok(Some(asks)) => Step::PassOn(asks, request),
+                Ok(None) => Step::Done(now(request)()),
                 Err(e) => Step::Done(Err(e)),
             },
             move |step| match step {
-                Ok(Step::PassOn(request)) => waiters.submit(move || deadline.exceeded(), work(request), answer),
+                Ok(Step::PassOn(asks, request)) => {
+                    waiters.of(asks).submit(move || deadline.exceeded(), work(request), answer);
+                }
                 Ok(Step::Done(result)) => answer(Ok(result)),
                 Err(refusal) => answer(Err(refusal)),
             },
@@ -231,7 +249,7 @@ where
 /// What a worker did with a call.
 enum Step<Q, R> {
     Done(snapshotter::Result<R>),
-    PassOn(Q),
+    PassOn(Asks, Q),
 }
 
 /// The answer to a call, and a line in the log if it shows a fault of this program or host.

@@ -70,6 +70,15 @@ pub struct Wanted {
     pub labels: Labels,
 }
 
+/// Whom a call asks, and may have to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asks {
+    /// The repositories one after the other, as a pull does.
+    All,
+    /// Above all the repository of this number, in their order.
+    One(usize),
+}
+
 /// How published files come under a container.
 #[derive(Clone, Debug)]
 pub struct Ways {
@@ -125,15 +134,18 @@ impl Snapshotter {
         self.store.close_for_good();
     }
 
-    /// Whether what lies below `key`, or is it, comes from a repository, which may keep a call waiting.
-    pub fn asks_repository(&self, key: &str) -> Result<bool> {
-        let Some(key) = Key::parse_optional(key)? else { return Ok(false) };
-        self.store.read(|tx| Ok(tx.chain(&key)?.iter().any(|snapshot| snapshot.layer.is_some())))
+    /// What a call on `key` may have to wait for: the repository of the first layer in or below it.
+    pub fn asks(&self, key: &str) -> Result<Option<Asks>> {
+        let Some(key) = Key::parse_optional(key)? else { return Ok(None) };
+        let chain = self.store.read(|tx| tx.chain(&key).map_err(Error::from))?;
+        let Some(layer) = chain.into_iter().find_map(|snapshot| snapshot.layer) else { return Ok(None) };
+        let number = self.sources.repositories.iter().position(|one| one.name() == layer.repository);
+        Ok(Some(number.map_or(Asks::All, Asks::One)))
     }
 
-    /// As `asks_repository`, for a Prepare with these labels: a pull asks.
-    pub fn asks_for_prepare(&self, parent: &str, labels: &HashMap<String, String>) -> Result<bool> {
-        Ok(labels.contains_key(LABEL_SNAPSHOT_REF) || self.asks_repository(parent)?)
+    /// As `asks`, for a Prepare with these labels.
+    pub fn asks_for_prepare(&self, parent: &str, labels: &HashMap<String, String>) -> Result<Option<Asks>> {
+        if labels.contains_key(LABEL_SNAPSHOT_REF) { Ok(Some(Asks::All)) } else { self.asks(parent) }
     }
 
     /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:

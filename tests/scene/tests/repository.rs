@@ -591,6 +591,24 @@ fn root_several_repositories_are_asked_in_order_and_stand_in_for_each_other() {
         c.prepare("a", &second, &[]).expect("both are there");
         assert_eq!((text("a", 1), text("a", 2)), ("of one".to_owned(), "of two".to_owned()));
         let running = Mounted::new(&c.mounts("a").expect("it is there"), &sandbox.path("running")).expect("an overlay");
+        // Container starts that wait for the second one, more than there are threads for them, do
+        // not delay one that needs the first one.
+        two.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        std::thread::scope(|scope| {
+            for n in 0..20 {
+                let (c, second) = (snapshotter.client(), &second);
+                scope.spawn(move || refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
+            }
+            std::thread::sleep(Duration::from_millis(500));
+            let begun = Instant::now();
+            c.prepare("needs-one", &first, &[]).expect("the first one answers");
+            assert!(begun.elapsed() < TIMEOUT / 2, "{:?}", begun.elapsed());
+            c.remove("needs-one").expect("it is there");
+        });
+        two.with_client(|mount| mount.signal(Signal::SIGCONT));
+        eventually("the second one is found to answer again", || {
+            c.prepare("answers", &second, &[]).is_ok() && c.remove("answers").is_ok()
+        });
         // The first one dies: the second one stands in, and what runs keeps what it has.
         one.with_client(|mount| mount.signal(Signal::SIGSTOP));
         let begun = Instant::now();
