@@ -244,11 +244,11 @@ struct Pools {
 
 impl Pools {
     fn start(config: &Config) -> io::Result<Self> {
-        let waiters = || Pool::start(config.waiter_threads(), config.queue);
+        let waiters = |name: &str| Pool::start(name, config.waiter_threads(), config.queue);
         Ok(Self {
-            workers: Pool::start(config.worker_threads(), config.queue)?,
-            pulls: waiters()?,
-            repositories: config.repositories.iter().map(|_| waiters()).collect::<io::Result<_>>()?,
+            workers: Pool::start("worker", config.worker_threads(), config.queue)?,
+            pulls: waiters("pull")?,
+            repositories: config.repositories.iter().map(|_| waiters("start")).collect::<io::Result<_>>()?,
         })
     }
 

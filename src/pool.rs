@@ -82,14 +82,14 @@ pub enum Drained {
 }
 
 impl Pool {
-    /// `workers` threads that share a queue of `queue` waiting jobs.
-    pub fn start(workers: usize, queue: usize) -> std::io::Result<Self> {
+    /// `workers` threads, called `name`, that share a queue of `queue` waiting jobs.
+    pub fn start(name: &str, workers: usize, queue: usize) -> std::io::Result<Self> {
         let (jobs, queued) = bounded::<Job>(queue);
         let running = Arc::new(Running::default());
         let workers = (0..workers)
             .map(|n| {
                 let queued = queued.clone();
-                thread::Builder::new().name(format!("worker-{n}")).spawn(move || work(&queued))
+                thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&queued))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { entrance: Entrance { jobs, limit: queue, running }, workers })
@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses_at_once() {
-        let pool = Pool::start(1, 2).unwrap();
+        let pool = Pool::start("t", 1, 2).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
         let waiting: Vec<_> = (0..2).map(|n| outcome(&entrance, move || n)).collect();
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_panic_costs_only_its_own_job() {
-        let pool = Pool::start(1, 8).unwrap();
+        let pool = Pool::start("t", 1, 8).unwrap();
         let entrance = pool.entrance();
         for _ in 0..3 {
             let bad = outcome(&entrance, || panic!("on purpose"));
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_job_past_its_deadline_is_not_started() {
-        let pool = Pool::start(1, 8).unwrap();
+        let pool = Pool::start("t", 1, 8).unwrap();
         let (send, receive) = mpsc::channel();
         pool.entrance().submit(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
         assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_drain_finishes_what_runs_and_refuses_the_rest() {
-        let pool = Pool::start(2, 8).unwrap();
+        let pool = Pool::start("t", 2, 8).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
         let waiting = outcome(&entrance, || 5);
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_drain_ends_at_its_limit() {
-        let pool = Pool::start(1, 8).unwrap();
+        let pool = Pool::start("t", 1, 8).unwrap();
         let _busy = occupy(&pool.entrance());
         assert_eq!(pool.drain(Duration::from_millis(50)), Drained::LeavingBehind(1));
     }

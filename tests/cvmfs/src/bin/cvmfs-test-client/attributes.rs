@@ -30,6 +30,27 @@ pub fn of(inode: u64, entry: &Entry) -> FileAttr {
     }
 }
 
+/// Inode 0 stands for a name that does not exist.
+pub fn of_nothing() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
 pub fn kind(entry: &Entry) -> FileType {
     match entry.kind() {
         0o010_000 => FileType::NamedPipe,

@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use fuser::{
-    Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    Notifier, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyXattr,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, Notifier, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyXattr,
 };
 
 use crate::attributes;
@@ -144,6 +144,13 @@ impl Served {
         Ok(entry.attributes.iter().flat_map(|(name, _)| [name.as_slice(), b"\0"].concat()).collect())
     }
 
+    /// Those in a directory; nothing else has any.
+    fn names(&self, path: &[u8], entry: Option<&Entry>) -> HashSet<Vec<u8>> {
+        let is_directory = entry.is_some_and(|entry| attributes::kind(entry) == FileType::Directory);
+        let listed = if is_directory { self.backend.list(path).unwrap_or_default() } else { Vec::new() };
+        listed.into_iter().map(|(name, _)| name).collect()
+    }
+
     fn keep(&self, handle: Handle) -> FileHandle {
         let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(number, handle);
@@ -171,15 +178,22 @@ impl Served {
             .inodes
             .known()
             .into_iter()
-            .map(|(path, inode)| (self.backend.lookup(&path).ok(), path, inode))
+            .map(|(path, inode)| {
+                let old = self.backend.lookup(&path).ok();
+                (self.names(&path, old.as_deref()), old, path, inode)
+            })
             .collect();
         let revision = self.backend.reload()?;
         drop(alone);
         if revision == old_revision {
             return Ok(revision);
         }
-        for (old, path, inode) in before {
+        for (names, old, path, inode) in before {
             let new = self.backend.lookup(&path).ok();
+            for name in self.names(&path, new.as_deref()).difference(&names) {
+                // The kernel may remember that there was none; that it does not is no error.
+                let _ = notifier.inval_entry(INodeNo(inode), OsStr::from_bytes(name));
+            }
             if old == new {
                 continue;
             }
@@ -251,6 +265,10 @@ impl Filesystem for FileSystem {
         let name = name.as_bytes().to_vec();
         self.pass(Request::Lookup, parent, reply, move |served, reply| match served.lookup(parent.0, &name) {
             Ok(attributes) => reply.entry(&served.ttl, &attributes, Generation(0)),
+            // As the real client answers: the kernel remembers that there is nothing.
+            Err(errno) if errno.code() == Errno::ENOENT.code() => {
+                reply.entry(&served.ttl, &attributes::of_nothing(), Generation(0));
+            }
             Err(errno) => reply.error(errno),
         });
     }
