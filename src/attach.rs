@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,8 +19,9 @@ use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use crate::overlay::{Form, Mask, Places};
+use crate::repository::lane::alive;
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
-use crate::sys::{Error, FileType, Result, Sys, Unmount};
+use crate::sys::{Attributes, Error, FileType, Result, Status, Sys, Unmount};
 use crate::types::SnapshotId;
 
 /// How a layer's files come under `snapshots/<id>/fs`.
@@ -43,7 +45,11 @@ pub struct Attach<'a> {
 /// takes longer may hang in the repository, and a cleanup must not.
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
 /// And so long one thread that attaches waits for another.
-const ATTACH_WAIT: Duration = Duration::from_secs(10);
+const ATTACH_WAIT: Duration = Duration::from_secs(5);
+/// A skeleton that is taken away between looking and building is looked at again so many times.
+const TRIES: usize = 8;
+/// Bytes of a file that a mask shows otherwise than the repository.
+const MOST_COPIED: u64 = 1 << 20;
 
 /// More mounts than this on one directory are not ours to untangle.
 const STACKED_MOUNTS: usize = 16;
@@ -88,6 +94,25 @@ enum Found {
     Other,
 }
 
+/// A skeleton that is to be built, as far as the repository has a say in it.
+enum Plan<'a> {
+    NotNeeded,
+    IsThere,
+    Build(Vec<Planned<'a>>),
+}
+
+struct Planned<'a> {
+    directory: &'a Directory,
+    attributes: Attributes,
+    copies: Vec<Copied<'a>>,
+}
+
+struct Copied<'a> {
+    name: &'a OsStr,
+    content: Vec<u8>,
+    attributes: Attributes,
+}
+
 /// What a caller of `release` wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Release {
@@ -112,39 +137,67 @@ impl Attacher {
     /// Attaches what `wanted` says, unless it is attached already.
     pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
         let Attach { id, form, source, scan } = *wanted;
-        let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let fresh = {
-            let home = self.places.home(id);
+        let (home, place) = (self.places.home(id), self.places.root(id, form));
+        let (mask, hide) = (self.places.mask(id, form), self.places.hide(id));
+        let hide = (form == Form::Layer).then_some(&hide);
+        for _ in 0..TRIES {
+            // What the repository has to say is asked before the slot is locked: whoever hangs
+            // there must not keep the slot.
+            let is_same_source = self.is_of(&place, source)?;
+            let mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
+            let hide_plan = hide.map(|hide| self.plan(hide, is_same_source, source, scan, Directory::hides));
+            let hide_plan = hide_plan.transpose()?.unwrap_or(Plan::NotNeeded);
+            let there = self.sys.stat(source)?;
+            let slot = Arc::clone(self.slots.lock().entry(id).or_default());
             let Some(_turn) = slot.turn.try_lock_for(ATTACH_WAIT) else {
+                self.replace(id, &slot);
                 return Err(Error { call: "wait for another thread at", path: home, errno: Errno::ETIMEDOUT });
             };
             self.ensure_directory(&home, 0o700)?;
-            let (place, mask) = (self.places.root(id, form), self.places.mask(id, form));
-            let hide = (form == Form::Layer).then(|| self.places.hide(id));
-            self.ensure_of_this_source(&place, source, [Some(&mask), hide.as_ref()])?;
-            self.ensure_skeleton(&mask, source, scan, |d| !d.hidden.is_empty(), Self::build_mask)?;
-            if let Some(hide) = hide {
-                self.ensure_skeleton(&hide, source, scan, |d| d.opaque || !d.deleted.is_empty(), Self::build_hide)?;
+            if !is_same_source {
+                self.put_aside(&place, source, [Some(&mask), hide])?;
+            }
+            let is_built = self.build(&mask, &mask_plan, Self::build_mask)?
+                && hide.map_or(Ok(true), |hide| self.build(hide, &hide_plan, Self::build_hide))?;
+            if !is_built {
+                // It was there when we looked, and was taken away meanwhile.
+                continue;
             }
             let fresh = match self.mode {
-                Mode::Bind => self.ensure_bound(&home, &place, source)?,
+                Mode::Bind => self.ensure_bound(&home, &place, source, there)?,
                 Mode::Symlink => self.ensure_linked(&place, source)?,
             };
             slot.pins.fetch_add(1, Ordering::SeqCst);
-            fresh
-        };
-        Ok(Pin { slot, fresh })
+            return Ok(Pin { slot: Arc::clone(&slot), fresh });
+        }
+        Err(Error { call: "settle", path: home, errno: Errno::EAGAIN })
+    }
+
+    /// A thread that holds the slot hangs, in a bind mount of an old mount say: the next one gets
+    /// another slot. Should the first one wake up, what it does is found and put right when the
+    /// layer is next attached.
+    fn replace(&self, id: SnapshotId, slot: &Arc<Slot>) {
+        let mut slots = self.slots.lock();
+        if slots.get(&id).is_some_and(|current| Arc::ptr_eq(current, slot)) {
+            slots.insert(id, Arc::default());
+        }
+    }
+
+    /// Whether what is beside `place` was built for this source.
+    fn is_of(&self, place: &Path, source: &Path) -> Result<bool> {
+        match self.sys.read_link(&place.with_extension("of")) {
+            Ok(of) => Ok(of == source),
+            Err(e) if e.errno == Errno::ENOENT => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// What was built for another source, a layer of another repository say, is put aside:
     /// whoever uses it keeps it, and it goes with the snapshot's directory.
-    fn ensure_of_this_source(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
-        let note = place.with_extension("of");
-        match self.sys.read_link(&note) {
-            Ok(of) if of == source => return Ok(()),
-            Ok(_) => {}
-            Err(e) if e.errno == Errno::ENOENT => {}
-            Err(e) => return Err(e),
+    fn put_aside(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
+        if self.is_of(place, source)? {
+            // Another thread was faster.
+            return Ok(());
         }
         for skeleton in skeletons.into_iter().flatten() {
             if self.lstat(skeleton)?.is_none() {
@@ -158,7 +211,7 @@ impl Attacher {
                 }
             }
         }
-        self.replace_link(&note, source)
+        self.replace_link(&place.with_extension("of"), source)
     }
 
     /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked
@@ -206,9 +259,9 @@ impl Attacher {
     }
 
     /// Whether it had to be bound.
-    fn ensure_bound(&self, home: &Path, place: &Path, source: &Path) -> Result<bool> {
+    fn ensure_bound(&self, home: &Path, place: &Path, source: &Path, wanted: Status) -> Result<bool> {
         for _ in 0..STACKED_MOUNTS {
-            match self.found(home, place, source)? {
+            match self.found(home, place, wanted)? {
                 Found::Attached => return Ok(false),
                 Found::Nothing => self.sys.create_dir(place, 0o755)?,
                 Found::Link => self.sys.remove_file(place)?,
@@ -228,8 +281,7 @@ impl Attacher {
         Err(tangled(place))
     }
 
-    fn found(&self, home: &Path, place: &Path, source: &Path) -> Result<Found> {
-        let wanted = self.sys.stat(source)?;
+    fn found(&self, home: &Path, place: &Path, wanted: Status) -> Result<Found> {
         // Of a mount of something else nothing is asked: its server may hang.
         if self.sys.mounted_fuse(place)?.is_some_and(|device| device != wanted.device) {
             return Ok(Found::Other);
@@ -300,33 +352,69 @@ impl Attacher {
         }
     }
 
-    fn ensure_skeleton(
+    /// Reads what a skeleton at `place` is built of, unless it is there.
+    fn plan<'a>(
         &self,
         place: &Path,
+        is_same_source: bool,
         source: &Path,
-        scan: &Scan,
+        scan: &'a Scan,
         wanted: impl Fn(&Directory) -> bool,
-        fill: impl Fn(&Self, &Path, &Directory) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Plan<'a>> {
         let with_parents: HashSet<&Path> =
             scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
-        if with_parents.is_empty() || self.lstat(place)?.is_some() {
-            return Ok(());
+        if with_parents.is_empty() {
+            return Ok(Plan::NotNeeded);
         }
+        if is_same_source && self.lstat(place)?.is_some() {
+            return Ok(Plan::IsThere);
+        }
+        let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
+        let planned = needed.map(|directory| {
+            alive();
+            let like = directory.like.as_deref().map_or_else(|| source.join(&directory.path), Path::to_owned);
+            let attributes = self.sys.attributes(&like)?;
+            let copies = directory.copies.iter().map(|(name, from)| {
+                let content = self.sys.read_file(from, MOST_COPIED)?;
+                Ok(Copied { name, content, attributes: self.sys.attributes(from)? })
+            });
+            Ok(Planned { directory, attributes, copies: copies.collect::<Result<_>>()? })
+        });
+        Ok(Plan::Build(planned.collect::<Result<_>>()?))
+    }
+
+    /// Builds what was planned, unless it is there. False: it is needed, was there when the plan
+    /// was made, and is not any more.
+    fn build(
+        &self,
+        place: &Path,
+        plan: &Plan<'_>,
+        fill: impl Fn(&Self, &Path, &Directory) -> Result<()>,
+    ) -> Result<bool> {
+        let planned = match plan {
+            Plan::NotNeeded => return Ok(true),
+            _ if self.lstat(place)?.is_some() => return Ok(true),
+            Plan::IsThere => return Ok(false),
+            Plan::Build(planned) => planned,
+        };
         let new = beside(place);
         self.sys.remove_tree(&new)?;
-        let needed: Vec<_> = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path())).collect();
-        for directory in &needed {
+        for Planned { directory, copies, .. } in planned {
             let path = new.join(&directory.path);
             self.sys.create_dir(&path, 0o755)?;
             fill(self, &path, directory)?;
+            for copied in copies {
+                let at = path.join(copied.name);
+                self.sys.write_file(&at, &copied.content)?;
+                self.sys.set_attributes(&at, &copied.attributes)?;
+            }
         }
         // Children first: making an entry changes the time of its directory.
-        for directory in needed.iter().rev() {
-            let attributes = self.sys.attributes(&source.join(&directory.path))?;
-            self.sys.set_attributes(&new.join(&directory.path), &attributes)?;
+        for Planned { directory, attributes, .. } in planned.iter().rev() {
+            self.sys.set_attributes(&new.join(&directory.path), attributes)?;
         }
-        self.sys.rename(&new, place)
+        self.sys.rename(&new, place)?;
+        Ok(true)
     }
 
     fn build_mask(&self, path: &Path, directory: &Directory) -> Result<()> {

@@ -320,12 +320,12 @@ impl Named {
 
 fn is_repository_name(name: &str) -> bool {
     let well_formed = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    !name.is_empty() && !name.starts_with('.') && well_formed
+    well_formed && name.split('.').all(|part| !part.is_empty())
 }
 
 fn is_mountpoint(path: &str) -> bool {
     let odd = path.chars().any(|c| matches!(c, ':' | ',' | '\\' | '"') || c.is_control());
-    path.starts_with('/') && !odd && !path.split('/').any(|part| part == "..")
+    path.len() > 1 && path.starts_with('/') && !odd && !path.split('/').any(|part| part == "..")
 }
 
 #[cfg(test)]
@@ -439,6 +439,9 @@ mod tests {
             "repositories = \"a\"",
             "repositories = [\"../a\"]",
             "repositories = [\"/a:b\"]",
+            "repositories = [\"/\"]",
+            "repositories = [\"a..b\"]",
+            "repository = \"a.\"",
             "repositories = [1]",
             "repository-timeout = 0",
             "repository-timeout = \"10s\"",

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::fs::{DirBuilder, File};
-use std::io;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +28,8 @@ use crate::{logging, sys};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// A start waits so long for a daemon that was killed to let go of the state root.
+const HELD_LIMIT: Duration = Duration::from_secs(10);
 /// And so long for the last lines of the log.
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Its presence says that this kernel knows the overlay option `index`.
@@ -49,6 +51,11 @@ pub enum Error {
     },
     RootInUse {
         root: PathBuf,
+    },
+    /// The daemon before us was killed, and cannot end.
+    RootHeld {
+        root: PathBuf,
+        pid: u32,
     },
     Store(store::Error),
     Recovery(snapshotter::Error),
@@ -81,6 +88,13 @@ impl fmt::Display for Error {
                 "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
                 root.display()
             ),
+            Self::RootHeld { root, pid } => write!(
+                f,
+                "the cvmfs-snapshotter with process id {pid} was killed and still holds the state root {}: a thread of \
+                 it hangs in a repository, which only the end of that repository's client can end; see what hangs \
+                 (cvmfs_config probe), kill or unmount it, and start again",
+                root.display()
+            ),
             Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
             Self::Store(cause) => write!(
                 f,
@@ -107,6 +121,7 @@ impl Error {
             | Self::RootNotMountable(_) => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }
+            | Self::RootHeld { .. }
             | Self::Store(_)
             | Self::Recovery(_)
             | Self::System(_)
@@ -300,19 +315,41 @@ impl StateRoot {
         make_private(&home.join("snapshots"))?;
         let snapshots = home.join("snapshots");
         let snapshots = snapshots.canonicalize().map_err(|cause| Error::Root { path: snapshots, cause })?;
-        let lock_path = home.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(|cause| Error::Root { path: lock_path.clone(), cause })?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-            Errno::EWOULDBLOCK => Error::RootInUse { root: root.to_owned() },
-            errno => Error::Root { path: lock_path.clone(), cause: errno.into() },
-        })?;
+        let lock = lock(root, &home.join("lock"))?;
         Ok(Self { metadata: home.join("metadata.redb"), snapshots, _lock: lock })
     }
+}
+
+/// Locks the file at `path`, and writes our process id into it for the next one that finds it
+/// locked. Waits a while for a daemon that was killed and is about to end.
+fn lock(root: &Path, path: &Path) -> Result<Flock<File>, Error> {
+    let failed = |cause| Error::Root { path: path.to_owned(), cause };
+    let until = Instant::now() + HELD_LIMIT;
+    loop {
+        let file = File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(failed)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(mut lock) => {
+                // For a message only; a full disk must not stop us.
+                let _ = lock.set_len(0).and_then(|()| write!(lock, "{}", std::process::id()));
+                return Ok(lock);
+            }
+            Err((_, Errno::EWOULDBLOCK)) => match killed_holder(path) {
+                None => return Err(Error::RootInUse { root: root.to_owned() }),
+                Some(pid) if Instant::now() >= until => return Err(Error::RootHeld { root: root.to_owned(), pid }),
+                Some(_) => thread::sleep(Duration::from_millis(100)),
+            },
+            Err((_, errno)) => return Err(failed(errno.into())),
+        }
+    }
+}
+
+/// The process that holds the lock, if it has been killed and only its threads are left.
+fn killed_holder(path: &Path) -> Option<u32> {
+    let pid = fs::read_to_string(path).ok()?.parse().ok()?;
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in brackets may hold anything.
+    let state = status.rsplit_once(") ")?.1.chars().next()?;
+    matches!(state, 'Z' | 'X').then_some(pid)
 }
 
 /// Makes `path` and what is missing above it, for root alone.

@@ -4,7 +4,8 @@
 //! by the digest of the compressed blob; the whole root file system of an image in
 //! `.flat/<first 2 hex>/<64 hex>`, keyed by the digest of its configuration. Any directory in
 //! that layout will do. Each question may hang, so it is asked on one of the repository's own
-//! threads (`start`, `wait`), and nowhere else.
+//! threads (`start`, `Asked::wait`), and nowhere else. Threads and health belong to one mount of
+//! the repository: what hangs in an old mount is nothing to one that was mounted in its place.
 #![forbid(unsafe_code)]
 
 pub mod health;
@@ -12,18 +13,20 @@ pub mod lane;
 pub mod manifest;
 pub mod scan;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use parking_lot::Mutex;
 
 use self::health::{Health, Sick};
-use self::lane::{AllStuck, Lane, Lost, Ticket, Turn};
+use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
-use crate::sys::{self, FileType, Sys};
+use crate::sys::{self, FileType, Status, Sys};
 use crate::types::Digest;
 
 const LAYERS: &str = ".layers";
@@ -36,6 +39,8 @@ const MAGIC_NAME: &str = "user.fqrn";
 const CALLS: (usize, usize) = (4, 16);
 /// Walks over layers at once, each of them with a few threads, and such that may be stuck.
 const SCANS: (usize, usize) = (2, 6);
+/// A repository that gets on is waited for longer than one that does not answer: so many times.
+const SLOW: u32 = 6;
 /// Entries that are looked at to see whose they are.
 const OWNED_ENTRIES: usize = 32;
 
@@ -56,6 +61,14 @@ pub enum Missing {
     NoAnswer {
         limit: Duration,
     },
+    /// It answers, but one question after the other took longer than anybody waits.
+    Slow {
+        limit: Duration,
+    },
+    /// Something on the way is no directory but leads elsewhere, perhaps to files of the host.
+    LeadsOut {
+        path: PathBuf,
+    },
     /// It did not answer others, and is not asked until a probe succeeds.
     Sick(Sick),
     /// All its threads wait for it.
@@ -67,14 +80,21 @@ pub enum Missing {
         directories: usize,
     },
     Unscannable(scan::Error),
-    /// The configuration names no such repository any more.
-    NotConfigured,
+    /// The configuration names no such repository any more, and no other one has it: what the
+    /// first of them said.
+    NotConfigured {
+        instead: Option<(String, Box<Missing>)>,
+    },
 }
 
 impl Missing {
     /// It is not there, as opposed to: it cannot be had right now.
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::NotPublished | Self::NotConfigured)
+        match self {
+            Self::NotPublished => true,
+            Self::NotConfigured { instead } => instead.as_ref().is_none_or(|(_, why)| why.is_gone()),
+            _ => false,
+        }
     }
 }
 
@@ -90,13 +110,20 @@ impl fmt::Display for Missing {
             Self::NoAnswer { limit } => {
                 write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
             }
+            Self::Slow { limit } => {
+                write!(f, "the repository answers slowly, and was not done after {} s; try again", limit.as_secs())
+            }
+            Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
             Self::Sick(sick) => sick.fmt(f),
             Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
             Self::BeingScanned { directories } => {
                 write!(f, "it is still being looked through, {directories} directories are done")
             }
             Self::Unscannable(cause) => cause.fmt(f),
-            Self::NotConfigured => f.write_str("the configuration does not name the repository any more"),
+            Self::NotConfigured { instead } => {
+                f.write_str("the configuration does not name the repository any more")?;
+                instead.iter().try_for_each(|(name, why)| write!(f, "; {name}: {why}"))
+            }
         }
     }
 }
@@ -113,30 +140,34 @@ pub struct Repository {
     path: PathBuf,
     timeout: Duration,
     sys: Arc<dyn Sys>,
+    mount: Mutex<Arc<Mount>>,
+    /// Somebody was told that the owners of files are lost.
+    owners_told: AtomicBool,
+}
+
+/// What belongs to one mount of the repository.
+struct Mount {
+    number: u64,
+    timeout: Duration,
     health: Health,
     calls: Lane,
     scans: Lane,
-    /// Somebody was told that the owners of files are lost.
-    owners_told: AtomicBool,
+    /// What was mounted there when it ceased to answer; see `Sys::mounted_fuse`.
+    device: Mutex<Option<u64>>,
+}
+
+/// The result of a job on a thread of the repository, once it is there.
+pub struct Asked<T> {
+    ticket: Ticket<T>,
+    mount: Arc<Mount>,
+    repository: Arc<Repository>,
 }
 
 impl Repository {
     /// A wait for its answers takes `timeout` at most.
     pub fn new(name: String, path: PathBuf, timeout: Duration, sys: Arc<dyn Sys>) -> Self {
-        let probe = {
-            let (path, sys) = (path.clone(), Arc::clone(&sys));
-            Box::new(move || probe(sys.as_ref(), &path).map_err(|why| why.to_string()))
-        };
-        Self {
-            health: Health::new(&name, timeout, probe),
-            calls: Lane::new("repository", CALLS.0, CALLS.1, timeout),
-            scans: Lane::new("scan", SCANS.0, SCANS.1, timeout),
-            name,
-            path,
-            timeout,
-            sys,
-            owners_told: AtomicBool::new(false),
-        }
+        let mount = Mutex::new(Arc::new(Mount::new(0, &name, &path, timeout, &sys)));
+        Self { name, path, timeout, sys, mount, owners_told: AtomicBool::new(false) }
     }
 
     pub fn name(&self) -> &str {
@@ -151,59 +182,96 @@ impl Repository {
         self.timeout
     }
 
+    /// The mount that is there now.
+    fn mount(&self) -> Arc<Mount> {
+        let mut current = self.mount.lock();
+        if current.health.sick().is_some() {
+            let device = self.sys.mounted_fuse(&self.path).ok().flatten();
+            if device.is_some() && device != *current.device.lock() {
+                log::info!(repository = self.name.as_str(); "repository {} was mounted anew", self.name);
+                let next = Mount::new(current.number + 1, &self.name, &self.path, self.timeout, &self.sys);
+                *current = Arc::new(next);
+            }
+        }
+        Arc::clone(&current)
+    }
+
+    /// Counts the mounts that came one after the other.
+    pub fn mount_number(&self) -> u64 {
+        self.mount().number
+    }
+
+    /// When a call that begins now waits no longer, even if the repository gets on.
+    pub fn give_up_at(&self) -> Instant {
+        Instant::now() + self.timeout * SLOW
+    }
+
     /// Has `job` done on a thread of the repository. Nobody waits for one that does not answer.
     /// What the job brings after its ticket was given up goes to `late`.
     pub fn start<T: Send + 'static>(
-        &self,
+        repository: &Arc<Self>,
         job: impl FnOnce() -> T + Send + 'static,
         late: impl FnOnce(T) + Send + 'static,
-    ) -> Result<Ticket<T>, Missing> {
-        self.health.check().map_err(Missing::Sick)?;
-        self.calls.start(Turn::Last, job, late).map_err(|stuck| self.stuck(stuck))
+    ) -> Result<Asked<T>, Missing> {
+        let mount = repository.mount();
+        mount.health.check().map_err(Missing::Sick)?;
+        let ticket = mount.calls.start(job, late).map_err(|stuck| repository.stuck(&mount, stuck))?;
+        Ok(Asked { ticket, mount, repository: Arc::clone(repository) })
     }
 
-    /// What the job brought, if it does within the limit.
-    pub fn wait<T>(&self, ticket: Ticket<T>) -> Result<T, Missing> {
-        // Where another wait has ended in vain, this one need not take as long.
-        ticket.wait(self.timeout, || self.health.is_hopeless()).map_err(|lost| match lost {
-            Lost::Late => self.no_answer(),
-            // Its own message is in the log. The fence of our caller answers the call.
-            Lost::Panicked => panic!("a job on a thread of repository {} panicked", self.name),
-        })
-    }
-
-    pub fn ask<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Missing> {
-        self.wait(self.start(job, drop)?)
+    pub fn ask<T: Send + 'static>(
+        repository: &Arc<Self>,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Missing> {
+        let until = repository.give_up_at();
+        Self::start(repository, job, drop)?.wait(until)
     }
 
     /// Has a long walk done, on other threads; nobody is told of its end.
-    pub fn walk(&self, turn: Turn, job: impl FnOnce() + Send + 'static) -> Result<(), Missing> {
-        self.health.check().map_err(Missing::Sick)?;
-        self.scans.run(turn, Box::new(job)).map_err(|stuck| self.stuck(stuck))
+    pub fn walk(&self, turn: Turn, pulse: Pulse, job: impl FnOnce() + Send + 'static) -> Result<(), Missing> {
+        let mount = self.mount();
+        mount.health.check().map_err(Missing::Sick)?;
+        mount.scans.run(turn, pulse, Box::new(job)).map_err(|stuck| self.stuck(&mount, stuck))
     }
 
     /// To be told to whoever waited in vain.
     pub fn no_answer(&self) -> Missing {
-        if let Some(sick) = self.health.sick() {
+        self.no_answer_of(&self.mount())
+    }
+
+    fn no_answer_of(&self, mount: &Mount) -> Missing {
+        if let Some(sick) = mount.health.sick() {
             return Missing::Sick(sick);
         }
         let missing = Missing::NoAnswer { limit: self.timeout };
-        self.health.suspect(missing.to_string());
+        self.suspect(mount, missing.to_string());
         missing
     }
 
-    fn stuck(&self, AllStuck { threads }: AllStuck) -> Missing {
+    fn stuck(&self, mount: &Mount, AllStuck { threads }: AllStuck) -> Missing {
         let missing = Missing::Stuck { threads };
-        self.health.suspect(missing.to_string());
+        self.suspect(mount, missing.to_string());
         missing
+    }
+
+    fn suspect(&self, mount: &Mount, why: String) {
+        if mount.health.sick().is_none() {
+            *mount.device.lock() = self.sys.mounted_fuse(&self.path).ok().flatten();
+        }
+        mount.health.suspect(why);
     }
 
     /// What a failed call means.
     pub fn unreadable(&self, error: sys::Error) -> Missing {
         if error.is_dead() {
-            self.health.suspect(error.to_string());
+            self.suspect(&self.mount(), error.to_string());
         }
         Missing::Unreadable(error)
+    }
+
+    /// Another wait has ended in vain, and a probe has not helped.
+    pub fn is_hopeless(&self) -> bool {
+        self.mount.lock().health.is_hopeless()
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.
@@ -216,60 +284,92 @@ impl Repository {
                 "repository {} is not there yet: {}; layers are downloaded until it is, and nothing has to be \
                  restarted then", asked.name, asked.known(why)),
         };
-        if let Err(why) = repository.calls.run(Turn::Last, Box::new(look)).map_err(|stuck| repository.stuck(stuck)) {
-            log::warn!(repository = repository.name.as_str(); "repository {}: {why}", repository.name);
+        let mount = repository.mount();
+        if let Err(stuck) = mount.calls.run(Turn::Last, Pulse::default(), Box::new(look)) {
+            log::warn!(repository = repository.name.as_str();
+                "repository {}: {}", repository.name, repository.stuck(&mount, stuck));
         }
     }
 
     /// The top of an unpacked layer. Asks the repository, as all that follow do.
     pub fn layer(&self, digest: &Digest) -> Result<Top, Missing> {
-        self.directory(self.in_store(LAYERS, digest).join(LAYER_ROOT))
+        self.directory(&[LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT])
     }
 
     /// The whole root file system of the image with this configuration.
     pub fn flat(&self, config: &Digest) -> Result<Top, Missing> {
-        self.directory(self.in_store(FLAT, config))
+        self.directory(&[FLAT, &config.hex()[..2], config.hex()])
     }
 
-    /// The manifest of an image, and where it was found. None: it has none that can be used.
+    /// The manifest of an image. None: it has none that can be used.
     pub fn manifest(&self, image: &ImageRef) -> Result<Option<Manifest>, Missing> {
         for path in image.manifests() {
-            let path = self.path.join(path);
-            match self.sys.read_file(&path, manifest::MOST_BYTES) {
+            let at = self.path.join(&path);
+            let names: Vec<&str> = path.iter().filter_map(OsStr::to_str).collect();
+            let text = match self.lead_to(&names) {
+                Ok(Some(status)) if status.file_type == FileType::Other => {
+                    self.sys.read_file(&at, manifest::MOST_BYTES)
+                }
+                Ok(None) => continue,
+                Ok(Some(_)) => Err(sys::Error { call: "read", path: at.clone(), errno: Errno::EISDIR }),
+                Err(Missing::LeadsOut { .. }) => {
+                    Err(sys::Error { call: "read", path: at.clone(), errno: Errno::ELOOP })
+                }
+                Err(missing) => return Err(missing),
+            };
+            alive();
+            let why = match text {
                 Ok(text) => match Manifest::parse(&text) {
                     Ok(manifest) => return Ok(Some(manifest)),
-                    Err(why) => log::warn!(repository = self.name.as_str();
-                        "{} is passed over: {why}", path.display()),
+                    Err(why) => why.to_string(),
                 },
-                Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => {}
+                Err(e) if is_no_file(e.errno) => e.to_string(),
                 Err(e) => return Err(self.unreadable(e)),
-            }
+            };
+            log::warn!(repository = self.name.as_str(); "{} is passed over: {why}", at.display());
         }
+        mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
         Ok(None)
     }
 
-    fn in_store(&self, store: &str, digest: &Digest) -> PathBuf {
-        self.path.join(store).join(&digest.hex()[..2]).join(digest.hex())
+    pub fn is_directory(&self, path: &Path) -> Result<bool, Missing> {
+        let status = self.sys.lstat(path).map_err(|e| self.unreadable(e))?;
+        Ok(status.file_type == FileType::Directory)
     }
 
-    fn directory(&self, path: PathBuf) -> Result<Top, Missing> {
-        // A link may lead out of the repository, to files of the host.
-        let look = || match self.sys.lstat(&path) {
-            Ok(status) if status.file_type == FileType::Directory => Ok(Some((status.uid, status.gid))),
-            Ok(_) => Err(Missing::NotADirectory { path: path.clone() }),
-            Err(e) if e.errno == Errno::ENOENT => Ok(None),
-            Err(e) => Err(self.unreadable(e)),
-        };
-        let owner = if let Some(owner) = look()? {
-            owner
+    /// What is at the end of a way of real directories. A link on it may lead to files of the host.
+    fn lead_to(&self, names: &[&str]) -> Result<Option<Status>, Missing> {
+        let mut path = self.path.clone();
+        let mut found = None;
+        for name in names {
+            path.push(name);
+            match self.sys.lstat(&path) {
+                Ok(Status { file_type: FileType::Symlink, .. }) => return Err(Missing::LeadsOut { path }),
+                Ok(status) => found = Some(status),
+                Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+                Err(e) => return Err(self.unreadable(e)),
+            }
+            alive();
+        }
+        Ok(found)
+    }
+
+    fn directory(&self, names: &[&str]) -> Result<Top, Missing> {
+        let path: PathBuf = [self.path.as_path()].into_iter().chain(names.iter().map(Path::new)).collect();
+        let found = if let Some(found) = self.lead_to(names)? {
+            found
         } else {
             mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
             // It may have been mounted after the first look.
-            look()?.ok_or(Missing::NotPublished)?
+            self.lead_to(names)?.ok_or(Missing::NotPublished)?
         };
-        // The kernel answers `stat` from its caches long after a FUSE server has died.
+        if found.file_type != FileType::Directory {
+            return Err(Missing::NotADirectory { path });
+        }
+        // The kernel answers `lstat` from its caches long after a FUSE server has died.
         self.sys.statfs(&path).map_err(|e| self.unreadable(e))?;
-        Ok(Top { path, owner })
+        alive();
+        Ok(Top { path, owner: (found.uid, found.gid) })
     }
 
     fn known(&self, missing: Missing) -> Missing {
@@ -301,6 +401,43 @@ impl Repository {
                  and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);
         }
     }
+}
+
+impl Mount {
+    fn new(number: u64, name: &str, path: &Path, timeout: Duration, sys: &Arc<dyn Sys>) -> Self {
+        let probe = {
+            let (path, sys) = (path.to_owned(), Arc::clone(sys));
+            Box::new(move || probe(sys.as_ref(), &path).map_err(|why| why.to_string()))
+        };
+        Self {
+            number,
+            timeout,
+            health: Health::new(name, timeout, probe),
+            calls: Lane::new("repository", CALLS.0, CALLS.1, timeout),
+            scans: Lane::new("scan", SCANS.0, SCANS.1, timeout),
+            device: Mutex::new(None),
+        }
+    }
+}
+
+impl<T> Asked<T> {
+    /// What the job brought, if the repository does not fall silent and it is done before `until`.
+    pub fn wait(self, until: Instant) -> Result<T, Missing> {
+        let Self { ticket, mount, repository } = self;
+        // Where another wait has ended in vain, this one need not take as long.
+        let patience = Patience { silence: mount.timeout, until };
+        ticket.wait(patience, || mount.health.is_hopeless()).map_err(|lost| match lost {
+            Lost::Silent => repository.no_answer_of(&mount),
+            Lost::Late => Missing::Slow { limit: mount.timeout * SLOW },
+            // Its own message is in the log. The fence of our caller answers the call.
+            Lost::Panicked => panic!("a job on a thread of repository {} panicked", repository.name),
+        })
+    }
+}
+
+/// What is there is no file, or none of a manifest's size. That does not change in a moment.
+fn is_no_file(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::EISDIR | Errno::EFBIG | Errno::ELOOP | Errno::ENXIO)
 }
 
 /// Whether a repository is mounted at `path`, or a directory with its layout is there.
@@ -360,7 +497,36 @@ mod tests {
         let link = dir.path().join(format!("cvmfs/.layers/cc/{}/layerfs", "c".repeat(64)));
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         std::os::unix::fs::symlink("/etc", &link).unwrap();
-        assert_eq!(layer('c'), Err(Missing::NotADirectory { path: link }));
+        assert_eq!(layer('c'), Err(Missing::LeadsOut { path: link }));
+    }
+
+    #[test]
+    fn manifests_are_read_where_a_repository_is_and_links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cvmfs = dir.path().join("cvmfs");
+        fs::create_dir(&cvmfs).unwrap();
+        let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(Host));
+        let image = ImageRef::parse("a.org/x:1").unwrap();
+        // It was taken for "there is none", and kept.
+        assert_eq!(repository.manifest(&image), Err(Missing::NotMounted { repository: cvmfs.clone() }));
+        fs::create_dir(cvmfs.join(".layers")).unwrap();
+        assert_eq!(repository.manifest(&image), Ok(None));
+        let good = format!(r#"{{"Config":{{"Digest":"{}"}},"Layers":[]}}"#, digest('a'));
+        let at = cvmfs.join(".metadata/a.org/x:1/manifest.json");
+        fs::create_dir_all(at.parent().unwrap()).unwrap();
+        fs::write(dir.path().join("elsewhere"), &good).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &at).unwrap();
+        assert_eq!(repository.manifest(&image), Ok(None));
+        fs::remove_file(&at).unwrap();
+        fs::create_dir(&at).unwrap();
+        assert_eq!(repository.manifest(&image), Ok(None));
+        fs::remove_dir(&at).unwrap();
+        fs::write(&at, vec![b' '; usize::try_from(manifest::MOST_BYTES).unwrap() + 1]).unwrap();
+        assert_eq!(repository.manifest(&image), Ok(None));
+        fs::write(&at, good).unwrap();
+        assert_eq!(repository.manifest(&image).unwrap().map(|found| found.config), Some(digest('a')));
+        std::os::unix::fs::symlink("/etc", cvmfs.join(".flat")).unwrap();
+        assert_eq!(repository.flat(&digest('a')), Err(Missing::LeadsOut { path: cvmfs.join(".flat") }));
     }
 
     /// It was mounted between the two questions, and the answer was "not published".

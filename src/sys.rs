@@ -149,6 +149,7 @@ pub trait Sys: Send + Sync {
     fn set_attributes(&self, path: &Path, attributes: &Attributes) -> Result<()>;
     /// A 0:0 character device: overlayfs shows nothing of that name from below.
     fn create_whiteout(&self, path: &Path) -> Result<()>;
+    fn write_file(&self, path: &Path, content: &[u8]) -> Result<()>;
     fn make_opaque(&self, path: &Path) -> Result<()>;
     fn symlink(&self, target: &Path, link: &Path) -> Result<()>;
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
@@ -217,6 +218,10 @@ impl Sys for Host {
 
     fn create_whiteout(&self, path: &Path) -> Result<()> {
         mknod(path, SFlag::S_IFCHR, Mode::empty(), 0).map_err(|e| Error::new("create whiteout", path, e))
+    }
+
+    fn write_file(&self, path: &Path, content: &[u8]) -> Result<()> {
+        fs::write(path, content).map_err(|e| Error::io("write", path, &e))
     }
 
     fn make_opaque(&self, path: &Path) -> Result<()> {

@@ -6,8 +6,8 @@
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The label by which containerd asks for a remote layer; its value is the chainID.
@@ -241,8 +241,10 @@ pub struct Flat {
     /// Of the image's configuration.
     pub config: Digest,
     pub repository: String,
-    /// Names at its top that the publisher added and the image does not have.
-    pub added: Vec<OsString>,
+    /// What the publisher added and the image does not have.
+    pub hidden: Vec<PathBuf>,
+    /// What the publisher changed, and the layer that has it as the image does.
+    pub repaired: Vec<(PathBuf, Digest)>,
 }
 
 /// A snapshot as the store keeps it.

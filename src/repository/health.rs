@@ -5,6 +5,7 @@
 //! own, and another one is tried beside it: the mount that it hangs on may be an old one.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -52,12 +53,20 @@ struct Shared {
 #[derive(Default)]
 struct State {
     sick: Option<Sick>,
-    probes: usize,
-    /// When the latest probe was started; None while all of them sleep.
-    asking: Option<Instant>,
+    /// Threads that probe, by a number, and since when they ask; None: it pauses.
+    probes: HashMap<u64, Option<Instant>>,
+    next_number: u64,
     /// Somebody wants a probe now.
     wanted: bool,
-    failures: u64,
+    /// Probes that came back.
+    finished: u64,
+}
+
+impl State {
+    /// A probe pauses, or has asked for less than `limit`.
+    fn has_probe_within(&self, limit: Duration) -> bool {
+        self.probes.values().any(|asking| asking.is_none_or(|since| since.elapsed() <= limit))
+    }
 }
 
 impl Health {
@@ -71,15 +80,14 @@ impl Health {
     pub fn check(&self) -> Result<(), Sick> {
         let mut state = self.shared.state.lock();
         let Some(sick) = state.sick.clone() else { return Ok(()) };
-        let hangs = state.asking.is_some_and(|since| since.elapsed() > GRACE);
-        if hangs {
-            self.probe_beside(&mut state);
+        self.ensure_probe(&mut state);
+        if !state.has_probe_within(GRACE) {
             return Err(sick);
         }
         state.wanted = true;
         self.shared.changed.notify_all();
-        let (until, before) = (Instant::now() + GRACE, state.failures);
-        while state.sick.is_some() && state.failures == before {
+        let (until, before) = (Instant::now() + GRACE, state.finished);
+        while state.sick.is_some() && state.finished == before {
             if self.shared.changed.wait_until(&mut state, until).timed_out() {
                 break;
             }
@@ -96,9 +104,7 @@ impl Health {
                  start until it does", self.shared.repository);
             state.sick = Some(Sick { since: Instant::now(), why });
         }
-        if state.probes == 0 {
-            self.start_probe(&mut state);
-        }
+        self.ensure_probe(&mut state);
     }
 
     /// It does not answer, and the first probe has not helped.
@@ -110,29 +116,26 @@ impl Health {
         self.shared.state.lock().sick.clone()
     }
 
-    fn probe_beside(&self, state: &mut State) {
-        let hangs = state.asking.is_some_and(|since| since.elapsed() > self.shared.patience);
-        if hangs && state.probes < PROBES {
-            self.start_probe(state);
+    /// There is a probe that does not hang, unless too many do.
+    fn ensure_probe(&self, state: &mut State) {
+        if state.has_probe_within(self.shared.patience) || state.probes.len() >= PROBES {
+            return;
         }
-    }
-
-    fn start_probe(&self, state: &mut State) {
-        let shared = Arc::clone(&self.shared);
-        state.asking = Some(Instant::now());
-        match thread::Builder::new().name("probe".to_owned()).spawn(move || shared.probe()) {
-            Ok(_) => state.probes += 1,
+        let (shared, number) = (Arc::clone(&self.shared), state.next_number);
+        state.next_number += 1;
+        match thread::Builder::new().name("probe".to_owned()).spawn(move || shared.probe(number)) {
+            Ok(_) => drop(state.probes.insert(number, Some(Instant::now()))),
             Err(e) => log::error!("cannot start a thread that probes {}: {e}", self.shared.repository),
         }
     }
 }
 
 impl Shared {
-    fn probe(&self) {
+    fn probe(&self, number: u64) {
         loop {
             let result = (self.probe)();
             let mut state = self.state.lock();
-            state.asking = None;
+            state.probes.insert(number, None);
             match (result, &mut state.sick) {
                 (Ok(()), sick) => {
                     if let Some(sick) = sick.take() {
@@ -143,7 +146,7 @@ impl Shared {
                 (Err(why), Some(sick)) => sick.why = why,
                 (Err(_), None) => {}
             }
-            state.failures += 1;
+            state.finished += 1;
             self.changed.notify_all();
             let until = Instant::now() + PAUSE;
             while state.sick.is_some() && !state.wanted {
@@ -152,11 +155,11 @@ impl Shared {
                 }
             }
             if state.sick.is_none() {
-                state.probes -= 1;
+                state.probes.remove(&number);
                 return;
             }
             state.wanted = false;
-            state.asking = Some(Instant::now());
+            state.probes.insert(number, Some(Instant::now()));
         }
     }
 }

@@ -2,13 +2,17 @@
 //!
 //! A system call on a FUSE mount that hangs can neither be given a deadline nor be ended, so
 //! whoever needs an answer waits beside it and walks away in time. Knows jobs, not what they
-//! do. Invariants: `width` jobs run at once beside those that are stuck, never more than
-//! `most` threads exist, and what a job brings after its caller has left goes to `late`.
+//! do: a job calls `alive` whenever it got an answer, and is stuck when it has not for long.
+//! Invariants: `width` jobs run at once beside those that are stuck, never more than `most`
+//! threads exist, and what a job brings after its caller has left goes to `late`.
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +26,36 @@ const LOOK_UP: Duration = Duration::from_millis(100);
 
 pub type Job = Box<dyn FnOnce() + Send>;
 
+/// When something last got on.
+#[derive(Clone, Debug)]
+pub struct Pulse(Arc<Mutex<Instant>>);
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Pulse {
+    pub fn beat(&self) {
+        *self.0.lock() = Instant::now();
+    }
+
+    pub fn silence(&self) -> Duration {
+        self.0.lock().elapsed()
+    }
+}
+
+thread_local! {
+    /// Of the job that runs on this thread.
+    static JOB: RefCell<Option<Pulse>> = const { RefCell::new(None) };
+}
+
+/// The job on this thread got an answer. Does nothing on other threads.
+pub fn alive() {
+    JOB.with_borrow(|pulse| pulse.iter().for_each(Pulse::beat));
+}
+
 #[derive(Clone, Debug)]
 pub struct Lane {
     shared: Arc<Shared>,
@@ -32,7 +66,7 @@ struct Shared {
     name: String,
     width: usize,
     most: usize,
-    /// A job that runs for longer counts as stuck.
+    /// A job that gets no answer for longer counts as stuck.
     stuck_after: Duration,
     state: Mutex<State>,
     work: Condvar,
@@ -40,15 +74,15 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<(Pulse, Job)>,
     idle: usize,
-    /// Threads that work, by a number, and since when.
-    running: HashMap<u64, Instant>,
+    /// Threads that work, by a number, with the pulses of their jobs.
+    running: HashMap<u64, Pulse>,
     next_number: u64,
 }
 
-impl std::fmt::Debug for State {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} jobs wait, {} run, {} threads are idle", self.jobs.len(), self.running.len(), self.idle)
     }
 }
@@ -66,22 +100,38 @@ pub struct AllStuck {
     pub threads: usize,
 }
 
-/// Why there is no answer.
+/// Why there is no result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lost {
-    /// It did not come in time.
+    /// The job gets no answers, or those before it get none.
+    Silent,
+    /// The time is over; the job gets on.
     Late,
     Panicked,
 }
 
-/// The answer of a job, once it is there. Dropped, it gives the job up.
+/// How long a result is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Without a sign of life.
+    pub silence: Duration,
+    /// In all.
+    pub until: Instant,
+}
+
+/// The result of a job, once it is there. Dropped, it gives the job up.
 #[derive(Debug)]
-pub struct Ticket<T>(Arc<Cell<T>>);
+pub struct Ticket<T> {
+    cell: Arc<Cell<T>>,
+    lane: Lane,
+}
 
 #[derive(Debug)]
 struct Cell<T> {
     answer: Mutex<Answer<T>>,
     changed: Condvar,
+    begun: AtomicBool,
+    pulse: Pulse,
 }
 
 #[derive(Debug)]
@@ -104,13 +154,19 @@ impl Lane {
     /// thread of the job. A job whose ticket is gone before its turn does not run.
     pub fn start<T: Send + 'static>(
         &self,
-        turn: Turn,
         job: impl FnOnce() -> T + Send + 'static,
         late: impl FnOnce(T) + Send + 'static,
     ) -> Result<Ticket<T>, AllStuck> {
-        let cell = Arc::new(Cell { answer: Mutex::new(Answer::Awaited), changed: Condvar::new() });
-        let ticket = Ticket(Arc::clone(&cell));
+        let pulse = Pulse::default();
+        let cell = Arc::new(Cell {
+            answer: Mutex::new(Answer::Awaited),
+            changed: Condvar::new(),
+            begun: AtomicBool::new(false),
+            pulse: pulse.clone(),
+        });
+        let ticket = Ticket { cell: Arc::clone(&cell), lane: self.clone() };
         let work: Job = Box::new(move || {
+            cell.begun.store(true, Ordering::SeqCst);
             if matches!(*cell.answer.lock(), Answer::Unwanted) {
                 return;
             }
@@ -127,12 +183,12 @@ impl Lane {
             }
             cell.changed.notify_all();
         });
-        self.run(turn, work)?;
+        self.run(Turn::Last, pulse, work)?;
         Ok(ticket)
     }
 
-    /// Queues a job that nobody waits for.
-    pub fn run(&self, turn: Turn, job: Job) -> Result<(), AllStuck> {
+    /// Queues a job that nobody waits for; `pulse` is its sign of life.
+    pub fn run(&self, turn: Turn, pulse: Pulse, job: Job) -> Result<(), AllStuck> {
         let mut state = self.shared.state.lock();
         let stuck = self.shared.stuck(&state);
         let threads = state.running.len() + state.idle;
@@ -140,8 +196,8 @@ impl Lane {
             return Err(AllStuck { threads });
         }
         match turn {
-            Turn::Next => state.jobs.push_front(job),
-            Turn::Last => state.jobs.push_back(job),
+            Turn::Next => state.jobs.push_front((pulse, job)),
+            Turn::Last => state.jobs.push_back((pulse, job)),
         }
         if state.idle >= state.jobs.len() || threads - stuck >= self.shared.width || threads >= self.shared.most {
             self.shared.work.notify_one();
@@ -150,7 +206,7 @@ impl Lane {
         // Counted before it runs, so that the next caller does not start one as well.
         let number = state.next_number;
         state.next_number += 1;
-        state.running.insert(number, Instant::now());
+        state.running.insert(number, Pulse::default());
         let shared = Arc::clone(&self.shared);
         let name = format!("{}-{number}", shared.name);
         if let Err(e) = thread::Builder::new().name(name).spawn(move || shared.work(number)) {
@@ -163,11 +219,16 @@ impl Lane {
         }
         Ok(())
     }
+
+    /// For how long no job has got an answer; zero when none runs.
+    fn silence(&self) -> Duration {
+        self.shared.state.lock().running.values().map(Pulse::silence).min().unwrap_or_default()
+    }
 }
 
 impl Shared {
     fn stuck(&self, state: &State) -> usize {
-        state.running.values().filter(|since| since.elapsed() > self.stuck_after).count()
+        state.running.values().filter(|pulse| pulse.silence() > self.stuck_after).count()
     }
 
     fn work(&self, number: u64) {
@@ -186,40 +247,51 @@ impl Shared {
                     is_idle_for_long = self.work.wait_for(&mut state, IDLE).timed_out();
                 }
                 state.idle -= 1;
-                let Some(job) = state.jobs.pop_front() else { return };
-                state.running.insert(number, Instant::now());
+                let Some((pulse, job)) = state.jobs.pop_front() else { return };
+                pulse.beat();
+                state.running.insert(number, pulse.clone());
+                JOB.set(Some(pulse));
                 job
             };
             // Jobs fence themselves; this fence is for a panic in `late`.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 log::error!("a thread of {} hit a bug; it goes on", self.name);
             }
+            JOB.set(None);
         }
     }
 }
 
 impl<T> Ticket<T> {
-    /// The answer, if it comes within `limit` and before it is known to be `hopeless`.
-    pub fn wait(self, limit: Duration, hopeless: impl Fn() -> bool) -> Result<T, Lost> {
-        let until = Instant::now() + limit;
-        let mut answer = self.0.answer.lock();
+    /// The result, if it comes in time and before it is known to be `hopeless`.
+    pub fn wait(self, patience: Patience, hopeless: impl Fn() -> bool) -> Result<T, Lost> {
+        let mut lost = Lost::Late;
+        let mut answer = self.cell.answer.lock();
         while matches!(*answer, Answer::Awaited) {
-            let step = until.min(Instant::now() + LOOK_UP);
-            if self.0.changed.wait_until(&mut answer, step).timed_out() && (Instant::now() >= until || hopeless()) {
+            let now = Instant::now();
+            let silence =
+                if self.cell.begun.load(Ordering::SeqCst) { self.cell.pulse.silence() } else { self.lane.silence() };
+            if silence >= patience.silence || hopeless() {
+                lost = Lost::Silent;
                 break;
             }
+            if now >= patience.until {
+                break;
+            }
+            let step = patience.silence.saturating_sub(silence).min(patience.until.duration_since(now)).min(LOOK_UP);
+            self.cell.changed.wait_for(&mut answer, step);
         }
         match std::mem::replace(&mut *answer, Answer::Unwanted) {
             Answer::Here(value) => Ok(value),
             Answer::Panicked => Err(Lost::Panicked),
-            Answer::Awaited | Answer::Unwanted => Err(Lost::Late),
+            Answer::Awaited | Answer::Unwanted => Err(lost),
         }
     }
 }
 
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
-        let mut answer = self.0.answer.lock();
+        let mut answer = self.cell.answer.lock();
         if matches!(*answer, Answer::Awaited) {
             *answer = Answer::Unwanted;
         }
@@ -235,6 +307,10 @@ mod tests {
     const SOON: Duration = Duration::from_secs(10);
     const SHORT: Duration = Duration::from_millis(40);
 
+    fn within(limit: Duration) -> Patience {
+        Patience { silence: SOON, until: Instant::now() + limit }
+    }
+
     fn never() -> bool {
         false
     }
@@ -247,7 +323,7 @@ mod tests {
             begun.send(()).unwrap();
             let _ = released.recv();
         };
-        let ticket = lane.start(Turn::Last, job, |()| {}).unwrap();
+        let ticket = lane.start(job, |()| {}).unwrap();
         has_begun.recv_timeout(SOON).expect("the job has begun");
         (release, ticket)
     }
@@ -259,21 +335,21 @@ mod tests {
         // Both are merely busy: the third waits.
         let ran = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&ran);
-        let third = lane.start(Turn::Last, move || count.fetch_add(1, Ordering::SeqCst), drop).unwrap();
-        assert_eq!(third.wait(Duration::from_millis(5), never), Err(Lost::Late));
+        let third = lane.start(move || count.fetch_add(1, Ordering::SeqCst), drop).unwrap();
+        assert_eq!(third.wait(within(Duration::from_millis(5)), never), Err(Lost::Late));
         thread::sleep(SHORT * 2);
         // Now they count as stuck, so there is one more; the job nobody waits for is passed over.
-        assert_eq!(lane.start(Turn::Last, || 7, drop).unwrap().wait(SOON, never), Ok(7));
+        assert_eq!(lane.start(|| 7, drop).unwrap().wait(within(SOON), never), Ok(7));
         assert_eq!(ran.load(Ordering::SeqCst), 0);
         held.push(stuck(&lane));
         thread::sleep(SHORT * 2);
-        assert_eq!(lane.start(Turn::Last, || 8, drop).map(drop), Err(AllStuck { threads: 3 }));
+        assert_eq!(lane.start(|| 8, drop).map(drop), Err(AllStuck { threads: 3 }));
         // They come back, and everything works.
         for (release, ticket) in held {
             drop(release);
-            assert_eq!(ticket.wait(SOON, never), Ok(()));
+            assert_eq!(ticket.wait(within(SOON), never), Ok(()));
         }
-        assert_eq!(lane.start(Turn::Last, || 9, drop).unwrap().wait(SOON, never), Ok(9));
+        assert_eq!(lane.start(|| 9, drop).unwrap().wait(within(SOON), never), Ok(9));
     }
 
     #[test]
@@ -285,9 +361,9 @@ mod tests {
             let _ = released.recv();
             5
         };
-        let ticket = lane.start(Turn::Last, job, move |n| send.send(n).unwrap()).unwrap();
+        let ticket = lane.start(job, move |n| send.send(n).unwrap()).unwrap();
         thread::sleep(SHORT);
-        assert_eq!(ticket.wait(SHORT, never), Err(Lost::Late));
+        assert_eq!(ticket.wait(within(SHORT), never), Err(Lost::Late));
         drop(release);
         assert_eq!(late.recv_timeout(SOON), Ok(5));
     }
@@ -296,10 +372,30 @@ mod tests {
     fn a_panic_is_an_answer_and_the_thread_lives_on() {
         let lane = Lane::new("t", 1, 1, SOON);
         for _ in 0..3 {
-            let ticket = lane.start(Turn::Last, || -> u8 { panic!("on purpose") }, drop).unwrap();
-            assert_eq!(ticket.wait(SOON, never), Err(Lost::Panicked));
+            let ticket = lane.start(|| -> u8 { panic!("on purpose") }, drop).unwrap();
+            assert_eq!(ticket.wait(within(SOON), never), Err(Lost::Panicked));
         }
-        assert_eq!(lane.start(Turn::Last, || 1, drop).unwrap().wait(SOON, never), Ok(1));
+        assert_eq!(lane.start(|| 1, drop).unwrap().wait(within(SOON), never), Ok(1));
+    }
+
+    #[test]
+    fn a_job_that_gets_on_is_late_and_one_that_does_not_is_silent() {
+        let lane = Lane::new("t", 2, 2, SOON);
+        let patience = || Patience { silence: SHORT * 2, until: Instant::now() + SHORT * 10 };
+        let (stop, stopped) = mpsc::channel::<()>();
+        let job = move || {
+            while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                alive();
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let busy = lane.start(job, drop).unwrap();
+        assert_eq!(busy.wait(patience(), never), Err(Lost::Late));
+        let (_release, held) = stuck(&lane);
+        assert_eq!(held.wait(patience(), never), Err(Lost::Silent));
+        // One that waits for its turn is as silent as those before it together.
+        assert_eq!(lane.start(|| 1, drop).unwrap().wait(patience(), never), Err(Lost::Late));
+        drop(stop);
     }
 
     #[test]
@@ -307,14 +403,20 @@ mod tests {
         let lane = Lane::new("t", 1, 1, SOON);
         let (release, _ticket) = stuck(&lane);
         let order = Arc::new(Mutex::new(Vec::new()));
+        let (done, both) = mpsc::channel();
         let note = |n: u8| {
-            let order = Arc::clone(&order);
-            move || order.lock().push(n)
+            let (order, done) = (Arc::clone(&order), done.clone());
+            Box::new(move || {
+                order.lock().push(n);
+                done.send(()).unwrap();
+            })
         };
-        let last = lane.start(Turn::Last, note(1), drop).unwrap();
-        let first = lane.start(Turn::Next, note(2), drop).unwrap();
+        lane.run(Turn::Last, Pulse::default(), note(1)).unwrap();
+        lane.run(Turn::Next, Pulse::default(), note(2)).unwrap();
         drop(release);
-        assert_eq!((first.wait(SOON, never), last.wait(SOON, never)), (Ok(()), Ok(())));
+        for _ in 0..2 {
+            both.recv_timeout(SOON).unwrap();
+        }
         assert_eq!(*order.lock(), [2, 1]);
     }
 }

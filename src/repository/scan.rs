@@ -20,6 +20,7 @@ use std::thread;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::lane::Pulse;
 use crate::sys::{self, FileType, Sys};
 use crate::types::Digest;
 
@@ -42,6 +43,9 @@ const FEW: usize = 64;
 /// Names that a scan holds at once, in bytes: directories that are still to be read, and
 /// markers. A layer of a million entries needs a few megabytes.
 const MOST_BYTES: usize = 64 << 20;
+
+/// A walk shows life after so many entries of one directory.
+const BEAT: usize = 100;
 
 /// What is looked for, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -81,6 +85,10 @@ pub struct Directory {
     pub opaque: bool,
     /// Names in the layer that no container may see.
     pub hidden: Vec<OsString>,
+    /// The directory that this one is to look like, if not like itself. Never found by a scan.
+    pub like: Option<PathBuf>,
+    /// Files to be shown as they are elsewhere: name, and where. Never found by a scan.
+    pub copies: Vec<(OsString, PathBuf)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,11 +127,18 @@ impl From<sys::Error> for Error {
 
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// How far a walk is, for whoever waits for it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub directories: AtomicUsize,
+    /// Beats with each answer.
+    pub pulse: Pulse,
+}
+
 /// Walks the directories at `top`. What is found is a matter of names only: owners and
-/// modes look different through another mount of the same repository. `read` counts the
-/// directories, for whoever wants to know how far it is.
-pub fn scan(sys: &dyn Sys, top: &Path, extent: Extent, read: &AtomicUsize) -> Result<Scan> {
-    let walk = Walk { sys, top, extent, read, state: Mutex::default(), changed: Condvar::new() };
+/// modes look different through another mount of the same repository.
+pub fn scan(sys: &dyn Sys, top: &Path, extent: Extent, progress: &Progress) -> Result<Scan> {
+    let walk = Walk { sys, top, extent, progress, state: Mutex::default(), changed: Condvar::new() };
     walk.state.lock().unread.push(Unread { parent: Arc::from(Path::new("")), name: OsString::new() });
     walk.read_until(FEW);
     if !walk.is_over() {
@@ -146,7 +161,7 @@ struct Walk<'a> {
     sys: &'a dyn Sys,
     top: &'a Path,
     extent: Extent,
-    read: &'a AtomicUsize,
+    progress: &'a Progress,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -190,7 +205,8 @@ impl Walk<'_> {
             // A panic must not leave the others waiting for this one.
             let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next)))
                 .unwrap_or_else(|_| Err(Error::Panicked { top: self.top.to_owned() }));
-            self.read.fetch_add(1, Ordering::Relaxed);
+            self.progress.directories.fetch_add(1, Ordering::Relaxed);
+            self.progress.pulse.beat();
             let mut state = self.state.lock();
             state.busy -= 1;
             state.bytes = state.bytes.saturating_sub(cost(&next.name));
@@ -220,7 +236,13 @@ impl Walk<'_> {
         let mut below = Vec::new();
         let mut markers = Vec::new();
         let mut bytes = 0;
+        let mut entries = 0_usize;
         self.sys.for_each_entry(&at, &mut |name, file_type| {
+            entries += 1;
+            // Names come many at a time: a large directory gets on while it is being read.
+            if entries.is_multiple_of(BEAT) {
+                self.progress.pulse.beat();
+            }
             let kept = match file_type {
                 _ if self.extent != Extent::Flat && is_whiteout(name) => &mut markers,
                 FileType::Other if CATALOG_MARKERS.iter().any(|marker| name == *marker) => &mut markers,
@@ -267,7 +289,31 @@ impl Walk<'_> {
     }
 }
 
+impl Scan {
+    /// The entry for `path`, made with those above it where there is none.
+    pub fn directory(&mut self, path: &Path) -> &mut Directory {
+        let missing = |scan: &Self, path: &Path| scan.directories.binary_search_by(|d| d.path.as_path().cmp(path));
+        for above in path.ancestors().collect::<Vec<_>>().into_iter().rev() {
+            if let Err(at) = missing(self, above) {
+                self.directories.insert(at, Directory { path: above.to_owned(), ..Directory::default() });
+            }
+        }
+        let at = missing(self, path).unwrap_or_else(|at| at);
+        &mut self.directories[at]
+    }
+}
+
 impl Directory {
+    /// Something of it is to be hidden, or shown otherwise.
+    pub fn has_mask(&self) -> bool {
+        !self.hidden.is_empty() || !self.copies.is_empty() || self.like.is_some()
+    }
+
+    /// It deletes something of the layers below.
+    pub fn hides(&self) -> bool {
+        self.opaque || !self.deleted.is_empty()
+    }
+
     fn of(path: PathBuf, is_top: bool, markers: Vec<OsString>) -> Self {
         let mut directory = Self { path, hidden: markers, ..Self::default() };
         for name in &directory.hidden {
@@ -318,7 +364,7 @@ mod tests {
     }
 
     fn find(sys: &dyn Sys, top: &Path, extent: Extent) -> Result<Scan> {
-        scan(sys, top, extent, &AtomicUsize::new(0))
+        scan(sys, top, extent, &Progress::default())
     }
 
     /// `path: -deleted … !hidden … =opaque`, one line a directory.
@@ -403,9 +449,9 @@ mod tests {
     fn of_the_bottom_layer_only_the_top_is_read() {
         let top = layer(&["d"], &[".cvmfscatalog", ".wh.x", ".wh..wh..opq", "d/.wh.y", "d/.cvmfscatalog"]);
         assert_eq!(shown_as(&top, Extent::Bottom), [": !.cvmfscatalog !.wh..wh..opq !.wh.x"]);
-        let read = AtomicUsize::new(0);
+        let read = Progress::default();
         scan(&Host, top.path(), Extent::Bottom, &read).unwrap();
-        assert_eq!(read.into_inner(), 1);
+        assert_eq!(read.directories.into_inner(), 1);
     }
 
     #[test]
@@ -445,8 +491,8 @@ mod tests {
     fn names_without_end_do_not_eat_the_memory() {
         let top = tempfile::tempdir().unwrap();
         let sys = crate::sys::failing::Failing::endless(MOST_BYTES / 200);
-        let read = AtomicUsize::new(0);
+        let read = Progress::default();
         assert_eq!(scan(&sys, top.path(), Extent::Layer, &read), Err(Error::TooMuch { top: top.path().to_owned() }));
-        assert!(read.into_inner() < 100);
+        assert!(read.directories.into_inner() < 100);
     }
 }

@@ -2,8 +2,9 @@
 //! them. All questions go through the repositories' own threads and come back in time.
 #![forbid(unsafe_code)]
 
-use std::ffi::OsString;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -11,12 +12,14 @@ use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
 use crate::overlay::{Form, Lower};
-use crate::repository::lane::{Ticket, Turn};
-use crate::repository::scan::{Directory, Extent, Scan, Subject};
-use crate::repository::{Missing, Repository, Top};
+use crate::repository::lane::Turn;
+use crate::repository::scan::{Extent, Scan, Subject};
+use crate::repository::{Asked, Missing, Repository, Top};
 use crate::store::Store;
 use crate::sys::Sys;
-use crate::types::{Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, RootfsMode, Snapshot, SnapshotId};
+use crate::types::{
+    Digest, Flat, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, RootfsMode, Snapshot, SnapshotId,
+};
 
 /// Why the layer of a pull is downloaded after all.
 #[derive(Debug)]
@@ -90,8 +93,8 @@ pub struct Piece {
     pub id: SnapshotId,
     pub form: Form,
     pub subject: Subject,
-    /// Names at the top that are hidden besides those that a scan finds.
-    pub added: Vec<OsString>,
+    /// Of a whole root: what else is hidden and changed.
+    pub flat: Option<Flat>,
     /// None: not known yet.
     pub scan: Option<Arc<Scan>>,
 }
@@ -118,6 +121,21 @@ impl From<Missing> for Trouble {
     }
 }
 
+/// When a call waits no longer, however well the repository gets on.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For walks; they go on without it.
+    pub scans: Instant,
+    pub all: Instant,
+}
+
+impl Limits {
+    /// Of a call that begins now.
+    pub fn of(repository: &Repository) -> Self {
+        Self { scans: Instant::now() + repository.timeout(), all: repository.give_up_at() }
+    }
+}
+
 enum Step {
     Attached(Attached),
     /// It must be looked through first.
@@ -126,7 +144,7 @@ enum Step {
 
 /// How far a piece is. The steps of many pieces are begun together and waited for in turn.
 enum Progress {
-    Asked(Ticket<std::result::Result<Step, Trouble>>),
+    Asked(Asked<std::result::Result<Step, Trouble>>),
     Scanning(Pending),
     Over(std::result::Result<Attached, Trouble>),
 }
@@ -137,7 +155,7 @@ impl Sources {
         let mut reasons = Vec::new();
         for repository in &self.repositories {
             let (asked, wanted) = (Arc::clone(repository), digest.clone());
-            match repository.ask(move || asked.layer(&wanted)).and_then(|top| top) {
+            match Repository::ask(repository, move || asked.layer(&wanted)).and_then(|top| top) {
                 Ok(_) => return Ok(Arc::clone(repository)),
                 Err(missing) => reasons.push((repository.name().to_owned(), missing)),
             }
@@ -157,7 +175,11 @@ impl Sources {
     }
 
     /// Attaches the layers of `chain`, nearest first; None where a snapshot is local.
-    pub fn attach_layers(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Vec<(Lower, Option<Attached>)>> {
+    pub fn attach_layers(
+        self: &Arc<Self>,
+        chain: &[Snapshot],
+        limits: Limits,
+    ) -> Result<Vec<(Lower, Option<Attached>)>> {
         let remote: Vec<(&Snapshot, &Layer)> = chain.iter().filter_map(|s| Some((s, s.layer.as_ref()?))).collect();
         let mut begun = Vec::with_capacity(remote.len());
         for (snapshot, layer) in &remote {
@@ -168,7 +190,7 @@ impl Sources {
         }
         for _ in 0..Progress::STEPS {
             for (first, piece, progress) in &mut begun {
-                progress.advance(self, piece, first);
+                progress.advance(self, piece, first, limits);
             }
         }
         let mut attached = Vec::with_capacity(remote.len());
@@ -196,20 +218,23 @@ impl Sources {
     fn piece(&self, snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Result<Piece> {
         let subject = layer_subject(snapshot, layer, repository);
         let scan = self.scans.known(&subject)?;
-        Ok(Piece { id: snapshot.id, form: Form::Layer, subject, added: Vec::new(), scan })
+        Ok(Piece { id: snapshot.id, form: Form::Layer, subject, flat: None, scan })
     }
 
     /// The repository that the layer came from cannot provide it: another one may.
     fn attach_from_others(self: &Arc<Self>, snapshot: &Snapshot, layer: &Layer, why: Missing) -> Result<Attached> {
         for other in self.candidates(&layer.repository).iter().skip(1) {
-            match self.attach(&self.piece(snapshot, layer, other)?, other) {
+            match self.attach(&self.piece(snapshot, layer, other)?, other, Limits::of(other)) {
                 Ok(attached) => return Ok(attached),
                 Err(Trouble::Own(e)) => return Err(e),
                 Err(Trouble::Missing(_)) => {}
             }
         }
-        let why = if self.named(&layer.repository).is_some() { why } else { Missing::NotConfigured };
-        Err(unavailable(layer, why))
+        if self.named(&layer.repository).is_some() {
+            return Err(unavailable(layer, why));
+        }
+        let instead = self.repositories.first().map(|first| (first.name().to_owned(), Box::new(why)));
+        Err(unavailable(layer, Missing::NotConfigured { instead }))
     }
 
     /// Attaches one piece, looked through before if need be.
@@ -217,10 +242,11 @@ impl Sources {
         self: &Arc<Self>,
         piece: &Piece,
         repository: &Arc<Repository>,
+        limits: Limits,
     ) -> std::result::Result<Attached, Trouble> {
         let mut progress = self.begin(piece, repository);
         for _ in 0..Progress::STEPS {
-            progress.advance(self, piece, repository);
+            progress.advance(self, piece, repository, limits);
         }
         progress.result()
     }
@@ -239,8 +265,8 @@ impl Sources {
                 }
             }
         };
-        match repository.start(job, late) {
-            Ok(ticket) => Progress::Asked(ticket),
+        match Repository::start(repository, job, late) {
+            Ok(asked) => Progress::Asked(asked),
             Err(missing) => Progress::Over(Err(missing.into())),
         }
     }
@@ -253,7 +279,10 @@ impl Sources {
         };
         let top = look()?;
         let Some(scan) = &piece.scan else { return Ok(Step::Unscanned(top)) };
-        let scan = if piece.added.is_empty() { Arc::clone(scan) } else { Arc::new(with_added(scan, &piece.added)) };
+        let scan = match &piece.flat {
+            None => Arc::clone(scan),
+            Some(flat) => Arc::new(repaired(scan, flat, repository)?),
+        };
         let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
         let pin = self.attacher.attach(&wanted).map_err(|e| {
             // Gone while we were at it?
@@ -307,10 +336,10 @@ impl Progress {
         }
     }
 
-    fn advance(&mut self, sources: &Arc<Sources>, piece: &Piece, repository: &Arc<Repository>) {
-        let now = std::mem::replace(self, Self::Over(Err(Missing::NotConfigured.into())));
+    fn advance(&mut self, sources: &Arc<Sources>, piece: &Piece, repository: &Arc<Repository>, limits: Limits) {
+        let now = std::mem::replace(self, Self::Over(Err(Missing::NotPublished.into())));
         *self = match now {
-            Self::Asked(ticket) => match repository.wait(ticket) {
+            Self::Asked(asked) => match asked.wait(limits.all) {
                 Ok(Ok(Step::Attached(attached))) => Self::Over(Ok(attached)),
                 Ok(Ok(Step::Unscanned(top))) => {
                     match sources.scans.start(&piece.subject, repository, top.path, Turn::Next) {
@@ -321,7 +350,7 @@ impl Progress {
                 Ok(Err(trouble)) => Self::Over(Err(trouble)),
                 Err(missing) => Self::Over(Err(missing.into())),
             },
-            Self::Scanning(pending) => match pending.wait() {
+            Self::Scanning(pending) => match pending.wait(limits.scans) {
                 Ok(scan) => sources.begin(&Piece { scan: Some(scan), ..piece.clone() }, repository),
                 Err(missing) => Self::Over(Err(missing.into())),
             },
@@ -346,11 +375,24 @@ fn describe(subject: &Subject) -> String {
     }
 }
 
-fn with_added(scan: &Scan, added: &[OsString]) -> Scan {
+/// With what the publisher of a whole root added and changed.
+fn repaired(scan: &Scan, flat: &Flat, repository: &Repository) -> std::result::Result<Scan, Missing> {
     let mut scan = scan.clone();
-    if scan.directories.is_empty() {
-        scan.directories.push(Directory::default());
+    let split = |path: &Path| {
+        (path.parent().unwrap_or(Path::new("")).to_owned(), path.file_name().unwrap_or_default().to_owned())
+    };
+    for path in &flat.hidden {
+        let (above, name) = split(path);
+        scan.directory(&above).hidden.push(name);
     }
-    scan.directories[0].hidden.extend(added.iter().cloned());
-    scan
+    for (path, layer) in &flat.repaired {
+        let own = repository.layer(layer)?.path.join(path);
+        if repository.is_directory(&own)? {
+            scan.directory(path).like = Some(own);
+        } else {
+            let (above, name) = split(path);
+            scan.directory(&above).copies.push((name, own));
+        }
+    }
+    Ok(scan)
 }

@@ -3,29 +3,57 @@
 //!
 //! The whole root is taken only where it is certain to show what the layers show: the
 //! published manifest of the image lists exactly the chain's layers, and of the names that a
-//! publisher is known to add, each is the publisher's alone and hidden, or the image's own.
+//! publisher is known to add or to change, each is the publisher's alone and hidden, or the
+//! image's own, or shown as a layer has it.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
-use std::ffi::OsString;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::layers::{Attached, Piece, Sources, Trouble, unavailable};
+use super::layers::{Attached, Limits, Piece, Sources, Trouble, unavailable};
 use super::{Error, Result};
 use crate::overlay::{Form, Lower};
-use crate::repository::lane::Turn;
+use crate::repository::lane::{Turn, alive};
 use crate::repository::manifest::ImageRef;
-use crate::repository::scan::{Extent, Subject};
+use crate::repository::scan::{Directory, Extent, Subject};
 use crate::repository::{Missing, Repository, Top};
 use crate::store::Lookup;
 use crate::sys::{FileType, Status, Sys};
 use crate::types::{Digest, Flat, Key, LABEL_IMAGE_REF, Layer, Rootfs, RootfsMode, Snapshot, SnapshotId};
 
-/// What Singularity and Apptainer need in a root file system; a publisher adds it for them.
-const ADDED: [&str; 7] = [".singularity.d", ".exec", ".run", ".shell", ".test", "environment", "singularity"];
+/// Of Singularity's, and its own in every root that has it.
+const SINGULARITY: &str = ".singularity.d";
+/// What Singularity and Apptainer need in a root file system, and a publisher adds or, where
+/// there was none, makes; it empties the two files in `etc`. A directory stands before what is
+/// in it.
+const ADDED: [&str; 18] = [
+    SINGULARITY,
+    ".exec",
+    ".run",
+    ".shell",
+    ".test",
+    "environment",
+    "singularity",
+    "dev",
+    "proc",
+    "root",
+    "var",
+    "var/tmp",
+    "tmp",
+    "etc",
+    "etc/hosts",
+    "etc/resolv.conf",
+    "sys",
+    "home",
+];
+/// A file that the publisher emptied and that is shown as the layer has it is copied, if it is not
+/// larger than this.
+const MOST_COPIED: u64 = 1 << 20;
 
 /// Why a chain has no published root file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,39 +89,45 @@ pub type Below = Vec<(Lower, Option<Attached>)>;
 impl Sources {
     /// What lies below a container on `chain`, attached; nearest first.
     pub fn attach_below(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Below> {
-        let Some(remote) = self.may_be_flat(chain) else { return self.attach_layers(chain) };
+        // All repositories have the same limits.
+        let limits = Limits::of(&self.repositories[0]);
+        let Some(remote) = self.may_be_flat(chain) else { return self.attach_layers(chain, limits) };
         let id = chain[0].id;
         let decided = self.store.read(|tx| tx.rootfs(id).map_err(Error::from))?;
-        match decided {
-            Some(Rootfs::Layers) => {}
-            Some(Rootfs::Flat(flat)) => match self.attach_flat(id, &flat) {
+        let flat = match decided {
+            Some(Rootfs::Layers) => None,
+            Some(Rootfs::Flat(flat)) => Some(flat),
+            None => self.decide(chain, &remote)?,
+        };
+        if let Some(flat) = flat {
+            match self.attach_flat(id, &flat) {
+                // It is being looked through for the first time: the layers may be ready.
+                Err(Trouble::Missing(Missing::BeingScanned { .. })) => return self.attach_layers(chain, limits),
                 Err(Trouble::Missing(why)) if is_over(&why) => {
                     log::warn!(
                         "the root file system {} of repository {} cannot be used any more: {why}",
                         flat.config,
                         flat.repository
                     );
-                    if let Some(below) = self.decide_and_attach(chain, &remote)? {
-                        return Ok(below);
+                    // Another one, or none.
+                    if let Some(other) = self.decide(chain, &remote)?.filter(|other| *other != flat) {
+                        return finish(self.attach_flat(id, &other), &remote);
                     }
                 }
                 // Another repository may have the layers. What was decided stays.
                 Err(Trouble::Missing(why)) if self.repositories.len() > 1 => {
-                    return self.attach_layers(chain).map_err(|_| unavailable(remote[0], why));
+                    return self.attach_layers(chain, limits).map_err(|_| unavailable(remote[0], why));
                 }
                 result => return finish(result, &remote),
-            },
-            None => {
-                if let Some(below) = self.decide_and_attach(chain, &remote)? {
-                    return Ok(below);
-                }
             }
         }
-        match self.attach_layers(chain) {
+        match self.attach_layers(chain, limits) {
             // They were decided for, and are gone: the image may have a root by now.
             Err(Error::LayerUnavailable { digest, repository, why }) if why.is_gone() => {
-                let below = self.decide_and_attach(chain, &remote)?;
-                below.ok_or(Error::LayerUnavailable { digest, repository, why })
+                match self.decide(chain, &remote)? {
+                    Some(flat) => finish(self.attach_flat(id, &flat), &remote),
+                    None => Err(Error::LayerUnavailable { digest, repository, why }),
+                }
             }
             result => result,
         }
@@ -107,19 +141,8 @@ impl Sources {
         chain.iter().map(|snapshot| snapshot.layer.as_ref()).collect()
     }
 
-    /// None: it has to be the layers.
-    fn decide_and_attach(self: &Arc<Self>, chain: &[Snapshot], remote: &[&Layer]) -> Result<Option<Below>> {
-        match self.decide(chain, remote)? {
-            Rootfs::Layers => Ok(None),
-            Rootfs::Flat(flat) => match self.attach_flat(chain[0].id, &flat) {
-                Err(Trouble::Missing(why)) if is_over(&why) => Ok(None),
-                result => finish(result, remote).map(Some),
-            },
-        }
-    }
-
-    /// Decides and keeps it, unless it can be otherwise in a moment.
-    fn decide(self: &Arc<Self>, chain: &[Snapshot], remote: &[&Layer]) -> Result<Rootfs> {
+    /// Decides and keeps it, unless it can be otherwise in a moment. None: the layers.
+    fn decide(self: &Arc<Self>, chain: &[Snapshot], remote: &[&Layer]) -> Result<Option<Flat>> {
         let id = chain[0].id;
         let (rootfs, is_certain) = match self.look_for_flat(&chain[0], remote) {
             Ok(flat) => (Rootfs::Flat(flat), true),
@@ -137,7 +160,10 @@ impl Sources {
                 },
             )?;
         }
-        Ok(rootfs)
+        Ok(match rootfs {
+            Rootfs::Layers => None,
+            Rootfs::Flat(flat) => Some(flat),
+        })
     }
 
     fn look_for_flat(self: &Arc<Self>, uppermost: &Snapshot, remote: &[&Layer]) -> std::result::Result<Flat, NoFlat> {
@@ -151,7 +177,7 @@ impl Sources {
                 let (reference, layers) = (reference.clone(), layers.clone());
                 move || find(sys.as_ref(), &repository, &reference, &layers)
             };
-            match repository.ask(job).unwrap_or_else(|missing| Err(NoFlat::Unknown(missing))) {
+            match Repository::ask(&repository, job).unwrap_or_else(|missing| Err(NoFlat::Unknown(missing))) {
                 Ok(flat) => return Ok(flat),
                 // What may change weighs more than what is certain.
                 Err(_) if matches!(reason, NoFlat::Unknown(_)) => {}
@@ -163,12 +189,14 @@ impl Sources {
     }
 
     fn attach_flat(self: &Arc<Self>, id: SnapshotId, flat: &Flat) -> std::result::Result<Below, Trouble> {
-        let repository = self.named(&flat.repository).ok_or(Missing::NotConfigured)?;
+        let repository = self.named(&flat.repository).ok_or(Missing::NotConfigured { instead: None })?;
         let subject = flat_subject(flat);
         let scan = self.scans.known(&subject).map_err(Trouble::Own)?;
-        let piece = Piece { id, form: Form::Flat, subject, added: flat.added.clone(), scan };
-        let attached = self.attach(&piece, repository)?;
-        let masked = attached.scan.directories.iter().any(|directory| !directory.hidden.is_empty());
+        let piece = Piece { id, form: Form::Flat, subject, flat: Some(flat.clone()), scan };
+        // The layers can be had at once, so a first walk is not waited for as long as it may take.
+        let limits = Limits { scans: Instant::now() + repository.timeout() / 4, ..Limits::of(repository) };
+        let attached = self.attach(&piece, repository, limits)?;
+        let masked = attached.scan.directories.iter().any(Directory::has_mask);
         Ok(vec![(Lower::Flat { id, masked }, Some(attached))])
     }
 
@@ -194,7 +222,7 @@ impl Sources {
             return Ok(());
         }
         let (asked, digest) = (Arc::clone(repository), layer.digest.clone());
-        let top = repository.ask(move || asked.layer(&digest)).and_then(|top| top);
+        let top = Repository::ask(repository, move || asked.layer(&digest)).and_then(|top| top);
         top.and_then(|top| self.scans.start(&subject, repository, top.path, Turn::Last))
             .map(drop)
             .map_err(|why| unavailable(layer, why))
@@ -226,7 +254,7 @@ impl Sources {
             return Ok(());
         }
         let (asked, config) = (Arc::clone(repository), flat.config.clone());
-        let top = repository.ask(move || asked.flat(&config)).and_then(|top| top);
+        let top = Repository::ask(repository, move || asked.flat(&config)).and_then(|top| top);
         if let Err(why) = top.and_then(|top| self.scans.start(&subject, repository, top.path, Turn::Last)) {
             log::debug!("the root file system {} will be looked through when it is needed: {why}", flat.config);
         }
@@ -240,7 +268,7 @@ fn flat_subject(flat: &Flat) -> Subject {
 
 /// It will not be there in a moment either.
 fn is_over(why: &Missing) -> bool {
-    why.is_gone() || matches!(why, Missing::Unscannable(_) | Missing::NotADirectory { .. })
+    why.is_gone() || matches!(why, Missing::Unscannable(_) | Missing::NotADirectory { .. } | Missing::LeadsOut { .. })
 }
 
 fn finish(result: std::result::Result<Below, Trouble>, remote: &[&Layer]) -> Result<Below> {
@@ -263,27 +291,45 @@ fn find(
         return Err(NoFlat::OtherLayers);
     }
     let top = repository.flat(&manifest.config).map_err(|why| match why {
-        Missing::NotPublished | Missing::NotADirectory { .. } => NoFlat::NotPublished,
+        Missing::NotPublished | Missing::NotADirectory { .. } | Missing::LeadsOut { .. } => NoFlat::NotPublished,
         why => NoFlat::Unknown(why),
     })?;
     if is_partly {
         return Err(NoFlat::Partly);
     }
-    let added = added(sys, repository, &top, layers)?;
-    Ok(Flat { config: manifest.config, repository: repository.name().to_owned(), added })
+    let Changes { hidden, repaired } = changes(sys, repository, &top, layers)?;
+    Ok(Flat { config: manifest.config, repository: repository.name().to_owned(), hidden, repaired })
 }
 
-/// The names that only the publisher put there.
-fn added(
+/// What the publisher changed in a root, against the layers: names to be hidden, and entries to
+/// be shown as a layer has them.
+#[derive(Default)]
+struct Changes {
+    hidden: Vec<PathBuf>,
+    repaired: Vec<(PathBuf, Digest)>,
+}
+
+impl Changes {
+    fn repair(&mut self, path: &Path, layer: &Digest) {
+        if !self.repaired.iter().any(|(repaired, _)| repaired == path) {
+            self.repaired.push((path.to_owned(), layer.clone()));
+        }
+    }
+}
+
+fn changes(
     sys: &dyn Sys,
     repository: &Repository,
     top: &Top,
     layers: &[Digest],
-) -> std::result::Result<Vec<OsString>, NoFlat> {
-    let look = |path: &std::path::Path| match sys.lstat(path) {
-        Ok(status) => Ok(Some(status)),
-        Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
-        Err(e) => Err(NoFlat::Unknown(repository.unreadable(e))),
+) -> std::result::Result<Changes, NoFlat> {
+    let look = |path: &Path| {
+        alive();
+        match sys.lstat(path) {
+            Ok(status) => Ok(Some(status)),
+            Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(e) => Err(NoFlat::Unknown(repository.unreadable(e))),
+        }
     };
     let mut suspects = Vec::new();
     for name in ADDED {
@@ -291,43 +337,86 @@ fn added(
             suspects.push((name, status));
         }
     }
-    let mut added = Vec::new();
+    let mut changes = Changes::default();
     if suspects.is_empty() {
-        return Ok(added);
+        return Ok(changes);
     }
-    let tops: Vec<Top> = layers
-        .iter()
-        .rev()
-        .map(|digest| repository.layer(digest))
-        .collect::<std::result::Result<_, _>>()
-        .map_err(NoFlat::Unknown)?;
+    let find = |digest: &Digest| Ok((digest.clone(), repository.layer(digest).map_err(NoFlat::Unknown)?.path));
+    let tops = layers.iter().rev().map(find).collect::<std::result::Result<Vec<_>, _>>()?;
     for (name, shown) in suspects {
-        let mut own = None;
-        for layer in &tops {
-            if let Some(status) = look(&layer.path.join(name))? {
-                own = Some((layer.path.join(name), status));
-                break;
-            }
-            if look(&layer.path.join(format!(".wh.{name}")))?.is_some() {
-                break;
-            }
+        let path = Path::new(name);
+        // What is in a directory that is hidden is hidden with it.
+        if changes.hidden.iter().any(|above| path.starts_with(above)) {
+            continue;
         }
-        match own {
-            None => added.push(OsString::from(name)),
-            Some((path, status)) if is_same(sys, (&top.path.join(name), shown), (&path, status)) => {}
-            Some(_) => return Err(NoFlat::Overwritten(name)),
+        let Some((layer, own_path)) = own(&tops, path, &look)? else {
+            changes.hidden.push(path.to_owned());
+            // Its directory got another time when it was made.
+            if let Some(above) = path.parent().filter(|above| !above.as_os_str().is_empty())
+                && let Some((layer, _)) = own(&tops, above, &look)?
+            {
+                changes.repair(above, &layer);
+            }
+            continue;
+        };
+        if is_same(sys, &top.path.join(name), &own_path) {
+            continue;
+        }
+        let is = look(&own_path)?.map(|status| (status.file_type, status.size));
+        match (shown.file_type, is) {
+            (FileType::Directory, Some((FileType::Directory, _))) if name != SINGULARITY => {
+                changes.repair(path, &layer);
+            }
+            (FileType::Other, Some((FileType::Other, ..=MOST_COPIED))) if path.starts_with("etc") => {
+                changes.repair(path, &layer);
+            }
+            _ => return Err(NoFlat::Overwritten(name)),
         }
     }
-    Ok(added)
+    Ok(changes)
 }
 
-/// Of directories nobody can tell without reading them.
-fn is_same(sys: &dyn Sys, a: (&std::path::Path, Status), b: (&std::path::Path, Status)) -> bool {
-    let looks = |status: Status| (status.file_type, status.mode, status.size, status.mtime.0);
-    looks(a.1) == looks(b.1)
-        && match a.1.file_type {
-            FileType::Directory => false,
-            FileType::Symlink => matches!((sys.read_link(a.0), sys.read_link(b.0)), (Ok(a), Ok(b)) if a == b),
-            FileType::Other => true,
+/// Where the image itself has `name`: in the uppermost layer that does, unless one above it, or a
+/// layer on the way, deletes it.
+fn own(
+    tops: &[(Digest, PathBuf)],
+    name: &Path,
+    look: &impl Fn(&Path) -> std::result::Result<Option<Status>, NoFlat>,
+) -> std::result::Result<Option<(Digest, PathBuf)>, NoFlat> {
+    for (digest, layer) in tops {
+        let path = layer.join(name);
+        if look(&path)?.is_some() {
+            return Ok(Some((digest.clone(), path)));
         }
+        for part in name.ancestors().filter(|part| !part.as_os_str().is_empty()) {
+            let marker = part.file_name().map(|file| format!(".wh.{}", file.display()));
+            let deleted = marker.map(|marker| layer.join(part).with_file_name(marker));
+            let opaque = part.parent().filter(|above| !above.as_os_str().is_empty());
+            let opaque = opaque.map(|above| layer.join(above).join(".wh..wh..opq"));
+            for marker in deleted.into_iter().chain(opaque) {
+                if look(&marker)?.is_some() {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Whether two entries cannot be told apart; of directories, by themselves.
+fn is_same(sys: &dyn Sys, a: &Path, b: &Path) -> bool {
+    alive();
+    let (Ok(one), Ok(other)) = (sys.lstat(a), sys.lstat(b)) else { return false };
+    let is_dir = one.file_type == FileType::Directory;
+    let differs = one.file_type != other.file_type || (one.size != other.size && !is_dir);
+    if differs || sys.attributes(a).ok() != sys.attributes(b).ok() {
+        return false;
+    }
+    match one.file_type {
+        FileType::Directory => !a.ends_with(SINGULARITY),
+        FileType::Symlink => matches!((sys.read_link(a), sys.read_link(b)), (Ok(a), Ok(b)) if a == b),
+        FileType::Other => {
+            matches!((sys.read_file(a, MOST_COPIED), sys.read_file(b, MOST_COPIED)), (Ok(a), Ok(b)) if a == b)
+        }
+    }
 }

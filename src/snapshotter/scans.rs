@@ -5,37 +5,43 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::{Error, Result};
 use crate::repository::lane::Turn;
-use crate::repository::scan::{self, Scan, Subject};
+use crate::repository::scan::{self, Progress, Scan, Subject};
 use crate::repository::{Missing, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
+
+/// So often whoever waits looks whether there is still hope.
+const LOOK_UP: Duration = Duration::from_millis(100);
 
 #[derive(Clone)]
 pub struct Scans {
     shared: Arc<Shared>,
 }
 
+/// A walk hangs with the mount it is on: one of the next mount is another.
+type Key = (Subject, u64);
+
 struct Shared {
     store: Arc<Store>,
     sys: Arc<dyn Sys>,
     /// So that nobody walks a layer beside somebody else.
-    under_way: Mutex<HashMap<Subject, Arc<Walk>>>,
+    under_way: Mutex<HashMap<Key, Arc<Walk>>>,
 }
 
 /// A walk that is queued or under way, until its result is there.
 #[derive(Default)]
 struct Walk {
     begun: AtomicBool,
-    directories: AtomicUsize,
+    progress: Progress,
     result: Mutex<Option<std::result::Result<Arc<Scan>, Missing>>>,
     changed: Condvar,
 }
@@ -64,22 +70,23 @@ impl Scans {
         top: PathBuf,
         turn: Turn,
     ) -> std::result::Result<Pending, Missing> {
+        let key = (subject.clone(), repository.mount_number());
         let (walk, is_new) = {
             let mut under_way = self.shared.under_way.lock();
-            let is_new = !under_way.contains_key(subject);
-            (Arc::clone(under_way.entry(subject.clone()).or_default()), is_new)
+            let is_new = !under_way.contains_key(&key);
+            (Arc::clone(under_way.entry(key.clone()).or_default()), is_new)
         };
         // One that waits in the queue gets a second place further in front; the first that has
         // its turn does the work.
         if is_new || (turn == Turn::Next && !walk.begun.load(Ordering::SeqCst)) {
             let job = {
-                let (shared, walk, subject) = (Arc::clone(&self.shared), Arc::clone(&walk), subject.clone());
+                let (shared, walk, key) = (Arc::clone(&self.shared), Arc::clone(&walk), key.clone());
                 let repository = Arc::clone(repository);
-                move || shared.walk(&subject, &walk, &repository, &top)
+                move || shared.walk(&key, &walk, &repository, &top)
             };
-            if let Err(missing) = repository.walk(turn, job) {
+            if let Err(missing) = repository.walk(turn, walk.progress.pulse.clone(), job) {
                 if is_new {
-                    self.shared.finish(subject, &walk, Err(missing.clone()));
+                    self.shared.finish(&key, &walk, Err(missing.clone()));
                 }
                 return Err(missing);
             }
@@ -89,27 +96,25 @@ impl Scans {
 }
 
 impl Pending {
-    /// The result, if it comes within the repository's limit. The walk goes on all the same.
-    pub fn wait(self) -> std::result::Result<Arc<Scan>, Missing> {
-        let until = Instant::now() + self.repository.timeout();
-        let before = self.walk.directories.load(Ordering::Relaxed);
+    /// The result, if it comes before `until`. The walk goes on all the same.
+    pub fn wait(self, until: Instant) -> std::result::Result<Arc<Scan>, Missing> {
         let mut result = self.walk.result.lock();
-        while result.is_none() {
-            if self.walk.changed.wait_until(&mut result, until).timed_out() {
-                break;
+        loop {
+            if let Some(result) = &*result {
+                return result.clone();
             }
-        }
-        if let Some(result) = &*result {
-            return result.clone();
-        }
-        drop(result);
-        let directories = self.walk.directories.load(Ordering::Relaxed);
-        // It gets on: the layer is large. Or it waits for others that do. Else the repository is to blame.
-        let is_queued = !self.walk.begun.load(Ordering::SeqCst);
-        if directories > before || is_queued {
-            Err(Missing::BeingScanned { directories })
-        } else {
-            Err(self.repository.no_answer())
+            // One that waits for its turn is no sign that the repository hangs.
+            let has_begun = self.walk.begun.load(Ordering::SeqCst);
+            let is_silent = has_begun && self.walk.progress.pulse.silence() >= self.repository.timeout();
+            if is_silent || self.repository.is_hopeless() {
+                return Err(self.repository.no_answer());
+            }
+            if Instant::now() >= until {
+                let directories = self.walk.progress.directories.load(Ordering::Relaxed);
+                return Err(Missing::BeingScanned { directories });
+            }
+            let step = LOOK_UP.min(until.saturating_duration_since(Instant::now()));
+            self.walk.changed.wait_for(&mut result, step);
         }
     }
 }
@@ -119,17 +124,17 @@ impl Shared {
         self.store.read(|tx| Ok(tx.scan(subject).map_err(Error::from)?.map(Arc::new)))
     }
 
-    fn walk(&self, subject: &Subject, walk: &Walk, repository: &Repository, top: &std::path::Path) {
+    fn walk(&self, key: &Key, walk: &Walk, repository: &Repository, top: &Path) {
         if walk.begun.swap(true, Ordering::SeqCst) {
             return;
         }
+        let subject = &key.0;
         // Finished between the question of who wants it and this job.
         if let Ok(Some(known)) = self.known(subject) {
-            self.finish(subject, walk, Ok(known));
+            self.finish(key, walk, Ok(known));
             return;
         }
-        let found = scan::scan(self.sys.as_ref(), top, subject.extent, &walk.directories);
-        let result = match found {
+        let result = match scan::scan(self.sys.as_ref(), top, subject.extent, &walk.progress) {
             Ok(found) => {
                 if let Err(e) = self.store.write(|tx| tx.put_scan(subject, &found).map_err(Error::from)) {
                     log::warn!("{} will be looked through again: {e}", subject.digest);
@@ -142,12 +147,12 @@ impl Shared {
         if let Err(why) = &result {
             log::debug!("{} will be looked through when it is needed: {why}", subject.digest);
         }
-        self.finish(subject, walk, result);
+        self.finish(key, walk, result);
     }
 
     /// Whoever comes later finds the result in the store, or walks again.
-    fn finish(&self, subject: &Subject, walk: &Walk, result: std::result::Result<Arc<Scan>, Missing>) {
-        self.under_way.lock().remove(subject);
+    fn finish(&self, key: &Key, walk: &Walk, result: std::result::Result<Arc<Scan>, Missing>) {
+        self.under_way.lock().remove(key);
         *walk.result.lock() = Some(result);
         walk.changed.notify_all();
     }

@@ -133,9 +133,10 @@ fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
 fn look_through(s: &Snapshotter, place: &Place, n: u8) -> usize {
     let repository = &s.sources.repositories[0];
     let subject = Subject { extent: Extent::Layer, digest: digest(n), repository: repository.name().to_owned() };
+    let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
     let found = match s.sources.scans.known(&subject).unwrap() {
         Some(known) => known,
-        None => s.sources.scans.start(&subject, repository, place.layer(n), Turn::Next).unwrap().wait().unwrap(),
+        None => s.sources.scans.start(&subject, repository, place.layer(n), Turn::Next).unwrap().wait(soon).unwrap(),
     };
     found.directories.len()
 }

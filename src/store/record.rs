@@ -10,7 +10,7 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use super::{Error, Result};
 use crate::proto::record::{
-    LayerScan, RemoteLayer, RootfsChoice, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
+    LayerScan, RemoteLayer, Repaired, RootfsChoice, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
     snapshot_record::Kind as KindRecord,
 };
 use crate::repository::scan::{Directory, RULES, Scan};
@@ -92,7 +92,16 @@ pub fn encode_rootfs(rootfs: &Rootfs) -> Vec<u8> {
         Rootfs::Flat(flat) => RootfsChoice {
             config: flat.config.as_str().to_owned(),
             repository: flat.repository.clone(),
-            added: to_bytes(&flat.added),
+            hidden: flat.hidden.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect(),
+            repaired: flat
+                .repaired
+                .iter()
+                .map(|(path, layer)| Repaired {
+                    path: path.as_os_str().as_bytes().to_vec(),
+                    layer: layer.as_str().to_owned(),
+                    ..Repaired::default()
+                })
+                .collect(),
             ..RootfsChoice::default()
         },
     })
@@ -105,7 +114,14 @@ pub fn decode_rootfs(id: SnapshotId, bytes: &[u8]) -> Result<Rootfs> {
         return Ok(Rootfs::Layers);
     }
     let config = Digest::parse(&record.config).map_err(|_| damaged())?;
-    Ok(Rootfs::Flat(Flat { config, repository: record.repository, added: to_names(record.added) }))
+    let path = |bytes| PathBuf::from(OsString::from_vec(bytes));
+    let repaired = record.repaired.into_iter().map(|one| Some((path(one.path), Digest::parse(&one.layer).ok()?)));
+    Ok(Rootfs::Flat(Flat {
+        config,
+        repository: record.repository,
+        hidden: record.hidden.into_iter().map(path).collect(),
+        repaired: repaired.collect::<Option<_>>().ok_or_else(damaged)?,
+    }))
 }
 
 pub fn encode_scan(scan: &Scan) -> Vec<u8> {
@@ -131,6 +147,7 @@ pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
         deleted: to_names(d.deleted),
         opaque: d.opaque,
         hidden: to_names(d.hidden),
+        ..Directory::default()
     });
     Ok(Some(Scan { directories: directories.collect() }))
 }

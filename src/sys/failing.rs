@@ -109,6 +109,7 @@ impl Sys for Failing {
         change chown(path: &Path, uid: u32, gid: u32) -> ();
         change set_attributes(path: &Path, attributes: &Attributes) -> ();
         change create_whiteout(path: &Path) -> ();
+        change write_file(path: &Path, content: &[u8]) -> ();
         change make_opaque(path: &Path) -> ();
         change rename(path: &Path, to: &Path) -> ();
         change remove_file(path: &Path) -> ();

@@ -7,6 +7,7 @@
 
 use std::env;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -89,9 +90,23 @@ impl Mount {
         self.answers.get_mut().unwrap_or_else(PoisonError::into_inner).recv_timeout(deadline)
     }
 
-    /// Sends a signal to the client, for instance SIGSTOP and SIGCONT.
+    /// Sends a signal to the client, for instance SIGSTOP and SIGCONT. After SIGSTOP no thread of it
+    /// answers any more.
     pub fn signal(&self, signal: Signal) {
         signal::kill(self.pid(), signal).expect("a client that was not waited for takes signals");
+        // A signal stops the threads of a process one after the other.
+        while signal == Signal::SIGSTOP && !self.is_stopped() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a process has tasks");
+        tasks.flatten().all(|task| {
+            let status = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // The name in brackets may hold anything.
+            status.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+        })
     }
 
     /// Kills the client and waits for its end. The mount stays, dead: it answers ENOTCONN.

@@ -5,7 +5,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, FileTimes};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ pub use cvmfs_testbed::client::Mount;
 pub use cvmfs_testbed::publisher::Owners;
 use cvmfs_testbed::publisher::Publisher;
 use cvmfs_testbed::web::Web;
+use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
 use crate::image::{Blob, Image};
@@ -36,6 +37,8 @@ pub struct Repository {
 /// Fields are dropped in order: the client before its server.
 struct Real {
     mount: Option<Mount>,
+    /// Clients that hang beside it, without a mount point.
+    old: Vec<Mount>,
     web: Web,
     publisher: Publisher,
     cache: PathBuf,
@@ -70,7 +73,7 @@ impl Repository {
         publisher.publish(&tree);
         let web = Web::start(&served);
         let options = ["--name-length", NAME_LENGTH].iter().chain(options).map(|&o| o.to_owned()).collect();
-        let real = Real { mount: None, web, publisher, cache: beside("cache"), options };
+        let real = Real { mount: None, old: Vec::new(), web, publisher, cache: beside("cache"), options };
         let repository = Self { dir: dir.to_owned(), tree, real: Some(Mutex::new(real)) };
         repository.mount();
         repository
@@ -102,6 +105,17 @@ impl Repository {
         let options: Vec<&str> = real.options.iter().map(String::as_str).collect();
         let mount = Mount::start(&client::program(), &real.web.url(), &self.dir, &real.cache, &options);
         real.mount = Some(mount);
+    }
+
+    /// Mounts it anew, while the client that was there goes on as it is, hanging perhaps.
+    pub fn mount_beside(&self) {
+        // Not in the condition: there the lock would be held to the end of the block.
+        let old = self.real().mount.take();
+        if let Some(old) = old {
+            umount2(&self.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).expect("a mount can be detached");
+            self.real().old.push(old);
+        }
+        self.mount();
     }
 
     /// As `mount`, with nothing in any cache.
@@ -182,6 +196,15 @@ impl Repository {
             let from = self.layer_dir(&layer.digest).join("layerfs");
             make_room(&from, &top);
             extract(layer, &top, &["--exclude=.wh.*"]);
+        }
+        // As DUCC does for Singularity: what is missing is made, two files are emptied.
+        for directory in ["dev", "proc", "root", "var/tmp", "tmp", "etc", "sys", "home"] {
+            fs::create_dir_all(top.join(directory)).expect("a directory can be made");
+        }
+        for file in ["etc/hosts", "etc/resolv.conf"] {
+            fs::write(top.join(file), "").expect("a file can be emptied");
+            let mode = fs::Permissions::from_mode(0o644);
+            fs::set_permissions(top.join(file), mode).expect("a mode can be set");
         }
         fs::create_dir_all(top.join(".singularity.d/env")).expect("a directory can be made");
         fs::write(top.join(".singularity.d/runscript"), "#!/bin/sh\n").expect("a file can be written");

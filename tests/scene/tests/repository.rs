@@ -158,6 +158,78 @@ fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_aliv
     }
 }
 
+/// The client hangs for good, and the admin mounts the repository anew over it. Threads, probes,
+/// walks and locks that hang in the old mount were taken for the new one's.
+#[test]
+fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
+    for config in ["attach = \"bind\"\nrepository-timeout = 1", "attach = \"symlink\"\nrepository-timeout = 1"] {
+        let d = Alone::start("in-its-place", config);
+        let c = &d.client;
+        let chain = pull_chain(c);
+        c.prepare("running", &chain, &[]).expect("the repository answers");
+        // One that was not looked through before.
+        let top = d.repository.layer_dir(&digest(7)).join("layerfs/dir");
+        fs::create_dir_all(&top).expect("a layer can be made");
+        d.repository.commit();
+        let mut n = 0;
+        for round in 0..2 {
+            d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
+            let until = Instant::now() + Duration::from_secs(6);
+            while Instant::now() < until {
+                n += 1;
+                assert!(c.prepare(&format!("hangs-{n}"), &chain, &[]).is_err());
+            }
+            d.repository.mount_beside();
+            let begun = Instant::now();
+            eventually("the new mount serves", || {
+                n += 1;
+                c.prepare(&format!("after-{n}"), &chain, &[]).is_ok()
+            });
+            assert!(begun.elapsed() < Duration::from_secs(10), "round {round}: {:?}", begun.elapsed());
+        }
+        let new = c.pull_remote("extract-7", &chain, "sha256:c7", &digest(7));
+        c.prepare("new", &new, &[]).expect("a layer that was never looked through is looked through now");
+        // The one in its place dies, and yet another one comes.
+        d.repository.with_client(scene::publisher::Mount::kill);
+        unavailable(c.prepare("dead", &new, &[]));
+        d.repository.mount();
+        eventually("the next one serves", || {
+            n += 1;
+            c.prepare(&format!("last-{n}"), &new, &[]).is_ok()
+        });
+        assert!(d.snapshotter.log().contains("was mounted anew"));
+        for info in c.list(&["kind==active"]).expect("a good filter") {
+            c.remove(&info.name).expect("it is there");
+        }
+        eventually("everything is detached", || {
+            c.cleanup().expect("a cleanup succeeds");
+            names(&d.snapshotter.snapshots()).is_empty()
+        });
+    }
+}
+
+/// Killed while a thread hangs in a repository, a process cannot end, and the next one was told that
+/// another daemon runs, which nobody could stop.
+#[test]
+fn root_a_start_after_a_kill_that_could_not_end_says_what_is_to_be_done() {
+    let mut d = Alone::start("held", "repository-timeout = 1");
+    let chain = pull_chain(&d.client);
+    d.repository.command("hang tree");
+    unavailable(d.client.prepare("hangs", &chain, &[]));
+    d.snapshotter.server().signal(Signal::SIGKILL);
+    let output = d.snapshotter.command().output().expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    let pid = d.snapshotter.server().pid().to_string();
+    for part in [pid.as_str(), "was killed and still holds the state root", "hangs in a repository", "start again"] {
+        assert!(message.contains(part), "{part} is missing in: {message}");
+    }
+    d.repository.command("normal");
+    d.snapshotter.server().wait_for_end();
+    d.snapshotter.start_again();
+    d.snapshotter.client().prepare("after", &chain, &[]).expect("the repository answers");
+}
+
 #[test]
 fn root_a_slow_repository_is_waited_for() {
     for config in MODES {
@@ -535,24 +607,39 @@ fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
     let sandbox = Sandbox::enter("long-scan");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
-    let top = repository.layer_dir(&digest(2)).join("layerfs");
-    for n in 0..300 {
-        fs::create_dir_all(top.join(n.to_string())).expect("a layer can be made");
+    for layer in 2..=7 {
+        let top = repository.layer_dir(&digest(layer)).join("layerfs");
+        for n in 0..300 {
+            fs::create_dir_all(top.join(n.to_string())).expect("a layer can be made");
+        }
+        fs::write(top.join("299/.wh.gone"), "").expect("a layer can be marked");
     }
-    fs::write(top.join("299/.wh.gone"), "").expect("a layer can be marked");
     repository.commit();
     let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "repository-timeout = 2");
     let c = snapshotter.client();
     let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     repository.command("slow 200");
-    let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    let mut chain = first.clone();
+    for n in 2..=7 {
+        chain = c.pull_remote(&format!("extract-{n}"), &chain, &format!("sha256:c{n}"), &digest(n));
+    }
     let begun = Instant::now();
-    let message = unavailable(c.prepare("container", &second, &[]));
+    let message = unavailable(c.prepare("container", &chain, &[]));
     assert!(message.contains("is still being looked through") && message.contains("directories are done"), "{message}");
+    // Six walks, four threads each, two at once: they are not waited for one after the other.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    // Others need no walk, and are not told that the repository is to blame.
+    for n in 0..5 {
+        c.prepare(&format!("other-{n}"), &first, &[]).expect("another image starts");
+    }
+    repository.command("hang all");
+    let begun = Instant::now();
+    let message = unavailable(c.prepare("container", &chain, &[]));
+    assert!(message.contains("answer"), "{message}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(snapshotter.log().matches("does not answer").count(), 1, "only once it hung it was to blame");
     repository.command("normal");
-    eventually("it goes on and is done", || c.prepare("container", &second, &[]).is_ok());
-    assert!(!snapshotter.log().contains("does not answer"), "it was never to blame");
+    eventually("it goes on and is done", || c.prepare("container", &chain, &[]).is_ok());
 }
 
 #[test]
