@@ -333,7 +333,14 @@ fn changes(
     };
     let mut suspects = Vec::new();
     for name in ADDED {
-        if let Some(status) = look(&top.path.join(name))? {
+        let path = top.path.join(name);
+        // Below a link, the publisher has changed something that is elsewhere.
+        if Path::new(name).components().count() > 1
+            && look(path.parent().unwrap_or(&top.path))?.is_some_and(|above| above.file_type != FileType::Directory)
+        {
+            return Err(NoFlat::Overwritten(name));
+        }
+        if let Some(status) = look(&path)? {
             suspects.push((name, status));
         }
     }
@@ -385,6 +392,13 @@ fn own(
 ) -> std::result::Result<Option<(Digest, PathBuf)>, NoFlat> {
     for (digest, layer) in tops {
         let path = layer.join(name);
+        // A link or a file in place of its directory hides what is below, and leads elsewhere.
+        let above = name.parent().filter(|above| !above.as_os_str().is_empty());
+        if let Some(above) = above
+            && look(&layer.join(above))?.is_some_and(|above| above.file_type != FileType::Directory)
+        {
+            return Ok(None);
+        }
         if look(&path)?.is_some() {
             return Ok(Some((digest.clone(), path)));
         }

@@ -123,6 +123,11 @@ fn root_a_root_that_is_not_certainly_the_images_is_not_used() {
         let at = stage.repository.flat_dir(&image.config.digest).join("environment");
         fs::write(at, "of the publisher, and longer").expect("a file can be replaced");
     });
+    layers("linked:1", "another /etc/hosts than the image", &|image, _| {
+        let etc = stage.repository.flat_dir(&image.config.digest).join("etc");
+        fs::remove_dir_all(&etc).expect("it was published");
+        std::os::unix::fs::symlink("/etc", &etc).expect("a link can be made");
+    });
     layers("no-manifest:1", "no manifest of the image", &|_, reference| {
         fs::remove_dir_all(stage.repository.manifest_dir(reference)).expect("it was published");
     });
