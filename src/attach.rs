@@ -373,7 +373,11 @@ impl Attacher {
         let planned = needed.map(|directory| {
             alive();
             let like = directory.like.as_deref().map_or_else(|| source.join(&directory.path), Path::to_owned);
-            let attributes = self.sys.attributes(&like)?;
+            let mut attributes = self.sys.attributes(&like)?;
+            if directory.path.as_os_str().is_empty() {
+                // containerd passes over what a layer says of its top.
+                attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
+            }
             let copies = directory.copies.iter().map(|(name, from)| {
                 let content = self.sys.read_file(from, MOST_COPIED)?;
                 Ok(Copied { name, content, attributes: self.sys.attributes(from)? })

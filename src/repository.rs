@@ -132,7 +132,6 @@ impl fmt::Display for Missing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Top {
     pub path: PathBuf,
-    pub owner: (u32, u32),
 }
 
 pub struct Repository {
@@ -369,7 +368,7 @@ impl Repository {
         // The kernel answers `lstat` from its caches long after a FUSE server has died.
         self.sys.statfs(&path).map_err(|e| self.unreadable(e))?;
         alive();
-        Ok(Top { path, owner: (found.uid, found.gid) })
+        Ok(Top { path })
     }
 
     fn known(&self, missing: Missing) -> Missing {

@@ -259,11 +259,12 @@ impl Snapshotter {
         chain: &[Snapshot],
         mapped_root: Option<(u32, u32)>,
     ) -> Result<Vec<Mount>> {
-        let (lower, attached) = self.lower(chain)?;
+        let (lower, _attached) = self.lower(chain)?;
         let id = self.store.reserve_id()?;
         let owner = match (mapped_root, chain.first()) {
             (Some(root), _) => Some(root),
-            (None, Some(parent)) if parent.layer.is_some() => attached.first().map(|uppermost| uppermost.owner),
+            // What a layer says of its top, containerd passes over: it is root's.
+            (None, Some(parent)) if parent.layer.is_some() => None,
             (None, Some(parent)) => {
                 let top = self.sys.stat(&self.places.fs(parent.id))?;
                 Some((top.uid, top.gid))

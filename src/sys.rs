@@ -75,6 +75,8 @@ pub struct Status {
     pub uid: u32,
     pub gid: u32,
     pub size: u64,
+    /// Names of the file.
+    pub links: u64,
     pub mtime: (i64, i64),
 }
 
@@ -107,6 +109,7 @@ impl From<&fs::Metadata> for Status {
             uid: m.uid(),
             gid: m.gid(),
             size: m.size(),
+            links: m.nlink(),
             mtime: (m.mtime(), m.mtime_nsec()),
         }
     }

@@ -102,7 +102,6 @@ pub struct Piece {
 /// A piece in its place. It stays there while this lives.
 pub struct Attached {
     _pin: Pin,
-    pub owner: (u32, u32),
     pub scan: Arc<Scan>,
 }
 
@@ -286,7 +285,7 @@ impl Sources {
         let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
         let pin = self.attacher.attach(&wanted).map_err(|e| {
             // Gone while we were at it?
-            let of_repository = e.path.starts_with(&top.path) || e.is_dead() || e.errno == Errno::ETIMEDOUT;
+            let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::ETIMEDOUT;
             if of_repository || look().is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {
@@ -296,7 +295,7 @@ impl Sources {
         if pin.fresh && piece.subject.extent != Extent::Layer {
             repository.notice_owners(&describe(&piece.subject), &top.path);
         }
-        Ok(Step::Attached(Attached { _pin: pin, owner: top.owner, scan }))
+        Ok(Step::Attached(Attached { _pin: pin, scan }))
     }
 
     /// Takes away what `id` has on disk, unless it is needed.

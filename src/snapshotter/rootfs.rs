@@ -366,15 +366,18 @@ fn changes(
             }
             continue;
         };
-        if is_same(sys, &top.path.join(name), &own_path) {
+        // Through a link, the publisher has emptied another file.
+        let is_link = shown.file_type == FileType::Symlink && path.parent() == Some(Path::new("etc"));
+        if !is_link && is_same(sys, &top.path.join(name), &own_path) {
             continue;
         }
-        let is = look(&own_path)?.map(|status| (status.file_type, status.size));
+        let is = look(&own_path)?.map(|status| (status.file_type, status.size, status.links));
         match (shown.file_type, is) {
-            (FileType::Directory, Some((FileType::Directory, _))) if name != SINGULARITY => {
+            (FileType::Directory, Some((FileType::Directory, ..))) if name != SINGULARITY => {
                 changes.repair(path, &layer);
             }
-            (FileType::Other, Some((FileType::Other, ..=MOST_COPIED))) if path.starts_with("etc") => {
+            // With other names it was emptied under those as well.
+            (FileType::Other, Some((FileType::Other, ..=MOST_COPIED, 1))) if path.starts_with("etc") => {
                 changes.repair(path, &layer);
             }
             _ => return Err(NoFlat::Overwritten(name)),

@@ -123,6 +123,20 @@ fn root_a_root_that_is_not_certainly_the_images_is_not_used() {
         let at = stage.repository.flat_dir(&image.config.digest).join("environment");
         fs::write(at, "of the publisher, and longer").expect("a file can be replaced");
     });
+    for (name, spoiled) in [("hard:1", "opt/hosts"), ("soft:1", "etc/resolv.conf")] {
+        let own = |l: &LayerStage| {
+            l.file("etc/hosts", "x").dir("opt");
+            if name == "hard:1" {
+                l.hard_link("etc/hosts", spoiled);
+            } else {
+                l.file("etc/target", "x").symlink("target", spoiled);
+            }
+        };
+        let with_links = image(&stage, name, vec![stage.builder.layer(own)]);
+        pull(&stage, &with_links);
+        assert!(lower_directories(&stage, &with_links) > 2, "the publisher emptied {spoiled} as well");
+        assert_same(&stage, &with_links);
+    }
     layers("linked:1", "another /etc/hosts than the image", &|image, _| {
         let etc = stage.repository.flat_dir(&image.config.digest).join("etc");
         fs::remove_dir_all(&etc).expect("it was published");

@@ -215,6 +215,13 @@ fn root_odd_cases_are_what_a_normal_pull_makes_of_them() {
                 }),
             ],
         ),
+        (
+            "top-of-its-own:1",
+            vec![
+                base(),
+                b.layer(|l| done(l.file("x", "x").mode("", 0o711).owner("", 1, 2).xattr("", "user.odd", b"x"))),
+            ],
+        ),
         ("opaque-only:1", vec![base(), b.layer(|l| done(l.opaque("opaque")))]),
         (
             "deleted-twice:1",
