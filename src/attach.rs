@@ -9,17 +9,17 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::overlay::{Form, Mask, Places};
-use crate::repository::lane::alive;
+use crate::repository::lane::{Pulse, alive};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
 use crate::sys::{Attributes, Error, FileType, Result, Status, Sys, Unmount};
 use crate::types::SnapshotId;
@@ -44,8 +44,10 @@ pub struct Attach<'a> {
 /// So long a release waits for a thread that is attaching the same layer right now. One that
 /// takes longer may hang in the repository, and a cleanup must not.
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
-/// And so long one thread that attaches waits for another.
-const ATTACH_WAIT: Duration = Duration::from_secs(5);
+/// And so long one thread that attaches waits for another that does not get on.
+const ATTACH_WAIT: Duration = Duration::from_secs(2);
+/// So often it looks.
+const LOOK_UP: Duration = Duration::from_millis(100);
 /// A skeleton that is taken away between looking and building is looked at again so many times.
 const TRIES: usize = 8;
 /// Bytes of a file that a mask shows otherwise than the repository.
@@ -67,6 +69,25 @@ struct Slot {
     /// Users that the store does not know yet. Counted up with the lock held; counted down
     /// without it, because its holder may hang.
     pins: AtomicUsize,
+    /// Of whoever holds the lock.
+    pulse: Pulse,
+}
+
+impl Slot {
+    /// None: its holder hangs. One that builds a large skeleton does not.
+    fn take(&self) -> Option<MutexGuard<'_, ()>> {
+        loop {
+            // Waiting here is no sign that the repository hangs.
+            alive();
+            if let Some(turn) = self.turn.try_lock_for(LOOK_UP) {
+                self.pulse.beat();
+                return Some(turn);
+            }
+            if self.pulse.silence() > ATTACH_WAIT {
+                return None;
+            }
+        }
+    }
 }
 
 /// Keeps a layer attached while it lives.
@@ -149,16 +170,16 @@ impl Attacher {
             let hide_plan = hide_plan.transpose()?.unwrap_or(Plan::NotNeeded);
             let there = self.sys.stat(source)?;
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-            let Some(_turn) = slot.turn.try_lock_for(ATTACH_WAIT) else {
+            let Some(_turn) = slot.take() else {
                 self.replace(id, &slot);
-                return Err(Error { call: "wait for another thread at", path: home, errno: Errno::ETIMEDOUT });
+                continue;
             };
             self.ensure_directory(&home, 0o700)?;
             if !is_same_source {
                 self.put_aside(&place, source, [Some(&mask), hide])?;
             }
-            let is_built = self.build(&mask, &mask_plan, Self::build_mask)?
-                && hide.map_or(Ok(true), |hide| self.build(hide, &hide_plan, Self::build_hide))?;
+            let is_built = self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
+                && hide.map_or(Ok(true), |hide| self.build(hide, &hide_plan, &slot.pulse, Self::build_hide))?;
             if !is_built {
                 // It was there when we looked, and was taken away meanwhile.
                 continue;
@@ -393,7 +414,8 @@ impl Attacher {
         &self,
         place: &Path,
         plan: &Plan<'_>,
-        fill: impl Fn(&Self, &Path, &Directory) -> Result<()>,
+        pulse: &Pulse,
+        fill: impl Fn(&Self, &Path, &Directory, &Pulse) -> Result<()>,
     ) -> Result<bool> {
         let planned = match plan {
             Plan::NotNeeded => return Ok(true),
@@ -406,7 +428,7 @@ impl Attacher {
         for Planned { directory, copies, .. } in planned {
             let path = new.join(&directory.path);
             self.sys.create_dir(&path, 0o755)?;
-            fill(self, &path, directory)?;
+            fill(self, &path, directory, pulse)?;
             for copied in copies {
                 let at = path.join(copied.name);
                 self.sys.write_file(&at, &copied.content)?;
@@ -415,21 +437,32 @@ impl Attacher {
         }
         // Children first: making an entry changes the time of its directory.
         for Planned { directory, attributes, .. } in planned.iter().rev() {
+            pulse.beat();
             self.sys.set_attributes(&new.join(&directory.path), attributes)?;
         }
         self.sys.rename(&new, place)?;
         Ok(true)
     }
 
-    fn build_mask(&self, path: &Path, directory: &Directory) -> Result<()> {
-        directory.hidden.iter().try_for_each(|name| self.sys.create_whiteout(&path.join(name)))
+    fn build_mask(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
+        self.create_whiteouts(path, &directory.hidden, pulse)
     }
 
-    fn build_hide(&self, path: &Path, directory: &Directory) -> Result<()> {
+    fn build_hide(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
         if directory.opaque {
             self.sys.make_opaque(path)?;
         }
-        directory.deleted.iter().try_for_each(|name| self.sys.create_whiteout(&path.join(name)))
+        self.create_whiteouts(path, &directory.deleted, pulse)
+    }
+
+    fn create_whiteouts(&self, path: &Path, names: &[OsString], pulse: &Pulse) -> Result<()> {
+        pulse.beat();
+        names.iter().try_for_each(|name| {
+            pulse.beat();
+            // The thread is not stuck in the repository either.
+            alive();
+            self.sys.create_whiteout(&path.join(name))
+        })
     }
 }
 
