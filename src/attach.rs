@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::overlay::{Form, Mask, Places};
-use crate::repository::lane::{Pulse, alive};
+use crate::repository::lane::{LOOK_UP, Pulse, alive};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
 use crate::sys::{Attributes, Error, FileType, Result, Status, Sys, Unmount};
 use crate::types::SnapshotId;
@@ -46,12 +46,10 @@ pub struct Attach<'a> {
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
 /// And so long one thread that attaches waits for another that does not get on.
 const ATTACH_WAIT: Duration = Duration::from_secs(2);
-/// So often it looks.
-const LOOK_UP: Duration = Duration::from_millis(100);
 /// A skeleton that is taken away between looking and building is looked at again so many times.
 const TRIES: usize = 8;
 /// Bytes of a file that a mask shows otherwise than the repository.
-const MOST_COPIED: u64 = 1 << 20;
+pub const MOST_COPIED: u64 = 1 << 20;
 
 /// More mounts than this on one directory are not ours to untangle.
 const STACKED_MOUNTS: usize = 16;

@@ -26,6 +26,7 @@ use parking_lot::Mutex;
 use self::health::{Health, Sick};
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
+use self::scan::{Extent, Subject};
 use crate::sys::{self, FileType, Status, Sys};
 use crate::types::Digest;
 
@@ -128,12 +129,6 @@ impl fmt::Display for Missing {
     }
 }
 
-/// The top directory of something that is published.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Top {
-    pub path: PathBuf,
-}
-
 pub struct Repository {
     name: String,
     path: PathBuf,
@@ -147,7 +142,6 @@ pub struct Repository {
 /// What belongs to one mount of the repository.
 struct Mount {
     number: u64,
-    timeout: Duration,
     health: Health,
     calls: Lane,
     scans: Lane,
@@ -290,13 +284,21 @@ impl Repository {
         }
     }
 
-    /// The top of an unpacked layer. Asks the repository, as all that follow do.
-    pub fn layer(&self, digest: &Digest) -> Result<Top, Missing> {
+    /// The top of what a scan is about. Asks the repository, as all that follow do.
+    pub fn top(&self, subject: &Subject) -> Result<PathBuf, Missing> {
+        match subject.extent {
+            Extent::Layer | Extent::Bottom => self.layer(&subject.digest),
+            Extent::Flat => self.flat(&subject.digest),
+        }
+    }
+
+    /// The top of an unpacked layer.
+    pub fn layer(&self, digest: &Digest) -> Result<PathBuf, Missing> {
         self.directory(&[LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT])
     }
 
     /// The whole root file system of the image with this configuration.
-    pub fn flat(&self, config: &Digest) -> Result<Top, Missing> {
+    pub fn flat(&self, config: &Digest) -> Result<PathBuf, Missing> {
         self.directory(&[FLAT, &config.hex()[..2], config.hex()])
     }
 
@@ -353,7 +355,7 @@ impl Repository {
         Ok(found)
     }
 
-    fn directory(&self, names: &[&str]) -> Result<Top, Missing> {
+    fn directory(&self, names: &[&str]) -> Result<PathBuf, Missing> {
         let path: PathBuf = [self.path.as_path()].into_iter().chain(names.iter().map(Path::new)).collect();
         let found = if let Some(found) = self.lead_to(names)? {
             found
@@ -368,7 +370,7 @@ impl Repository {
         // The kernel answers `lstat` from its caches long after a FUSE server has died.
         self.sys.statfs(&path).map_err(|e| self.unreadable(e))?;
         alive();
-        Ok(Top { path })
+        Ok(path)
     }
 
     fn known(&self, missing: Missing) -> Missing {
@@ -410,7 +412,6 @@ impl Mount {
         };
         Self {
             number,
-            timeout,
             health: Health::new(name, timeout, probe),
             calls: Lane::new("repository", CALLS.0, CALLS.1, timeout),
             scans: Lane::new("scan", SCANS.0, SCANS.1, timeout),
@@ -424,10 +425,10 @@ impl<T> Asked<T> {
     pub fn wait(self, until: Instant) -> Result<T, Missing> {
         let Self { ticket, mount, repository } = self;
         // Where another wait has ended in vain, this one need not take as long.
-        let patience = Patience { silence: mount.timeout, until };
+        let patience = Patience { silence: repository.timeout, until };
         ticket.wait(patience, || mount.health.is_hopeless()).map_err(|lost| match lost {
             Lost::Silent => repository.no_answer_of(&mount),
-            Lost::Late => Missing::Slow { limit: mount.timeout * SLOW },
+            Lost::Late => Missing::Slow { limit: repository.timeout * SLOW },
             // Its own message is in the log. The fence of our caller answers the call.
             Lost::Panicked => panic!("a job on a thread of repository {} panicked", repository.name),
         })
@@ -479,7 +480,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let timeout = Duration::from_secs(10);
         let repository = Repository::new("r".into(), dir.path().join("cvmfs"), timeout, Arc::new(Host));
-        let layer = |digit| repository.layer(&digest(digit)).map(|top| top.path);
+        let layer = |digit| repository.layer(&digest(digit));
         let nowhere = Missing::NotMounted { repository: dir.path().join("cvmfs") };
         assert_eq!(layer('a'), Err(nowhere.clone()));
         fs::create_dir(dir.path().join("cvmfs")).unwrap();
@@ -542,7 +543,7 @@ mod tests {
             }
         });
         let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(sys));
-        assert_eq!(repository.layer(&digest('a')).map(|top| top.path), Ok(cvmfs.join(path)));
+        assert_eq!(repository.layer(&digest('a')), Ok(cvmfs.join(path)));
     }
 
     #[test]

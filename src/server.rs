@@ -52,8 +52,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on the unix socket `address` and begins to serve.
-    /// `pool` does the work, except for calls that a repository may keep waiting.
+    /// Listens on the unix socket `address` and begins to serve. `pool` does the work, except for calls that a repository may keep waiting.
     pub fn start(address: &Path, snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Waiters) -> Result<Self> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
@@ -204,7 +203,6 @@ where
     service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
         let deadline = context.deadline();
         let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), Arc::clone(&handlers.waiters));
-        let work = work.clone();
         let (started, sending) = oneshot::channel();
         let answer = move |result| {
             // Sending starts here, on the worker, without another change of threads.
@@ -214,23 +212,21 @@ where
             };
             drop(started.send(answer));
         };
-        let work = move |request| {
-            let work = work.clone();
-            let snapshotter = Arc::clone(&snapshotter);
-            move || work(&snapshotter, request, &|| deadline.exceeded())
+        let run = {
+            let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
+            move |request| work(&snapshotter, request, &|| deadline.exceeded())
         };
-        let snapshotter = Arc::clone(&handlers.snapshotter);
-        let now = work.clone();
+        let run_here = run.clone();
         handlers.pool.submit(
             move || deadline.exceeded(),
             move || match waits.map_or(Ok(None), |waits| waits(&snapshotter, &request)) {
                 Ok(Some(asks)) => Step::PassOn(asks, request),
-                Ok(None) => Step::Done(now(request)()),
+                Ok(None) => Step::Done(run_here(request)),
                 Err(e) => Step::Done(Err(e)),
             },
             move |step| match step {
                 Ok(Step::PassOn(asks, request)) => {
-                    waiters.of(asks).submit(move || deadline.exceeded(), work(request), answer);
+                    waiters.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
                 }
                 Ok(Step::Done(result)) => answer(Ok(result)),
                 Err(refusal) => answer(Err(refusal)),

@@ -137,8 +137,10 @@ impl Snapshotter {
     /// What a call on `key` may have to wait for: the repository of the first layer in or below it.
     pub fn asks(&self, key: &str) -> Result<Option<Asks>> {
         let Some(key) = Key::parse_optional(key)? else { return Ok(None) };
-        let chain = self.store.read(|tx| tx.chain(&key).map_err(Error::from))?;
-        let Some(layer) = chain.into_iter().find_map(|snapshot| snapshot.layer) else { return Ok(None) };
+        // Every start comes by here: no more is read than it takes.
+        let is_remote = |snapshot: &Snapshot| snapshot.layer.is_some();
+        let chain = self.store.read(|tx| tx.chain_until(&key, is_remote).map_err(Error::from))?;
+        let Some(layer) = chain.into_iter().next_back().and_then(|snapshot| snapshot.layer) else { return Ok(None) };
         let number = self.sources.repositories.iter().position(|one| one.name() == layer.repository);
         Ok(Some(number.map_or(Asks::All, Asks::One)))
     }

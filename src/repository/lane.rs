@@ -22,7 +22,7 @@ use parking_lot::{Condvar, Mutex};
 const IDLE: Duration = Duration::from_secs(30);
 
 /// So often whoever waits looks whether there is still hope.
-const LOOK_UP: Duration = Duration::from_millis(100);
+pub const LOOK_UP: Duration = Duration::from_millis(100);
 
 pub type Job = Box<dyn FnOnce() + Send>;
 

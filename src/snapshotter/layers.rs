@@ -2,7 +2,7 @@
 //! them. All questions go through the repositories' own threads and come back in time.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
 use crate::overlay::{Form, Lower};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Scan, Subject};
-use crate::repository::{Asked, Missing, Repository, Top};
+use crate::repository::{Asked, Missing, Repository};
 use crate::store::Store;
 use crate::sys::Sys;
 use crate::types::{
@@ -137,8 +137,8 @@ impl Limits {
 
 enum Step {
     Attached(Attached),
-    /// It must be looked through first.
-    Unscanned(Top),
+    /// What is at this place must be looked through first.
+    Unscanned(PathBuf),
 }
 
 /// How far a piece is. The steps of many pieces are begun together and waited for in turn.
@@ -272,28 +272,25 @@ impl Sources {
 
     /// On a thread of the repository.
     fn step(&self, piece: &Piece, repository: &Repository) -> std::result::Result<Step, Trouble> {
-        let look = || match piece.form {
-            Form::Layer => repository.layer(&piece.subject.digest),
-            Form::Flat => repository.flat(&piece.subject.digest),
-        };
-        let top = look()?;
+        let top = repository.top(&piece.subject)?;
         let Some(scan) = &piece.scan else { return Ok(Step::Unscanned(top)) };
         let scan = match &piece.flat {
             None => Arc::clone(scan),
             Some(flat) => Arc::new(repaired(scan, flat, repository)?),
         };
-        let wanted = Attach { id: piece.id, form: piece.form, source: &top.path, scan: &scan };
+        let wanted = Attach { id: piece.id, form: piece.form, source: &top, scan: &scan };
         let pin = self.attacher.attach(&wanted).map_err(|e| {
             // Gone while we were at it?
-            let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::ETIMEDOUT;
-            if of_repository || look().is_err() {
+            // Or another thread hangs in it, and keeps this one from attaching.
+            let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::EAGAIN;
+            if of_repository || repository.top(&piece.subject).is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {
                 Trouble::Own(Error::System(e))
             }
         })?;
         if pin.fresh && piece.subject.extent != Extent::Layer {
-            repository.notice_owners(&describe(&piece.subject), &top.path);
+            repository.notice_owners(&describe(&piece.subject), &top);
         }
         Ok(Step::Attached(Attached { _pin: pin, scan }))
     }
@@ -341,7 +338,7 @@ impl Progress {
             Self::Asked(asked) => match asked.wait(limits.all) {
                 Ok(Ok(Step::Attached(attached))) => Self::Over(Ok(attached)),
                 Ok(Ok(Step::Unscanned(top))) => {
-                    match sources.scans.start(&piece.subject, repository, top.path, Turn::Next) {
+                    match sources.scans.start(&piece.subject, repository, top, Turn::Next) {
                         Ok(pending) => Self::Scanning(pending),
                         Err(missing) => Self::Over(Err(missing.into())),
                     }
@@ -385,7 +382,7 @@ fn repaired(scan: &Scan, flat: &Flat, repository: &Repository) -> std::result::R
         scan.directory(&above).hidden.push(name);
     }
     for (path, layer) in &flat.repaired {
-        let own = repository.layer(layer)?.path.join(path);
+        let own = repository.layer(layer)?.join(path);
         if repository.is_directory(&own)? {
             scan.directory(path).like = Some(own);
         } else {

@@ -15,13 +15,14 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::layers::{Attached, Limits, Piece, Sources, Trouble, unavailable};
+use super::layers::{Attached, Limits, Piece, Sources, Trouble, layer_subject, unavailable};
 use super::{Error, Result};
+use crate::attach::MOST_COPIED;
 use crate::overlay::{Form, Lower};
 use crate::repository::lane::{Turn, alive};
 use crate::repository::manifest::ImageRef;
 use crate::repository::scan::{Directory, Extent, Subject};
-use crate::repository::{Missing, Repository, Top};
+use crate::repository::{Missing, Repository};
 use crate::store::Lookup;
 use crate::sys::{FileType, Status, Sys};
 use crate::types::{Digest, Flat, Key, LABEL_IMAGE_REF, Layer, Rootfs, RootfsMode, Snapshot, SnapshotId};
@@ -51,10 +52,6 @@ const ADDED: [&str; 18] = [
     "sys",
     "home",
 ];
-/// A file that the publisher emptied and that is shown as the layer has it is copied, if it is not
-/// larger than this.
-const MOST_COPIED: u64 = 1 << 20;
-
 /// Why a chain has no published root file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum NoFlat {
@@ -209,7 +206,7 @@ impl Sources {
             match self.look_for_flat(snapshot, &remote) {
                 Ok(flat) => {
                     self.decide_ahead(snapshot.id, &flat)?;
-                    return Ok(());
+                    return self.scan_ahead(&flat_subject(&flat), layer);
                 }
                 // The layers above are still to come.
                 Err(NoFlat::Partly) => return Ok(()),
@@ -217,13 +214,29 @@ impl Sources {
             }
         }
         let Some(repository) = self.named(&layer.repository) else { return Ok(()) };
-        let subject = super::layers::layer_subject(snapshot, layer, repository);
-        if self.scans.known(&subject)?.is_some() {
+        self.scan_ahead(&layer_subject(snapshot, layer, repository), layer)
+    }
+
+    /// Unless it was decided before.
+    fn decide_ahead(&self, id: SnapshotId, flat: &Flat) -> Result<()> {
+        self.store.write(|tx| {
+            if tx.exists(id)? && tx.rootfs(id)?.is_none() {
+                tx.put_rootfs(id, &Rootfs::Flat(flat.clone()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// For the pull of `layer`.
+    fn scan_ahead(&self, subject: &Subject, layer: &Layer) -> Result<()> {
+        let Some(repository) = self.named(&subject.repository) else { return Ok(()) };
+        if self.scans.known(subject)?.is_some() {
             return Ok(());
         }
-        let (asked, digest) = (Arc::clone(repository), layer.digest.clone());
-        let top = Repository::ask(repository, move || asked.layer(&digest)).and_then(|top| top);
-        top.and_then(|top| self.scans.start(&subject, repository, top.path, Turn::Last))
+        let (asked, wanted) = (Arc::clone(repository), subject.clone());
+        Repository::ask(repository, move || asked.top(&wanted))
+            .and_then(|top| top)
+            .and_then(|top| self.scans.start(subject, repository, top, Turn::Last))
             .map(drop)
             .map_err(|why| unavailable(layer, why))
     }
@@ -239,26 +252,6 @@ impl Sources {
             }
             Ok::<_, Error>(configs)
         })
-    }
-
-    fn decide_ahead(self: &Arc<Self>, id: SnapshotId, flat: &Flat) -> Result<()> {
-        self.store.write(|tx| {
-            if tx.exists(id)? && tx.rootfs(id)?.is_none() {
-                tx.put_rootfs(id, &Rootfs::Flat(flat.clone()))?;
-            }
-            Ok::<_, Error>(())
-        })?;
-        let subject = flat_subject(flat);
-        let Some(repository) = self.named(&flat.repository) else { return Ok(()) };
-        if self.scans.known(&subject)?.is_some() {
-            return Ok(());
-        }
-        let (asked, config) = (Arc::clone(repository), flat.config.clone());
-        let top = Repository::ask(repository, move || asked.flat(&config)).and_then(|top| top);
-        if let Err(why) = top.and_then(|top| self.scans.start(&subject, repository, top.path, Turn::Last)) {
-            log::debug!("the root file system {} will be looked through when it is needed: {why}", flat.config);
-        }
-        Ok(())
     }
 }
 
@@ -320,7 +313,7 @@ impl Changes {
 fn changes(
     sys: &dyn Sys,
     repository: &Repository,
-    top: &Top,
+    top: &Path,
     layers: &[Digest],
 ) -> std::result::Result<Changes, NoFlat> {
     let look = |path: &Path| {
@@ -333,10 +326,10 @@ fn changes(
     };
     let mut suspects = Vec::new();
     for name in ADDED {
-        let path = top.path.join(name);
+        let path = top.join(name);
         // Below a link, the publisher has changed something that is elsewhere.
         if Path::new(name).components().count() > 1
-            && look(path.parent().unwrap_or(&top.path))?.is_some_and(|above| above.file_type != FileType::Directory)
+            && look(path.parent().unwrap_or(top))?.is_some_and(|above| above.file_type != FileType::Directory)
         {
             return Err(NoFlat::Overwritten(name));
         }
@@ -348,7 +341,7 @@ fn changes(
     if suspects.is_empty() {
         return Ok(changes);
     }
-    let find = |digest: &Digest| Ok((digest.clone(), repository.layer(digest).map_err(NoFlat::Unknown)?.path));
+    let find = |digest: &Digest| Ok((digest.clone(), repository.layer(digest).map_err(NoFlat::Unknown)?));
     let tops = layers.iter().rev().map(find).collect::<std::result::Result<Vec<_>, _>>()?;
     for (name, shown) in suspects {
         let path = Path::new(name);
@@ -368,7 +361,7 @@ fn changes(
         };
         // Through a link, the publisher has emptied another file.
         let is_link = shown.file_type == FileType::Symlink && path.parent() == Some(Path::new("etc"));
-        if !is_link && is_same(sys, &top.path.join(name), &own_path) {
+        if !is_link && is_same(sys, &top.join(name), &own_path) {
             continue;
         }
         let is = look(&own_path)?.map(|status| (status.file_type, status.size, status.links));

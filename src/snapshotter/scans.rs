@@ -8,19 +8,16 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
 use super::{Error, Result};
-use crate::repository::lane::Turn;
+use crate::repository::lane::{LOOK_UP, Turn};
 use crate::repository::scan::{self, Progress, Scan, Subject};
 use crate::repository::{Missing, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
-
-/// So often whoever waits looks whether there is still hope.
-const LOOK_UP: Duration = Duration::from_millis(100);
 
 #[derive(Clone)]
 pub struct Scans {

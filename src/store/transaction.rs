@@ -61,13 +61,20 @@ pub trait Lookup {
 
     /// The snapshot `key` and all its ancestors, nearest first. Empty when there is none.
     fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
+        self.chain_until(key, |_| false)
+    }
+
+    /// As `chain`, and no further than the first that is `last`.
+    fn chain_until(&self, key: &Key, last: impl Fn(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
         let snapshots = self.table(SNAPSHOTS)?;
         let mut chain: Vec<Snapshot> = Vec::new();
         let mut next = Some(key.clone());
         while let Some(key) = next.take() {
             let Some(row) = snapshots.get(key.as_str()).map_err(|e| self.error(e))? else { break };
             let snapshot = record::decode_snapshot(key.as_str(), row.value())?;
-            next.clone_from(&snapshot.parent);
+            if !last(&snapshot) {
+                next.clone_from(&snapshot.parent);
+            }
             chain.push(snapshot);
         }
         Ok(chain)
