@@ -66,3 +66,22 @@ pub fn options(mounts: &[Mount]) -> &[String] {
     let [mount] = mounts else { panic!("one mount describes a snapshot") };
     &mount.options
 }
+
+/// A chain of the three layers of an `Alone`; the result is the name of the uppermost.
+pub fn pull_chain(client: &Client) -> String {
+    let mut parent = String::new();
+    for n in 1..=3 {
+        parent = client.pull_remote(&format!("extract-{n}"), &parent, &format!("sha256:c{n}"), &digest(n));
+    }
+    parent
+}
+
+/// What a call on a layer that cannot be had must answer.
+#[track_caller]
+pub fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) -> String {
+    let message = refused(answer, RpcStatusCode::UNAVAILABLE);
+    for part in ["layer sha256:", "scene.test", "is not available", "cvmfs_config probe", "pull it anew"] {
+        assert!(message.contains(part), "{part} is missing in: {message}");
+    }
+    message
+}

@@ -15,7 +15,10 @@ use futures_util::TryStreamExt;
 use grpcio::{CallOption, Channel, ChannelBuilder, EnvBuilder, MetadataBuilder, Method, RpcStatus, RpcStatusCode};
 use protobuf::well_known_types::field_mask::FieldMask;
 
+use crate::image::Image;
+
 pub const REF: &str = "containerd.io/snapshot.ref";
+pub const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 pub const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 
 pub type Answer<T> = Result<T, RpcStatus>;
@@ -191,12 +194,26 @@ impl Client {
     /// that the answer AlreadyExists is about. The result is its name.
     #[track_caller]
     pub fn pull_remote(&self, key: &str, parent: &str, reference: &str, digest: &str) -> String {
-        let answer = self.prepare(key, parent, &[(REF, reference), (LAYER_DIGEST, digest)]);
+        self.pull_with(key, parent, reference, digest, &[])
+    }
+
+    #[track_caller]
+    fn pull_with(&self, key: &str, parent: &str, reference: &str, digest: &str, more: &[(&str, &str)]) -> String {
+        let answer = self.prepare(key, parent, &[&[(REF, reference), (LAYER_DIGEST, digest)], more].concat());
         let status = answer.expect_err("a published layer is not unpacked");
         assert_eq!(status.code(), RpcStatusCode::ALREADY_EXISTS, "{}", status.message());
         let filter = format!("labels.\"{REF}\"=={reference},parent=={parent:?},kind==committed");
         let found = self.list(&[&filter]).expect("the filter is containerd's own");
         assert_eq!(found.len(), 1, "one snapshot stands for (ref, parent)");
         found[0].name.clone()
+    }
+
+    /// As `pull_remote` for each layer of a published image, whose reference comes along.
+    #[track_caller]
+    pub fn pull_image(&self, image: &Image, reference: &str) -> String {
+        image.chain_ids.iter().zip(&image.layers).fold(String::new(), |parent, (chain_id, layer)| {
+            let key = format!("extract {chain_id}");
+            self.pull_with(&key, &parent, chain_id, &layer.digest, &[(IMAGE_REF, reference)])
+        })
     }
 }

@@ -3,6 +3,7 @@
 //! and the end-to-end tests are written with these.
 
 pub mod alone;
+pub mod automounter;
 pub mod client;
 pub mod compare;
 pub mod containerd;

@@ -16,7 +16,6 @@ use nix::sys::signal::Signal;
 use scene::alone::{Alone, digest, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
-use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
 use scene::snapshotter::{Snapshotter, binary};
 
@@ -264,98 +263,6 @@ fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
 }
 
 #[test]
-fn root_changing_the_way_of_attaching_works_on_what_is_there() {
-    let mut d = Alone::start("modes", "attach = \"bind\"");
-    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    let before = d.client.prepare("container", &name, &[]).unwrap();
-    for (config, mounts) in [("attach = \"symlink\"", 0), ("attach = \"bind\"", 1)] {
-        d.snapshotter.end(Signal::SIGTERM);
-        drop(std::mem::replace(
-            &mut d.snapshotter,
-            Snapshotter::start(&d.sandbox.path("s"), d.repository.dir(), config),
-        ));
-        let c = d.snapshotter.client();
-        assert_eq!(c.mounts("container").unwrap(), before);
-        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts, "{config}");
-        let at = d.sandbox.path("mnt");
-        let mounted = Mounted::new(&before, &at).unwrap();
-        assert_eq!(fs::read_to_string(at.join("dir/file-1")).unwrap(), "1");
-        drop(mounted);
-    }
-    let c = d.snapshotter.client();
-    c.remove("container").unwrap();
-    c.cleanup().unwrap();
-    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
-}
-
-#[test]
-fn root_attachments_lost_in_a_reboot_are_made_again() {
-    let mut d = Alone::start("reboot", "attach = \"bind\"");
-    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    let before = d.client.prepare("container", &name, &[]).unwrap();
-    d.snapshotter.end(Signal::SIGKILL);
-    for mount in mounts_below(&d.snapshotter.snapshots()) {
-        run("umount", [mount]).ok();
-    }
-    d.snapshotter.start_again();
-    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "nothing is mounted until it is needed");
-    let c = d.snapshotter.client();
-    assert_eq!(c.mounts("container").unwrap(), before);
-    let [mount] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached again") };
-    assert_eq!(fs::read_to_string(mount.join("dir/file-1")).unwrap(), "1");
-}
-
-#[test]
-fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
-    let d = Alone::start("stale", "attach = \"bind\"");
-    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    d.client.prepare("container", &name, &[]).unwrap();
-    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
-    let fine = |what: &str| {
-        d.client.mounts("container").unwrap();
-        assert_eq!(fs::read_to_string(layer.join("dir/file-1")).unwrap(), "1", "{what}");
-        assert!(fs::write(layer.join("new"), "").is_err(), "{what}: the layer is writable");
-        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1, "{what}");
-    };
-    let path = layer.to_str().unwrap();
-    run("mount", ["-o", "remount,bind,rw", path]).ok();
-    fine("a crash came before read-only");
-    mount_tmpfs(layer, "size=1m");
-    fine("something else is mounted there");
-    mount_tmpfs(layer, "size=1m");
-    let open = fs::File::create(layer.join("in-use")).unwrap();
-    fine("something else is mounted there and busy");
-    drop(open);
-    run("umount", [path]).ok();
-    fine("nothing is mounted there");
-    d.client.remove("container").unwrap();
-    // Busy for a moment if another test's thread is just starting a process.
-    scene::process::eventually("the layer is detached", || {
-        d.client.cleanup().unwrap();
-        mounts_below(&d.snapshotter.snapshots()).is_empty()
-    });
-}
-
-#[test]
-fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
-    let d = Alone::start("half-way", "attach = \"bind\"");
-    let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
-    let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
-    d.repository.withdraw(&digest(1));
-    let message = refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
-    assert!(
-        message.contains(&digest(1)) && message.contains("scene.test") && message.contains("pull it anew"),
-        "{message}"
-    );
-    d.client.cleanup().unwrap();
-    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
-    // The image can still be removed.
-    d.client.remove(&second).unwrap();
-    d.client.remove(&first).unwrap();
-}
-
-#[test]
 fn root_configuration_is_checked_and_the_log_level_can_change() {
     let mut d = Alone::start("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
     let log = d.snapshotter.log();
@@ -472,47 +379,6 @@ fn root_files_that_older_metadata_does_not_know_are_left_alone() {
 }
 
 #[test]
-fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
-    let sandbox = Sandbox::enter("anew");
-    // On a device of its own, as a repository is.
-    mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
-    let repository = Repository::plain(&sandbox.path("cvmfs"));
-    let top = repository.layer_dir(&digest(1)).join("layerfs");
-    let publish = |text: &str| {
-        fs::create_dir_all(top.join("dir")).unwrap();
-        fs::write(top.join("dir/file"), text).unwrap();
-        fs::write(top.join("dir/.wh.gone"), "").unwrap();
-        fs::write(top.join(".cvmfscatalog"), "").unwrap();
-        fs::write(top.join(".cvmfsautocatalog"), "").unwrap();
-    };
-    publish("first");
-    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
-    let c = snapshotter.client();
-    let name = c.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    let at = sandbox.path("mnt");
-    let seen = |key: &str| {
-        let mounted = Mounted::new(&c.prepare(key, &name, &[]).unwrap(), &at).unwrap();
-        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(at.join("dir")).unwrap());
-        let names = scene::stage::names(mounted.path());
-        (fs::read_to_string(at.join("dir/file")).unwrap(), owner, names)
-    };
-    assert_eq!(seen("one"), ("first".to_owned(), 0, vec!["dir".to_owned()]), "no marker of the publisher shows");
-    fs::remove_dir_all(&top).unwrap();
-    publish("second");
-    assert_eq!(seen("two").0, "second");
-    // Another mount of the repository may show other owners.
-    std::os::unix::fs::chown(top.join("dir"), Some(1234), None).unwrap();
-    for key in ["one", "two"] {
-        c.remove(key).unwrap();
-    }
-    scene::process::eventually("the layer is detached", || {
-        c.cleanup().unwrap();
-        mounts_below(&snapshotter.snapshots()).is_empty()
-    });
-    assert_eq!(seen("three").1, 1234);
-}
-
-#[test]
 fn root_a_wrong_address_is_a_wrong_configuration() {
     let sandbox = Sandbox::enter("address");
     let root = sandbox.path("root");
@@ -601,19 +467,4 @@ fn root_a_cleanup_that_failed_is_taken_up_by_the_next() {
     run("umount", [at]).ok();
     d.client.cleanup().unwrap();
     assert!(!source.exists());
-}
-
-#[test]
-fn root_a_file_that_is_open_in_a_layer_keeps_no_mount_and_stays_readable() {
-    let d = Alone::start("open-file", "attach = \"bind\"");
-    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    d.client.prepare("container", &name, &[]).unwrap();
-    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
-    let mut open = fs::File::open(layer.join("dir/file-1")).unwrap();
-    d.client.remove("container").unwrap();
-    d.client.cleanup().unwrap();
-    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
-    let mut text = String::new();
-    std::io::Read::read_to_string(&mut open, &mut text).unwrap();
-    assert_eq!(text, "1");
 }

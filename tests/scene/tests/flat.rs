@@ -167,18 +167,7 @@ fn root_an_image_of_docker_hub_is_found_under_the_names_that_publishers_use() {
     stage.repository.publish_flat(&image, "registry.hub.docker.com/library/hub:1", &[]);
     // As containerd pulls it: by its own socket, with the labels of docker.io.
     let client = stage.snapshotter.client();
-    let mut parent = String::new();
-    for (chain_id, layer) in image.chain_ids.iter().zip(&image.layers) {
-        let with = [
-            (scene::client::REF, chain_id.as_str()),
-            (scene::client::LAYER_DIGEST, layer.digest.as_str()),
-            ("containerd.io/snapshot/cri.image-ref", "docker.io/library/hub:1"),
-        ];
-        let key = format!("extract {chain_id}");
-        client.prepare(&key, &parent, &with).expect_err("the layer is published");
-        let filter = format!("labels.\"{}\"=={chain_id}", scene::client::REF);
-        parent.clone_from(&client.list(&[&filter]).expect("a good filter")[0].name);
-    }
+    let parent = client.pull_image(&image, "docker.io/library/hub:1");
     let mounts = client.prepare("container", &parent, &[]).expect("a container starts");
     assert!(mounts[0].options.iter().any(|o| o.ends_with("/flat")), "{mounts:?}");
     assert!(ImageRef::parse("docker.io/library/hub:1").is_some());

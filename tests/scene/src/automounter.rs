@@ -1,0 +1,52 @@
+//! The kernel's autofs with Debian's automounter, as sites mount `/cvmfs`.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::{Server, cache, run, tool};
+use crate::sandbox::{Sandbox, mounts_below};
+
+/// Debian's automounter, with one key that leads to a repository once a file says that it is ready.
+pub struct Automounter {
+    /// What it mounts comes up below.
+    pub dir: PathBuf,
+    /// The file that says so.
+    pub ready: PathBuf,
+    _server: Server,
+}
+
+impl Automounter {
+    /// None: this kernel has no autofs.
+    pub fn start(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
+        if !fs::read_to_string("/proc/filesystems").expect("it is there").contains("\tautofs\n") {
+            return None;
+        }
+        let program = tool("automount");
+        // It looks for its modules in one place only; nobody else sees this mount.
+        let libraries = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+        let own = cache().join("tools/debian").join(&libraries);
+        let stacked = format!("lowerdir={}:/{libraries}", own.display());
+        run("mount", ["-t", "overlay", "overlay", "-o", &stacked, &format!("/{libraries}")]).ok();
+        let (dir, ready, map) = (sandbox.make_dir("auto"), sandbox.path("ready"), sandbox.path("map"));
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = scene.test ] && [ -e {} ] && echo '-fstype=bind :{}'\n",
+            ready.display(),
+            repository.display()
+        );
+        fs::write(&map, script).expect("a map can be written");
+        fs::set_permissions(&map, fs::Permissions::from_mode(0o755)).expect("a map can be run");
+        let master = sandbox.path("master");
+        let line = format!("{} program:{} --timeout=600 --negative-timeout=1\n", dir.display(), map.display());
+        fs::write(&master, line).expect("a master map can be written");
+        let mut command = Command::new(program);
+        command.args(["--foreground", "--dont-check-daemon", "--pid-file"]).arg(sandbox.path("pid")).arg(&master);
+        // Autofs lets the automounter's own process group pass.
+        command.process_group(0);
+        let mut server = Server::start(&mut command, &sandbox.path("automount.log"));
+        server.wait_until("be mounted", || mounts_below(&dir).contains(&dir));
+        Some(Self { dir, ready, _server: server })
+    }
+}

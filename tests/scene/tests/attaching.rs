@@ -1,0 +1,330 @@
+//! Layers on their way under a container, and away again: in both ways of attaching, at once, after
+//! a reboot, half-way, and looked through before.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::{Alone, digest, options, pull_chain, refused, unavailable};
+use scene::client::Client;
+use scene::process::{eventually, run};
+use scene::publisher::Repository;
+use scene::rootfs::Mounted;
+use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
+use scene::snapshotter::Snapshotter;
+use scene::stage::names;
+
+const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
+
+#[test]
+fn root_changing_the_way_of_attaching_works_on_what_is_there() {
+    let mut d = Alone::start("modes", "attach = \"bind\"");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let before = d.client.prepare("container", &name, &[]).unwrap();
+    for (config, mounts) in [("attach = \"symlink\"", 0), ("attach = \"bind\"", 1)] {
+        d.snapshotter.end(Signal::SIGTERM);
+        drop(std::mem::replace(
+            &mut d.snapshotter,
+            Snapshotter::start(&d.sandbox.path("s"), d.repository.dir(), config),
+        ));
+        let c = d.snapshotter.client();
+        assert_eq!(c.mounts("container").unwrap(), before);
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts, "{config}");
+        let at = d.sandbox.path("mnt");
+        let mounted = Mounted::new(&before, &at).unwrap();
+        assert_eq!(fs::read_to_string(at.join("dir/file-1")).unwrap(), "1");
+        drop(mounted);
+    }
+    let c = d.snapshotter.client();
+    c.remove("container").unwrap();
+    c.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+}
+
+#[test]
+fn root_attachments_lost_in_a_reboot_are_made_again() {
+    let mut d = Alone::start("reboot", "attach = \"bind\"");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let before = d.client.prepare("container", &name, &[]).unwrap();
+    d.snapshotter.end(Signal::SIGKILL);
+    for mount in mounts_below(&d.snapshotter.snapshots()) {
+        run("umount", [mount]).ok();
+    }
+    d.snapshotter.start_again();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "nothing is mounted until it is needed");
+    let c = d.snapshotter.client();
+    assert_eq!(c.mounts("container").unwrap(), before);
+    let [mount] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached again") };
+    assert_eq!(fs::read_to_string(mount.join("dir/file-1")).unwrap(), "1");
+}
+
+#[test]
+fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
+    let d = Alone::start("stale", "attach = \"bind\"");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("container", &name, &[]).unwrap();
+    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
+    let fine = |what: &str| {
+        d.client.mounts("container").unwrap();
+        assert_eq!(fs::read_to_string(layer.join("dir/file-1")).unwrap(), "1", "{what}");
+        assert!(fs::write(layer.join("new"), "").is_err(), "{what}: the layer is writable");
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1, "{what}");
+    };
+    let path = layer.to_str().unwrap();
+    run("mount", ["-o", "remount,bind,rw", path]).ok();
+    fine("a crash came before read-only");
+    mount_tmpfs(layer, "size=1m");
+    fine("something else is mounted there");
+    mount_tmpfs(layer, "size=1m");
+    let open = fs::File::create(layer.join("in-use")).unwrap();
+    fine("something else is mounted there and busy");
+    drop(open);
+    run("umount", [path]).ok();
+    fine("nothing is mounted there");
+    d.client.remove("container").unwrap();
+    // Busy for a moment if another test's thread is just starting a process.
+    scene::process::eventually("the layer is detached", || {
+        d.client.cleanup().unwrap();
+        mounts_below(&d.snapshotter.snapshots()).is_empty()
+    });
+}
+
+#[test]
+fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
+    let d = Alone::start("half-way", "attach = \"bind\"");
+    let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    d.repository.withdraw(&digest(1));
+    let message = refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
+    assert!(
+        message.contains(&digest(1)) && message.contains("scene.test") && message.contains("pull it anew"),
+        "{message}"
+    );
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    // The image can still be removed.
+    d.client.remove(&second).unwrap();
+    d.client.remove(&first).unwrap();
+}
+
+#[test]
+fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
+    let sandbox = Sandbox::enter("anew");
+    // On a device of its own, as a repository is.
+    mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let top = repository.layer_dir(&digest(1)).join("layerfs");
+    let publish = |text: &str| {
+        fs::create_dir_all(top.join("dir")).unwrap();
+        fs::write(top.join("dir/file"), text).unwrap();
+        fs::write(top.join("dir/.wh.gone"), "").unwrap();
+        fs::write(top.join(".cvmfscatalog"), "").unwrap();
+        fs::write(top.join(".cvmfsautocatalog"), "").unwrap();
+    };
+    publish("first");
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    let name = c.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    let at = sandbox.path("mnt");
+    let seen = |key: &str| {
+        let mounted = Mounted::new(&c.prepare(key, &name, &[]).unwrap(), &at).unwrap();
+        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(at.join("dir")).unwrap());
+        let names = scene::stage::names(mounted.path());
+        (fs::read_to_string(at.join("dir/file")).unwrap(), owner, names)
+    };
+    assert_eq!(seen("one"), ("first".to_owned(), 0, vec!["dir".to_owned()]), "no marker of the publisher shows");
+    fs::remove_dir_all(&top).unwrap();
+    publish("second");
+    assert_eq!(seen("two").0, "second");
+    // Another mount of the repository may show other owners.
+    std::os::unix::fs::chown(top.join("dir"), Some(1234), None).unwrap();
+    for key in ["one", "two"] {
+        c.remove(key).unwrap();
+    }
+    scene::process::eventually("the layer is detached", || {
+        c.cleanup().unwrap();
+        mounts_below(&snapshotter.snapshots()).is_empty()
+    });
+    assert_eq!(seen("three").1, 1234);
+}
+
+#[test]
+fn root_a_file_that_is_open_in_a_layer_keeps_no_mount_and_stays_readable() {
+    let d = Alone::start("open-file", "attach = \"bind\"");
+    let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("container", &name, &[]).unwrap();
+    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
+    let mut open = fs::File::open(layer.join("dir/file-1")).unwrap();
+    d.client.remove("container").unwrap();
+    d.client.cleanup().unwrap();
+    assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut open, &mut text).unwrap();
+    assert_eq!(text, "1");
+}
+
+/// CernVM-FS says that names have 0 bytes at most. Overlayfs takes the largest of what its
+/// layers say, so without a local one every lookup fails.
+#[test]
+fn root_a_view_of_layers_without_markers_can_be_looked_into() {
+    let sandbox = Sandbox::enter("names");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    for n in 1..=2 {
+        let top = repository.layer_dir(&digest(n)).join("layerfs/dir");
+        fs::create_dir_all(&top).expect("a layer can be made");
+        fs::write(top.join(n.to_string()), "x").expect("a layer can be filled");
+    }
+    repository.commit();
+    for config in MODES {
+        let snapshotter =
+            Snapshotter::start(&sandbox.path(&config[10..12].replace('"', "x")), repository.dir(), config);
+        let c = snapshotter.client();
+        let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+        let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+        let view = c.view("view", &second, &[]).expect("a view");
+        let lower = options(&view)[0].clone();
+        let at = sandbox.path("mnt");
+        let mounted = Mounted::new(&view, &at).expect("an overlay");
+        assert_eq!(names(&at.join("dir")), ["1", "2"]);
+        drop(mounted);
+        // The test can fail: without our directory it does not work.
+        let mut without = view.clone();
+        let directories: Vec<&str> = lower.trim_start_matches("lowerdir=").split(':').collect();
+        assert_eq!(directories.len(), 3, "{lower}");
+        without[0].options[0] = format!("lowerdir={}:{}", directories[0], directories[1]);
+        let mounted = Mounted::new(&without, &at).expect("an overlay");
+        let error = fs::metadata(at.join("dir")).expect_err("names have 0 bytes");
+        assert_eq!(error.raw_os_error(), Some(nix::libc::ENAMETOOLONG));
+        drop(mounted);
+    }
+}
+
+#[test]
+fn root_a_hundred_first_uses_at_once_attach_each_layer_once() {
+    for (config, mounts) in MODES.into_iter().zip([3, 0]) {
+        let d = Alone::start("hundred", config);
+        let chain = pull_chain(&d.client);
+        std::thread::scope(|scope| {
+            for n in 0..100 {
+                let (c, chain) = (d.snapshotter.client(), &chain);
+                scope.spawn(move || c.prepare(&n.to_string(), chain, &[]).expect("a container starts"));
+            }
+        });
+        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts);
+        let mounted =
+            Mounted::new(&d.client.mounts("73").expect("it is there"), &d.sandbox.path("mnt")).expect("an overlay");
+        assert_eq!(names(&mounted.path().join("dir")), ["file-1", "file-2", "file-3"]);
+    }
+}
+
+#[test]
+fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
+    for config in MODES {
+        let d = Alone::start("undone", config);
+        let chain = pull_chain(&d.client);
+        let nothing_is_left = |what: &str| {
+            assert_eq!(names(&d.snapshotter.snapshots()), Vec::<String>::new(), "{what}");
+            assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "{what}");
+        };
+        d.repository.command("fail EIO");
+        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        assert!(message.contains("EIO"), "{message}");
+        nothing_is_left("every question failed");
+        d.repository.command("normal");
+        // One layer of three is missing.
+        d.repository.withdraw(&digest(2));
+        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        assert!(message.contains(&digest(2)) && message.contains("does not have it"), "{message}");
+        nothing_is_left("a layer is missing");
+        let top = d.repository.layer_dir(&digest(2)).join("layerfs/dir");
+        fs::create_dir_all(&top).expect("a layer can be made");
+        d.repository.commit();
+        d.client.prepare("container", &chain, &[]).expect("everything is there");
+    }
+}
+
+#[test]
+fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
+    let sandbox = Sandbox::enter("unreadable");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let top = |n| repository.layer_dir(&digest(n)).join("layerfs");
+    fs::create_dir_all(top(1).join("dir")).expect("a layer can be made");
+    fs::write(top(1).join("dir/secret"), "x").expect("a layer can be filled");
+    fs::create_dir_all(top(2).join("dir")).expect("a layer can be made");
+    fs::write(top(2).join("dir/.wh.secret"), "").expect("a layer can be filled");
+    repository.commit();
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "repository-timeout = 4");
+    let c = snapshotter.client();
+    let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    repository.command("slow 400");
+    let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+    repository.command("fail EIO");
+    unavailable(c.prepare("container", &second, &[]));
+    repository.command("normal");
+    let seen = |c: &Client, key: &str| {
+        let mounted = Mounted::new(&c.prepare(key, &second, &[]).expect("it can be read"), &sandbox.path("mnt"));
+        names(&mounted.expect("an overlay").path().join("dir"))
+    };
+    assert_eq!(seen(&c, "one"), Vec::<String>::new(), "the deletion counts");
+    // What was found is kept: after a restart nobody reads the layer again.
+    c.remove("one").expect("it is there");
+    c.cleanup().expect("a cleanup succeeds");
+    snapshotter.end(Signal::SIGKILL);
+    snapshotter.start_again();
+    let c = snapshotter.client();
+    eventually("it is looked at", || snapshotter.log().matches("is there, at").count() == 2);
+    let reads = || {
+        let counted = repository.command("requests");
+        let count = counted.split(' ').find_map(|word| word.strip_prefix("opendir=")).expect("they are counted");
+        count.parse::<u64>().expect("a number")
+    };
+    let before = reads();
+    c.prepare("two", &second, &[]).expect("it can be read");
+    assert_eq!(reads(), before + 1, "only the owners at the top of the lowest layer were looked at");
+}
+
+/// The first container on a very large layer must not wait for ever, nor be told that the
+/// repository is to blame; one that comes later finds the work done.
+#[test]
+fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
+    let sandbox = Sandbox::enter("long-scan");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+    for layer in 2..=7 {
+        let top = repository.layer_dir(&digest(layer)).join("layerfs");
+        for n in 0..300 {
+            fs::create_dir_all(top.join(n.to_string())).expect("a layer can be made");
+        }
+        fs::write(top.join("299/.wh.gone"), "").expect("a layer can be marked");
+    }
+    repository.commit();
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "repository-timeout = 2");
+    let c = snapshotter.client();
+    let first = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    repository.command("slow 200");
+    let mut chain = first.clone();
+    for n in 2..=7 {
+        chain = c.pull_remote(&format!("extract-{n}"), &chain, &format!("sha256:c{n}"), &digest(n));
+    }
+    let begun = Instant::now();
+    let message = unavailable(c.prepare("container", &chain, &[]));
+    assert!(message.contains("is still being looked through") && message.contains("directories are done"), "{message}");
+    // Six walks, four threads each, two at once: they are not waited for one after the other.
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    // Others need no walk, and are not told that the repository is to blame.
+    for n in 0..5 {
+        c.prepare(&format!("other-{n}"), &first, &[]).expect("another image starts");
+    }
+    repository.command("hang all");
+    let begun = Instant::now();
+    let message = unavailable(c.prepare("container", &chain, &[]));
+    assert!(message.contains("answer"), "{message}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(snapshotter.log().matches("does not answer").count(), 1, "only once it hung it was to blame");
+    repository.command("normal");
+    eventually("it goes on and is done", || c.prepare("container", &chain, &[]).is_ok());
+}

@@ -1,0 +1,135 @@
+//! More repositories than one: asked in order, each with its own health, each in place of another.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::{digest, options, refused};
+use scene::process::eventually;
+use scene::publisher::Repository;
+use scene::rootfs::Mounted;
+use scene::sandbox::Sandbox;
+use scene::snapshotter::Snapshotter;
+use scene::stage::names;
+
+/// Long enough that a busy machine does not reach it by itself.
+const TIMEOUT: Duration = Duration::from_secs(4);
+
+/// The root is only in one repository, which hangs; the layers are in the other one as well.
+#[test]
+fn root_layers_of_another_repository_stand_in_for_a_root_that_does_not_answer() {
+    let sandbox = Sandbox::enter("stand-in");
+    let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));
+    let builder = scene::image::Builder::new(&sandbox.path("images"));
+    let layer = |name: &str| {
+        builder.layer(|l| {
+            l.file(format!("dir/{name}"), name);
+        })
+    };
+    let image = builder.image("a:1", &[layer("1"), layer("2")], &[]);
+    for repository in [&one, &two] {
+        repository.publish(&image);
+    }
+    one.publish_flat(&image, "example.org/a:1", &[]);
+    let more = format!("repositories = [\"{}\"]\nrepository-timeout = 4", two.dir().display());
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), one.dir(), &more);
+    let c = snapshotter.client();
+    let parent = c.pull_image(&image, "example.org/a:1");
+    let lower = |key: &str| {
+        let mounts = c.prepare(key, &parent, &[]).expect("a container starts");
+        options(&mounts).iter().find(|o| o.starts_with("lowerdir=")).expect("an overlay").clone()
+    };
+    assert!(lower("a").contains("/flat"));
+    one.with_client(|mount| mount.signal(Signal::SIGSTOP));
+    assert!(!lower("b").contains("/flat"));
+    let mounted = Mounted::new(&c.mounts("b").expect("it is there"), &sandbox.path("mnt")).expect("an overlay");
+    assert_eq!(names(&mounted.path().join("dir")), ["1", "2"]);
+    drop(mounted);
+    one.with_client(|mount| mount.signal(Signal::SIGCONT));
+    let mut n = 0;
+    eventually("the root is used again", || {
+        n += 1;
+        lower(&format!("again-{n}")).contains("/flat")
+    });
+}
+
+#[test]
+fn root_several_repositories_are_asked_in_order_and_stand_in_for_each_other() {
+    for mode in ["bind", "symlink"] {
+        let sandbox = Sandbox::enter("several");
+        let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));
+        let fill = |repository: &Repository, n: u8, text: &str, marker: bool| {
+            let top = repository.layer_dir(&digest(n)).join("layerfs");
+            fs::create_dir_all(top.join("dir")).expect("a layer can be made");
+            fs::write(top.join(format!("dir/{n}")), text).expect("a layer can be filled");
+            if marker {
+                fs::write(top.join("dir/.cvmfscatalog"), "").expect("a layer can be marked");
+            }
+        };
+        // Layer 1 is in both, layer 2 only in the second; each publisher has its own catalogs.
+        fill(&one, 1, "of one", false);
+        fill(&two, 1, "of two", true);
+        fill(&two, 2, "of two", true);
+        one.commit();
+        two.commit();
+        let paths =
+            format!("repositories = [\"{}\"]\nattach = \"{mode}\"\nrepository-timeout = 4", two.dir().display());
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), one.dir(), &paths);
+        let c = snapshotter.client();
+        c.prepare("base", "", &[]).expect("a local snapshot");
+        c.commit("local", "base", &[]).expect("a local snapshot");
+        let first = c.pull_remote("extract-1", "local", "sha256:c1", &digest(1));
+        let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
+        let at = sandbox.path("mnt");
+        let text = |key: &str, n: u8| {
+            let mounted = Mounted::new(&c.mounts(key).expect("it is there"), &at).expect("an overlay");
+            assert_eq!(names(&mounted.path().join("dir")), ["1", "2"], "no marker of either publisher shows");
+            fs::read_to_string(mounted.path().join(format!("dir/{n}"))).expect("a file")
+        };
+        c.prepare("a", &second, &[]).expect("both are there");
+        assert_eq!((text("a", 1), text("a", 2)), ("of one".to_owned(), "of two".to_owned()));
+        let running = Mounted::new(&c.mounts("a").expect("it is there"), &sandbox.path("running")).expect("an overlay");
+        // Container starts that wait for the second one, more than there are threads for them, do
+        // not delay one that needs the first one.
+        two.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        std::thread::scope(|scope| {
+            for n in 0..20 {
+                let (c, second) = (snapshotter.client(), &second);
+                scope.spawn(move || refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
+            }
+            std::thread::sleep(Duration::from_millis(500));
+            let begun = Instant::now();
+            c.prepare("needs-one", &first, &[]).expect("the first one answers");
+            assert!(begun.elapsed() < TIMEOUT / 2, "{:?}", begun.elapsed());
+            c.remove("needs-one").expect("it is there");
+        });
+        two.with_client(|mount| mount.signal(Signal::SIGCONT));
+        eventually("the second one is found to answer again", || {
+            c.prepare("answers", &second, &[]).is_ok() && c.remove("answers").is_ok()
+        });
+        // The first one dies: the second one stands in, and what runs keeps what it has.
+        one.with_client(|mount| mount.signal(Signal::SIGSTOP));
+        let begun = Instant::now();
+        c.prepare("b", &second, &[]).expect("the second one has both");
+        assert!(begun.elapsed() < TIMEOUT * 3, "{:?}", begun.elapsed());
+        assert_eq!(text("b", 1), "of two");
+        one.with_client(|mount| mount.signal(Signal::SIGCONT));
+        assert_eq!(names(&running.path().join("dir")), ["1", "2"]);
+        drop(running);
+        // The second one has the only copy of layer 2; where it came from is known.
+        two.unmount();
+        let message = refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
+        assert!(message.contains(&digest(2)) && message.contains(two.dir().to_str().expect("a path")), "{message}");
+        eventually("the first one is found to answer again", || c.prepare("d", &first, &[]).is_ok());
+        for key in ["a", "b", "d"] {
+            c.remove(key).expect("it is there");
+        }
+        eventually("everything is detached", || {
+            c.cleanup().expect("a cleanup succeeds");
+            names(&snapshotter.snapshots()).len() == 1
+        });
+        assert!(Path::new(one.dir()).join(".layers").exists(), "the repositories are as they were");
+    }
+}
