@@ -312,16 +312,38 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     assert_eq!(look_through(&s, &place, 2), 2);
 }
 
+/// The first container need not wait: what it stands on was decided and looked through.
+#[test]
+fn root_a_pull_does_ahead_what_the_first_container_needs() {
+    for (form, extents) in [(Form::Layer, ["bottom", "layer"].as_slice()), (Form::Flat, &["flat"])] {
+        let place = Place::new(Mode::Symlink);
+        if form == Form::Flat {
+            publish_flat(&place);
+        }
+        let s = place.restart();
+        let chain = pull(&s, 1, "");
+        pull(&s, 2, &chain);
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while scanned(&s) != extents {
+            assert!(std::time::Instant::now() < until, "{form:?}: {:?}", scanned(&s));
+            std::thread::yield_now();
+        }
+        assert_eq!(place.on_disk(), Vec::<String>::new(), "nothing is attached for it");
+    }
+}
+
+/// The extents of what was looked through, in order.
+fn scanned(s: &Snapshotter) -> Vec<String> {
+    let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
+    let mut extents: Vec<String> = all.iter().map(|key| key.split(' ').next().unwrap().to_owned()).collect();
+    extents.sort();
+    extents
+}
+
 #[test]
 fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
     let place = Place::new(Mode::Symlink);
     publish_flat(&place);
-    let kept = |s: &Snapshotter| {
-        let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
-        let mut extents: Vec<String> = all.iter().map(|key| key.split(' ').next().unwrap().to_owned()).collect();
-        extents.sort();
-        extents
-    };
     let s = place.restart();
     let chain = pull(&s, 1, "");
     let top = pull(&s, 2, &chain);
@@ -330,10 +352,10 @@ fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
     s.remove(&key("view")).unwrap();
     drop(s);
     let s = place.restart();
-    assert_eq!(kept(&s), ["flat", "layer"]);
+    assert_eq!(scanned(&s), ["flat", "layer"]);
     remove_all(&place, &s);
     drop(s);
-    assert_eq!(kept(&place.restart()), Vec::<String>::new());
+    assert_eq!(scanned(&place.restart()), Vec::<String>::new());
 }
 
 /// Layers were attached for a snapshot that was gone by then, and nobody took them away.

@@ -314,37 +314,39 @@ fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
 /// As sites mount `/cvmfs`: the kernel's autofs and the automounter, which mounts what is asked for.
 #[test]
 fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
-    let sandbox = Sandbox::enter("autofs");
-    let repository = Repository::mounted(&sandbox.path("real"));
-    fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
-    repository.commit();
-    let Some(automounter) = Automounter::start(&sandbox, repository.dir()) else {
-        assert!(std::env::var_os("CI").is_none(), "this kernel has no autofs");
-        eprintln!("SKIPPED: this kernel has no autofs");
-        return;
-    };
-    let path = automounter.dir.join("scene.test");
-    let snapshotter = Snapshotter::start(&sandbox.path("s"), &path, "");
-    let c = snapshotter.client();
-    eventually("it is said", || snapshotter.log().contains("is not there yet"));
-    let answer = c.prepare("extract-1 sha256:c", "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
-    assert_eq!(answer.expect("it is downloaded").len(), 1);
-    assert!(!mounts_below(&automounter.dir).contains(&path));
-    fs::write(&automounter.ready, "").expect("a file can be made");
-    // The automounter remembers for a second that there was nothing.
-    eventually("the layer is found", || {
-        let key = format!("extract-{}", std::process::id());
-        let answer = c.prepare(&key, "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
-        answer.is_err_and(|status| status.code() == Code::ALREADY_EXISTS) || c.remove(&key).is_err()
-    });
-    assert!(mounts_below(&automounter.dir).contains(&path), "the question has mounted it");
-    let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
-    c.prepare("container", &name, &[]).expect("it is mounted");
-    // It went away while nobody used it: the next question brings it back.
-    c.remove("container").expect("it is there");
-    c.cleanup().expect("a cleanup succeeds");
-    scene::process::run("umount", [&path]).ok();
-    c.prepare("again", &name, &[]).expect("it is mounted again");
+    for config in MODES {
+        let sandbox = Sandbox::enter("autofs");
+        let repository = Repository::mounted(&sandbox.path("real"));
+        fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");
+        repository.commit();
+        let Some(automounter) = Automounter::start(&sandbox, repository.dir()) else {
+            assert!(std::env::var_os("CI").is_none(), "this kernel has no autofs");
+            eprintln!("SKIPPED: this kernel has no autofs");
+            return;
+        };
+        let path = automounter.dir.join("scene.test");
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), &path, config);
+        let c = snapshotter.client();
+        eventually("it is said", || snapshotter.log().contains("is not there yet"));
+        let answer = c.prepare("extract-1 sha256:c", "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+        assert_eq!(answer.expect("it is downloaded").len(), 1);
+        assert!(!mounts_below(&automounter.dir).contains(&path));
+        fs::write(&automounter.ready, "").expect("a file can be made");
+        // The automounter remembers for a second that there was nothing.
+        eventually("the layer is found", || {
+            let key = format!("extract-{}", std::process::id());
+            let answer = c.prepare(&key, "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
+            answer.is_err_and(|status| status.code() == Code::ALREADY_EXISTS) || c.remove(&key).is_err()
+        });
+        assert!(mounts_below(&automounter.dir).contains(&path), "the question has mounted it");
+        let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
+        c.prepare("container", &name, &[]).expect("it is mounted");
+        // It went away while nobody used it: the next question brings it back.
+        c.remove("container").expect("it is there");
+        c.cleanup().expect("a cleanup succeeds");
+        scene::process::run("umount", [&path]).ok();
+        c.prepare("again", &name, &[]).expect("it is mounted again");
+    }
 }
 
 #[test]
