@@ -33,6 +33,8 @@ pub struct Config {
     pub workers: Option<usize>,
     /// Calls that may wait for a worker.
     pub queue: usize,
+    /// Users besides root that may connect, by number.
+    pub allowed_uids: Vec<u32>,
     pub log_format: Format,
     /// None: what the command line says.
     pub log_level: Option<LevelFilter>,
@@ -47,6 +49,7 @@ impl Default for Config {
             attach: Mode::Symlink,
             workers: None,
             queue: 1024,
+            allowed_uids: Vec::new(),
             log_format: Format::Json,
             log_level: None,
         }
@@ -221,6 +224,15 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
         }
         "workers" => config.workers = Some(entry.number(WORKERS, "it is a number from 1 to 256")?),
         "queue" => config.queue = entry.number(QUEUE, "it is a number from 1 to 65536")?,
+        "allowed-uids" => {
+            const ALLOWED: &str = "it is a list of user ids, numbers from 0 to 4294967294";
+            let Some(list) = entry.value.as_array() else { return entry.refuse(ALLOWED) };
+            for one in list {
+                let uid = Spanned::get_ref(one).as_integer();
+                let uid = uid.and_then(|n| u32::from_str_radix(n.as_str(), n.radix()).ok());
+                config.allowed_uids.push(uid.filter(|uid| *uid != u32::MAX).map_or_else(|| entry.refuse(ALLOWED), Ok)?);
+            }
+        }
         "log-format" => {
             const ALLOWED: &str = "it is \"json\" or \"text\"";
             config.log_format = match entry.string(ALLOWED)? {

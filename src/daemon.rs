@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use log::LevelFilter;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
-use crate::server::{self, Server, Waiters};
+use crate::server::{self, Listen, Server, Waiters};
 use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
@@ -32,6 +33,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const HELD_LIMIT: Duration = Duration::from_secs(10);
 /// And so long for the last lines of the log.
 const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// File descriptors: two for each connection, up to three for each thread, and a few more.
+const DESCRIPTORS: u64 = 1024;
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 
@@ -154,6 +157,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         let file = arguments.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
         log::warn!("{}, {key}", file.display());
     }
+    raise_descriptor_limit();
     server::check_address(&arguments.address).map_err(Error::Address)?;
     let root = StateRoot::take(&arguments.root)?;
     let snapshotter = Arc::new(open(&root, &config)?);
@@ -178,13 +182,14 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         );
     }
     let pools = Pools::start(&config).map_err(Error::Threads)?;
-    let server = Server::start(&arguments.address, Arc::clone(&snapshotter), pools.workers.entrance(), pools.waiters())
+    let listen = Listen { address: &arguments.address, allowed_uids: &config.allowed_uids };
+    let server = Server::start(&listen, Arc::clone(&snapshotter), pools.workers.entrance(), pools.waiters())
         .map_err(Error::Server)?;
     let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
         "cvmfs-snapshotter {} serves {} from {}",
         env!("CARGO_PKG_VERSION"),
-        arguments.address.display(),
+        server.address().display(),
         paths.join(", ")
     );
     snapshotter.look_at_repositories();
@@ -207,6 +212,18 @@ fn block_signals() -> SigSet {
     // Cannot fail: the set holds signals only.
     let _ = signals.thread_block();
     signals
+}
+
+/// Services are started with 1024 that may be opened, and often with many more that may be asked for.
+fn raise_descriptor_limit() {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    let wanted = soft.max(hard.min(DESCRIPTORS * 4));
+    let limit = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted);
+    if limit < DESCRIPTORS {
+        log::warn!(
+            "only {limit} files may be open, {DESCRIPTORS} are needed at the bounds: raise LimitNOFILE= in the unit"
+        );
+    }
 }
 
 fn wait_for_stop(signals: &SigSet, arguments: &Arguments) {

@@ -5,8 +5,9 @@
 //! Blocking calls, no retries, no policy: what an error means is the caller's business.
 //! Unmounting never uses MNT_FORCE: on a bind mount it would abort the connection of the
 //! whole FUSE file system, for everybody on the node.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod descriptors;
 #[cfg(test)]
 pub mod failing;
 mod tree;
@@ -27,6 +28,7 @@ use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
 
+pub use self::descriptors::{hand_over, inherited_socket};
 use crate::types::Quoted;
 
 /// A failed system call, with what it was asked to do.

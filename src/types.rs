@@ -263,6 +263,17 @@ pub struct Snapshot {
     pub usage: Option<Usage>,
 }
 
+impl Snapshot {
+    /// Bytes that it takes in memory, about.
+    pub fn memory(&self) -> usize {
+        /// What a text, and a node of a map, cost besides their bytes.
+        const EACH: usize = 64;
+        let texts = [Some(&self.key), self.parent.as_ref()].into_iter().flatten().map(|key| key.as_str().len() + EACH);
+        let labels = self.labels.iter().map(|(label, value)| label.len() + value.len() + 2 * EACH);
+        size_of::<Self>() + texts.chain(labels).sum::<usize>()
+    }
+}
+
 /// A mount that containerd is to perform.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {

@@ -1,15 +1,17 @@
-//! The unix socket: nobody but root may connect, a live one is never taken away from the
-//! process that serves it, a dead one is replaced.
+//! The unix socket: our own, or one that systemd holds for us. A live one is never taken away
+//! from the process that serves it, a dead one is replaced.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
@@ -24,7 +26,7 @@ pub enum Error {
     TooLong {
         address: PathBuf,
     },
-    /// gRPC takes addresses as URIs, in which some characters mean something else.
+    /// containerd takes addresses as URIs, in which some characters mean something else.
     OddCharacter {
         address: PathBuf,
     },
@@ -50,7 +52,12 @@ pub enum Error {
         address: PathBuf,
         cause: io::Error,
     },
+    /// What systemd passed on cannot be served on.
+    Inherited {
+        why: String,
+    },
     Transport(grpcio::Error),
+    Threads(io::Error),
 }
 
 impl fmt::Display for Error {
@@ -85,7 +92,13 @@ impl fmt::Display for Error {
                 write!(f, "cannot use the socket directory {}: {cause}", directory.display())
             }
             Self::Socket { address, cause } => write!(f, "cannot listen on {}: {cause}", address.display()),
+            Self::Inherited { why } => write!(
+                f,
+                "the socket that this process was started with (LISTEN_FDS) cannot be used: {why}; the socket unit \
+                 needs one ListenStream= with a path"
+            ),
             Self::Transport(cause) => write!(f, "cannot start the gRPC server: {cause}"),
+            Self::Threads(cause) => write!(f, "cannot accept connections: {cause}"),
         }
     }
 }
@@ -96,8 +109,38 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// A socket that this process listens on.
 pub struct Bound {
+    pub listener: UnixListener,
+    pub file: SocketFile,
+}
+
+/// What stands for a socket in the file system.
+pub struct SocketFile {
     address: PathBuf,
-    inode: u64,
+    /// None: it was there before us and outlives us, systemd's for example.
+    inode: Option<u64>,
+}
+
+/// Who may reach the socket's file. The door asks each one who comes who they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    Root,
+    Everybody,
+}
+
+impl Reach {
+    fn socket_mode(self) -> u32 {
+        match self {
+            Self::Root => 0o600,
+            Self::Everybody => 0o666,
+        }
+    }
+
+    fn directory_mode(self) -> u32 {
+        match self {
+            Self::Root => 0o700,
+            Self::Everybody => 0o711,
+        }
+    }
 }
 
 /// Whether `address` can be one; the result is the socket's directory.
@@ -115,12 +158,36 @@ pub fn check(address: &Path) -> Result<&Path> {
     }
 }
 
-/// Makes `listen` listen on `address`; it gets the address as gRPC writes it.
-pub fn bind(address: &Path, listen: impl FnOnce(String) -> grpcio::Result<()>) -> Result<Bound> {
+/// Takes over a socket that somebody else listens with, for good.
+pub fn inherit(socket: OwnedFd) -> Result<Bound> {
+    let refuse = |why: String| Err(Error::Inherited { why });
+    let failed = |e: nix::Error| Error::Inherited { why: e.desc().to_owned() };
+    let name: SockaddrStorage = {
+        use std::os::fd::AsRawFd;
+        getsockname(socket.as_raw_fd()).map_err(failed)?
+    };
+    if name.family() != Some(AddressFamily::Unix) {
+        return refuse("it is no unix socket".to_owned());
+    }
+    let kind = getsockopt(&socket, sockopt::SockType).map_err(failed)?;
+    if kind != SockType::Stream || !getsockopt(&socket, sockopt::AcceptConn).map_err(failed)? {
+        return refuse("it is no stream socket that listens".to_owned());
+    }
+    match name.as_unix_addr().and_then(|name| name.path()) {
+        Some(path) => {
+            let file = SocketFile { address: path.to_owned(), inode: None };
+            Ok(Bound { listener: UnixListener::from(socket), file })
+        }
+        None => refuse("it has no path".to_owned()),
+    }
+}
+
+/// Listens on `address`.
+pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
     let parent = check(address)?;
     let directory_error = |cause| Error::Directory { directory: parent.to_owned(), cause };
     if !parent.is_dir() {
-        DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(directory_error)?;
+        DirBuilder::new().recursive(true).mode(reach.directory_mode()).create(parent).map_err(directory_error)?;
     }
     let status = fs::metadata(parent).map_err(directory_error)?;
     let mode = status.mode() & 0o7777;
@@ -136,12 +203,12 @@ pub fn bind(address: &Path, listen: impl FnOnce(String) -> grpcio::Result<()>) -
     let socket_error = |cause| Error::Socket { address: address.to_owned(), cause };
     // No moment in which others could connect: the socket is born with its mode.
     let before = umask(Mode::from_bits_truncate(0o177));
-    let listening = listen(format!("unix:{}", address.display()));
+    let listening = UnixListener::bind(address);
     umask(before);
-    listening.map_err(Error::Transport)?;
-    fs::set_permissions(address, fs::Permissions::from_mode(0o600)).map_err(socket_error)?;
+    let listener = listening.map_err(socket_error)?;
+    fs::set_permissions(address, fs::Permissions::from_mode(reach.socket_mode())).map_err(socket_error)?;
     let inode = fs::symlink_metadata(address).map_err(socket_error)?.ino();
-    Ok(Bound { address: address.to_owned(), inode })
+    Ok(Bound { listener, file: SocketFile { address: address.to_owned(), inode: Some(inode) } })
 }
 
 /// Removes what a process that is gone left at `address`.
@@ -164,10 +231,15 @@ fn clear(address: &Path) -> Result<()> {
     }
 }
 
-impl Bound {
-    /// Takes the socket's file away, unless another process has put its own there.
+impl SocketFile {
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
+    /// Takes the socket's file away, unless it is, or has become, somebody else's.
     pub fn remove(&self) {
-        let ours = fs::symlink_metadata(&self.address).is_ok_and(|status| status.ino() == self.inode);
+        let now = fs::symlink_metadata(&self.address).map(|status| status.ino());
+        let ours = self.inode.is_some_and(|inode| now.is_ok_and(|now| now == inode));
         if ours && let Err(e) = fs::remove_file(&self.address) {
             log::warn!("cannot remove the socket {}: {e}", self.address.display());
         }
@@ -177,33 +249,43 @@ impl Bound {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
-
-    #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
-    fn listen(uri: String) -> grpcio::Result<()> {
-        UnixListener::bind(uri.strip_prefix("unix:").unwrap()).unwrap();
-        Ok(())
-    }
+    use std::os::unix::net::UnixDatagram;
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("new/s.sock");
-        let bound = bind(&address, listen).unwrap();
-        assert_eq!(fs::metadata(address.parent().unwrap()).unwrap().mode() & 0o777, 0o700);
-        // `listen` has closed it again, so it is stale now.
-        let again = bind(&address, listen).unwrap();
-        assert_eq!(fs::metadata(&address).unwrap().mode() & 0o777, 0o600);
-        fs::remove_file(&address).unwrap();
-        let live = UnixListener::bind(&address).unwrap();
-        let refused = bind(&address, |_| panic!("it must not listen"));
-        assert!(matches!(refused, Err(Error::InUse { .. })));
-        if bound.inode != fs::metadata(&address).unwrap().ino() && again.inode != fs::metadata(&address).unwrap().ino()
-        {
-            again.remove();
-            assert!(address.exists(), "the socket of another process was removed");
+        let stale = bind(&address, Reach::Root).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(mode(address.parent().unwrap()), 0o700);
+        drop(stale.listener);
+        let live = bind(&address, Reach::Root).unwrap();
+        assert_eq!(mode(&address), 0o600);
+        assert!(matches!(bind(&address, Reach::Root), Err(Error::InUse { .. })));
+        stale.file.remove();
+        assert!(address.exists() || stale.file.inode == live.file.inode, "another process's socket was removed");
+        drop(live.listener);
+        let open = bind(&address, Reach::Everybody).unwrap();
+        assert_eq!(mode(&address), 0o666, "who comes is asked at the door");
+        open.file.remove();
+        assert!(!address.exists());
+    }
+
+    #[test]
+    fn only_a_listening_unix_socket_with_a_path_is_inherited() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("s");
+        let bound = inherit(UnixListener::bind(&address).unwrap().into()).unwrap();
+        assert_eq!(bound.file.address(), address);
+        bound.file.remove();
+        assert!(address.exists(), "it is not ours to remove");
+        let file = File::open(dir.path()).unwrap();
+        let datagram = UnixDatagram::bind(dir.path().join("d")).unwrap();
+        let (connected, _other) = UnixStream::pair().unwrap();
+        let inet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for wrong in [OwnedFd::from(file), datagram.into(), connected.into(), inet.into()] {
+            assert!(matches!(inherit(wrong), Err(Error::Inherited { .. })));
         }
-        drop(live);
     }
 
     #[test]
@@ -211,24 +293,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("file");
         fs::write(&address, "precious").unwrap();
-        assert!(matches!(bind(&address, listen), Err(Error::NotASocket { .. })));
+        assert!(matches!(bind(&address, Reach::Root), Err(Error::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&address).unwrap(), "precious");
     }
 
     #[test]
     fn an_address_that_cannot_be_safe_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(bind(Path::new("s.sock"), listen), Err(Error::NotAbsolute { .. })));
+        assert!(matches!(bind(Path::new("s.sock"), Reach::Root), Err(Error::NotAbsolute { .. })));
         let long = dir.path().join("s".repeat(120));
-        assert!(matches!(bind(&long, listen), Err(Error::TooLong { .. })));
+        assert!(matches!(bind(&long, Reach::Root), Err(Error::TooLong { .. })));
         for odd in ["/", "/tmp/a%41", "/tmp/a#b", "/tmp/a?b", "/tmp/a/"] {
-            assert!(matches!(bind(Path::new(odd), listen), Err(Error::OddCharacter { .. })), "{odd}");
+            assert!(matches!(bind(Path::new(odd), Reach::Root), Err(Error::OddCharacter { .. })), "{odd}");
         }
         let theirs = dir.path().join("theirs");
         fs::create_dir(&theirs).unwrap();
         std::os::unix::fs::chown(&theirs, Some(65_534), None).unwrap();
-        assert!(matches!(bind(&theirs.join("s"), listen), Err(Error::OpenDirectory { owner: 65_534, .. })));
+        assert!(matches!(bind(&theirs.join("s"), Reach::Root), Err(Error::OpenDirectory { owner: 65_534, .. })));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(matches!(bind(&dir.path().join("s"), listen), Err(Error::OpenDirectory { .. })));
+        assert!(matches!(bind(&dir.path().join("s"), Reach::Root), Err(Error::OpenDirectory { .. })));
     }
 }

@@ -3,6 +3,7 @@
 
 use grpcio::{RpcStatus, RpcStatusCode};
 
+use super::load::Overload;
 use crate::pool::Refusal;
 use crate::snapshotter::Error;
 
@@ -39,6 +40,10 @@ pub fn of_refusal(refusal: &Refusal) -> RpcStatus {
         Refusal::Panicked(_) => RpcStatusCode::INTERNAL,
     };
     RpcStatus::with_message(code, refusal.to_string())
+}
+
+pub fn of_overload(overload: Overload) -> RpcStatus {
+    RpcStatus::with_message(RpcStatusCode::RESOURCE_EXHAUSTED, overload.to_string())
 }
 
 #[cfg(test)]

@@ -45,7 +45,11 @@ impl Snapshotter {
 
     /// Every snapshot that `matches`, in no order. `hint` is a (ref, parent) that all of
     /// them have, if the caller knows one: then only those are looked at.
-    pub fn list(&self, hint: Option<(&str, &str)>, matches: impl Fn(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+    pub fn list(
+        &self,
+        hint: Option<(&str, &str)>,
+        mut matches: impl FnMut(&Snapshot) -> bool,
+    ) -> Result<Vec<Snapshot>> {
         self.store.read(|tx| {
             let mut found = Vec::new();
             let mut keep = |snapshot: Snapshot| {

@@ -82,7 +82,6 @@ impl Server {
         let file = File::options().create(true).append(true).open(log).expect("a log file can be opened");
         let child = command
             .env("PATH", search_path())
-            .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a log file can be shared"))
             .stderr(file)
             .spawn()
@@ -96,6 +95,20 @@ impl Server {
 
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).expect("a pid is an i32"))
+    }
+
+    /// A number of `/proc/<pid>/status`: `VmRSS` and `VmHWM` in KiB, `Threads`.
+    #[track_caller]
+    pub fn status(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server is there");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        number.unwrap_or_else(|| panic!("{field} is a number in {status}"))
+    }
+
+    /// Descriptors that it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server is there").count()
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -1,8 +1,9 @@
 //! The snapshotter under test, as a process.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
@@ -24,23 +25,50 @@ pub fn binary() -> PathBuf {
 /// A snapshotter with its socket, state root and configuration in one directory.
 pub struct Snapshotter {
     dir: PathBuf,
+    /// Held for the daemon, as systemd does.
+    listener: Option<UnixListener>,
     server: Option<Server>,
 }
 
 impl Snapshotter {
     /// `more` is added to a configuration that only names the repository.
     pub fn start(dir: &Path, repository: &Path, more: &str) -> Self {
-        fs::create_dir_all(dir).expect("the snapshotter's directory can be made");
-        let config =
-            format!("repository = \"scene.test\"\nabsolute-mountpoint = \"{}\"\n{more}\n", repository.display());
-        fs::write(dir.join("config.toml"), config).expect("the configuration can be written");
-        let mut snapshotter = Self { dir: dir.to_owned(), server: None };
+        let mut snapshotter = Self::configured(dir, repository, more);
         snapshotter.start_again();
         snapshotter
     }
 
+    /// On a socket that stays when the daemon goes.
+    pub fn start_behind_socket(dir: &Path, repository: &Path, more: &str) -> Self {
+        let mut snapshotter = Self::configured(dir, repository, more);
+        let socket = snapshotter.socket();
+        fs::create_dir_all(socket.parent().expect("a socket has a directory")).expect("the directory can be made");
+        snapshotter.listener = Some(UnixListener::bind(socket).expect("the socket is new"));
+        snapshotter.start_again();
+        snapshotter
+    }
+
+    fn configured(dir: &Path, repository: &Path, more: &str) -> Self {
+        fs::create_dir_all(dir).expect("the snapshotter's directory can be made");
+        let config =
+            format!("repository = \"scene.test\"\nabsolute-mountpoint = \"{}\"\n{more}\n", repository.display());
+        fs::write(dir.join("config.toml"), config).expect("the configuration can be written");
+        Self { dir: dir.to_owned(), listener: None, server: None }
+    }
+
     pub fn start_again(&mut self) {
-        let mut server = Server::start(&mut self.command(), &self.dir.join("log"));
+        let mut command = self.command();
+        if let Some(listener) = &self.listener {
+            let mut behind = Command::new("sh");
+            behind.args(["-c", "exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"", "sh"]);
+            behind.arg(command.get_program()).args(command.get_args());
+            let held = listener.try_clone().expect("a socket can be shared");
+            behind.stdin(Stdio::from(std::os::fd::OwnedFd::from(held)));
+            command = behind;
+        } else {
+            command.stdin(Stdio::null());
+        }
+        let mut server = Server::start(&mut command, &self.dir.join("log"));
         let socket = self.socket();
         server.wait_until("listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
         self.server = Some(server);

@@ -144,7 +144,7 @@ fn root_garbage_on_the_socket_disturbs_nobody() {
             (0..1000 + n * 37).map(|i: u32| u8::try_from(i.wrapping_mul(2_654_435_761) >> 24).unwrap()).collect();
         let _ = std::io::Write::write_all(&mut stream, &bytes);
     }
-    let open: Vec<_> = (0..200).map(|_| UnixStream::connect(d.snapshotter.socket()).unwrap()).collect();
+    let open: Vec<_> = (0..100).map(|_| UnixStream::connect(d.snapshotter.socket()).unwrap()).collect();
     d.client.prepare("key", "", &[]).unwrap();
     drop(open);
     d.client.stat("key").unwrap();

@@ -1,0 +1,295 @@
+//! Who comes in: connections are accepted here, one by one, and those of the right users are
+//! handed to gRPC.
+//!
+//! A duplicate of each connection's descriptor is kept and only watched for its end, which is
+//! how they are counted. At a stop the same descriptor tells the client to go: gRPC itself
+//! knows no way to send GOAWAY without refusing the calls that cross it on the wire, and to
+//! containerd a refused call is a failed pull.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, UnixCredentials, getsockopt, send, sockopt::PeerCredentials};
+use nix::unistd::geteuid;
+
+/// Connections at one time. containerd has one or two; each costs two descriptors.
+pub const CONNECTIONS: usize = 128;
+/// After an `accept` that failed (no free descriptor, say) the next one waits so long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Refused connections are logged so often at most.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(10);
+
+/// HTTP/2's GOAWAY: 8 bytes, type 7, no flags, stream 0; every stream that was begun is
+/// served (the last one has the highest number there is), no error. RFC 9113, section 6.8.
+const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+
+/// The users that may connect, by their numeric ids.
+#[derive(Clone, Debug)]
+pub struct Admitted(BTreeSet<u32>);
+
+impl Admitted {
+    /// root, the daemon's own user, and `others`.
+    pub fn new(others: &[u32]) -> Self {
+        Self(others.iter().copied().chain([0, geteuid().as_raw()]).collect())
+    }
+}
+
+pub struct Door {
+    thread: JoinHandle<Connections>,
+    close: PipeWriter,
+}
+
+impl Door {
+    /// Accepts connections of the `admitted` from now on, and gives them to `hand_over`.
+    pub fn open(
+        listener: UnixListener,
+        admitted: Admitted,
+        hand_over: impl FnMut(UnixStream) + Send + 'static,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let (closed, close) = io::pipe()?;
+        let porter = Porter { listener, admitted, hand_over, complaints: Complaints::default() };
+        let thread = thread::Builder::new().name("door".to_owned()).spawn(move || porter.work(&closed))?;
+        Ok(Self { thread, close })
+    }
+
+    /// Accepts no more: whoever connects now waits for the next process, if the listening
+    /// socket lives on. The result is who is inside.
+    pub fn close(self) -> Connections {
+        drop(self.close);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+/// The connections that are open, by their watched duplicates.
+#[derive(Default)]
+pub struct Connections(Vec<OwnedFd>);
+
+impl Connections {
+    /// Asks every client to take its further calls elsewhere, to the next process. To be
+    /// called while gRPC writes no answer: what it may write then is as small as this, and
+    /// small writes to a unix socket do not mix.
+    pub fn say_goodbye(&self) {
+        for connection in &self.0 {
+            // One that is gone, or that does not read, is cut off at the end.
+            let _ = send_all(connection, &GOAWAY);
+        }
+    }
+
+    /// Waits for the end of all, until `enough` at most; it is asked now and then.
+    pub fn wait_for_end(&mut self, enough: impl Fn() -> bool) {
+        const LOOK: u16 = 20;
+        while !self.0.is_empty() && !enough() {
+            let ended = {
+                let mut fds: Vec<PollFd<'_>> = self.0.iter().map(watched).collect();
+                let _ = poll(&mut fds, PollTimeout::from(LOOK));
+                fds.iter().map(has_event).collect::<Vec<_>>()
+            };
+            self.forget(&ended);
+        }
+    }
+
+    fn forget(&mut self, ended: &[bool]) {
+        let mut ended = ended.iter();
+        self.0.retain(|_| !ended.next().is_some_and(|ended| *ended));
+    }
+}
+
+fn send_all(connection: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
+    use std::os::fd::AsRawFd;
+    send(connection.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)
+}
+
+/// Only its end, which needs no asking: what it carries is gRPC's.
+fn watched(connection: &OwnedFd) -> PollFd<'_> {
+    PollFd::new(connection.as_fd(), PollFlags::empty())
+}
+
+fn has_event(fd: &PollFd<'_>) -> bool {
+    fd.revents().is_none_or(|events| !events.is_empty())
+}
+
+struct Porter<F> {
+    listener: UnixListener,
+    admitted: Admitted,
+    hand_over: F,
+    complaints: Complaints,
+}
+
+impl<F: FnMut(UnixStream)> Porter<F> {
+    fn work(mut self, closed: &PipeReader) -> Connections {
+        let mut inside = Connections::default();
+        loop {
+            let (is_closed, is_knocking, ended) = {
+                let mut fds = vec![
+                    PollFd::new(closed.as_fd(), PollFlags::POLLIN),
+                    PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+                ];
+                fds.extend(inside.0.iter().map(watched));
+                match poll(&mut fds, PollTimeout::NONE) {
+                    Ok(_) => {}
+                    Err(Errno::EINTR) => continue,
+                    Err(e) => {
+                        log::error!("cannot wait for connections: {}", e.desc());
+                        thread::sleep(ACCEPT_PAUSE);
+                        continue;
+                    }
+                }
+                (has_event(&fds[0]), has_event(&fds[1]), fds[2..].iter().map(has_event).collect::<Vec<_>>())
+            };
+            inside.forget(&ended);
+            if is_closed {
+                return inside;
+            }
+            if is_knocking {
+                self.accept(&mut inside);
+            }
+        }
+    }
+
+    fn accept(&mut self, inside: &mut Connections) {
+        // A connection takes two descriptors: without the second, whoever waits goes on waiting.
+        let second = match self.listener.as_fd().try_clone_to_owned() {
+            Ok(second) => second,
+            Err(e) => return self.complaints.add_and_pause(&e),
+        };
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                drop(second);
+                if let Err(why) = self.admit(stream, inside) {
+                    self.complaints.add(&why);
+                }
+            }
+            // It went away again.
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => self.complaints.add_and_pause(&e),
+        }
+    }
+
+    fn admit(&mut self, stream: UnixStream, inside: &mut Connections) -> Result<(), String> {
+        let failed = |e: &dyn std::fmt::Display| format!("cannot take a connection: {e}");
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e.desc()))?;
+        self.judge(&peer, inside.0.len())?;
+        stream.set_nonblocking(true).map_err(|e| failed(&e))?;
+        inside.0.push(stream.as_fd().try_clone_to_owned().map_err(|e| failed(&e))?);
+        (self.hand_over)(stream);
+        Ok(())
+    }
+
+    fn judge(&self, peer: &UnixCredentials, inside: usize) -> Result<(), String> {
+        let (uid, pid) = (peer.uid(), peer.pid());
+        if !self.admitted.0.contains(&uid) {
+            return Err(format!(
+                "refused a connection of user {uid} (process {pid}): only root may connect, and who is in \
+                 \"allowed-uids\" in the configuration"
+            ));
+        }
+        if inside >= CONNECTIONS {
+            return Err(format!(
+                "refused a connection of process {pid}: there are {inside} connections, that is the limit; \
+                 see which process holds them (ss -xp)"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What happens very often fills no log.
+#[derive(Default)]
+struct Complaints {
+    last: Option<Instant>,
+    left_out: usize,
+}
+
+impl Complaints {
+    /// It would only fail again, and again, until something changes.
+    fn add_and_pause(&mut self, cause: &io::Error) {
+        self.add(&format!("cannot accept a connection: {cause}"));
+        thread::sleep(ACCEPT_PAUSE);
+    }
+
+    fn add(&mut self, what: &str) {
+        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_PAUSE) {
+            self.left_out += 1;
+            return;
+        }
+        match std::mem::take(&mut self.left_out) {
+            0 => log::warn!("{what}"),
+            more => log::warn!("{what} (and {more} times like this since the last such line)"),
+        }
+        self.last = Some(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::sync::mpsc;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    fn open(admitted: Admitted) -> (tempfile::TempDir, std::path::PathBuf, Door, mpsc::Receiver<UnixStream>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (send, receive) = mpsc::channel();
+        let door = Door::open(UnixListener::bind(&path).unwrap(), admitted, move |s| drop(send.send(s))).unwrap();
+        (dir, path, door, receive)
+    }
+
+    #[test]
+    fn whoever_is_not_admitted_is_turned_away() {
+        let (_dir, path, door, handed_over) = open(Admitted(BTreeSet::from([u32::MAX])));
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(SOON)).unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "it is closed at once");
+        assert!(door.close().0.is_empty());
+        assert!(handed_over.try_recv().is_err());
+    }
+
+    #[test]
+    fn connections_are_bounded_and_one_that_ends_makes_room() {
+        let (_dir, path, door, handed_over) = open(Admitted::new(&[]));
+        let mut clients: Vec<_> = (0..CONNECTIONS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let servers: Vec<_> = (0..CONNECTIONS).map(|_| handed_over.recv_timeout(SOON).unwrap()).collect();
+        let mut one_more = UnixStream::connect(&path).unwrap();
+        one_more.set_read_timeout(Some(SOON)).unwrap();
+        assert_eq!(one_more.read(&mut [0]).unwrap(), 0);
+        clients.pop();
+        let until = Instant::now() + SOON;
+        loop {
+            let _client = UnixStream::connect(&path).unwrap();
+            if handed_over.recv_timeout(Duration::from_millis(50)).is_ok() {
+                break;
+            }
+            assert!(Instant::now() < until, "there is no room again");
+        }
+        drop(servers);
+        drop(door.close());
+    }
+
+    #[test]
+    fn at_the_end_clients_are_asked_to_go_and_waited_for() {
+        let (_dir, path, door, handed_over) = open(Admitted::new(&[]));
+        let mut client = UnixStream::connect(&path).unwrap();
+        let _server = handed_over.recv_timeout(SOON).unwrap();
+        let mut inside = door.close();
+        inside.say_goodbye();
+        let mut heard = [0; GOAWAY.len()];
+        client.read_exact(&mut heard).unwrap();
+        assert_eq!(heard, GOAWAY);
+        inside.wait_for_end(|| true);
+        assert_eq!(inside.0.len(), 1, "it waits no longer than it is enough");
+        drop(client);
+        inside.wait_for_end(|| false);
+        assert!(inside.0.is_empty());
+    }
+}

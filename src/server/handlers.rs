@@ -1,0 +1,310 @@
+//! One handler for each method: from a request on gRPC's thread to an answer on its way.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use futures_channel::oneshot;
+use futures_util::SinkExt;
+use grpcio::{
+    Deadline, Method, RpcContext, RpcStatus, ServerStreamingSink, Service, ServiceBuilder, UnarySink, WriteFlags,
+};
+use protobuf::Message;
+use protobuf::well_known_types::empty::Empty;
+
+use super::filters::Filters;
+use super::load::{Burden, Load, Overload};
+use super::{convert, service, status};
+use crate::pool::{Entrance, Refusal};
+use crate::proto::snapshots::{
+    ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse, PrepareSnapshotRequest,
+    PrepareSnapshotResponse, StatSnapshotResponse, UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest,
+    ViewSnapshotResponse,
+};
+use crate::snapshotter::{self, Asks, Snapshotter};
+use crate::types::{Key, Snapshot};
+
+/// Snapshots in one message of a streamed List, and bytes after which one is sent.
+const LIST_BATCH: usize = 100;
+const LIST_BATCH_BYTES: u64 = 1 << 20;
+
+/// What every handler holds a copy of.
+#[derive(Clone)]
+pub struct Handlers {
+    snapshotter: Arc<Snapshotter>,
+    pool: Entrance,
+    waiters: Arc<Waiters>,
+    load: Arc<Load>,
+}
+
+/// Who does the calls that may have to wait, apart for each thing that they may wait for.
+pub struct Waiters {
+    pub pulls: Entrance,
+    /// In the order of the repositories.
+    pub repositories: Vec<Entrance>,
+}
+
+impl Waiters {
+    fn of(&self, asks: Asks) -> &Entrance {
+        match asks {
+            Asks::All => &self.pulls,
+            Asks::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
+        }
+    }
+}
+
+/// Why a call has no answer but a status.
+enum Failure {
+    Call(snapshotter::Error),
+    Pool(Refusal),
+    Load(Overload),
+}
+
+impl From<snapshotter::Error> for Failure {
+    fn from(error: snapshotter::Error) -> Self {
+        Self::Call(error)
+    }
+}
+
+impl From<Overload> for Failure {
+    fn from(overload: Overload) -> Self {
+        Self::Load(overload)
+    }
+}
+
+type Outcome<T> = Result<T, Failure>;
+
+/// What a call may have to wait for.
+type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<Asks>>;
+
+impl Handlers {
+    pub fn new(snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Waiters, load: Arc<Load>) -> Self {
+        Self { snapshotter, pool, waiters: Arc::new(waiters), load }
+    }
+
+    pub fn service(&self) -> Service {
+        let mut service = ServiceBuilder::new();
+        let asks: Waits<PrepareSnapshotRequest> = |s, request| s.asks_for_prepare(&request.parent, &request.labels);
+        service = self.unary(service, &service::PREPARE, Some(asks), |s, request, _| {
+            let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
+            let mounts = convert::mounts(s.prepare(wanted)?);
+            Ok(PrepareSnapshotResponse { mounts, ..PrepareSnapshotResponse::default() })
+        });
+        let asks: Waits<ViewSnapshotRequest> = |s, request| s.asks(&request.parent);
+        service = self.unary(service, &service::VIEW, Some(asks), |s, request, _| {
+            let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
+            let mounts = convert::mounts(s.view(wanted)?);
+            Ok(ViewSnapshotResponse { mounts, ..ViewSnapshotResponse::default() })
+        });
+        let asks: Waits<MountsRequest> = |s, request| s.asks(&request.key);
+        service = self.unary(service, &service::MOUNTS, Some(asks), |s, request, _| {
+            let mounts = convert::mounts(s.mounts(&Key::parse(&request.key)?)?);
+            Ok(MountsResponse { mounts, ..MountsResponse::default() })
+        });
+        service = self.unary(service, &service::COMMIT, None, |s, request, _| {
+            let (name, key) = (Key::parse(&request.name)?, Key::parse(&request.key)?);
+            let parent = Key::parse_optional(&request.parent)?;
+            s.commit(&name, &key, request.labels.into_iter().collect(), parent.as_ref())?;
+            Ok(Empty::new())
+        });
+        service = self.unary(service, &service::REMOVE, None, |s, request, _| {
+            s.remove(&Key::parse(&request.key)?)?;
+            Ok(Empty::new())
+        });
+        service = self.unary(service, &service::STAT, None, |s, request, _| {
+            let info = convert::info(s.stat(&Key::parse(&request.key)?)?);
+            Ok(StatSnapshotResponse { info: Some(info).into(), ..StatSnapshotResponse::default() })
+        });
+        service = self.unary(service, &service::UPDATE, None, |s, request, _| {
+            let (key, change) = convert::update(request)?;
+            let info = convert::info(s.update(&key, &change)?);
+            Ok(UpdateSnapshotResponse { info: Some(info).into(), ..UpdateSnapshotResponse::default() })
+        });
+        service = self.unary(service, &service::USAGE, None, |s, request, cancelled| {
+            let usage = s.usage(&Key::parse(&request.key)?, cancelled)?;
+            Ok(UsageResponse { size: usage.size, inodes: usage.inodes, ..UsageResponse::default() })
+        });
+        service = self.unary(service, &service::CLEANUP, None, |s, _, cancelled| {
+            let cleaned = s.cleanup(cancelled)?;
+            log::debug!("cleanup: {} done, {} left for later", cleaned.done, cleaned.left);
+            Ok(Empty::new())
+        });
+        let handlers = self.clone();
+        service
+            .add_server_streaming_handler(&service::LIST, move |context, request, sink| {
+                handlers.list(&context, request, sink);
+            })
+            .build()
+    }
+
+    /// Adds a method that is answered once. `work` runs on a worker, or on a waiter if the call
+    /// `waits`; it gets a function that says whether the caller has given up.
+    fn unary<Q, R, F>(
+        &self,
+        service: ServiceBuilder,
+        method: &Method<Q, R>,
+        waits: Option<Waits<Q>>,
+        work: F,
+    ) -> ServiceBuilder
+    where
+        Q: Message,
+        R: Send + 'static,
+        F: Fn(&Snapshotter, Q, &dyn Fn() -> bool) -> snapshotter::Result<R> + Clone + Send + 'static,
+    {
+        let handlers = self.clone();
+        let name = method.name;
+        service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
+            let deadline = context.deadline();
+            let burden = match handlers.load.take(request.compute_size()) {
+                Ok(burden) => burden,
+                Err(overload) => {
+                    let answer = sink.fail(log_and_status(name, &Failure::Load(overload)));
+                    return context.spawn(async move { drop(answer.await) });
+                }
+            };
+            let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), Arc::clone(&handlers.waiters));
+            let (started, sending) = oneshot::channel();
+            let answer = move |result: Result<snapshotter::Result<R>, Refusal>| {
+                let was_worked_on = result.is_ok();
+                let result = result.map_err(Failure::Pool).and_then(|result| result.map_err(Failure::Call));
+                // A refusal may be said on gRPC's own thread, which must not wait.
+                let (burden, turn) = if was_worked_on { (None, Some(burden.answer())) } else { (Some(burden), None) };
+                // Sending starts here, on the worker, without another change of threads.
+                let answer = match result {
+                    Ok(response) => sink.success(response),
+                    Err(failure) => sink.fail(log_and_status(name, &failure)),
+                };
+                drop(started.send((answer, burden, turn)));
+            };
+            let run = {
+                let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
+                move |request| work(&snapshotter, request, &|| deadline.exceeded())
+            };
+            let run_here = run.clone();
+            handlers.pool.submit(
+                move || deadline.exceeded(),
+                move || match waits.map_or(Ok(None), |waits| waits(&snapshotter, &request)) {
+                    Ok(Some(asks)) => Step::PassOn(asks, request),
+                    Ok(None) => Step::Done(run_here(request)),
+                    Err(e) => Step::Done(Err(e)),
+                },
+                move |step| match step {
+                    Ok(Step::PassOn(asks, request)) => {
+                        waiters.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
+                    }
+                    Ok(Step::Done(result)) => answer(Ok(result)),
+                    Err(refusal) => answer(Err(refusal)),
+                },
+            );
+            // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
+            // wait for the end of it: not the worker, which a slow client must not hold.
+            context.spawn(async move {
+                if let Ok((answer, burden, turn)) = sending.await {
+                    drop(answer.await);
+                    drop((burden, turn));
+                }
+            });
+        })
+    }
+
+    /// A worker reads the list at once; grpcio's thread sends it as fast as the client takes
+    /// it. So a client that does not read holds memory, for which there is a limit, but no
+    /// worker.
+    fn list(
+        &self,
+        context: &RpcContext<'_>,
+        request: ListSnapshotsRequest,
+        mut sink: ServerStreamingSink<ListSnapshotsResponse>,
+    ) {
+        let deadline: Deadline = context.deadline();
+        let (answer, answered) = oneshot::channel();
+        match self.load.take(request.compute_size()) {
+            Err(overload) => drop(answer.send(Err(Failure::Load(overload)))),
+            Ok(mut burden) => {
+                let snapshotter = Arc::clone(&self.snapshotter);
+                self.pool.submit(
+                    move || deadline.exceeded(),
+                    move || {
+                        let snapshots = read_list(&snapshotter, &request.filters, &mut burden)?;
+                        Ok((snapshots, burden.answer()))
+                    },
+                    move |result| {
+                        let result = result.map_err(Failure::Pool).and_then(|result: Outcome<_>| result);
+                        drop(answer.send(result));
+                    },
+                );
+            }
+        }
+        context.spawn(async move {
+            let (snapshots, _turn) = match answered.await {
+                Ok(Ok(snapshots)) => snapshots,
+                Ok(Err(failure)) => return drop(sink.fail(log_and_status(service::LIST.name, &failure)).await),
+                Err(oneshot::Canceled) => return,
+            };
+            let mut rest = snapshots.into_iter().peekable();
+            while rest.peek().is_some() {
+                let mut batch = ListSnapshotsResponse::default();
+                let mut bytes = 0;
+                while batch.info.len() < LIST_BATCH && bytes < LIST_BATCH_BYTES {
+                    let Some(snapshot) = rest.next() else { break };
+                    let info = convert::info(snapshot);
+                    bytes += info.compute_size();
+                    batch.info.push(info);
+                }
+                if sink.send((batch, WriteFlags::default())).await.is_err() {
+                    return; // The client went away.
+                }
+            }
+            drop(sink.close().await);
+        });
+    }
+}
+
+/// What a worker did with a call.
+enum Step<Q, R> {
+    Done(snapshotter::Result<R>),
+    PassOn(Asks, Q),
+}
+
+fn read_list(snapshotter: &Snapshotter, texts: &[String], burden: &mut Burden) -> Outcome<Vec<Snapshot>> {
+    let filters = Filters::parse(texts)
+        .map_err(|invalid| snapshotter::Error::InvalidFilter { why: invalid.to_string(), filter: invalid.filter })?;
+    let mut overload = None;
+    let snapshots = snapshotter.list(filters.reference_and_parent(), |snapshot| {
+        // Once it is too much, nothing more is kept.
+        if overload.is_some() || !filters.matches(snapshot) {
+            return false;
+        }
+        overload = burden.grow(snapshot.memory()).err();
+        overload.is_none()
+    })?;
+    overload.map_or(Ok(snapshots), |overload| Err(overload.into()))
+}
+
+/// The status for a failure, and a line in the log if it shows a fault of this program or host.
+fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
+    use snapshotter::Error;
+    match failure {
+        Failure::Call(error) => {
+            match error {
+                Error::System(_) | Error::Undo { .. } | Error::Store(_) | Error::Broken { .. } => {
+                    log::error!(method = method; "{error}");
+                }
+                Error::LayerUnavailable { .. } => log::warn!(method = method; "{error}"),
+                _ => log::debug!(method = method; "{error}"),
+            }
+            status::of_error(error)
+        }
+        Failure::Pool(refusal) => {
+            match refusal {
+                Refusal::Panicked(_) => log::error!(method = method; "{refusal}"),
+                Refusal::QueueFull { .. } => log::warn!(method = method; "{refusal}"),
+                Refusal::DeadlinePassed | Refusal::Stopping => log::debug!(method = method; "{refusal}"),
+            }
+            status::of_refusal(refusal)
+        }
+        Failure::Load(overload) => {
+            log::warn!(method = method; "{overload}");
+            status::of_overload(*overload)
+        }
+    }
+}

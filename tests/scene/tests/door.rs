@@ -1,0 +1,158 @@
+//! Who may come in, what happens at the bounds, and a restart that nobody notices.
+
+#![allow(clippy::unwrap_used)]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use scene::containerd::Containerd;
+use scene::process::run;
+use scene::publisher::Repository;
+use scene::sandbox::Sandbox;
+use scene::snapshotter::Snapshotter;
+
+/// A restart is an upgrade: containerd must not notice. gRPC's own graceful stop refuses calls
+/// that cross its GOAWAY on the wire, and each of those was a failed call of containerd.
+#[test]
+fn root_no_call_of_containerd_fails_while_the_daemon_restarts_behind_its_socket() {
+    const RESTARTS: usize = 20;
+    let sandbox = Sandbox::enter("restart");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
+    let containerd = Containerd::with_snapshotter(&sandbox.path("o"), "none:1", &snapshotter.socket());
+    let (over, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let failed: Vec<String> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..6)
+            .map(|t| {
+                let (c, over, calls) = (containerd.snapshots(), &over, &calls);
+                scope.spawn(move || {
+                    let mut failed = Vec::new();
+                    for n in 0.. {
+                        if over.load(Ordering::SeqCst) {
+                            break;
+                        }
+                        let key = format!("key-{t}-{n}");
+                        let keep = [("containerd.io/gc.root", "scene")];
+                        let answers = [
+                            c.prepare(&key, "", &keep).map(drop),
+                            c.mounts(&key).map(drop),
+                            c.usage(&key).map(drop),
+                            c.stat(&key).map(drop),
+                            c.remove(&key),
+                        ];
+                        calls.fetch_add(answers.len(), Ordering::SeqCst);
+                        failed.extend(
+                            answers
+                                .into_iter()
+                                .filter_map(Result::err)
+                                .map(|status| format!("{key}: {:?} {}", status.code(), status.message())),
+                        );
+                    }
+                    failed
+                })
+            })
+            .collect();
+        for n in 0..RESTARTS {
+            std::thread::sleep(Duration::from_millis(100 + 37 * (n as u64 % 5)));
+            assert!(snapshotter.end(Signal::SIGTERM).success());
+            snapshotter.start_again();
+        }
+        over.store(true, Ordering::SeqCst);
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    let calls = calls.load(Ordering::SeqCst);
+    println!("{RESTARTS} restarts, {calls} calls through containerd, {} failed", failed.len());
+    assert_eq!(failed, Vec::<String>::new());
+    assert!(calls > 20 * RESTARTS, "too little happened: {calls}");
+}
+
+/// Killed in between, calls under way fail, but whoever comes while nobody serves waits.
+#[test]
+fn root_who_connects_while_the_daemon_is_dead_is_served_by_the_next() {
+    let sandbox = Sandbox::enter("dead");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
+    snapshotter.client().prepare("before", "", &[]).unwrap();
+    snapshotter.end(Signal::SIGKILL);
+    let client = snapshotter.client();
+    let waiting = std::thread::spawn(move || client.stat("before").map(|info| info.name));
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!waiting.is_finished());
+    snapshotter.start_again();
+    assert_eq!(waiting.join().unwrap().unwrap(), "before");
+    assert!(snapshotter.end(Signal::SIGTERM).success());
+    assert!(snapshotter.socket().exists(), "it is not the daemon's to remove");
+}
+
+/// What a process of another user hears when it speaks HTTP/2 to the socket.
+fn answer_to_user(uid: u32, socket: &Path) -> String {
+    // Perl is in every Debian. The preface of HTTP/2, and an empty SETTINGS frame.
+    const SPEAK: &str = r#"
+        use IO::Socket::UNIX;
+        my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print "cannot connect: $!"; exit };
+        $SIG{PIPE} = 'IGNORE';
+        $s->syswrite("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" . pack("H*", "000000040000000000"));
+        my $n = $s->sysread(my $answer, 9);
+        print $n ? "served, frame type " . ord(substr($answer, 3, 1)) : "closed";
+    "#;
+    let uid = uid.to_string();
+    let user = ["--reuid", &uid, "--regid", &uid, "--clear-groups", "perl", "-e", SPEAK];
+    run("setpriv", user.iter().map(OsStr::new).chain([socket.as_os_str()])).ok()
+}
+
+#[test]
+fn root_only_root_and_configured_users_may_connect() {
+    const SERVED: &str = "served, frame type 4";
+    let sandbox = Sandbox::enter("users");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let socket = snapshotter.socket();
+    assert_eq!(answer_to_user(0, &socket), SERVED);
+    assert!(answer_to_user(1234, &socket).starts_with("cannot connect: Permission denied"));
+    // Even if somebody opens the file to all, the door asks.
+    fs::set_permissions(socket.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+    for _ in 0..3 {
+        assert_eq!(answer_to_user(1234, &socket), "closed");
+    }
+    let log = snapshotter.log();
+    assert_eq!(log.matches("refused a connection of user 1234 (process ").count(), 1, "one line says it: {log}");
+    snapshotter.end(Signal::SIGTERM);
+    fs::remove_dir(socket.parent().unwrap()).unwrap();
+    let config = sandbox.path("s/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{text}allowed-uids = [1234]\n")).unwrap();
+    snapshotter.start_again();
+    for (uid, answer) in [(0, SERVED), (1234, SERVED), (1235, "closed")] {
+        assert_eq!(answer_to_user(uid, &socket), answer, "user {uid}");
+    }
+}
+
+#[test]
+fn root_a_socket_that_cannot_be_served_on_stops_the_start() {
+    let sandbox = Sandbox::enter("activation");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    snapshotter.end(Signal::SIGTERM);
+    let daemon = snapshotter.command();
+    let behind = |variables: &str, third: &str| {
+        let script = format!("exec 3{third}; export {variables}; exec \"$@\"");
+        let mut words = vec![OsStr::new("-c"), OsStr::new(&script), OsStr::new("sh"), OsStr::new("timeout")];
+        words.extend(["5".as_ref(), daemon.get_program()]);
+        words.extend(daemon.get_args());
+        run("sh", words)
+    };
+    let output = behind("LISTEN_PID=$$ LISTEN_FDS=1", "</dev/null");
+    // `timeout` has another process id: the variables are not for the daemon, which serves.
+    assert_eq!(output.status.code(), Some(124), "{}", output.stderr);
+    let script = "exec 3</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"";
+    let words = ["-c", script, "sh"].map(OsStr::new).into_iter();
+    let output = run("sh", words.chain([daemon.get_program()]).chain(daemon.get_args()));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.contains("LISTEN_FDS") && output.stderr.contains("ListenStream="), "{}", output.stderr);
+}

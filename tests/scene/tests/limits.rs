@@ -1,0 +1,150 @@
+//! What is bounded, and what happens at each bound: docs/limits.md, tried.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use cvmfs_snapshotter::proto::snapshots::ListSnapshotsRequest;
+use cvmfs_snapshotter::server::{CONNECTIONS, service};
+use futures_util::StreamExt;
+use grpcio::{CallOption, RpcStatusCode as Code};
+use scene::alone::{Alone, refused};
+use scene::process::eventually;
+
+/// Whether the daemon closes this connection at once.
+fn is_turned_away(connection: &mut UnixStream) -> bool {
+    connection.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    // Whoever is let in hears SETTINGS first.
+    connection.read(&mut [0; 9]).unwrap() == 0
+}
+
+#[test]
+fn root_connections_are_bounded_and_those_inside_are_served() {
+    let mut d = Alone::start("connections", "");
+    d.client.prepare("key", "", &[]).unwrap();
+    let knock = |d: &Alone| UnixStream::connect(d.snapshotter.socket()).unwrap();
+    let mut crowd: Vec<UnixStream> = (0..CONNECTIONS).map(|_| knock(&d)).collect();
+    let turned_away = crowd.iter_mut().filter_map(|one| is_turned_away(one).then_some(())).count();
+    assert!((1..=2).contains(&turned_away), "{turned_away}: the client and the start hold one or two");
+    assert!(is_turned_away(&mut knock(&d)));
+    let full = d.snapshotter.server().descriptors();
+    assert!(full < 2 * CONNECTIONS + 64, "{full}");
+    d.client.stat("key").unwrap();
+    assert!(d.snapshotter.log().contains("connections, that is the limit; see which process holds them (ss -xp)"));
+    drop(crowd);
+    eventually("there is room again", || !is_turned_away(&mut knock(&d)));
+    eventually("descriptors are given back", || d.snapshotter.server().descriptors() < 64);
+}
+
+/// Lists that nobody reads, of a node with very long labels.
+#[test]
+fn root_lists_that_nobody_reads_take_no_more_than_their_share_of_memory() {
+    let mut d = Alone::start("lists", "");
+    let long = "x".repeat(1 << 20);
+    for n in 0..64 {
+        d.client.prepare(&format!("key-{n}"), "", &[("l", &long[..long.len() - 1])]).unwrap();
+    }
+    let before = d.snapshotter.server().status("VmRSS") >> 10;
+    let grpc = grpcio::Client::new(d.client.channel().clone());
+    let list = || {
+        let option = CallOption::default().timeout(Duration::from_mins(1));
+        grpc.server_streaming(&service::LIST, &ListSnapshotsRequest::default(), option).unwrap()
+    };
+    let mut unread: Vec<_> = (0..12).map(|_| list()).collect();
+    eventually("some are refused", || d.snapshotter.log().contains("that is the limit: try again later"));
+    std::thread::sleep(Duration::from_millis(500));
+    let now = d.snapshotter.server().status("VmRSS") >> 10;
+    println!("12 unread lists of 64 MiB: {before} MiB before, {now} MiB now");
+    assert!(now < before + 512, "{before} MiB before, {now} MiB now");
+    d.client.stat("key-1").unwrap();
+    let outcomes = unread.drain(..).map(|mut stream| {
+        let first = futures_executor::block_on(stream.next()).unwrap();
+        first.map(|message| message.info.len()).map_err(|e| e.to_string())
+    });
+    let (served, refusals): (Vec<_>, Vec<_>) = outcomes.partition(Result::is_ok);
+    assert!(!served.is_empty() && served.len() <= 4, "{} are served", served.len());
+    assert!(refusals.iter().all(|e| e.as_ref().unwrap_err().contains("RESOURCE_EXHAUSTED")), "{refusals:?}");
+    eventually("there is room again", || d.client.list(&[]).is_ok_and(|all| all.len() == 64));
+}
+
+#[test]
+fn root_requests_at_their_largest_are_bounded_together() {
+    let mut d = Alone::start("large", "");
+    let before = d.snapshotter.server().status("VmRSS") >> 10;
+    let largest = "x".repeat((16 << 20) - 1000);
+    std::thread::scope(|scope| {
+        for t in 0..32 {
+            let (c, largest) = (d.snapshotter.client(), &largest);
+            scope.spawn(move || {
+                for n in 0..2 {
+                    let status = c.prepare(&format!("{t}-{n}"), "", &[("l", largest)]).unwrap_err();
+                    assert!(
+                        matches!(status.code(), Code::INVALID_ARGUMENT | Code::RESOURCE_EXHAUSTED),
+                        "{:?} {}",
+                        status.code(),
+                        status.message()
+                    );
+                }
+            });
+        }
+    });
+    let peak = d.snapshotter.server().status("VmHWM") >> 10;
+    println!("32 clients with requests of 16 MiB: {before} MiB before, {peak} MiB at the peak");
+    assert!(peak < 900, "{peak} MiB");
+    let too_long = "x".repeat((16 << 20) + 1);
+    let message = refused(d.client.prepare("key", "", &[("l", &too_long)]), Code::RESOURCE_EXHAUSTED);
+    assert!(message.contains("larger than max"), "{message}");
+    d.client.prepare("key", "", &[]).unwrap();
+}
+
+#[test]
+fn root_threads_are_as_many_under_load_as_at_rest() {
+    let mut d = Alone::start("threads", "workers = 4");
+    d.client.prepare("key", "", &[]).unwrap();
+    let before = d.snapshotter.server().status("Threads");
+    std::thread::scope(|scope| {
+        for t in 0..48 {
+            let c = d.snapshotter.client();
+            scope.spawn(move || {
+                for n in 0..20 {
+                    let key = format!("{t}-{n}");
+                    c.prepare(&key, "", &[]).unwrap();
+                    c.remove(&key).unwrap();
+                }
+            });
+        }
+        for _ in 0..20 {
+            let now = d.snapshotter.server().status("Threads");
+            assert!(now <= before + 2, "{before} at rest, {now} now");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+}
+
+/// Every descriptor is in use: calls say so, nothing ends, and what is freed is used again.
+#[test]
+fn root_a_daemon_without_free_descriptors_says_so_and_recovers() {
+    let mut d = Alone::start("descriptors", "");
+    let pid = d.snapshotter.server().pid().to_string();
+    let used = d.snapshotter.server().descriptors();
+    let limit = |n: usize| {
+        let limit = format!("--nofile={n}:4096");
+        scene::process::run("prlimit", ["--pid", &pid, &limit]).ok();
+    };
+    d.client.prepare("key", "", &[]).unwrap();
+    limit(used + 6);
+    let crowd: Vec<UnixStream> = (0..16).map(|_| UnixStream::connect(d.snapshotter.socket()).unwrap()).collect();
+    eventually("it runs out", || d.snapshotter.log().contains("Too many open files"));
+    d.client.stat("key").unwrap();
+    let message = refused(d.client.usage("key"), Code::INTERNAL);
+    assert!(message.contains("(EMFILE)"), "{message}");
+    limit(1024);
+    d.client.usage("key").unwrap();
+    // Who waited is let in, but for one that came with the very last descriptor.
+    let turned_away = crowd.into_iter().filter_map(|mut one| is_turned_away(&mut one).then_some(())).count();
+    assert!(turned_away <= 1, "{turned_away}");
+    d.client.remove("key").unwrap();
+    d.client.cleanup().unwrap();
+}
