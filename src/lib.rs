@@ -5,6 +5,8 @@ pub mod attach;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+#[cfg(test)]
+mod faults;
 pub mod logging;
 pub mod overlay;
 pub mod pool;

@@ -149,6 +149,15 @@ struct Mount {
     device: Mutex<Option<u64>>,
 }
 
+/// The next mount has threads of its own.
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.health.close();
+        self.calls.close();
+        self.scans.close();
+    }
+}
+
 /// The result of a job on a thread of the repository, once it is there.
 pub struct Asked<T> {
     ticket: Ticket<T>,

@@ -276,12 +276,16 @@ impl Snapshotter {
         let made = self
             .make_directories(kind, id, owner)
             .and_then(|()| self.insert(kind, id, wanted, chain.first().map(|parent| parent.id)));
-        match made {
-            Ok(()) => Ok(self.describe(kind, id, &lower)),
-            Err(failed) => match self.sys.remove_tree(&self.places.home(id)) {
+        let Err(failed) = made else { return Ok(self.describe(kind, id, &lower)) };
+        // A write that failed may have reached the disk all the same, and then the directory
+        // is somebody's. Where that cannot even be asked, the next start decides.
+        match self.store.read(|tx| tx.exists(id).map_err(Error::from)) {
+            Ok(true) => Ok(self.describe(kind, id, &lower)),
+            Ok(false) => match self.sys.remove_tree(&self.places.home(id)) {
                 Ok(()) => Err(failed),
                 Err(undo) => Err(Error::Undo { failed: Box::new(failed), undo }),
             },
+            Err(_) => Err(failed),
         }
     }
 
@@ -428,5 +432,7 @@ fn host_id_of_root(mapping: &str) -> Option<u32> {
     root
 }
 
+#[cfg(test)]
+mod crashes;
 #[cfg(test)]
 mod tests;

@@ -6,18 +6,22 @@
 //! snapshot with a `containerd.io/snapshot.ref` label. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+pub mod disk;
+mod frozen;
 mod record;
 mod transaction;
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
+use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 
+use self::frozen::Frozen;
 use self::transaction::{BY_REF, CHILDREN, CLEANUP, KEYS, META, ROOTFS, SCANS, SNAPSHOTS};
 pub use self::transaction::{Lookup, Read, Write};
 use crate::types::{Quoted, SnapshotId};
@@ -77,12 +81,16 @@ impl std::error::Error for Error {}
 
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Opens the engine on wherever the metadata is.
+pub type Open = Box<dyn Fn(&Builder) -> std::result::Result<Database, DatabaseError> + Send + Sync>;
+
 pub struct Store {
     path: PathBuf,
+    open: Open,
     /// A file that only takes space, until that space is needed to free more.
     reserve: PathBuf,
-    /// None after a failed write, until the file could be opened again.
-    database: RwLock<Option<Database>>,
+    /// None after a failed write, until the file is opened again.
+    database: RwLock<Option<Opened>>,
     closed: AtomicBool,
     /// Ids that are reserved and not handed out yet.
     reserved: Mutex<std::ops::Range<u64>>,
@@ -94,9 +102,15 @@ impl Store {
     /// already has a directory: another snapshotter's, or made after the copy of the file
     /// that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
+        let file = path.to_owned();
+        Self::open_with(path, Box::new(move |builder| builder.create(&file)), occupied)
+    }
+
+    /// As `open`, wherever `engine` finds what is at `path` for people.
+    pub fn open_with(path: &Path, engine: Open, occupied: Option<SnapshotId>) -> Result<Self> {
         let reserve = path.with_extension("reserve");
         let open = || -> Result<_> {
-            let database = open_database(path)?;
+            let database = open_database(path, &engine)?;
             let first_id = initialise(&database, occupied).map_err(|e| match e {
                 Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
                 Initialise::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
@@ -109,8 +123,9 @@ impl Store {
         };
         let store = Self {
             path: path.to_owned(),
+            open: engine,
             reserve,
-            database: RwLock::new(Some(database)),
+            database: RwLock::new(Some(Opened { database, frozen: false })),
             closed: AtomicBool::new(false),
             reserved: Mutex::new(0..0),
             first_id: SnapshotId(first_id),
@@ -171,11 +186,12 @@ impl Store {
         &self,
         body: impl FnOnce(&Read) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        self.ensure_open()?;
+        self.ensure_open(For::Reading)?;
         let database = self.database.read();
         let transaction = database
             .as_ref()
             .ok_or_else(|| self.error(StorageError::DatabaseClosed))?
+            .database
             .begin_read()
             .map_err(|e| self.error(e))?;
         body(&Read { transaction, path: &self.path })
@@ -188,7 +204,7 @@ impl Store {
         body: impl Fn(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         for last in [false, true] {
-            self.ensure_open()?;
+            self.ensure_open(For::Writing)?;
             let result = self.try_write(&body);
             match result {
                 Attempt::Done(result) => return result,
@@ -208,8 +224,9 @@ impl Store {
 
     fn try_write<T, E: From<Error>>(&self, body: &impl Fn(&Write) -> std::result::Result<T, E>) -> Attempt<T, E> {
         let database = self.database.read();
-        let Some(database) = database.as_ref() else {
-            return Attempt::Failed(self.error(StorageError::DatabaseClosed));
+        let Some(Opened { database, frozen: false }) = database.as_ref() else {
+            // Somebody else's write failed meanwhile, and closed it.
+            return Attempt::Failed(self.error(StorageError::PreviousIo));
         };
         let transaction = match database.begin_write() {
             Ok(transaction) => transaction,
@@ -235,19 +252,34 @@ impl Store {
         }
     }
 
-    fn ensure_open(&self) -> Result<()> {
+    fn ensure_open(&self, purpose: For) -> Result<()> {
         if self.closed.load(Ordering::SeqCst) {
             return Err(self.error(StorageError::DatabaseClosed));
         }
-        if self.database.read().is_some() {
+        if self.database.read().as_ref().is_some_and(|opened| opened.is_for(purpose)) {
             return Ok(());
         }
         let mut database = self.database.write();
-        if database.is_none() {
-            *database = Some(open_database(&self.path)?);
-            log::warn!("the metadata {} was opened again after a failed write", self.path.display());
+        if database.as_ref().is_some_and(|opened| opened.is_for(purpose)) {
+            return Ok(());
         }
-        Ok(())
+        match open_database(&self.path, &self.open) {
+            Ok(reopened) => {
+                *database = Some(Opened { database: reopened, frozen: false });
+                log::warn!("the metadata {} was opened again after a failed write", self.path.display());
+                Ok(())
+            }
+            Err(cause) if purpose == For::Writing => Err(cause),
+            // It cannot even be opened, because that takes a write as well.
+            Err(cause) => {
+                let frozen =
+                    File::open(&self.path).and_then(Frozen::new).map_err(|e| self.error(StorageError::Io(e)))?;
+                let frozen = builder().create_with_backend(frozen).map_err(|e| self.error(e))?;
+                log::error!("{cause}; what was written before can be read, and nothing can be changed");
+                *database = Some(Opened { database: frozen, frozen: true });
+                Ok(())
+            }
+        }
     }
 
     fn close(&self) {
@@ -284,8 +316,33 @@ enum Attempt<T, E> {
     Failed(Error),
 }
 
-fn open_database(path: &Path) -> Result<Database> {
-    redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|cause| match cause {
+/// The engine, open.
+struct Opened {
+    database: Database,
+    /// It can only be read: see `Frozen`.
+    frozen: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum For {
+    Reading,
+    Writing,
+}
+
+impl Opened {
+    fn is_for(&self, purpose: For) -> bool {
+        purpose == For::Reading || !self.frozen
+    }
+}
+
+fn builder() -> Builder {
+    let mut builder = Builder::new();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+fn open_database(path: &Path, open: &Open) -> Result<Database> {
+    open(&builder()).map_err(|cause| match cause {
         DatabaseError::DatabaseAlreadyOpen => Error::InUse { path: path.to_owned() },
         cause => Error::Engine { path: path.to_owned(), cause: cause.into() },
     })

@@ -60,6 +60,8 @@ struct State {
     wanted: bool,
     /// Probes that came back.
     finished: u64,
+    /// Nobody asks any more.
+    closed: bool,
 }
 
 impl State {
@@ -116,6 +118,12 @@ impl Health {
         self.shared.state.lock().sick.clone()
     }
 
+    /// Probing ends.
+    pub fn close(&self) {
+        self.shared.state.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+
     /// There is a probe that does not hang, unless too many do.
     fn ensure_probe(&self, state: &mut State) {
         if state.has_probe_within(self.shared.patience) || state.probes.len() >= PROBES {
@@ -149,12 +157,12 @@ impl Shared {
             state.finished += 1;
             self.changed.notify_all();
             let until = Instant::now() + PAUSE;
-            while state.sick.is_some() && !state.wanted {
+            while state.sick.is_some() && !state.wanted && !state.closed {
                 if self.changed.wait_until(&mut state, until).timed_out() {
                     break;
                 }
             }
-            if state.sick.is_none() {
+            if state.sick.is_none() || state.closed {
                 state.probes.remove(&number);
                 return;
             }

@@ -76,6 +76,8 @@ struct Shared {
 struct State {
     jobs: VecDeque<(Pulse, Job)>,
     idle: usize,
+    /// Nobody asks any more.
+    closed: bool,
     /// Threads that work, by a number, with the pulses of their jobs.
     running: HashMap<u64, Pulse>,
     next_number: u64,
@@ -220,6 +222,12 @@ impl Lane {
         Ok(())
     }
 
+    /// Threads without a job end.
+    pub fn close(&self) {
+        self.shared.state.lock().closed = true;
+        self.shared.work.notify_all();
+    }
+
     /// For how long no job has got an answer; zero when none runs.
     fn silence(&self) -> Duration {
         self.shared.state.lock().running.values().map(Pulse::silence).min().unwrap_or_default()
@@ -243,7 +251,7 @@ impl Shared {
                 }
                 state.idle += 1;
                 let mut is_idle_for_long = false;
-                while state.jobs.is_empty() && !is_idle_for_long {
+                while state.jobs.is_empty() && !is_idle_for_long && !state.closed {
                     is_idle_for_long = self.work.wait_for(&mut state, IDLE).timed_out();
                 }
                 state.idle -= 1;

@@ -1,28 +1,14 @@
-//! The host, but call N fails: how tests stop an operation between any two steps.
+//! The host, but one step of many fails, or something happens in the world between two.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
+use std::sync::Arc;
 
 use super::{Attributes, Errno, Error, FileSystem, FileType, Host, OsStr, Path, PathBuf, Result, Status, Sys, Unmount};
+use crate::faults::{Fault, Kind, Steps, Verdict};
 
-/// What happens after the call that fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// The machine works again: an operation can undo what it did.
-    Recovers,
-    /// Nothing works any more, as if the process had been killed there.
-    Dead,
-}
-
-/// Passes every call to the host and counts those that change something.
+/// Passes every call to the host and records it.
 pub struct Failing {
     host: Host,
-    calls: AtomicUsize,
-    fail_at: usize,
-    errno: Errno,
-    after: After,
-    recorded: Mutex<Vec<(&'static str, PathBuf)>>,
+    steps: Arc<Steps>,
     meanwhile: Option<Meanwhile>,
     /// So many directories are in each directory.
     endless: Option<usize>,
@@ -32,18 +18,8 @@ pub struct Failing {
 type Meanwhile = Box<dyn Fn(&str, &Path) -> Option<Errno> + Send + Sync>;
 
 impl Failing {
-    /// Fails the change numbered `fail_at`, counted from 0.
-    pub fn at(fail_at: usize, errno: Errno, after: After) -> Self {
-        Self {
-            host: Host,
-            calls: AtomicUsize::new(0),
-            fail_at,
-            errno,
-            after,
-            recorded: Mutex::default(),
-            meanwhile: None,
-            endless: None,
-        }
+    pub fn with(steps: Arc<Steps>) -> Self {
+        Self { host: Host, steps, meanwhile: None, endless: None }
     }
 
     /// Fails nothing, but lets something happen before each question.
@@ -67,75 +43,97 @@ impl Failing {
     }
 
     fn never() -> Self {
-        Self::at(usize::MAX, Errno::UnknownErrno, After::Recovers)
+        Self::with(Arc::new(Steps::with(Fault::None)))
     }
 
-    /// The calls that changed something, or tried to.
-    pub fn recorded(&self) -> Vec<(&'static str, PathBuf)> {
-        self.recorded.lock().clone()
-    }
-
-    fn change(&self, call: &'static str, path: &Path) -> Result<()> {
-        self.recorded.lock().push((call, path.to_owned()));
-        let n = self.calls.fetch_add(1, Ordering::SeqCst);
-        self.fail_if(n == self.fail_at || (n > self.fail_at && self.after == After::Dead), call, path)
-    }
-
-    fn query(&self, call: &'static str, path: &Path) -> Result<()> {
-        if let Some(errno) = self.meanwhile.as_ref().and_then(|happens| happens(call, path)) {
+    /// Whether the call is to be made, or half of it.
+    fn take(&self, call: &'static str, path: &Path, kind: Kind) -> Result<Amount> {
+        let asked = self.meanwhile.as_ref().filter(|_| kind == Kind::Question);
+        if let Some(errno) = asked.and_then(|happens| happens(call, path)) {
             return Err(Error::new(call, path, errno));
         }
-        let passed = self.calls.load(Ordering::SeqCst) > self.fail_at;
-        self.fail_if(passed && self.after == After::Dead, call, path)
-    }
-
-    fn fail_if(&self, fail: bool, call: &'static str, path: &Path) -> Result<()> {
-        if fail { Err(Error::new(call, path, self.errno)) } else { Ok(()) }
+        match self.steps.take(call, path, kind) {
+            Verdict::Done => Ok(Amount::All),
+            Verdict::HalfDone => Ok(Amount::Half),
+            Verdict::Failed(errno) => Err(Error::new(call, path, errno)),
+        }
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Amount {
+    All,
+    Half,
+}
+
+/// What the process would have heard if it had lived.
+fn died(call: &'static str, path: &Path) -> Error {
+    Error::new(call, path, Errno::EIO)
+}
+
 macro_rules! pass_on {
-    ($($gate:ident $name:ident($path:ident: &Path $(, $arg:ident: $type:ty)*) -> $result:ty;)*) => {
-        $(fn $name(&self, $path: &Path $(, $arg: $type)*) -> Result<$result> {
-            self.$gate(stringify!($name), $path)?;
-            self.host.$name($path $(, $arg)*)
+    ($($kind:ident $name:ident($($arg:ident: $type:ty),*) -> $result:ty, at $path:ident $(, half $half:expr)?;)*) => {
+        $(fn $name(&self, $($arg: $type),*) -> Result<$result> {
+            const CALL: &str = stringify!($name);
+            match self.take(CALL, $path, Kind::$kind)? {
+                Amount::All => self.host.$name($($arg),*),
+                Amount::Half => {
+                    $($half;)?
+                    Err(died(CALL, $path))
+                }
+            }
         })*
     };
 }
 
 impl Sys for Failing {
     pass_on! {
-        change create_dir(path: &Path, mode: u32) -> ();
-        change chown(path: &Path, uid: u32, gid: u32) -> ();
-        change set_attributes(path: &Path, attributes: &Attributes) -> ();
-        change create_whiteout(path: &Path) -> ();
-        change write_file(path: &Path, content: &[u8]) -> ();
-        change make_opaque(path: &Path) -> ();
-        change rename(path: &Path, to: &Path) -> ();
-        change remove_file(path: &Path) -> ();
-        change remove_dir(path: &Path) -> ();
-        change remove_tree(path: &Path) -> ();
-        change unmount(path: &Path, how: Unmount) -> ();
-        change symlink(path: &Path, link: &Path) -> ();
-        change bind_read_only(path: &Path, target: &Path) -> ();
-        query stat(path: &Path) -> Status;
-        query lstat(path: &Path) -> Status;
-        query attributes(path: &Path) -> Attributes;
-        query read_link(path: &Path) -> PathBuf;
-        query read_file(path: &Path, limit: u64) -> Vec<u8>;
-        query attribute(path: &Path, name: &str) -> Option<Vec<u8>>;
-        query statfs(path: &Path) -> FileSystem;
-        query disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64);
-        query mounted_fuse(path: &Path) -> Option<u64>;
-        query mounts_below(path: &Path) -> Vec<PathBuf>;
+        Change create_dir(path: &Path, mode: u32) -> (), at path, half drop(std::fs::create_dir(path));
+        Change chown(path: &Path, uid: u32, gid: u32) -> (), at path;
+        Change set_attributes(path: &Path, attributes: &Attributes) -> (), at path,
+            half drop(Host.chown(path, attributes.uid, attributes.gid));
+        Change create_whiteout(path: &Path) -> (), at path;
+        Change write_file(path: &Path, content: &[u8]) -> (), at path,
+            half drop(Host.write_file(path, &content[..content.len() / 2]));
+        Change make_opaque(path: &Path) -> (), at path;
+        Change rename(from: &Path, to: &Path) -> (), at to;
+        Change remove_file(path: &Path) -> (), at path;
+        Change remove_dir(path: &Path) -> (), at path;
+        Change remove_tree(path: &Path) -> (), at path, half remove_something(path);
+        Change unmount(target: &Path, how: Unmount) -> (), at target;
+        Change symlink(target: &Path, link: &Path) -> (), at link;
+        Change bind_read_only(source: &Path, target: &Path) -> (), at target, half bind_writable(source, target);
+        Question stat(path: &Path) -> Status, at path;
+        Question lstat(path: &Path) -> Status, at path;
+        Question attributes(path: &Path) -> Attributes, at path;
+        Question read_link(path: &Path) -> PathBuf, at path;
+        Question read_file(path: &Path, limit: u64) -> Vec<u8>, at path;
+        Question attribute(path: &Path, name: &str) -> Option<Vec<u8>>, at path;
+        Question statfs(path: &Path) -> FileSystem, at path;
+        Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), at path;
+        Question mounted_fuse(path: &Path) -> Option<u64>, at path;
+        Question mounts_below(path: &Path) -> Vec<PathBuf>, at path;
     }
 
     fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
-        self.query("for_each_entry", path)?;
+        self.take("for_each_entry", path, Kind::Question)?;
         let Some(entries) = self.endless else { return self.host.for_each_entry(path, each) };
         for n in 0..entries {
             each(OsStr::new(&format!("{n:0200}")), FileType::Directory);
         }
         Ok(())
     }
+}
+
+/// A removal that was cut short has taken some entries.
+fn remove_something(path: &Path) {
+    if let Some(Ok(entry)) = std::fs::read_dir(path).ok().and_then(|mut entries| entries.next()) {
+        let _ = std::fs::remove_file(entry.path()).or_else(|_| std::fs::remove_dir_all(entry.path()));
+    }
+}
+
+/// The mount is made, and not read-only yet.
+fn bind_writable(source: &Path, target: &Path) {
+    const NOTHING: Option<&str> = None;
+    let _ = nix::mount::mount(Some(source), target, NOTHING, nix::mount::MsFlags::MS_BIND, NOTHING);
 }

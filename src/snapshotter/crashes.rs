@@ -1,0 +1,390 @@
+//! The crash table of docs/design.md, walked: every operation is stopped at each of its steps,
+//! by an error or by death, and then a new process must find the promises kept.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::tests::{Place, check_files, check_flat, key, publish_flat, pull, remove_all, wanted};
+use super::*;
+use crate::faults::{Effect, Fault, Step, Steps};
+use crate::overlay::Form;
+use crate::store::disk::{Disk, Left};
+use crate::sys::Host;
+use crate::sys::failing::Failing;
+
+/// The first layer of the image, and the whole of it.
+const BOTTOM: &str = "cvmfs/0/sha256:chain-1";
+const TOP: &str = "cvmfs/1/sha256:chain-2";
+
+const ERRNOS: [Errno; 7] =
+    [Errno::ENOSPC, Errno::EIO, Errno::EACCES, Errno::ENOENT, Errno::EBUSY, Errno::EMFILE, Errno::ENOTCONN];
+
+/// A row of the table.
+struct Operation {
+    name: &'static str,
+    ways: &'static [(Mode, Form)],
+    /// Brings the world into the state that the operation begins with.
+    before: fn(&World, &Snapshotter),
+    run: fn(&Snapshotter) -> Result<()>,
+    /// Whether it has happened, as far as can be seen afterwards.
+    has_happened: fn(&Snapshotter) -> bool,
+    /// Snapshots that it makes, changes or removes.
+    touches: &'static [&'static str],
+}
+
+const BOTH: &[(Mode, Form)] =
+    &[(Mode::Symlink, Form::Layer), (Mode::Bind, Form::Layer), (Mode::Symlink, Form::Flat), (Mode::Bind, Form::Flat)];
+const ONE: &[(Mode, Form)] = &[(Mode::Symlink, Form::Layer)];
+
+fn exists(s: &Snapshotter, name: &str) -> bool {
+    s.stat(&key(name)).is_ok()
+}
+
+/// A container that ran, and what it stood on, are gone, but not their files.
+fn removed_containers(_: &World, s: &Snapshotter) {
+    for name in ["a", "b"] {
+        s.prepare(wanted(name, TOP, &[])).unwrap();
+        s.remove(&key(name)).unwrap();
+    }
+}
+
+const PREPARE: Operation = Operation {
+    name: "prepare",
+    ways: BOTH,
+    before: |_, _| {},
+    run: |s| s.prepare(wanted("new", TOP, &[])).map(drop),
+    has_happened: |s| exists(s, "new"),
+    touches: &["new"],
+};
+
+const VIEW: Operation = Operation {
+    name: "view",
+    ways: BOTH,
+    before: |_, _| {},
+    run: |s| s.view(wanted("new", TOP, &[])).map(drop),
+    has_happened: |s| exists(s, "new"),
+    touches: &["new"],
+};
+
+const REMOTE_PREPARE: Operation = Operation {
+    name: "remote prepare",
+    ways: ONE,
+    before: |_, s| {
+        s.remove(&key(TOP)).unwrap();
+        s.cleanup(&|| false).unwrap();
+    },
+    run: |s| match s.prepare(super::tests::asked(2, BOTTOM)) {
+        Err(Error::RemoteCommitted { .. }) => Ok(()),
+        // It would be downloaded instead, which is no harm.
+        Ok(_) => s.remove(&key("extract")).and(Err(Error::Cancelled)),
+        Err(e) => Err(e),
+    },
+    has_happened: |s| exists(s, TOP),
+    touches: &[TOP, "extract"],
+};
+
+const COMMIT: Operation = Operation {
+    name: "commit",
+    ways: ONE,
+    before: |world, s| {
+        s.prepare(wanted("active", "base", &[])).unwrap();
+        world.fill(s, "active");
+    },
+    run: |s| s.commit(&key("committed"), &key("active"), Labels::new(), None),
+    has_happened: |s| exists(s, "committed"),
+    touches: &["active", "committed"],
+};
+
+const REMOVE: Operation = Operation {
+    name: "remove",
+    ways: ONE,
+    before: |_, s| drop(s.prepare(wanted("victim", TOP, &[])).unwrap()),
+    run: |s| s.remove(&key("victim")),
+    has_happened: |s| !exists(s, "victim"),
+    touches: &["victim"],
+};
+
+const CLEANUP: Operation = Operation {
+    name: "cleanup",
+    ways: ONE,
+    before: |world, s| {
+        for name in ["a", "b"] {
+            s.prepare(wanted(name, "base", &[])).unwrap();
+            world.fill(s, name);
+            s.remove(&key(name)).unwrap();
+        }
+    },
+    run: |s| s.cleanup(&|| false).map(drop),
+    has_happened: |_| true,
+    touches: &[],
+};
+
+const DETACH: Operation = Operation {
+    name: "detach",
+    ways: BOTH,
+    before: removed_containers,
+    run: |s| s.cleanup(&|| false).map(drop),
+    has_happened: |_| true,
+    touches: &[],
+};
+
+const ATTACH: Operation = Operation {
+    name: "attach",
+    ways: BOTH,
+    before: |world, s| {
+        s.prepare(wanted("new", TOP, &[])).unwrap();
+        world.lose_attachments();
+    },
+    run: |s| s.mounts(&key("new")).map(drop),
+    has_happened: |_| true,
+    touches: &[],
+};
+
+const SCAN: Operation = Operation {
+    name: "scan",
+    ways: BOTH,
+    before: |_, s| {
+        let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
+        s.store.write(|tx| tx.forget_scans(&all).map_err(Error::from)).unwrap();
+    },
+    run: |s| s.view(wanted("new", TOP, &[])).map(drop),
+    has_happened: |s| exists(s, "new"),
+    touches: &["new"],
+};
+
+const START: Operation = Operation {
+    name: "start",
+    ways: BOTH,
+    before: |world, s| {
+        removed_containers(world, s);
+        // A snapshot was being made, and a cleanup was under way.
+        let id = s.store.reserve_id().unwrap();
+        s.make_directories(Kind::Active, id, None).unwrap();
+        s.store.write(|tx| tx.begin_cleanup(1).map_err(Error::from)).unwrap();
+    },
+    run: |s| s.recover().and_then(|_| s.cleanup(&|| false)).map(drop),
+    has_happened: |_| true,
+    touches: &[],
+};
+
+/// A state root with an image, a local layer, and a container on each, and the disk that the
+/// metadata is on.
+struct World {
+    place: Place,
+    disk: Disk,
+}
+
+impl World {
+    fn new(operation: &Operation, mode: Mode, form: Form) -> Self {
+        let place = Place::new(mode);
+        if form == Form::Flat {
+            publish_flat(&place);
+        }
+        let world = Self { place, disk: Disk::default() };
+        {
+            let s = world.open(&world.disk, &Arc::new(Steps::with(Fault::None))).unwrap();
+            let bottom = pull(&s, 1, "");
+            assert_eq!(bottom, BOTTOM);
+            assert_eq!(pull(&s, 2, &bottom), TOP);
+            // The scans are made, so that only the operation's own steps are counted.
+            drop(s.view(wanted("scan", TOP, &[])).unwrap());
+            s.remove(&key("scan")).unwrap();
+            s.cleanup(&|| false).unwrap();
+            s.prepare(wanted("unpack", "", &[])).unwrap();
+            world.fill(&s, "unpack");
+            s.commit(&key("base"), &key("unpack"), Labels::new(), None).unwrap();
+            s.prepare(wanted("running", "base", &[])).unwrap();
+            world.fill(&s, "running");
+            (operation.before)(&world, &s);
+        }
+        world
+    }
+
+    fn open(&self, disk: &Disk, steps: &Arc<Steps>) -> crate::store::Result<Snapshotter> {
+        let path = self.place.dir.path().join("metadata.redb");
+        let store = loop {
+            match Store::open_with(&path, disk.opener(steps), None) {
+                // A thread of the process before has not ended yet.
+                Err(crate::store::Error::InUse { .. }) => std::thread::sleep(std::time::Duration::from_micros(50)),
+                store => break store?,
+            }
+        };
+        Ok(self.place.with_store(store, Arc::new(Failing::with(Arc::clone(steps)))))
+    }
+
+    fn fs(&self, s: &Snapshotter, name: &str) -> std::path::PathBuf {
+        self.place.snapshots().join(s.stat(&key(name)).unwrap().id.to_string()).join("fs")
+    }
+
+    fn fill(&self, s: &Snapshotter, name: &str) {
+        let fs = self.fs(s, name);
+        fs::create_dir_all(fs.join("dir")).unwrap();
+        fs::write(fs.join("dir/file"), "content").unwrap();
+    }
+
+    /// As a restart of the machine, or another setting of `attach`, leaves them.
+    fn lose_attachments(&self) {
+        for point in Host.mounts_below(self.place.dir.path()).unwrap() {
+            Host.unmount(&point, sys::Unmount::Plain).unwrap();
+        }
+        for entry in fs::read_dir(self.place.snapshots()).unwrap() {
+            for name in ["fs", "flat"] {
+                let link = entry.as_ref().unwrap().path().join(name);
+                if fs::symlink_metadata(&link).is_ok_and(|status| status.is_symlink()) {
+                    fs::remove_file(&link).unwrap();
+                    fs::create_dir(&link).unwrap();
+                }
+            }
+        }
+    }
+}
+
+fn records(s: &Snapshotter) -> BTreeMap<String, Snapshot> {
+    s.list(None, |_| true).unwrap().into_iter().map(|one| (one.key.as_str().to_owned(), one)).collect()
+}
+
+/// How the operation ended, as far as its caller knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Acknowledged,
+    Refused,
+    Unknown,
+}
+
+/// One case: the operation meets the fault, and a new process finds what is left. The result is
+/// the steps that were taken.
+fn try_case(operation: &Operation, (mode, form): (Mode, Form), fault: Fault, left: Left) -> Vec<Step> {
+    let case = format!("{}, {mode:?}, {form:?}, {fault:?}, {left:?}", operation.name);
+    let world = World::new(operation, mode, form);
+    let untouched = |s: &Snapshotter| {
+        let mut all = records(s);
+        all.retain(|name, _| !operation.touches.contains(&name.as_str()));
+        all
+    };
+    let steps = Arc::new(Steps::with(fault));
+    let (before, end) = {
+        let s = world.open(&world.disk, &steps).unwrap();
+        let before = untouched(&s);
+        steps.arm();
+        let end = match ((operation.run)(&s), fault) {
+            (_, Fault::Dies(..)) => End::Unknown,
+            (Ok(()), _) => End::Acknowledged,
+            (Err(_), _) => End::Refused,
+        };
+        (before, end)
+    };
+    let taken = steps.recorded();
+    check_changes(&world, &steps.changes(), &case);
+    let disk = world.disk.after(left);
+    let s = world.open(&disk, &Arc::new(Steps::with(Fault::None)));
+    let s = s.unwrap_or_else(|e| panic!("{case}: after {:?}: {e}", taken.last()));
+    assert_eq!(s.recover().unwrap().broken, [], "{case}");
+    s.cleanup(&|| false).unwrap();
+    assert_eq!(untouched(&s), before, "{case}: other snapshots");
+    for name in ["base", "running"] {
+        assert_eq!(fs::read_to_string(world.fs(&s, name).join("dir/file")).unwrap(), "content", "{case}");
+    }
+    let happened = (operation.has_happened)(&s);
+    // Of a failed write to the metadata nobody can say whether it reached the disk.
+    let is_certain = !matches!(fault, Fault::Fails(at, _) if taken.get(at).is_some_and(is_metadata));
+    match end {
+        End::Acknowledged => assert!(happened, "{case}: it was acknowledged and is lost"),
+        End::Refused if is_certain && operation.name != "cleanup" && !operation.touches.is_empty() => {
+            assert!(!happened, "{case}: it was refused and has happened");
+        }
+        End::Refused | End::Unknown => {}
+    }
+    check_disk(&world, &s, &case);
+    let again = (operation.run)(&s);
+    let is_done = matches!(again, Err(Error::AlreadyExists(_) | Error::NotFound(_)));
+    assert!(again.is_ok() || (happened && is_done), "{case}: again: {}", again.unwrap_err());
+    if exists(&s, "new") {
+        let mounts = s.mounts(&key("new")).unwrap();
+        if form == Form::Flat { check_flat(&mounts) } else { check_files(&world.place, &mounts) }
+    }
+    remove_all(&world.place, &s);
+    taken
+}
+
+fn is_metadata(step: &Step) -> bool {
+    step.path == Path::new("metadata")
+}
+
+/// Nothing is changed but below numbered directories, and above all nothing of a repository.
+fn check_changes(world: &World, changes: &[Step], case: &str) {
+    for step in changes.iter().filter(|step| !is_metadata(step)) {
+        let within = step.path.strip_prefix(world.place.snapshots()).unwrap_or_else(|_| panic!("{case}: {step:?}"));
+        let first = within.components().next().unwrap().as_os_str().to_str().unwrap();
+        assert!(SnapshotId::from_directory_name(first).is_some(), "{case}: {step:?}");
+    }
+}
+
+/// Every directory belongs to somebody, and whoever needs one has it.
+fn check_disk(world: &World, s: &Snapshotter, case: &str) {
+    let on_disk = world.place.on_disk();
+    for snapshot in records(s).values() {
+        let is_there = on_disk.contains(&snapshot.id.to_string());
+        assert!(is_there || snapshot.layer.is_some(), "{case}: {} has no directory", snapshot.key);
+    }
+    for name in on_disk {
+        let id = SnapshotId::from_directory_name(&name).unwrap();
+        let is_needed = s.store.read(|tx| cleanup::needs_its_directory(tx, id)).unwrap();
+        assert!(is_needed, "{case}: directory {name} is nobody's");
+    }
+}
+
+/// All faults at all steps; says how many there were.
+fn walk(operation: &Operation) {
+    let mut cases = 0;
+    let mut lengths = Vec::new();
+    for (n, &way) in operation.ways.iter().enumerate() {
+        let mut length = 0;
+        for at in 0.. {
+            let mut faults: Vec<(Fault, Left)> = Vec::new();
+            let seed = u64::try_from(at).unwrap();
+            for (number, errno) in ERRNOS.into_iter().enumerate() {
+                // The first way meets every error at every step, the others one after the other.
+                if n == 0 || number == at % ERRNOS.len() {
+                    faults.push((Fault::Fails(at, errno), Left::Written));
+                }
+            }
+            faults.push((Fault::Dies(at, Effect::Half), Left::Written));
+            if n == 0 {
+                faults.push((Fault::Dies(at, Effect::Nothing), Left::Synced(seed)));
+            }
+            let mut is_over = true;
+            for (fault, left) in faults {
+                is_over &= try_case(operation, way, fault, left).len() <= at;
+                cases += 1;
+            }
+            if is_over {
+                break;
+            }
+            length = at + 1;
+        }
+        lengths.push(length);
+    }
+    println!("crash table: {:<15} {lengths:?} steps, {cases} cases", operation.name);
+    assert!(cases >= 30, "the operation has hardly a step");
+}
+
+macro_rules! walks {
+    ($($test:ident $operation:ident;)*) => { $(#[test] fn $test() { walk(&$operation); })* };
+}
+
+walks! {
+    root_a_prepare_may_stop_at_any_step PREPARE;
+    root_a_view_may_stop_at_any_step VIEW;
+    root_a_remote_prepare_may_stop_at_any_step REMOTE_PREPARE;
+    root_a_commit_may_stop_at_any_step COMMIT;
+    root_a_remove_may_stop_at_any_step REMOVE;
+    root_a_cleanup_may_stop_at_any_step CLEANUP;
+    root_a_detach_may_stop_at_any_step DETACH;
+    root_an_attach_may_stop_at_any_step ATTACH;
+    root_a_scan_may_stop_at_any_step SCAN;
+    root_a_start_may_stop_at_any_step START;
+}
