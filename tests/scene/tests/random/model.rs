@@ -1,0 +1,199 @@
+//! The contract in a page, without disks, threads, wires and transactions.
+
+use std::collections::BTreeMap;
+
+use cvmfs_snapshotter::proto::snapshots::Kind;
+use grpcio::RpcStatusCode as Code;
+use scene::client::REF;
+
+pub type Labels = BTreeMap<String, String>;
+pub type Answer = Result<(), Code>;
+
+/// The label that marks a remote snapshot.
+const REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
+
+#[derive(Default)]
+pub struct Model {
+    pub snapshots: BTreeMap<String, Snapshot>,
+    /// Counts the operations, and stands for the time.
+    pub now: usize,
+}
+
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    pub parent: String,
+    pub kind: Kind,
+    pub labels: Labels,
+    pub created: usize,
+    pub updated: usize,
+    pub files: Files,
+}
+
+/// What a snapshot adds to those below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Files {
+    /// Its own, with the number of the operation that made it.
+    Own(usize),
+    /// Those of a published layer.
+    Layer(u8),
+}
+
+/// One test of a filter.
+#[derive(Clone, Debug)]
+pub enum Test<Name> {
+    Kind(Kind),
+    Name(Name),
+    Parent(Option<Name>),
+    Has(&'static str),
+    Is(&'static str, &'static str),
+    IsNot(&'static str, &'static str),
+}
+
+fn kept(labels: Labels) -> Labels {
+    labels.into_iter().filter(|(_, value)| !value.is_empty()).collect()
+}
+
+impl Model {
+    fn get(&self, key: &str) -> Result<&Snapshot, Code> {
+        self.snapshots.get(key).ok_or(Code::NOT_FOUND)
+    }
+
+    fn check_new(&self, key: &str, parent: &str) -> Answer {
+        if !parent.is_empty() && self.get(parent)?.kind != Kind::COMMITTED {
+            return Err(Code::INVALID_ARGUMENT);
+        }
+        if self.snapshots.contains_key(key) { Err(Code::ALREADY_EXISTS) } else { Ok(()) }
+    }
+
+    fn insert(&mut self, key: &str, parent: &str, kind: Kind, labels: Labels, files: Files) {
+        let (parent, labels, now) = (parent.to_owned(), kept(labels), self.now);
+        self.snapshots.insert(key.to_owned(), Snapshot { parent, kind, labels, created: now, updated: now, files });
+    }
+
+    pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Answer {
+        self.check_new(key, parent)?;
+        self.insert(key, parent, kind, labels, Files::Own(self.now));
+        Ok(())
+    }
+
+    /// A Prepare of layer `published`, or of one that is not. The names of remote snapshots are
+    /// the snapshotter's own: `name` is that of a new one, if it made one.
+    pub fn pull(&mut self, key: &str, parent: &str, labels: Labels, published: Option<u8>, name: &str) -> Answer {
+        self.check_new(key, parent)?;
+        let Some(layer) = published else { return self.create(Kind::ACTIVE, key, parent, labels) };
+        let reference = labels[REF].clone();
+        match self.remote(&reference, parent) {
+            // Somebody changed its labels: containerd would not find it any more.
+            Some((_, found)) if found.labels.get(REF) != Some(&reference) => {
+                self.create(Kind::ACTIVE, key, parent, labels)
+            }
+            Some(_) => Err(Code::ALREADY_EXISTS),
+            None => {
+                let mut labels = labels;
+                labels.insert(REMOTE.0.to_owned(), REMOTE.1.to_owned());
+                self.insert(name, parent, Kind::COMMITTED, labels, Files::Layer(layer));
+                Err(Code::ALREADY_EXISTS)
+            }
+        }
+    }
+
+    /// The one remote snapshot for (ref, parent). A name of ours is at most one letter.
+    pub fn remote(&self, reference: &str, parent: &str) -> Option<(&String, &Snapshot)> {
+        let is_meant = |name: &str, s: &Snapshot| name.ends_with(&format!("/{reference}")) && s.parent == parent;
+        self.snapshots.iter().find(|(name, snapshot)| is_meant(name, snapshot))
+    }
+
+    pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> Answer {
+        let active = self.get(key)?.clone();
+        if self.snapshots.contains_key(name) {
+            return Err(Code::ALREADY_EXISTS);
+        }
+        if active.kind != Kind::ACTIVE {
+            return Err(Code::FAILED_PRECONDITION);
+        }
+        let parent = match (active.parent.as_str(), parent) {
+            (own, "") => own,
+            ("", named) if self.get(named)?.kind != Kind::COMMITTED => return Err(Code::FAILED_PRECONDITION),
+            ("", named) => named,
+            (own, named) if own != named => return Err(Code::INVALID_ARGUMENT),
+            (own, _) => own,
+        };
+        self.snapshots.remove(key);
+        self.insert(name, parent, Kind::COMMITTED, labels, active.files);
+        Ok(())
+    }
+
+    pub fn remove(&mut self, key: &str) -> Answer {
+        self.get(key)?;
+        if self.snapshots.values().any(|s| s.parent == key) {
+            return Err(Code::FAILED_PRECONDITION);
+        }
+        self.snapshots.remove(key);
+        Ok(())
+    }
+
+    pub fn stat(&self, key: &str) -> Answer {
+        self.get(key).map(drop)
+    }
+
+    pub fn mounts(&self, key: &str) -> Answer {
+        if self.get(key)?.kind == Kind::COMMITTED { Err(Code::FAILED_PRECONDITION) } else { Ok(()) }
+    }
+
+    /// `mask` names fields; an empty one means all labels.
+    pub fn update(&mut self, key: &str, labels: &Labels, mask: &[String]) -> Answer {
+        if mask.iter().any(|path| path != "labels" && !path.starts_with("labels.")) {
+            return Err(Code::INVALID_ARGUMENT);
+        }
+        let now = self.now;
+        let snapshot = self.snapshots.get_mut(key).ok_or(Code::NOT_FOUND)?;
+        snapshot.updated = now;
+        if mask.is_empty() || mask.iter().any(|path| path == "labels") {
+            snapshot.labels.clone_from(labels);
+        }
+        for label in mask.iter().filter_map(|path| path.strip_prefix("labels.")) {
+            let value = labels.get(label).cloned().unwrap_or_default();
+            snapshot.labels.insert(label.to_owned(), value);
+        }
+        snapshot.labels = kept(std::mem::take(&mut snapshot.labels));
+        Ok(())
+    }
+
+    /// `tests` are alternatives of which each must hold whole; none means everything.
+    pub fn list(&self, tests: &[Vec<Test<String>>]) -> Vec<&str> {
+        let holds = |name: &str, snapshot: &Snapshot, test: &Test<String>| match test {
+            Test::Kind(kind) => snapshot.kind == *kind,
+            Test::Name(wanted) => name == wanted,
+            Test::Parent(wanted) => snapshot.parent == wanted.as_deref().unwrap_or(""),
+            Test::Has(label) => snapshot.labels.contains_key(*label),
+            Test::Is(label, value) => snapshot.labels.get(*label).is_some_and(|v| v == value),
+            // What is absent counts as empty here.
+            Test::IsNot(label, value) => snapshot.labels.get(*label).map_or("", String::as_str) != *value,
+        };
+        let matches = |name: &str, snapshot: &Snapshot| {
+            tests.is_empty() || tests.iter().any(|all| all.iter().all(|test| holds(name, snapshot, test)))
+        };
+        self.snapshots.iter().filter(|(name, s)| matches(name, s)).map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The snapshots that `key` stands on, nearest first.
+    pub fn below(&self, key: &str) -> Vec<(&str, &Snapshot)> {
+        let mut chain = Vec::new();
+        let mut next = self.snapshots.get(key).map_or("", |s| s.parent.as_str());
+        while let Some((name, snapshot)) = self.snapshots.get_key_value(next) {
+            chain.push((name.as_str(), snapshot));
+            next = &snapshot.parent;
+        }
+        chain
+    }
+
+    /// Snapshots that have a directory once a cleanup has run: local ones, and remote ones that
+    /// an active one or a view stands on.
+    pub fn on_disk(&self) -> (usize, usize) {
+        let in_use = self.snapshots.iter().filter(|(_, s)| s.kind != Kind::COMMITTED);
+        let below = in_use.flat_map(|(key, _)| self.below(key));
+        let remote = |s: &Snapshot| matches!(s.files, Files::Layer(_));
+        let live: std::collections::BTreeSet<&str> = below.filter(|(_, s)| remote(s)).map(|(name, _)| name).collect();
+        (self.snapshots.values().filter(|s| !remote(s)).count(), live.len())
+    }
+}
