@@ -40,6 +40,8 @@ pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 pub fn connect(socket: &Path) -> Channel {
     let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
     ChannelBuilder::new(environment)
+        // Else a new client waits as long as an old one that found nobody at home.
+        .use_local_subchannel_pool(true)
         .max_receive_message_len(-1)
         .max_send_message_len(-1)
         .connect(&format!("unix:{}", socket.display()))
@@ -178,6 +180,7 @@ impl Client {
     /// The messages of the stream, each with its snapshots.
     pub fn list_batches(&self, filters: &[&str]) -> Answer<Vec<Vec<Info>>> {
         let request = ListSnapshotsRequest {
+            snapshotter: self.snapshotter.to_owned(),
             filters: filters.iter().map(|&f| f.to_owned()).collect(),
             ..ListSnapshotsRequest::default()
         };

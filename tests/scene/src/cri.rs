@@ -6,7 +6,7 @@ use std::time::Duration;
 use grpcio::{CallOption, Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::EnumOrUnknown;
 
-use crate::client;
+use crate::client::{self, Answer};
 use crate::proto::cri::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, CreateContainerResponse, Empty, ExecSyncRequest,
     ExecSyncResponse, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
@@ -55,25 +55,34 @@ impl Cri {
         Self { grpc: grpcio::Client::new(client::connect(socket)) }
     }
 
-    #[track_caller]
-    fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> R {
+    fn try_call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> Answer<R> {
         let option = CallOption::default().timeout(Duration::from_mins(10)).wait_for_ready(true);
         client::call(&self.grpc, method, request, option)
-            .unwrap_or_else(|status| panic!("{}: {}", method.name, status.message()))
+    }
+
+    #[track_caller]
+    fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> R {
+        self.try_call(method, request).unwrap_or_else(|status| panic!("{}: {}", method.name, status.message()))
+    }
+
+    pub fn try_pull(&self, reference: &str) -> Answer<()> {
+        let request = PullImageRequest { image: Some(image(reference)).into(), ..PullImageRequest::default() };
+        self.try_call(&PULL_IMAGE, &request).map(drop)
     }
 
     #[track_caller]
     pub fn pull(&self, reference: &str) {
-        self.call(
-            &PULL_IMAGE,
-            &PullImageRequest { image: Some(image(reference)).into(), ..PullImageRequest::default() },
-        );
+        self.try_pull(reference).unwrap_or_else(|status| panic!("cannot pull {reference}: {}", status.message()));
+    }
+
+    pub fn try_remove(&self, reference: &str) -> Answer<()> {
+        let request = RemoveImageRequest { image: Some(image(reference)).into(), ..RemoveImageRequest::default() };
+        self.try_call(&REMOVE_IMAGE, &request).map(drop)
     }
 
     #[track_caller]
     pub fn remove(&self, reference: &str) {
-        let request = RemoveImageRequest { image: Some(image(reference)).into(), ..RemoveImageRequest::default() };
-        self.call(&REMOVE_IMAGE, &request);
+        self.try_remove(reference).unwrap_or_else(|status| panic!("cannot remove {reference}: {}", status.message()));
     }
 
     /// Runs a pod on the host's network. `name` must be unique on the machine.

@@ -1,4 +1,4 @@
-//! Kills, full disks, broken state, lost mounts, wrong configuration: nothing is lost, any
+//! Full disks, broken state, lost mounts, wrong configuration: nothing is lost, any
 //! state starts, and anything can be removed.
 
 #![allow(clippy::unwrap_used)]
@@ -10,98 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cvmfs_snapshotter::proto::snapshots::Kind;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, fill, options, refused};
+use scene::alone::{Alone, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
-use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
+use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::{Snapshotter, binary};
-
-/// 56 kills of containerd's own overlayfs left 14 calls that failed with "file exists": an
-/// id whose transaction never committed was handed out again.
-#[test]
-fn root_what_was_acknowledged_survives_sigkill() {
-    let mut d = Alone::start("sigkill", "");
-    let remote = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
-    let mut present: HashSet<String> = HashSet::from([remote.clone()]);
-    let mut absent: HashSet<String> = HashSet::new();
-    for round in 0..12 {
-        let acknowledged: Vec<(HashSet<String>, HashSet<String>, Vec<String>)> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4)
-                .map(|t| {
-                    let (c, remote) = (d.snapshotter.client(), remote.clone());
-                    scope.spawn(move || {
-                        let (mut made, mut removed, mut odd) = (HashSet::new(), HashSet::new(), Vec::new());
-                        for n in 0.. {
-                            let key = format!("{round}-{t}-{n}");
-                            let parent = if n % 2 == 0 { "" } else { &remote };
-                            match c.prepare(&key, parent, &[]) {
-                                Ok(_) => made.insert(key.clone()),
-                                Err(s) if s.code() == Code::UNAVAILABLE => break,
-                                Err(s) => {
-                                    odd.push(s.message().to_owned());
-                                    break;
-                                }
-                            };
-                            if n % 3 == 0 {
-                                // Killed in between: it may be there or not.
-                                made.remove(&key);
-                                if c.remove(&key).is_err() {
-                                    break;
-                                }
-                                removed.insert(key);
-                            } else if n % 3 == 1 {
-                                let name = format!("name-{key}");
-                                made.remove(&key);
-                                if c.commit(&name, &key, &[]).is_err() {
-                                    break;
-                                }
-                                made.insert(name);
-                                removed.insert(key);
-                            }
-                        }
-                        (made, removed, odd)
-                    })
-                })
-                .collect();
-            std::thread::sleep(Duration::from_millis(30 + 17 * round));
-            d.snapshotter.end(Signal::SIGKILL);
-            threads.into_iter().map(|t| t.join().unwrap()).collect()
-        });
-        for (made, removed, odd) in acknowledged {
-            assert_eq!(odd, Vec::<String>::new());
-            present.extend(made);
-            absent.extend(removed);
-        }
-        d.snapshotter.start_again();
-        let client = d.snapshotter.client();
-        let listed = client.list(&[]).unwrap();
-        let names: HashSet<&str> = listed.iter().map(|i| i.name.as_str()).collect();
-        for key in &present {
-            assert!(names.contains(key.as_str()), "{key} was acknowledged and is lost");
-        }
-        for key in &absent {
-            assert!(!names.contains(key.as_str()), "{key} was removed and is back");
-        }
-        for info in listed.iter().filter(|i| i.kind.enum_value() == Ok(Kind::ACTIVE)) {
-            client.mounts(&info.name).unwrap();
-        }
-    }
-    assert!(present.len() > 50, "too little happened: {}", present.len());
-    // Everything can be removed, and then nothing is left.
-    let c = d.snapshotter.client();
-    let mut left = c.list(&[]).unwrap();
-    while !left.is_empty() {
-        let before = left.len();
-        left.retain(|info| c.remove(&info.name).is_err());
-        assert!(left.len() < before, "something cannot be removed");
-    }
-    c.cleanup().unwrap();
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
-    assert_eq!(mounts_below(&d.snapshotter.root()).len(), 0);
-}
 
 #[test]
 fn root_a_full_disk_loses_nothing_and_heals() {
