@@ -4,10 +4,12 @@
 #   make build    the daemon and the programs of the tests
 #   make demo     pull and run a real image through the snapshotter, next to a normal pull
 #   make test     every test
+#   make storm    hundreds of kills while containerd and others work, by hand
+#   make random   a thousand cases of random operations, by hand
 #   make bench    what large layers and long chains cost
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
-# demo, bench and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
+# demo, bench, storm, random and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
 
 # What is downloaded and built stays here; remove the folder to start afresh.
 export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
@@ -15,7 +17,7 @@ export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
 export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
 tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 
-.PHONY: help build demo bench test test-unit test-testbed test-suite test-scene lint advisories
+.PHONY: help build demo bench test storm random test-unit test-testbed test-suite test-scene lint advisories
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,6 +55,15 @@ test-suite:
 # starts several servers, so the number of tests at once is kept low.
 test-scene:
 	cargo test --locked --package scene -- --test-threads 2
+
+# The long forms of two tests; STORM_SEED and PROPTEST_RNG_SEED repeat a run.
+storm: build
+	tests/setup.sh test
+	STORM_KILLS="$${STORM_KILLS:-300}" cargo test --locked --package scene --test storm -- --nocapture
+
+random: build
+	tests/setup.sh test
+	PROPTEST_CASES="$${PROPTEST_CASES:-1000}" cargo test --locked --package scene --test random -- --nocapture
 
 lint:
 	tests/setup.sh lint
