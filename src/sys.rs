@@ -27,6 +27,7 @@ use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
+use nix::unistd::gettid;
 
 pub use self::descriptors::{hand_over, inherited_socket};
 use crate::types::Quoted;
@@ -369,9 +370,10 @@ impl Sys for Host {
     }
 }
 
+/// Of this thread: `/proc/self` would be the first thread's, and tests have namespaces of their own.
 fn mount_table() -> Result<Vec<u8>> {
-    let table = Path::new("/proc/self/mountinfo");
-    fs::read(table).map_err(|e| Error::io("read", table, &e))
+    let table = PathBuf::from(format!("/proc/self/task/{}/mountinfo", gettid()));
+    fs::read(&table).map_err(|e| Error::io("read", &table, &e))
 }
 
 /// One line of a mountinfo table.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::tests::{Place, check_files, check_flat, key, publish_flat, pull, remove_all, wanted};
 use super::*;
-use crate::faults::{Effect, Fault, Step, Steps};
+use crate::faults::{Effect, Fault, Kind as StepKind, Step, Steps};
 use crate::overlay::Form;
 use crate::store::disk::{Disk, Left};
 use crate::sys::Host;
@@ -148,7 +148,9 @@ const SCAN: Operation = Operation {
     name: "scan",
     ways: BOTH,
     before: |_, s| {
-        let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
+        // Of the uppermost layer and of the whole root.
+        let bottom = super::tests::digest(1);
+        let all = s.store.read(|tx| tx.scans_of_nobody(|one| one == bottom.as_str()).map_err(Error::from)).unwrap();
         s.store.write(|tx| tx.forget_scans(&all).map_err(Error::from)).unwrap();
     },
     run: |s| s.view(wanted("new", TOP, &[])).map(drop),
@@ -199,8 +201,11 @@ impl World {
             s.commit(&key("base"), &key("unpack"), Labels::new(), None).unwrap();
             s.prepare(wanted("running", "base", &[])).unwrap();
             world.fill(&s, "running");
-            (operation.before)(&world, &s);
         }
+        // Another process, so that nothing of what a pull does ahead happens beside it.
+        let s = world.open(&world.disk, &Arc::new(Steps::with(Fault::None))).unwrap();
+        (operation.before)(&world, &s);
+        drop(s);
         world
     }
 
@@ -370,6 +375,71 @@ fn walk(operation: &Operation) {
     }
     println!("crash table: {:<15} {lengths:?} steps, {cases} cases", operation.name);
     assert!(cases >= 30, "the operation has hardly a step");
+}
+
+/// The changes of an operation as docs/design.md names them, in order: `layer` and `id` stand
+/// for numbers, a run of steps of the metadata is one transaction, and of steps that differ
+/// only in the entry of a skeleton the first is named.
+fn story(operation: &Operation, way: (Mode, Form)) -> Vec<String> {
+    let mut story: Vec<String> = Vec::new();
+    for step in try_case(operation, way, Fault::None, Left::Written).iter().filter(|step| step.kind == StepKind::Change)
+    {
+        let named = if is_metadata(step) {
+            "transaction".to_owned()
+        } else {
+            let path: Vec<&str> = step.path.iter().filter_map(|part| part.to_str()).collect();
+            let below = path.iter().position(|part| *part == "snapshots").unwrap() + 1;
+            // The other layer goes the same way beside it.
+            if path[below] == "1" {
+                continue;
+            }
+            let owner = if path[below] == "2" { "layer" } else { "id" };
+            let place = path.get(below + 1).map_or(String::new(), |part| format!("/{part}"));
+            let within = if path.len() > below + 2 { "/…" } else { "" };
+            format!("{} {owner}{place}{within}", step.call)
+        };
+        let is_new = if named == "transaction" { story.last() != Some(&named) } else { !story.contains(&named) };
+        if is_new {
+            story.push(named);
+        }
+    }
+    story
+}
+
+/// What the design says about operations: the heading of each, and the steps of its table.
+fn told() -> BTreeMap<String, Vec<String>> {
+    let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut heading = "";
+    for line in include_str!("../../docs/design.md").lines() {
+        if let Some(title) = line.strip_prefix('#') {
+            heading = title.trim_start_matches(['#', ' ']);
+        } else if let Some((step, _)) = line.strip_prefix("| `").and_then(|row| row.split_once('`')) {
+            told.entry(heading.to_owned()).or_default().push(step.to_owned());
+        }
+    }
+    told
+}
+
+#[test]
+fn root_the_crash_table_of_the_design_names_every_step_in_order() {
+    let told = told();
+    let layers = |mode| (mode, Form::Layer);
+    for (heading, operation, mode) in [
+        ("Prepare", &PREPARE, Mode::Symlink),
+        ("Prepare of a published layer", &REMOTE_PREPARE, Mode::Symlink),
+        ("View", &VIEW, Mode::Symlink),
+        ("Commit", &COMMIT, Mode::Symlink),
+        ("Remove", &REMOVE, Mode::Symlink),
+        ("Cleanup", &CLEANUP, Mode::Symlink),
+        ("Attach, as a bind mount", &ATTACH, Mode::Bind),
+        ("Detach", &DETACH, Mode::Bind),
+        ("Scan", &SCAN, Mode::Symlink),
+        ("Start", &START, Mode::Symlink),
+    ] {
+        let steps = story(operation, layers(mode));
+        let rows: String = steps.iter().map(|step| format!("\n| `{step}` |")).collect();
+        assert_eq!(told.get(heading), Some(&steps), "docs/design.md, {heading}:{rows}");
+    }
 }
 
 macro_rules! walks {

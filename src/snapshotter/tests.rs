@@ -28,7 +28,7 @@ pub struct Place {
     pub mode: Mode,
 }
 
-fn digest(n: u8) -> Digest {
+pub fn digest(n: u8) -> Digest {
     Digest::parse(&format!("sha256:{}", format!("{n:02x}").repeat(32))).unwrap()
 }
 
