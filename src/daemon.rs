@@ -48,6 +48,10 @@ pub enum Error {
     RootNotAbsolute(PathBuf),
     /// A path that cannot be named in the options of an overlay mount.
     RootNotMountable(PathBuf),
+    /// Its file system cannot hold the upper directories of overlays.
+    RootWithoutTypes {
+        root: PathBuf,
+    },
     Root {
         path: PathBuf,
         cause: io::Error,
@@ -83,6 +87,13 @@ impl fmt::Display for Error {
             Self::RootNotMountable(root) => write!(
                 f,
                 "--root {} cannot be used for overlay mounts: it must be UTF-8 without colons, commas, quotes and backslashes",
+                root.display()
+            ),
+            Self::RootWithoutTypes { root } => write!(
+                f,
+                "the file system of the state root {} does not tell the types of directory entries (d_type), which \
+                 overlayfs needs: put the state root on another one, or make it anew (XFS with -n ftype=1, ext4 with \
+                 -O filetype)",
                 root.display()
             ),
             Self::Root { path, cause } => write!(f, "cannot use the state directory {}: {cause}", path.display()),
@@ -121,7 +132,8 @@ impl Error {
             | Self::UnknownKeys(_)
             | Self::Address(_)
             | Self::RootNotAbsolute(_)
-            | Self::RootNotMountable(_) => 78,
+            | Self::RootNotMountable(_)
+            | Self::RootWithoutTypes { .. } => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }
             | Self::RootHeld { .. }
@@ -333,6 +345,9 @@ impl StateRoot {
         let snapshots = home.join("snapshots");
         let snapshots = snapshots.canonicalize().map_err(|cause| Error::Root { path: snapshots, cause })?;
         let lock = lock(root, &home.join("lock"))?;
+        if !sys::tells_types(&home).map_err(Error::System)? {
+            return Err(Error::RootWithoutTypes { root: real });
+        }
         Ok(Self { metadata: home.join("metadata.redb"), snapshots, _lock: lock })
     }
 }

@@ -370,6 +370,12 @@ impl Sys for Host {
     }
 }
 
+/// Whether the file system of directory `path`, which has entries, can hold upper directories of
+/// overlays: ext4 made without `filetype` and XFS made with `ftype=0` cannot.
+pub fn tells_types(path: &Path) -> Result<bool> {
+    tree::tells_types(path).map_err(|e| Error::new("read directory", path, e))
+}
+
 /// Of this thread: `/proc/self` would be the first thread's, and tests have namespaces of their own.
 fn mount_table() -> Result<Vec<u8>> {
     let table = PathBuf::from(format!("/proc/self/task/{}/mountinfo", gettid()));

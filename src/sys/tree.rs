@@ -154,6 +154,19 @@ pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64
     Ok((bytes, seen.len() as u64))
 }
 
+/// Whether the file system says of what type the entries of a directory are. overlayfs needs
+/// that to hide its whiteouts. Asks about the entries of `path`, of which there must be one.
+pub fn tells_types(path: &Path) -> Result<bool, Errno> {
+    let mut reader = Dir::open(path, DIRECTORY, Mode::empty())?;
+    for entry in reader.iter() {
+        let entry = entry?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            return Ok(entry.file_type().is_some());
+        }
+    }
+    Ok(true)
+}
+
 fn identity(status: &FileStat) -> (u64, u64) {
     (status.st_dev, status.st_ino)
 }

@@ -19,63 +19,6 @@ use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::{Snapshotter, binary};
 
 #[test]
-fn root_a_full_disk_loses_nothing_and_heals() {
-    let sandbox = Sandbox::enter("full");
-    let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    let small = sandbox.make_dir("s/root");
-    mount_tmpfs(&small, "size=8m");
-    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
-    let c = snapshotter.client();
-    c.prepare("before", "", &[("kept", "yes")]).unwrap();
-    for n in 0..3 {
-        c.prepare(&format!("removed-{n}"), "", &[]).unwrap();
-    }
-    let filler = small.join("filler");
-    let mut made = Vec::new();
-    let mut failed = 0;
-    let file = fs::File::create(&filler).unwrap();
-    let mut file = std::io::BufWriter::new(file);
-    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() && std::io::Write::flush(&mut file).is_ok() {}
-    drop(file.into_parts());
-    for n in 0..3000 {
-        let key = format!("key-{n}");
-        match c.prepare(&key, "", &[("big", &"x".repeat(8000))]) {
-            Ok(_) => made.push(key),
-            Err(status) => {
-                assert_eq!(status.code(), Code::INTERNAL, "{}", status.message());
-                failed += 1;
-                if failed > 20 {
-                    break;
-                }
-            }
-        }
-    }
-    assert!(failed > 20, "the disk never got full");
-    // What containerd frees space with works all the same, and so does a start.
-    c.remove("removed-0").unwrap();
-    c.cleanup().unwrap();
-    snapshotter.end(Signal::SIGKILL);
-    snapshotter.start_again();
-    let c = snapshotter.client();
-    c.remove("removed-1").unwrap();
-    c.remove("removed-2").unwrap();
-    c.cleanup().unwrap();
-    fs::remove_file(&filler).unwrap();
-    c.prepare("after", "", &[]).unwrap();
-    for restart in [false, true] {
-        if restart {
-            snapshotter.end(Signal::SIGKILL);
-            snapshotter.start_again();
-        }
-        let c = snapshotter.client();
-        let names: HashSet<String> = c.list(&[]).unwrap().into_iter().map(|i| i.name).collect();
-        assert_eq!(names.len(), made.len() + 2);
-        assert!(made.iter().all(|key| names.contains(key)));
-        assert_eq!(c.stat("before").unwrap().labels.get("kept").map(String::as_str), Some("yes"));
-    }
-}
-
-#[test]
 fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
     let mut d = Alone::start("broken", "");
     let c = &d.client;

@@ -1,0 +1,154 @@
+//! Disks that are full, that fail, or that are of the wrong kind.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
+use scene::alone::refused;
+use scene::disk::Disk;
+use scene::publisher::Repository;
+use scene::sandbox::Sandbox;
+use scene::snapshotter::Snapshotter;
+
+#[test]
+fn root_a_full_disk_loses_nothing_and_heals() {
+    let sandbox = Sandbox::enter("full");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    for (name, make) in [
+        ("tmpfs", (|at: &Path| Disk::tmpfs(at, 8)) as fn(&Path) -> Disk),
+        ("ext4", |at| Disk::ext4(at, 16, &[])),
+        // Space enough, but no inodes.
+        ("inodes", |at| Disk::ext4(at, 64, &["-N", "200"])),
+    ] {
+        let dir = sandbox.path(name);
+        let disk = make(&dir.join("root"));
+        let mut snapshotter = Snapshotter::start(&dir, repository.dir(), "");
+        let c = snapshotter.client();
+        let source = PathBuf::from(&c.prepare("before", "", &[("kept", "yes")]).unwrap()[0].source);
+        fs::write(source.join("file"), "content").unwrap();
+        for n in 0..3 {
+            c.prepare(&format!("removed-{n}"), "", &[]).unwrap();
+        }
+        if name != "inodes" {
+            disk.fill();
+        }
+        let (mut made, mut failed) = (Vec::new(), 0);
+        for n in 0..3000 {
+            let key = format!("key-{n}");
+            match c.prepare(&key, "", &[("big", &"x".repeat(8000))]) {
+                Ok(_) => made.push(key),
+                Err(status) => {
+                    assert_eq!(status.code(), Code::INTERNAL, "{name}: {}", status.message());
+                    assert!(status.message().contains("o space left"), "{name}: {}", status.message());
+                    failed += 1;
+                    if failed > 20 {
+                        break;
+                    }
+                }
+            }
+            // Whoever only asks has an answer.
+            assert_eq!(c.stat("before").unwrap().name, "before", "{name}");
+            assert_eq!(c.list(&["kind==active"]).unwrap().len(), made.len() + 4, "{name}");
+            c.mounts("before").unwrap();
+        }
+        assert!(failed > 20, "{name}: the disk never got full");
+        // What containerd frees space with works all the same, and so does a start.
+        c.remove("removed-0").unwrap();
+        c.cleanup().unwrap();
+        snapshotter.end(Signal::SIGKILL);
+        snapshotter.start_again();
+        let c = snapshotter.client();
+        c.remove("removed-1").unwrap();
+        c.remove("removed-2").unwrap();
+        c.cleanup().unwrap();
+        if name != "inodes" {
+            disk.make_room();
+        }
+        c.prepare("after", "", &[]).unwrap();
+        for restart in [false, true] {
+            if restart {
+                snapshotter.end(Signal::SIGKILL);
+                snapshotter.start_again();
+            }
+            let c = snapshotter.client();
+            let names: HashSet<String> = c.list(&[]).unwrap().into_iter().map(|i| i.name).collect();
+            assert_eq!(names.len(), made.len() + 2, "{name}");
+            assert!(made.iter().all(|key| names.contains(key)), "{name}");
+            assert_eq!(c.stat("before").unwrap().labels.get("kept").map(String::as_str), Some("yes"));
+            assert_eq!(fs::read_to_string(source.join("file")).unwrap(), "content");
+        }
+    }
+}
+
+/// After the first write that failed, List and Mounts failed as well: the metadata was closed,
+/// and to be opened it had to be written.
+#[test]
+fn root_a_disk_that_turns_read_only_is_read_all_the_same() {
+    let sandbox = Sandbox::enter("read-only");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let disk = Disk::ext4(&sandbox.path("s/root"), 32, &[]);
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    let source = PathBuf::from(&c.prepare("key", "", &[("l", "v")]).unwrap()[0].source);
+    fs::write(source.join("file"), "content").unwrap();
+    c.prepare("other", "", &[]).unwrap();
+    let mounts = c.mounts("key").unwrap();
+    // As it would be after a while.
+    run_sync();
+    disk.find_error();
+    for _ in 0..3 {
+        let answers = [
+            c.prepare("new", "", &[]).map(drop),
+            c.commit("name", "key", &[]),
+            c.remove("other"),
+            c.update(c.stat("key").unwrap(), &["labels"]).map(drop),
+        ];
+        for answer in answers {
+            let message = refused(answer, Code::INTERNAL);
+            assert!(message.contains("ead-only file system") || message.contains("(EROFS)"), "{message}");
+        }
+        assert_eq!(c.mounts("key").unwrap(), mounts);
+        assert_eq!(c.list(&[]).unwrap().len(), 2);
+        assert_eq!(c.stat("key").unwrap().labels.len(), 1);
+        assert!(c.usage("key").unwrap().0 > 0);
+    }
+    // A start needs to write, and says what is in its way.
+    snapshotter.end(Signal::SIGKILL);
+    let output = snapshotter.command().output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("state directory") && message.contains("ead-only file system"), "{message}");
+    disk.repair();
+    snapshotter.start_again();
+    let c = snapshotter.client();
+    assert_eq!(c.list(&[]).unwrap().len(), 2);
+    assert_eq!(fs::read_to_string(source.join("file")).unwrap(), "content");
+    c.commit("name", "key", &[]).unwrap();
+    c.remove("other").unwrap();
+    c.remove("name").unwrap();
+    c.cleanup().unwrap();
+    assert_eq!(scene::stage::names(&snapshotter.snapshots()), Vec::<String>::new());
+}
+
+fn run_sync() {
+    scene::process::run("sync", [] as [&str; 0]).ok();
+}
+
+#[test]
+fn root_a_disk_that_overlayfs_cannot_use_is_refused() {
+    let sandbox = Sandbox::enter("types");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    snapshotter.end(Signal::SIGTERM);
+    fs::remove_dir_all(sandbox.path("s/root")).unwrap();
+    let _disk = Disk::ext4(&sandbox.path("s/root"), 16, &["-O", "^filetype"]);
+    let output = snapshotter.command().output().unwrap();
+    assert_eq!(output.status.code(), Some(78));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("d_type") && message.contains("-O filetype") && message.contains("s/root"), "{message}");
+    assert!(!sandbox.path("s/root/snapshotter/metadata.redb").exists());
+}
