@@ -39,6 +39,11 @@ enum Test {
 
 /// Compiled programs above this are refused, so that a filter cannot eat the memory.
 const REGEX_BYTES: usize = 1 << 20;
+/// And so many regular expressions in one List.
+const MOST_REGEXES: usize = 32;
+/// All filters of a List, as text. Parsed, each selector takes a hundred times its shortest text. A
+/// quoted key has 128 KiB at most.
+pub const MOST_BYTES: usize = 256 << 10;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
@@ -55,7 +60,20 @@ impl fmt::Display for Invalid {
 
 impl Filters {
     pub fn parse(filters: &[String]) -> Result<Self, Invalid> {
-        filters.iter().map(|text| parse(text)).collect::<Result<_, _>>().map(Self)
+        let mut bytes = 0;
+        let mut regexes = 0;
+        let mut all = Vec::new();
+        for text in filters {
+            let refuse = |why| Err(Invalid { filter: text.clone(), at: 0, why });
+            // An empty one takes memory as well.
+            bytes += text.len() + 1;
+            if bytes > MOST_BYTES {
+                return refuse("more than 256 KiB of filters are too many");
+            }
+            let selectors = parse(text, &mut regexes)?;
+            all.push(selectors);
+        }
+        Ok(Self(all))
     }
 
     pub fn matches(&self, snapshot: &Snapshot) -> bool {
@@ -108,11 +126,11 @@ fn label_name(path: &[Text]) -> Option<String> {
     }
 }
 
-fn parse(text: &str) -> Result<Vec<Selector>, Invalid> {
+fn parse(text: &str, regexes: &mut usize) -> Result<Vec<Selector>, Invalid> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    let mut parser = Parser { text, at: 0, after_operator: false };
+    let mut parser = Parser { text, at: 0, after_operator: false, regexes };
     parser.selectors().map_err(|(at, why)| Invalid { filter: text.to_owned(), at, why })
 }
 
@@ -129,15 +147,17 @@ enum Token<'t> {
     Unexpected,
 }
 
-struct Parser<'t> {
+struct Parser<'t, 'r> {
     text: &'t str,
     /// The next character to read.
     at: usize,
     /// The next unquoted text is a value.
     after_operator: bool,
+    /// Those of all filters of a List so far.
+    regexes: &'r mut usize,
 }
 
-impl<'t> Parser<'t> {
+impl<'t> Parser<'t, '_> {
     fn selectors(&mut self) -> Result<Vec<Selector>, Failure> {
         let mut all = vec![self.selector()?];
         loop {
@@ -165,7 +185,12 @@ impl<'t> Parser<'t> {
             "==" => Test::Equal(self.value("\"")?),
             "!=" => Test::NotEqual(self.value("\"")?),
             _ => {
+                let at = self.at;
                 let pattern = self.value("\"/|")?;
+                *self.regexes += 1;
+                if *self.regexes > MOST_REGEXES {
+                    return Err((at, "more than 32 regular expressions are too many"));
+                }
                 let compile = |p: String| RegexBuilder::new(&p).size_limit(REGEX_BYTES).build().ok();
                 Test::Matches(pattern.and_then(compile).map(Box::new))
             }
@@ -451,6 +476,24 @@ mod tests {
             assert!(matches(&[filter]).is_err(), "{filter:?}");
             assert!(matches(&["name", filter]).is_err(), "{filter:?} as second");
         }
+    }
+
+    /// A message of 16 MiB held a million regular expressions, each of which may take a megabyte,
+    /// or eight million selectors.
+    #[test]
+    fn filters_that_would_eat_the_memory_are_refused() {
+        let many = |filter: &str, count: usize| matches(&vec![filter; count]);
+        assert_eq!(many("name~=my", MOST_REGEXES), Ok(true));
+        let refused = many("name~=my", MOST_REGEXES + 1).unwrap_err();
+        assert_eq!(refused.to_string(), "more than 32 regular expressions are too many at byte 6");
+        assert!(matches(&[&["name~=my"; MOST_REGEXES + 1].join(",")]).is_err());
+        assert_eq!(matches(&[&vec!["name"; MOST_BYTES / 5].join(",")]), Ok(true));
+        for (filter, count) in [(&*"x".repeat(MOST_BYTES), 1), ("name", MOST_BYTES / 5 + 1), ("", MOST_BYTES + 1)] {
+            assert!(many(filter, count).unwrap_err().why.contains("256 KiB"));
+        }
+        // As much as containerd may have to ask.
+        let key = "\\U0010ffff".repeat(Key::MAX_BYTES / 4);
+        assert_eq!(matches(&[&format!("parent==\"{key}\"")]), Ok(false));
     }
 
     #[test]
