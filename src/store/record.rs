@@ -4,7 +4,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
@@ -82,8 +82,17 @@ fn to_bytes(names: &[OsString]) -> Vec<Vec<u8>> {
     names.iter().map(|n| n.as_bytes().to_vec()).collect()
 }
 
-fn to_names(names: Vec<Vec<u8>>) -> Vec<OsString> {
-    names.into_iter().map(OsString::from_vec).collect()
+/// None: one of them is no name of an entry.
+fn to_names(names: Vec<Vec<u8>>) -> Option<Vec<OsString>> {
+    let name = |bytes| to_path(bytes).filter(|name| name.components().count() == 1).map(PathBuf::into_os_string);
+    names.into_iter().map(name).collect()
+}
+
+/// None: it may lead out of the directory that it is to be below. Whiteouts are made under these.
+fn to_path(bytes: Vec<u8>) -> Option<PathBuf> {
+    let path = PathBuf::from(OsString::from_vec(bytes));
+    let names: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+    (names.as_os_str() == path.as_os_str() && !path.as_os_str().as_bytes().contains(&0)).then_some(path)
 }
 
 pub fn encode_rootfs(rootfs: &Rootfs) -> Vec<u8> {
@@ -114,12 +123,11 @@ pub fn decode_rootfs(id: SnapshotId, bytes: &[u8]) -> Result<Rootfs> {
         return Ok(Rootfs::Layers);
     }
     let config = Digest::parse(&record.config).map_err(|_| damaged())?;
-    let path = |bytes| PathBuf::from(OsString::from_vec(bytes));
-    let repaired = record.repaired.into_iter().map(|one| Some((path(one.path), Digest::parse(&one.layer).ok()?)));
+    let repaired = record.repaired.into_iter().map(|one| Some((to_path(one.path)?, Digest::parse(&one.layer).ok()?)));
     Ok(Rootfs::Flat(Flat {
         config,
         repository: record.repository,
-        hidden: record.hidden.into_iter().map(path).collect(),
+        hidden: record.hidden.into_iter().map(to_path).collect::<Option<_>>().ok_or_else(damaged)?,
         repaired: repaired.collect::<Option<_>>().ok_or_else(damaged)?,
     }))
 }
@@ -137,17 +145,20 @@ pub fn encode_scan(scan: &Scan) -> Vec<u8> {
 
 /// None: made by other rules than today's.
 pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
-    let record =
-        LayerScan::parse_from_bytes(bytes).map_err(|_| Error::BadRow { table: "scans", key: key.to_owned() })?;
+    let damaged = || Error::BadRow { table: "scans", key: key.to_owned() };
+    let record = LayerScan::parse_from_bytes(bytes).map_err(|_| damaged())?;
     if record.rules != RULES {
         return Ok(None);
     }
-    let directories = record.directories.into_iter().map(|d| Directory {
-        path: PathBuf::from(OsString::from_vec(d.path)),
-        deleted: to_names(d.deleted),
-        opaque: d.opaque,
-        hidden: to_names(d.hidden),
-        ..Directory::default()
+    let directories = record.directories.into_iter().map(|d| {
+        Some(Directory {
+            path: to_path(d.path)?,
+            deleted: to_names(d.deleted)?,
+            opaque: d.opaque,
+            hidden: to_names(d.hidden)?,
+            ..Directory::default()
+        })
     });
-    Ok(Some(Scan { directories: directories.collect() }))
+    let directories = directories.collect::<Option<_>>().ok_or_else(damaged)?;
+    Ok(Some(Scan { directories }))
 }
