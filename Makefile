@@ -7,6 +7,7 @@
 #   make storm    hundreds of kills while containerd and others work, by hand
 #   make random   a thousand cases of random operations, by hand
 #   make bench    what large layers and long chains cost
+#   make fuzz     whatever reads what others wrote, guided by coverage, FUZZ_SECONDS for each target
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
 # demo, bench, storm, random and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
@@ -17,7 +18,16 @@ export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
 export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
 tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 
-.PHONY: help build demo bench test storm random test-unit test-testbed test-suite test-scene lint advisories
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS ?= filters requests digest reference manifest records config quoted
+# What cargo-fuzz passes too, without its sanitizer, which is not to be had with a stable compiler.
+fuzz_flags := -Cpasses=sancov-module -Ccodegen-units=1 $(addprefix -Cllvm-args=-sanitizer-coverage-, \
+	level=4 inline-8bit-counters pc-table trace-compares)
+fuzz_cache := $(CVMFS_SNAPSHOTTER_CACHE)/fuzz
+# Named, so that the flags are not those of build scripts.
+host := $(shell rustc -vV | sed -n 's/^host: //p')
+
+.PHONY: help build demo bench test storm random test-unit test-testbed test-suite test-scene fuzz lint advisories
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,12 +75,27 @@ random: build
 	tests/setup.sh test
 	PROPTEST_CASES="$${PROPTEST_CASES:-1000}" cargo test --locked --package scene --test random -- --nocapture
 
+# Begins with the corpus, and keeps what it finds in the cache; a crash is written beside it.
+fuzz:
+	cd tests/fuzz && RUSTFLAGS="$(fuzz_flags)" CARGO_TARGET_DIR="$(fuzz_cache)/target" \
+		cargo build --locked --release --target $(host)
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p "$(fuzz_cache)/found/$$target" && \
+		FUZZ_TARGET=$$target "$(fuzz_cache)/target/$(host)/release/fuzz" -max_total_time=$(FUZZ_SECONDS) \
+			-max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+			-artifact_prefix="$(fuzz_cache)/$$target-" \
+			"$(fuzz_cache)/found/$$target" tests/fuzz/corpus/$$target tests/fuzz/crashes || exit 1; \
+	done
+
 lint:
 	tests/setup.sh lint
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
+	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	shellcheck tests/setup.sh .ci/run
 	"$(tools)/cargo/bin/cargo-deny" --locked check bans licenses sources
+	"$(tools)/cargo/bin/cargo-deny" --locked --manifest-path tests/fuzz/Cargo.toml --config deny.toml \
+		check bans licenses sources
 
 # Needs the RustSec database, which not every network reaches: not part of lint.
 advisories:

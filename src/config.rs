@@ -172,7 +172,7 @@ impl Entry<'_> {
     }
 }
 
-fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
+pub(crate) fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
     let line_of = |byte: usize| text[..byte.min(text.len())].matches('\n').count() + 1;
     let table = DeTable::parse(text).map_err(|e| Error::Syntax {
         path: path.to_owned(),

@@ -4,13 +4,17 @@
 pub mod attach;
 pub mod cli;
 pub mod config;
+#[cfg(feature = "server")]
 pub mod daemon;
 #[cfg(test)]
 mod faults;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod logging;
 pub mod overlay;
 pub mod pool;
 pub mod repository;
+#[cfg(feature = "server")]
 pub mod server;
 pub mod snapshotter;
 pub mod store;

@@ -5,9 +5,9 @@
 //! generated types stop in here.
 #![forbid(unsafe_code)]
 
-mod convert;
+pub(crate) mod convert;
 mod door;
-mod filters;
+pub(crate) mod filters;
 mod handlers;
 mod load;
 pub mod service;

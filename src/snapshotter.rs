@@ -396,7 +396,7 @@ fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Resul
 }
 
 /// Labels without a value are no labels, and too many are refused.
-fn check_labels(labels: &mut Labels) -> Result<()> {
+pub(crate) fn check_labels(labels: &mut Labels) -> Result<()> {
     labels.retain(|_, value| !value.is_empty());
     match labels.iter().map(|(label, value)| label.len() + value.len()).sum() {
         ..=LABELS_BYTES => Ok(()),
@@ -405,7 +405,7 @@ fn check_labels(labels: &mut Labels) -> Result<()> {
 }
 
 /// The host's ids of a container's root, if the labels say so.
-fn mapped_root(labels: &Labels) -> Result<Option<(u32, u32)>> {
+pub(crate) fn mapped_root(labels: &Labels) -> Result<Option<(u32, u32)>> {
     let one = |label: &'static str| {
         labels
             .get(label)

@@ -9,7 +9,7 @@
 #[cfg(test)]
 pub mod disk;
 mod frozen;
-mod record;
+pub(crate) mod record;
 mod transaction;
 
 use std::fmt;
