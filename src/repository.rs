@@ -13,7 +13,6 @@ pub mod lane;
 pub mod manifest;
 pub mod scan;
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -303,20 +302,19 @@ impl Repository {
 
     /// The top of an unpacked layer.
     pub fn layer(&self, digest: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&[LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT])
+        self.directory(&layer_path(digest))
     }
 
     /// The whole root file system of the image with this configuration.
     pub fn flat(&self, config: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&[FLAT, &config.hex()[..2], config.hex()])
+        self.directory(&[FLAT, &config.hex()[..2], config.hex()].iter().collect::<PathBuf>())
     }
 
     /// The manifest of an image. None: it has none that can be used.
     pub fn manifest(&self, image: &ImageRef) -> Result<Option<Manifest>, Missing> {
         for path in image.manifests() {
             let at = self.path.join(&path);
-            let names: Vec<&str> = path.iter().filter_map(OsStr::to_str).collect();
-            let text = match self.lead_to(&names) {
+            let text = match self.lead_to(&path) {
                 Ok(Some(status)) if status.file_type == FileType::Other => {
                     self.sys.read_file(&at, manifest::MOST_BYTES)
                 }
@@ -342,16 +340,19 @@ impl Repository {
         Ok(None)
     }
 
-    pub fn is_directory(&self, path: &Path) -> Result<bool, Missing> {
-        let status = self.sys.lstat(path).map_err(|e| self.unreadable(e))?;
-        Ok(status.file_type == FileType::Directory)
+    /// Where a layer has `path`, and what it is: no link, and below none.
+    pub fn in_layer(&self, digest: &Digest, path: &Path) -> Result<(PathBuf, FileType), Missing> {
+        let below = layer_path(digest).join(path);
+        self.layer(digest)?;
+        let found = self.lead_to(&below)?.ok_or(Missing::NotPublished)?;
+        Ok((self.path.join(below), found.file_type))
     }
 
     /// What is at the end of a way of real directories. A link on it may lead to files of the host.
-    fn lead_to(&self, names: &[&str]) -> Result<Option<Status>, Missing> {
+    fn lead_to(&self, below: &Path) -> Result<Option<Status>, Missing> {
         let mut path = self.path.clone();
         let mut found = None;
-        for name in names {
+        for name in below {
             path.push(name);
             match self.sys.lstat(&path) {
                 Ok(Status { file_type: FileType::Symlink, .. }) => return Err(Missing::LeadsOut { path }),
@@ -364,14 +365,14 @@ impl Repository {
         Ok(found)
     }
 
-    fn directory(&self, names: &[&str]) -> Result<PathBuf, Missing> {
-        let path: PathBuf = [self.path.as_path()].into_iter().chain(names.iter().map(Path::new)).collect();
-        let found = if let Some(found) = self.lead_to(names)? {
+    fn directory(&self, below: &Path) -> Result<PathBuf, Missing> {
+        let path = self.path.join(below);
+        let found = if let Some(found) = self.lead_to(below)? {
             found
         } else {
             mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
             // It may have been mounted after the first look.
-            self.lead_to(names)?.ok_or(Missing::NotPublished)?
+            self.lead_to(below)?.ok_or(Missing::NotPublished)?
         };
         if found.file_type != FileType::Directory {
             return Err(Missing::NotADirectory { path });
@@ -411,6 +412,11 @@ impl Repository {
                  and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);
         }
     }
+}
+
+/// Where a repository has a layer.
+fn layer_path(digest: &Digest) -> PathBuf {
+    [LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT].iter().collect()
 }
 
 impl Mount {

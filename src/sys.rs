@@ -178,7 +178,7 @@ pub trait Sys: Send + Sync {
     }
     /// As `read_dir`, without holding all names at once.
     fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()>;
-    /// The content of a file; EFBIG if it has more than `limit` bytes.
+    /// The content of a file; EFBIG if it has more than `limit` bytes, ELOOP if it is a link.
     fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
     /// The value of one extended attribute; none where there is no such attribute.
     fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>>;
@@ -326,10 +326,10 @@ impl Sys for Host {
 
     fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
         const CALL: &str = "read";
-        // What a repository has is input: a fifo must not make us wait.
+        // What a repository has is input: a fifo must not make us wait, a link not lead us elsewhere.
         let file = fs::File::options()
             .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK)
+            .custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOFOLLOW)
             .open(path)
             .map_err(|e| Error::io(CALL, path, &e))?;
         let mut content = Vec::new();

@@ -16,7 +16,7 @@ use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Scan, Subject};
 use crate::repository::{Asked, Missing, Repository};
 use crate::store::Store;
-use crate::sys::Sys;
+use crate::sys::{FileType, Sys};
 use crate::types::{
     Digest, Flat, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, RootfsMode, Snapshot, SnapshotId,
 };
@@ -382,8 +382,9 @@ fn repaired(scan: &Scan, flat: &Flat, repository: &Repository) -> std::result::R
         scan.directory(&above).hidden.push(name);
     }
     for (path, layer) in &flat.repaired {
-        let own = repository.layer(layer)?.join(path);
-        if repository.is_directory(&own)? {
+        // It was no link when this was decided, and may be one now.
+        let (own, file_type) = repository.in_layer(layer, path)?;
+        if file_type == FileType::Directory {
             scan.directory(path).like = Some(own);
         } else {
             let (above, name) = split(path);
