@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use nix::errno::Errno;
 use parking_lot::{Condvar, Mutex};
 
 use super::lane::Pulse;
@@ -237,8 +238,10 @@ impl Walk<'_> {
         let mut markers = Vec::new();
         let mut bytes = 0;
         let mut entries = 0_usize;
+        let mut leads_out = false;
         self.sys.for_each_entry(&at, &mut |name, file_type| {
             entries += 1;
+            leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
             // Names come many at a time: a large directory gets on while it is being read.
             if entries.is_multiple_of(BEAT) {
                 self.progress.pulse.beat();
@@ -256,6 +259,10 @@ impl Walk<'_> {
         })?;
         if bytes > MOST_BYTES {
             return Err(Error::TooMuch { top: self.top.to_owned() });
+        }
+        if leads_out {
+            // As the kernel says to a file system that hands out such names.
+            return Err(sys::Error { call: "read directory", path: at, errno: Errno::EIO }.into());
         }
         let mut directory = Directory::of(path, is_top, markers);
         if self.extent == Extent::Bottom {
