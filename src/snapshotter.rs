@@ -434,5 +434,6 @@ fn host_id_of_root(mapping: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod crashes;
+mod hostile;
 #[cfg(test)]
 mod tests;

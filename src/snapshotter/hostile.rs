@@ -1,0 +1,543 @@
+//! Clients and publishers that mean no good, from the inside: every path that the system is asked
+//! about is looked at afterwards.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CString, OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::path::{Component, PathBuf};
+use std::time::Duration;
+
+use nix::sys::stat::{Mode as FileMode, SFlag, mknod};
+use parking_lot::Mutex;
+
+use super::*;
+use crate::repository::Missing;
+use crate::repository::manifest::ImageRef;
+use crate::repository::scan::{self, Extent, Progress};
+use crate::sys::{Attributes, FileSystem, FileType, Host, Status, Unmount};
+use crate::types::LABEL_IMAGE_REF;
+
+/// What no path may have in it.
+const EVIL: &str = "evil";
+
+/// The host, with a record of every path that it was asked about or that it changed, and with
+/// entries in directories that no kernel would let through.
+#[derive(Default)]
+struct Watched {
+    asked: Mutex<Vec<(&'static str, PathBuf)>>,
+    changed: Mutex<Vec<(&'static str, PathBuf)>>,
+    entries: Mutex<HashMap<PathBuf, Vec<(OsString, FileType)>>>,
+}
+
+macro_rules! watch {
+    ($($record:ident $name:ident($($arg:ident: $type:ty),*) -> $result:ty, $($path:ident)+;)*) => {
+        $(fn $name(&self, $($arg: $type),*) -> sys::Result<$result> {
+            $(self.$record.lock().push((stringify!($name), $path.to_owned()));)+
+            Host.$name($($arg),*)
+        })*
+    };
+}
+
+impl Sys for Watched {
+    watch! {
+        changed create_dir(path: &Path, mode: u32) -> (), path;
+        changed chown(path: &Path, uid: u32, gid: u32) -> (), path;
+        changed set_attributes(path: &Path, attributes: &Attributes) -> (), path;
+        changed create_whiteout(path: &Path) -> (), path;
+        changed write_file(path: &Path, content: &[u8]) -> (), path;
+        changed make_opaque(path: &Path) -> (), path;
+        changed symlink(target: &Path, link: &Path) -> (), link;
+        changed rename(from: &Path, to: &Path) -> (), from to;
+        changed remove_file(path: &Path) -> (), path;
+        changed remove_dir(path: &Path) -> (), path;
+        changed remove_tree(path: &Path) -> (), path;
+        changed bind_read_only(source: &Path, target: &Path) -> (), target;
+        changed unmount(target: &Path, how: Unmount) -> (), target;
+        asked stat(path: &Path) -> Status, path;
+        asked lstat(path: &Path) -> Status, path;
+        asked attributes(path: &Path) -> Attributes, path;
+        asked read_link(path: &Path) -> PathBuf, path;
+        asked read_file(path: &Path, limit: u64) -> Vec<u8>, path;
+        asked attribute(path: &Path, name: &str) -> Option<Vec<u8>>, path;
+        asked statfs(path: &Path) -> FileSystem, path;
+        asked disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), path;
+        asked mounted_fuse(path: &Path) -> Option<u64>, path;
+        asked mounts_below(path: &Path) -> Vec<PathBuf>, path;
+    }
+
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> sys::Result<()> {
+        self.asked.lock().push(("for_each_entry", path.to_owned()));
+        if let Some(entries) = self.entries.lock().get(path) {
+            for (name, file_type) in entries {
+                each(name, *file_type);
+            }
+        }
+        Host.for_each_entry(path, each)
+    }
+}
+
+/// A state root and a repository; layers are linked, so that nothing is mounted.
+struct Place {
+    dir: tempfile::TempDir,
+    sys: Arc<Watched>,
+}
+
+fn digest(n: u8) -> Digest {
+    Digest::parse(&format!("sha256:{}", format!("{n:02x}").repeat(32))).unwrap()
+}
+
+fn key(text: &str) -> Key {
+    Key::parse(text).unwrap()
+}
+
+fn wanted(name: &str, parent: &str, labels: &[(&str, &str)]) -> Wanted {
+    Wanted {
+        key: key(name),
+        parent: Key::parse_optional(parent).unwrap(),
+        labels: labels.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect(),
+    }
+}
+
+const IMAGE: &str = "good.org/image:1";
+
+impl Place {
+    fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "needs root: run make test as root");
+        let place = Self { dir: tempfile::tempdir().unwrap(), sys: Arc::default() };
+        fs::create_dir(place.snapshots()).unwrap();
+        fs::create_dir_all(place.repository().join(".layers")).unwrap();
+        place
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.dir.path().join("cvmfs")
+    }
+
+    fn snapshots(&self) -> PathBuf {
+        self.dir.path().join("snapshots")
+    }
+
+    fn layer(&self, n: u8) -> PathBuf {
+        let hex = digest(n).hex().to_owned();
+        self.repository().join(".layers").join(&hex[..2]).join(hex).join("layerfs")
+    }
+
+    fn flat(&self) -> PathBuf {
+        self.repository().join(".flat/09").join(digest(9).hex())
+    }
+
+    fn manifest(&self) -> PathBuf {
+        self.repository().join(".metadata").join(IMAGE).join("manifest.json")
+    }
+
+    /// The manifest of an image with these layers, whose root is `flat`.
+    fn publish_manifest(&self, layers: &[u8]) {
+        let descriptor = |n: u8| serde_json::json!({ "Digest": digest(n).as_str() });
+        let layers: Vec<_> = layers.iter().map(|n| descriptor(*n)).collect();
+        fs::create_dir_all(self.manifest().parent().unwrap()).unwrap();
+        fs::write(self.manifest(), serde_json::json!({ "Config": descriptor(9), "Layers": layers }).to_string())
+            .unwrap();
+    }
+
+    fn open(&self) -> Snapshotter {
+        let store = Store::open(&self.dir.path().join("metadata.redb"), None).unwrap();
+        let sys: Arc<dyn Sys> = Arc::<Watched>::clone(&self.sys);
+        let repository = Repository::new("r".into(), self.repository(), Duration::from_secs(10), Arc::clone(&sys));
+        let ways = Ways { attach: Mode::Symlink, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
+        Snapshotter::new(store, vec![repository], sys, &self.snapshots(), ways).unwrap()
+    }
+
+    /// Only what has a place there was changed, and only what is published was asked for.
+    #[track_caller]
+    fn check_paths(&self) {
+        let changed = self.sys.changed.lock();
+        for (call, path) in changed.iter() {
+            let below = path.strip_prefix(self.snapshots());
+            let below = below.unwrap_or_else(|_| panic!("{call} outside of the snapshots: {path:?}"));
+            check_snapshot(call, below);
+        }
+        for (call, path) in self.sys.asked.lock().iter() {
+            if let Ok(below) = path.strip_prefix(self.snapshots()) {
+                check_snapshot(call, below);
+            } else {
+                let below = path.strip_prefix(self.repository());
+                check_published(call, below.unwrap_or_else(|_| panic!("{call} of {path:?}")));
+            }
+        }
+    }
+}
+
+fn check_snapshot(call: &str, below: &Path) {
+    check_names(call, below);
+    let mut names = below.iter().map(|name| name.to_str().unwrap_or("not UTF-8"));
+    let Some(id) = names.next() else { return };
+    assert!(SnapshotId::from_directory_name(id).is_some(), "{call} of {below:?} in the snapshots");
+    let place = names.next().unwrap_or("fs");
+    let stem = place.trim_end_matches(".new").trim_end_matches(".of").trim_end_matches(".new");
+    assert!(["fs", "work", "m", "h", "flat", "flat-mask"].contains(&stem), "{call} of {below:?} in the snapshots");
+}
+
+fn check_published(call: &str, below: &Path) {
+    check_names(call, below);
+    let names: Vec<&str> = below.iter().map(|name| name.to_str().unwrap_or("not UTF-8")).collect();
+    let is_hex = |name: &str| name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    match names[..] {
+        [] | [".layers" | ".flat" | ".metadata"] => {}
+        [".layers" | ".flat", two, ref rest @ ..] => {
+            assert!(two.len() == 2 && is_hex(two), "{call} of {below:?}");
+            assert!(rest.first().is_none_or(|hex| hex.len() == 64 && is_hex(hex)), "{call} of {below:?}");
+        }
+        [".metadata", ref rest @ ..] => {
+            let image = rest.join("/");
+            let image = image.trim_end_matches("/manifest.json");
+            let good = IMAGE.starts_with(image) || ImageRef::parse(image).is_some();
+            assert!(good, "{call} of {below:?}");
+        }
+        _ => panic!("{call} of {below:?} in the repository"),
+    }
+}
+
+fn check_names(call: &str, below: &Path) {
+    let rebuilt: PathBuf = below.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+    assert_eq!(rebuilt.as_os_str(), below.as_os_str(), "{call}");
+    let bytes = below.as_os_str().as_bytes();
+    assert!(!bytes.contains(&0), "{call} of {below:?}");
+    assert!(!bytes.windows(EVIL.len()).any(|part| part == EVIL.as_bytes()), "{call} of {below:?}");
+}
+
+/// Every text that a client can send, in every place where it can: none becomes part of a path, but
+/// for digests and references of images that were parsed.
+#[test]
+fn root_no_client_string_reaches_a_path() {
+    let texts = [
+        "evil",
+        "../evil",
+        "../../../../etc/evil",
+        "/etc/evil",
+        "evil\0evil",
+        "evil\nevil",
+        "1/fs/../../evil",
+        ".wh.evil",
+        ".wh..wh..opq/evil",
+        "sha256:../evil",
+        &format!("sha256:{}/../evil", "0".repeat(57)),
+        "good.org/../evil:1",
+        "good.org/evil:../1",
+        "good.org/image:1/../evil",
+        "../evil/image:1@sha256:evil",
+        "labels.evil",
+        &"evil/".repeat(2_000),
+    ];
+    let place = Place::new();
+    for n in [1, 2] {
+        fs::create_dir_all(place.layer(n)).unwrap();
+        fs::write(place.layer(n).join(".wh.gone"), "").unwrap();
+    }
+    place.publish_manifest(&[1]);
+    fs::create_dir_all(place.flat()).unwrap();
+    let s = place.open();
+    let mut done = BTreeMap::<&str, usize>::new();
+    let mut count = |call, ok: bool| *done.entry(call).or_default() += usize::from(ok);
+    let good = digest(1);
+    for (n, text) in texts.into_iter().enumerate() {
+        let other = texts[(n + 5) % texts.len()];
+        // A pull with each label in turn being odd; then with none.
+        // (The reference of its image, each chain keeps.)
+        let chain = format!("sha256:chain-{n}");
+        for odd in 0..4 {
+            let labels = [
+                (LABEL_SNAPSHOT_REF, [text, "sha256:chain", &chain, "sha256:chain"][odd]),
+                (LABEL_LAYER_DIGEST, if odd == 1 { text } else { good.as_str() }),
+                (LABEL_IMAGE_REF, if odd == 2 { text } else { IMAGE }),
+                (text, other),
+            ];
+            let pulled = s.prepare(wanted(&format!("{text}{odd}"), "", &labels));
+            count("pull", matches!(pulled, Err(Error::RemoteCommitted { .. })));
+        }
+        for parent in ["", "cvmfs/0/sha256:chain", &format!("cvmfs/0/{text}"), &format!("cvmfs/0/{chain}")] {
+            let labels = [(text, other), (LABEL_IMAGE_REF, other), (LABEL_UID_MAPPING, "0:0:1")];
+            let name = format!("{text} on {parent}");
+            count("prepare", s.prepare(wanted(&name, parent, &labels)).is_ok());
+            count("view", s.view(wanted(&format!("{name} view"), parent, &labels)).is_ok());
+            count("mounts", s.mounts(&key(&name)).is_ok());
+            count("usage", s.usage(&key(&name), &|| false).is_ok());
+            count("commit", s.commit(&key(&format!("{name} committed")), &key(&name), Labels::new(), None).is_ok());
+            let change = LabelChange::Each(vec![(text.to_owned(), Some(other.to_owned()))]);
+            count("update", s.update(&key(&format!("{name} committed")), &change).is_ok());
+            count("stat", s.stat(&key(&format!("{name} committed"))).is_ok());
+        }
+        count("list", s.list(Some((text, other)), |_| true).is_ok());
+        assert!(s.prepare(wanted("mapped", "", &[(LABEL_UID_MAPPING, text)])).is_err());
+    }
+    let all: Vec<Key> = s.list(None, |_| true).unwrap().into_iter().map(|found| found.key).collect();
+    while all.iter().any(|key| s.remove(key).is_ok()) {}
+    count("remove", s.list(None, |_| true).unwrap().is_empty());
+    count("cleanup", s.cleanup(&|| false).unwrap().left == 0);
+    assert_eq!(done.len(), 11, "{done:?}");
+    for (call, count) in &done {
+        assert!(*count >= if matches!(*call, "remove" | "cleanup") { 1 } else { texts.len() }, "{call}: {done:?}");
+    }
+    drop(s);
+    place.check_paths();
+    assert!(place.sys.changed.lock().len() > 200 && place.sys.asked.lock().len() > 1_000);
+    assert_eq!(fs::read_dir(place.snapshots()).unwrap().count(), 0);
+}
+
+fn device(path: &Path, kind: SFlag) {
+    mknod(path, kind, FileMode::from_bits_truncate(0o644), nix::sys::stat::makedev(1, 5)).unwrap();
+}
+
+/// A layer whose names and types are as odd as a file system allows. All that it does is to hide
+/// names, in its own snapshot.
+#[test]
+fn root_a_layer_of_odd_names_and_links_stays_in_its_snapshot() {
+    let place = Place::new();
+    let outside = place.dir.path().join("evil");
+    fs::create_dir_all(outside.join("inner")).unwrap();
+    fs::write(outside.join(".wh.evil"), "").unwrap();
+    let top = place.layer(2);
+    fs::create_dir_all(place.layer(1)).unwrap();
+    fs::create_dir_all(top.join("d/.wh.directory/inner")).unwrap();
+    fs::create_dir_all(top.join(".wh..wh.plnk/inner")).unwrap();
+    // Links in place of directories, with markers behind them.
+    for (link, target) in [
+        ("absolute", outside.as_path()),
+        ("relative", Path::new("../../../../../evil")),
+        ("d/up", Path::new("..")),
+        ("d/self", Path::new(".")),
+        ("d/.wh.link", outside.as_path()),
+    ] {
+        symlink(target, top.join(link)).unwrap();
+    }
+    for name in
+        ["d/.wh.", "d/.wh..", "d/.wh...", "d/.wh..wh.", "d/.wh..wh..wh.x", "d/.wh..wh.plnk", "d/.wh.\n", ".wh.x"]
+    {
+        fs::write(top.join(name), "").unwrap();
+    }
+    for name in [&b".wh.\xff\xfe"[..], &[b".wh.", &[b'n'; 251][..]].concat(), &[b'l'; 255]] {
+        fs::write(top.join("d").join(OsStr::from_bytes(name)), "").unwrap();
+    }
+    device(&top.join("d/.wh.device"), SFlag::S_IFCHR);
+    device(&top.join("d/.wh.fifo"), SFlag::S_IFIFO);
+    let s = place.open();
+    let chain = pull(&s, 1, "");
+    let upper = pull(&s, 2, &chain);
+    let mounts = s.prepare(wanted("container", &upper, &[])).unwrap();
+    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+    let [mask, _, hide, ..] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+    let names = |dir: &Path| {
+        let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(mask), [".wh..wh.plnk", ".wh.x", "d"]);
+    // Each marker is hidden, and deletes a name where it has one that is not there (`.wh.` is).
+    assert_eq!(names(&mask.join("d")).len(), 13);
+    let deleted = names(&hide.join("d"));
+    let expected: Vec<OsString> = [&b"\n"[..], b".wh..wh.x", b".wh.plnk", b"device", b"directory", b"fifo", b"link"]
+        .into_iter()
+        .map(|name| OsStr::from_bytes(name).to_owned())
+        .chain([OsString::from("n".repeat(251)), OsStr::from_bytes(b"\xff\xfe").to_owned()])
+        .collect();
+    assert_eq!(deleted, expected);
+    assert_eq!(names(hide), ["d", "x"]);
+    drop(s);
+    place.check_paths();
+}
+
+/// Pulls layer `n` of the image onto `parent`; the result is the name of its snapshot.
+fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
+    let (reference, digest) = (format!("sha256:chain-{n}"), digest(n));
+    let labels =
+        [(LABEL_SNAPSHOT_REF, reference.as_str()), (LABEL_LAYER_DIGEST, digest.as_str()), (LABEL_IMAGE_REF, IMAGE)];
+    assert!(matches!(s.prepare(wanted("extract", parent, &labels)), Err(Error::RemoteCommitted { .. })));
+    let parent = if parent.is_empty() { 0 } else { s.stat(&key(parent)).unwrap().id.0 };
+    format!("cvmfs/{parent}/{reference}")
+}
+
+/// No kernel hands out such names. Should one: nothing is looked for, or made, where they lead.
+#[test]
+fn root_names_that_lead_elsewhere_make_a_layer_unavailable() {
+    for name in ["..", ".", "", "../../evil", "/etc/evil", "a/evil", ".wh.a/evil", ".wh.../evil", ".wh./evil"] {
+        for file_type in [FileType::Directory, FileType::Other, FileType::Symlink] {
+            for below in ["", "d"] {
+                let place = Place::new();
+                fs::create_dir_all(place.layer(1)).unwrap();
+                fs::create_dir_all(place.layer(2).join("d")).unwrap();
+                let entries = vec![(OsString::from(name), file_type)];
+                place.sys.entries.lock().insert(place.layer(2).join(below), entries);
+                let s = place.open();
+                let chain = pull(&s, 1, "");
+                let upper = pull(&s, 2, &chain);
+                let Err(Error::LayerUnavailable { why: Missing::Unreadable(e), .. }) =
+                    s.prepare(wanted("container", &upper, &[]))
+                else {
+                    panic!("{name:?} was taken for a name")
+                };
+                assert_eq!((e.call, e.errno), ("read directory", Errno::EIO));
+                // Another layer is as it was.
+                s.prepare(wanted("other", &chain, &[])).unwrap();
+                drop(s);
+                place.check_paths();
+            }
+        }
+    }
+}
+
+/// Links anywhere on the way to a layer: the pull downloads, and nothing behind them is asked for.
+#[test]
+fn root_a_link_on_the_way_to_a_layer_is_not_followed() {
+    for depth in 0..4 {
+        let place = Place::new();
+        let elsewhere = place.dir.path().join("evil");
+        fs::create_dir_all(place.layer(1).join("d")).unwrap();
+        let link = place.layer(1).ancestors().nth(depth).unwrap().to_owned();
+        fs::rename(&link, &elsewhere).unwrap();
+        symlink(&elsewhere, &link).unwrap();
+        let s = place.open();
+        let asked = wanted("extract", "", &[(LABEL_SNAPSHOT_REF, "c"), (LABEL_LAYER_DIGEST, digest(1).as_str())]);
+        let mounts = s.prepare(asked).unwrap();
+        assert_eq!(mounts[0].kind, crate::types::MountKind::Bind, "an ordinary snapshot, to be unpacked into");
+        drop(s);
+        place.check_paths();
+        let behind = place.sys.asked.lock().iter().any(|(_, path)| path.starts_with(&link) && *path != link);
+        assert!(!behind, "something behind {link:?} was asked for");
+    }
+}
+
+/// The root of an image shows `etc/hosts` as a layer has it, by a copy. Which layer was decided once;
+/// when the layer had a link there later, the copy was one of the host's file.
+#[test]
+fn root_a_file_that_became_a_link_is_not_copied_from_the_host() {
+    for linked in ["etc/hosts", "etc"] {
+        let place = Place::new();
+        let outside = place.dir.path().join("evil");
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("hosts"), "a secret of the host").unwrap();
+        for (top, text) in [(place.layer(1), "of the image"), (place.flat(), "")] {
+            fs::create_dir_all(top.join("etc")).unwrap();
+            fs::write(top.join("etc/hosts"), text).unwrap();
+        }
+        place.publish_manifest(&[1]);
+        let s = place.open();
+        let chain = pull(&s, 1, "");
+        let copy = place.snapshots().join("1/flat-mask/etc/hosts");
+        s.prepare(wanted("first", &chain, &[])).unwrap();
+        assert_eq!(fs::read_to_string(&copy).unwrap(), "of the image");
+        s.remove(&key("first")).unwrap();
+        s.cleanup(&|| false).unwrap();
+        assert!(!copy.exists());
+        fs::rename(place.layer(1).join(linked), place.dir.path().join("before")).unwrap();
+        symlink(outside.join(if linked == "etc" { "" } else { "hosts" }), place.layer(1).join(linked)).unwrap();
+        place.sys.asked.lock().clear();
+        // What it makes of it does not matter, as long as the host's file is not in it.
+        let _ = s.prepare(wanted("second", &chain, &[]));
+        assert!(!fs::read_to_string(&copy).unwrap_or_default().contains("secret"));
+        let read = |(call, path): &(&str, PathBuf)| *call == "read_file" && path.starts_with(place.layer(1));
+        assert!(linked != "etc" || !place.sys.asked.lock().iter().any(read), "it was read through the link");
+        drop(s);
+        place.check_paths();
+    }
+}
+
+/// What stands in the place of a manifest, or is no manifest of this image: the layers are used.
+#[test]
+fn root_a_manifest_that_is_none_costs_nothing_but_the_whole_root() {
+    type Make = fn(&Path);
+    let cases: [(&str, Make); 12] = [
+        ("a fifo", |at| device(at, SFlag::S_IFIFO)),
+        ("/dev/zero", |at| device(at, SFlag::S_IFCHR)),
+        ("a socket", |at| device(at, SFlag::S_IFSOCK)),
+        ("a link to /dev/zero", |at| symlink("/dev/zero", at).unwrap()),
+        ("a link to a file of the host", |at| symlink("/proc/self/environ", at).unwrap()),
+        ("a directory", |at| fs::create_dir(at).unwrap()),
+        ("4 GiB of nothing", |at| fs::File::create(at).unwrap().set_len(4 << 30).unwrap()),
+        ("4 MiB of brackets", |at| fs::write(at, "[".repeat(4 << 20)).unwrap()),
+        ("4 MiB of objects", |at| fs::write(at, "{\"Config\":".repeat(400_000)).unwrap()),
+        ("wrong types", |at| fs::write(at, r#"{"Config":[],"Layers":{"0":null}}"#).unwrap()),
+        ("keys that stand twice", |at| {
+            let text = fs::read_to_string(at.with_extension("good")).unwrap();
+            fs::write(at, text.replacen('{', r#"{"Layers":[],"config":{"Digest":"sha256:../evil"},"#, 1)).unwrap();
+        }),
+        ("bytes that are no text", |at| fs::write(at, [0xff; 1_000]).unwrap()),
+    ];
+    let place = Place::new();
+    fs::create_dir_all(place.layer(1)).unwrap();
+    fs::create_dir_all(place.flat()).unwrap();
+    place.publish_manifest(&[1]);
+    let good = place.manifest().with_extension("good");
+    fs::rename(place.manifest(), &good).unwrap();
+    for (n, (what, make)) in cases.into_iter().enumerate() {
+        make(&place.manifest());
+        // Another state each time: what was decided for a chain is kept.
+        let _ = fs::remove_file(place.dir.path().join("metadata.redb"));
+        fs::remove_dir_all(place.snapshots()).unwrap();
+        fs::create_dir(place.snapshots()).unwrap();
+        let s = place.open();
+        let chain = pull(&s, 1, "");
+        let mounts = s.prepare(wanted(&format!("container {n}"), &chain, &[])).unwrap();
+        let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+        let is_flat = lower.contains("/flat");
+        // Of a key that stands twice the last one counts, and `Config` comes before `config`.
+        assert_eq!(is_flat, what == "keys that stand twice", "{what}: {lower}");
+        drop(s);
+        wait_for_the_end(&place);
+        let at = place.manifest();
+        if at.is_dir() && !at.is_symlink() { fs::remove_dir(at).unwrap() } else { fs::remove_file(at).unwrap() }
+    }
+    place.check_paths();
+}
+
+/// The thread that works ahead lets go of the store a moment later.
+fn wait_for_the_end(place: &Place) {
+    while let Err(crate::store::Error::InUse { .. }) = Store::open(&place.dir.path().join("metadata.redb"), None) {
+        std::thread::yield_now();
+    }
+}
+
+/// Names for ever, one at a time, as a directory without an end has them.
+struct Names {
+    count: usize,
+    file_type: FileType,
+    name: fn(usize) -> String,
+}
+
+#[test]
+fn a_million_entries_are_walked_and_a_million_markers_are_too_many() {
+    let plain = Names { count: 1_000_000, file_type: FileType::Other, name: |n| format!("file-{n}") };
+    let few = Names { count: 100_000, file_type: FileType::Other, name: |n| format!(".wh.{n}") };
+    let many = Names { count: 1_000_000, file_type: FileType::Other, name: |n| format!(".wh.{n}") };
+    for (names, expected) in [(plain, Some(0)), (few, Some(100_000)), (many, None)] {
+        let dir = tempfile::tempdir().unwrap();
+        let sys = Watched::default();
+        let entries = (0..names.count).map(|n| ((names.name)(n).into(), names.file_type)).collect();
+        sys.entries.lock().insert(dir.path().to_owned(), entries);
+        let found = scan::scan(&sys, dir.path(), Extent::Layer, &Progress::default());
+        match expected {
+            Some(markers) => assert_eq!(found.unwrap().directories[0].hidden.len(), markers),
+            None => assert_eq!(found, Err(scan::Error::TooMuch { top: dir.path().to_owned() })),
+        }
+    }
+}
+
+/// Deeper than a path can name: it is an error that says so, not a layer without markers.
+#[test]
+fn a_tree_that_is_deeper_than_paths_are_long_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut at = nix::dir::Dir::open(dir.path(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
+    let name = CString::new("deep-".repeat(10)).unwrap();
+    for _ in 0..2_000 {
+        nix::sys::stat::mkdirat(&at, name.as_c_str(), FileMode::S_IRWXU).unwrap();
+        at = nix::dir::Dir::openat(&at, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
+    }
+    let found = scan::scan(&Host, dir.path(), Extent::Layer, &Progress::default());
+    let Err(scan::Error::System(e)) = found else { panic!("it was read to the end") };
+    assert_eq!(e.errno, Errno::ENAMETOOLONG);
+    assert!(e.to_string().len() < 10_000);
+    drop(at);
+    Host.remove_tree(&dir.path().join(name.to_str().unwrap())).unwrap();
+}
