@@ -9,6 +9,7 @@ pub mod compare;
 pub mod containerd;
 pub mod cri;
 pub mod disk;
+pub mod footprint;
 pub mod image;
 pub mod process;
 pub mod publisher;
@@ -17,6 +18,7 @@ pub mod rootfs;
 pub mod sandbox;
 pub mod snapshotter;
 pub mod stage;
+pub mod wire;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 pub mod proto {

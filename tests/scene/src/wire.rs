@@ -1,0 +1,139 @@
+//! HTTP/2 frames written by hand on the snapshotter's socket, for what no client library sends.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+
+pub const END_STREAM: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("a frame is short").to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// A text as HPACK writes it, without its code.
+fn text(bytes: &[u8]) -> Vec<u8> {
+    let mut written = Vec::new();
+    if bytes.len() < 127 {
+        written.push(u8::try_from(bytes.len()).expect("it is short"));
+    } else {
+        written.push(127);
+        let mut rest = bytes.len() - 127;
+        while rest >= 128 {
+            written.push(u8::try_from(rest % 128).expect("seven bits") | 128);
+            rest /= 128;
+        }
+        written.push(u8::try_from(rest).expect("seven bits"));
+    }
+    written.extend(bytes);
+    written
+}
+
+/// One header that no table takes up.
+pub fn header(name: &str, value: &[u8]) -> Vec<u8> {
+    [vec![0], text(name.as_bytes()), text(value)].concat()
+}
+
+/// The headers of a call.
+pub fn call(method: &str) -> Vec<u8> {
+    let path = format!("/containerd.services.snapshots.v1.Snapshots/{method}");
+    // :method POST and :scheme http stand in the static table.
+    let pseudo = [vec![0x83, 0x86], header(":path", path.as_bytes()), header(":authority", b"localhost")];
+    [pseudo.concat(), header("te", b"trailers"), header("content-type", b"application/grpc")].concat()
+}
+
+/// A message as gRPC writes it.
+pub fn message(bytes: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(bytes.len()).expect("a message is short").to_be_bytes();
+    [&[0], &length[..], bytes].concat()
+}
+
+/// A connection that does not have to keep to any rule.
+pub struct Raw(UnixStream);
+
+/// How the sending of much ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// All was taken.
+    All,
+    /// So many bytes, then the other side took no more.
+    Blocked(usize),
+    /// So many bytes, then it closed the connection.
+    Closed(usize),
+}
+
+impl Raw {
+    pub fn connect(socket: &Path) -> Self {
+        Self(UnixStream::connect(socket).expect("the socket takes connections"))
+    }
+
+    /// With all that a client begins with.
+    pub fn greeted(socket: &Path) -> Self {
+        let mut raw = Self::connect(socket);
+        raw.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat(), Duration::from_secs(10));
+        raw
+    }
+
+    /// Sends without reading; whoever takes nothing for `patience` is not sent more.
+    pub fn send(&mut self, bytes: &[u8], patience: Duration) -> Sent {
+        self.0.set_write_timeout(Some(patience)).expect("a timeout can be set");
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match self.0.write(&bytes[sent..]) {
+                Ok(0) => return Sent::Closed(sent),
+                Ok(more) => sent += more,
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Sent::Blocked(sent);
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Sent::Closed(sent),
+            }
+        }
+        Sent::All
+    }
+
+    /// As `send`, while what the other side says is read and forgotten.
+    pub fn talk(&mut self, bytes: &[u8], patience: Duration) -> Sent {
+        let mut ear = self.0.try_clone().expect("a connection can be shared");
+        let listener = std::thread::spawn(move || {
+            let mut forgotten = [0; 16_384];
+            while matches!(ear.read(&mut forgotten), Ok(1..)) {}
+        });
+        let sent = self.send(bytes, patience);
+        self.0.shutdown(std::net::Shutdown::Both).ok();
+        listener.join().expect("reading does not panic");
+        sent
+    }
+
+    /// Whether the other side closes the connection within `limit`.
+    pub fn is_closed_within(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut forgotten = [0; 16_384];
+        loop {
+            let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
+                return false;
+            };
+            self.0.set_read_timeout(Some(left)).expect("a timeout can be set");
+            match self.0.read(&mut forgotten) {
+                Ok(1..) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return false,
+                Ok(0) | Err(_) => return true,
+            }
+        }
+    }
+}
