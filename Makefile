@@ -21,8 +21,9 @@ tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?= filters requests digest reference manifest records config quoted
 # What cargo-fuzz passes too, without its sanitizer, which is not to be had with a stable compiler.
-fuzz_flags := -Cpasses=sancov-module -Ccodegen-units=1 $(addprefix -Cllvm-args=-sanitizer-coverage-, \
-	level=4 inline-8bit-counters pc-table trace-compares)
+fuzz_flags := -Cpasses=sancov-module \
+	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares) \
+	-Ccodegen-units=1
 fuzz_cache := $(CVMFS_SNAPSHOTTER_CACHE)/fuzz
 # Named, so that the flags are not those of build scripts.
 host := $(shell rustc -vV | sed -n 's/^host: //p')
