@@ -357,7 +357,8 @@ impl Repository {
             match self.sys.lstat(&path) {
                 Ok(Status { file_type: FileType::Symlink, .. }) => return Err(Missing::LeadsOut { path }),
                 Ok(status) => found = Some(status),
-                Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+                // A reference may be longer than names of files are.
+                Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ENAMETOOLONG) => return Ok(None),
                 Err(e) => return Err(self.unreadable(e)),
             }
             alive();
@@ -526,6 +527,9 @@ mod tests {
         assert_eq!(repository.manifest(&image), Err(Missing::NotMounted { repository: cvmfs.clone() }));
         fs::create_dir(cvmfs.join(".layers")).unwrap();
         assert_eq!(repository.manifest(&image), Ok(None));
+        // It was taken for a repository that cannot be read, and asked for with each container.
+        let long = format!("a.org/{}:{}", "x".repeat(200), "t".repeat(100));
+        assert_eq!(repository.manifest(&ImageRef::parse(&long).unwrap()), Ok(None));
         let good = format!(r#"{{"Config":{{"Digest":"{}"}},"Layers":[]}}"#, digest('a'));
         let at = cvmfs.join(".metadata/a.org/x:1/manifest.json");
         fs::create_dir_all(at.parent().unwrap()).unwrap();

@@ -434,6 +434,7 @@ fn host_id_of_root(mapping: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod crashes;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@
 //! whole FUSE file system, for everybody on the node.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "server")]
 mod descriptors;
 #[cfg(test)]
 pub mod failing;
@@ -29,6 +30,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
 use nix::unistd::gettid;
 
+#[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_socket};
 use crate::types::Quoted;
 

@@ -437,8 +437,8 @@ fn root_the_crash_table_of_the_design_names_every_step_in_order() {
         ("Start", &START, Mode::Symlink),
     ] {
         let steps = story(operation, layers(mode));
-        let rows: String = steps.iter().map(|step| format!("\n| `{step}` |")).collect();
-        assert_eq!(told.get(heading), Some(&steps), "docs/design.md, {heading}:{rows}");
+        let rows: Vec<String> = steps.iter().map(|step| format!("| `{step}` |")).collect();
+        assert_eq!(told.get(heading), Some(&steps), "docs/design.md, {heading}:\n{}", rows.join("\n"));
     }
 }
 

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -15,7 +14,7 @@ use nix::sys::signal::Signal;
 use scene::alone::{Alone, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
-use scene::sandbox::{Sandbox, mount_tmpfs};
+use scene::sandbox::Sandbox;
 use scene::snapshotter::{Snapshotter, binary};
 
 #[test]

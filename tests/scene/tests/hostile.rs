@@ -297,14 +297,14 @@ const ATTACKS: [Attack; 11] = [
         Raw::connect(socket).send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", SOON);
     }),
     ("half a preface, and silence", |socket| {
-        let mut open: Vec<Raw> = (0..300).map(|_| Raw::connect(socket)).collect();
+        let mut open: Vec<Raw> = (0..100).map(|_| Raw::connect(socket)).collect();
         for (n, raw) in open.iter_mut().enumerate() {
             raw.send(&PREFACE[..n % PREFACE.len()], SOON);
         }
         std::thread::sleep(Duration::from_millis(500));
     }),
     ("a preface, and silence", |socket| {
-        let open: Vec<Raw> = (0..300).map(|_| Raw::greeted(socket)).collect();
+        let open: Vec<Raw> = (0..100).map(|_| Raw::greeted(socket)).collect();
         std::thread::sleep(Duration::from_millis(500));
         drop(open);
     }),
