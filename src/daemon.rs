@@ -25,7 +25,7 @@ use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
-use crate::{logging, sys};
+use crate::{logging, notify, sys};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -206,7 +206,9 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     );
     snapshotter.look_at_repositories();
     clean_leftovers(Arc::clone(&snapshotter))?;
+    notify::ready(&format!("{} snapshots, from {}", found.snapshots, paths.join(", ")));
     wait_for_stop(&signals, arguments);
+    notify::stopping();
     stop(server, pools);
     snapshotter.close();
     Ok(())

@@ -11,6 +11,7 @@ mod faults;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 pub mod logging;
+pub mod notify;
 pub mod overlay;
 pub mod pool;
 pub mod repository;
