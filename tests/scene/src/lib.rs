@@ -11,6 +11,7 @@ pub mod cri;
 pub mod disk;
 pub mod footprint;
 pub mod image;
+pub mod machine;
 pub mod process;
 pub mod publisher;
 pub mod registry;

@@ -1,0 +1,496 @@
+//! The daemon as systemd runs it, with the units of `packaging/`: what it may do is enough for
+//! its work, each part of that is needed, and the rest is refused.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use cvmfs_snapshotter::proto::mount::Mount;
+use scene::alone::digest;
+use scene::client::{Answer, Client};
+use scene::compare::compare;
+use scene::containerd::{NAMESPACE, Writable};
+use scene::cri::Cri;
+use scene::image::{Builder, Image};
+use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
+use scene::process::{eventually, tool};
+use scene::publisher::Repository;
+use scene::registry::Registry;
+use scene::sandbox::Sandbox;
+use scene::stage::names;
+
+/// The numbers of the capabilities that the unit names and docs/privileges.md explains.
+const CAPABILITIES: [(&str, u32); 7] = [
+    ("CAP_CHOWN", 0),
+    ("CAP_DAC_OVERRIDE", 1),
+    ("CAP_FOWNER", 3),
+    ("CAP_FSETID", 4),
+    ("CAP_SYS_ADMIN", 21),
+    ("CAP_MKNOD", 27),
+    ("CAP_SETFCAP", 31),
+];
+/// `cap_net_raw+ep`, as a file system keeps it.
+const CAP_NET_RAW: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
+
+/// Deletions in a directory that is not root's, has the setgid bit, a group that is not ours and
+/// attributes; and an opaque one.
+fn image(builder: &Builder, name: &str) -> Image {
+    let lower = builder.layer(|l| {
+        l.file("team/secret", "secret").file("team/kept", "kept").file("opaque/old", "old");
+        l.file("bin/tool", "#!").mode("bin/tool", 0o4755).dir("gone/deep").file("gone/deep/file", "x");
+        l.file("locked/file", "x").mode("locked", 0).owner("locked", 1000, 1000);
+    });
+    let upper = builder.layer(|l| {
+        l.delete("team/secret").file("team/new", name).mode("team", 0o2775).owner("team", 1000, 1001);
+        l.xattr("team", "user.note", b"ours").delete("gone");
+        l.dir("opaque").opaque("opaque").file("opaque/new", "new").mode("opaque", 0o3771).owner("opaque", 5, 6);
+    });
+    builder.image(name, &[shell(builder), lower, upper], &[])
+}
+
+/// A layer that can run a shell.
+fn shell(builder: &Builder) -> scene::image::Layer {
+    builder.layer(|l| {
+        l.file("bin/busybox", fs::read(tool("busybox")).expect("busybox can be read")).mode("bin/busybox", 0o755);
+        for name in ["sh", "ls", "cat", "mkdir", "true", "chmod", "chown", "sleep"] {
+            l.symlink("busybox", &format!("bin/{name}"));
+        }
+        l.dir("tmp").dir("etc").dir("proc").dir("sys").dir("dev").dir("run");
+    })
+}
+
+/// Lines of the service's journal that say that something went wrong.
+fn complaints(machine: &Machine) -> Vec<String> {
+    let journal = machine.journal(SERVICE);
+    let wrong = ["\"level\":\"error\"", "\"level\":\"warn", "EPERM", "ENOSYS", "not permitted", "not implemented"];
+    journal.lines().filter(|line| wrong.iter().any(|word| line.contains(word))).map(str::to_owned).collect()
+}
+
+#[test]
+fn root_under_its_unit_the_service_does_all_of_its_work() {
+    let sandbox = Sandbox::enter("service");
+    let builder = Builder::new(&sandbox.path("images"));
+    let registry = Registry::start(&sandbox.path("registry"));
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    machine.restart("containerd.service");
+    check_what_it_runs_with(&machine);
+    for attach in ["bind", "symlink"] {
+        configure(&machine.path(""), &format!("attach = \"{attach}\""));
+        machine.restart(SERVICE);
+        let published = image(&builder, &format!("published-{attach}:1"));
+        repository.publish(&published);
+        check_image(&machine, &registry, &published, 0);
+        // Only its lowest layer is published: containerd unpacks the rest into our directories.
+        let mixed = image(&builder, &format!("mixed-{attach}:1"));
+        repository.publish_layers(&mixed.layers[..1]);
+        check_image(&machine, &registry, &mixed, 2);
+    }
+    assert_eq!(complaints(&machine), Vec::<String>::new());
+}
+
+fn check_what_it_runs_with(machine: &Machine) {
+    let status = machine.status(SERVICE);
+    let mask: u64 = CAPABILITIES.iter().map(|(_, number)| 1 << number).sum();
+    for set in ["CapBnd", "CapPrm", "CapEff"] {
+        assert_eq!(status(set), format!("{mask:016x}"), "{set}");
+    }
+    for set in ["CapInh", "CapAmb"] {
+        assert_eq!(status(set), "0000000000000000", "{set}");
+    }
+    assert_eq!([status("NoNewPrivs"), status("Seccomp")], ["1", "2"]);
+    let pid = machine.property(SERVICE, "MainPID");
+    for name in ["mnt", "net"] {
+        let of = |pid: &str| fs::read_link(machine.path(&format!("/proc/{pid}/ns/{name}"))).expect("it has one");
+        assert_eq!(of(&pid), of("1"), "a service with namespaces of its own does not see repositories that come");
+    }
+    assert!(machine.property(SERVICE, "StatusText").contains("snapshots, from /cvmfs/scene.test"));
+    // Only what this systemd does not know, and the unit says so.
+    let units = [SERVICE, "cvmfs-snapshotter.socket"];
+    let verified = machine.run(&[&["systemd-analyze", "verify", "--man=no"], &units[..]].concat());
+    let newer = ["RestartSteps", "RestartMaxDelaySec"];
+    let complaints = verified.stderr.lines().filter(|line| line.contains("cvmfs-snapshotter."));
+    let unknown: Vec<&str> = complaints.filter(|line| !newer.iter().any(|key| line.contains(key))).collect();
+    assert_eq!(unknown, Vec::<&str>::new());
+    machine.run(&["systemctl", "reload", SERVICE]).ok();
+    eventually("the service has read its configuration again", || machine.journal(SERVICE).contains("log level INFO"));
+    let security = machine.run(&["systemd-analyze", "security", "--no-pager", SERVICE]).ok();
+    eprintln!("{}", security.lines().last().unwrap_or_default());
+}
+
+/// Pulls, runs and removes an image of which `fetched` layers are not published.
+fn check_image(machine: &Machine, registry: &Registry, image: &Image, fetched: usize) {
+    let reference = registry.push(image);
+    let before = registry.fetched();
+    let cri = Cri::connect(&machine.path(CONTAINERD));
+    cri.pull(&reference);
+    assert_eq!(registry.fetched().since(&before).layers_of(image), fetched);
+    let ctr = |arguments: &[&str]| machine.ctr(&[&["--namespace", NAMESPACE], arguments].concat());
+    let ours = "--snapshotter=cvmfs-snapshotter";
+    // The same files as a normal pull gives, to whom only looks and to whom writes.
+    let normally = ["--namespace", "normal", "images", "pull", "--plain-http", "--snapshotter=overlayfs", &reference];
+    machine.ctr(&normally).ok();
+    for writable in [Writable::No, Writable::Yes] {
+        let normal = Root::of(machine, "normal", "overlayfs", image, writable);
+        let ours = Root::of(machine, NAMESPACE, "cvmfs-snapshotter", image, writable);
+        let comparison = compare(&normal.path(), &ours.path());
+        assert!(comparison.entries > 15 && comparison.differences.is_empty(), "{:#?}", comparison.differences);
+        normal.end();
+        ours.end();
+    }
+    // A container leaves what only its owner may enter, of an owner that is not us.
+    let program = "cat /team/new; ls /team; mkdir -p /tmp/a/b/c; cat /bin/busybox >/tmp/a/b/c/big; \
+                   chown -R 1000:1001 /tmp/a; chmod 0 /tmp/a/b/c /tmp/a/b /tmp/a; sleep 1000";
+    ctr(&["run", "--detach", ours, &reference, "c", "/bin/sh", "-c", program]).ok();
+    let client = machine.client();
+    let found = client.list(&["kind==active"]).expect("a good filter").into_iter().find(|s| s.name.ends_with("/c"));
+    let key = found.expect("the container has a snapshot").name;
+    eventually("Usage counts what a container wrote", || {
+        client.usage(&key).expect("everything can be measured").0 > 500_000
+    });
+    // The container goes on, whatever becomes of the service.
+    for how in [&["restart"][..], &["kill", "--signal=SIGKILL"]] {
+        let pid = machine.property(SERVICE, "MainPID");
+        machine.run(&[&["systemctl"], how, &[SERVICE]].concat()).ok();
+        eventually("the service is there again", || {
+            machine.property(SERVICE, "MainPID") != pid && machine.property(SERVICE, "ActiveState") == "active"
+        });
+    }
+    let tasks = ctr(&["tasks", "ls"]).ok();
+    assert!(tasks.contains("RUNNING"), "{tasks}");
+    // A collection while containerd has not connected again is not repeated.
+    eventually("containerd has connected again", || {
+        ctr(&["run", "--rm", ours, &reference, "again", "/bin/true"]).status.success()
+    });
+    ctr(&["tasks", "kill", "--signal", "SIGKILL", "c"]).ok();
+    eventually("the task is gone", || ctr(&["tasks", "rm", "--force", "c"]).status.success());
+    let client = machine.client();
+    ctr(&["containers", "rm", "c"]).ok();
+    cri.remove(&reference);
+    eventually("nothing is left of the image and its container", || {
+        // Lets containerd collect once more.
+        ctr(&["leases", "create", "--id", "gc"]);
+        ctr(&["leases", "rm", "--sync", "gc"]);
+        client.list(&[]).is_ok_and(|all| all.is_empty()) && snapshot_dirs(machine).is_empty()
+    });
+}
+
+/// A root file system that is mounted in the machine, as a snapshot that containerd keeps.
+struct Root<'m> {
+    machine: &'m Machine,
+    containerd: Client,
+    key: String,
+    at: String,
+}
+
+impl<'m> Root<'m> {
+    fn of(
+        machine: &'m Machine,
+        namespace: &'static str,
+        snapshotter: &'static str,
+        image: &Image,
+        writable: Writable,
+    ) -> Self {
+        let containerd = Client::of_containerd(&machine.path(CONTAINERD), namespace, snapshotter);
+        let (key, at) = (format!("look {writable:?}"), format!("/mnt/{snapshotter}"));
+        let parent = image.chain_ids.last().expect("an image has layers");
+        // Without the label containerd would collect it at once.
+        let with = [("containerd.io/gc.root", "scene")];
+        let mounts = match writable {
+            Writable::Yes => containerd.prepare(&key, parent, &with),
+            Writable::No => containerd.view(&key, parent, &with),
+        };
+        let mounts = mounts.unwrap_or_else(|status| panic!("no snapshot of {}: {}", image.name, status.message()));
+        let [mount] = &mounts[..] else { panic!("one mount describes a snapshot: {mounts:?}") };
+        machine.run(&["mkdir", "-p", &at]).ok();
+        machine.run(&["mount", "-t", &mount.type_, "-o", &mount.options.join(","), &mount.source, &at]).ok();
+        Self { machine, containerd, key, at }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.machine.path(&self.at)
+    }
+
+    fn end(self) {
+        self.machine.run(&["umount", &self.at]).ok();
+        self.containerd.remove(&self.key).unwrap_or_else(|status| panic!("{}", status.message()));
+    }
+}
+
+fn snapshot_dirs(machine: &Machine) -> Vec<String> {
+    names(&machine.path(&format!("{STATE}/snapshotter/snapshots")))
+}
+
+/// What only one of the capabilities allows, as far as this kernel asks for it.
+#[test]
+fn root_the_service_needs_each_of_its_capabilities() {
+    let sandbox = Sandbox::enter("capabilities");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    publish_odd_layers(&repository);
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    configure(&machine.path(""), "attach = \"bind\"");
+    machine.restart(SERVICE);
+    assert_eq!(work(&machine), Vec::<String>::new(), "with all of them");
+    clear(&machine);
+    for (name, parts) in [
+        ("CAP_SYS_ADMIN", &["mount \"/var/lib", "(EPERM)"][..]),
+        ("CAP_CHOWN", &["cannot change the owner of", "(EPERM)"]),
+        ("CAP_FOWNER", &["cannot set the attributes of", "(EPERM)"]),
+        ("CAP_SETFCAP", &["cannot set the attributes of", "(EPERM)"]),
+        ("CAP_FSETID", &["a mask has mode 0755"]),
+        ("CAP_DAC_OVERRIDE", &["cannot set the attributes of", "(EACCES)", "cannot measure", "a writer's files stay"]),
+        // Kernels from 5.8 on let everybody make a whiteout.
+        ("CAP_MKNOD", &[]),
+    ] {
+        machine.drop_in(SERVICE, "without", &format!("[Service]\nCapabilityBoundingSet=~{name}\n"));
+        machine.restart(SERVICE);
+        let failures = work(&machine);
+        eprintln!("without {name}: {failures:?}");
+        assert_eq!(failures.is_empty(), parts.is_empty(), "without {name}");
+        for part in parts {
+            assert!(failures.iter().any(|why| why.contains(part)), "without {name}: no {part} in {failures:?}");
+        }
+        machine.drop_in(SERVICE, "without", "");
+        machine.restart(SERVICE);
+        clear(&machine);
+    }
+}
+
+/// What one could not remove, the next one can.
+fn clear(machine: &Machine) {
+    let client = machine.client();
+    for snapshot in client.list(&["kind!=committed"]).expect("a good filter") {
+        client.remove(&snapshot.name).expect("anything can be removed");
+    }
+    eventually("what was left is removed", || {
+        client.cleanup().expect("a cleanup is possible");
+        snapshot_dirs(machine).is_empty()
+    });
+}
+
+/// Two layers: the upper one deletes from a directory that is somebody else's, is setgid, and has
+/// a capability and an attribute of its own.
+fn publish_odd_layers(repository: &Repository) {
+    let top = |n| repository.layer_dir(&digest(n)).join("layerfs");
+    fs::create_dir_all(top(1).join("team")).expect("a layer can be made");
+    fs::write(top(1).join("team/secret"), "").expect("a layer can be filled");
+    let team = top(2).join("team");
+    fs::create_dir_all(&team).expect("a layer can be made");
+    fs::write(team.join(".wh.secret"), "").expect("a layer can be filled");
+    chown(&team, Some(1000), Some(1001)).expect("an owner can be set");
+    fs::set_permissions(&team, fs::Permissions::from_mode(0o2755)).expect("a mode can be set");
+    xattr::set(&team, "user.note", b"ours").expect("an attribute can be set");
+    xattr::set(&team, "security.capability", CAP_NET_RAW).expect("an attribute can be set");
+    repository.commit();
+}
+
+/// One of everything that the daemon does, and what of it failed.
+fn work(machine: &Machine) -> Vec<String> {
+    let mut failures = Vec::new();
+    let client = machine.client();
+    let lower = client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    let upper = client.pull_remote("extract-2", &lower, "sha256:c2", &digest(2));
+    let mut done = |result: Answer<()>| failures.extend(result.err().map(|status| status.message().to_owned()));
+    // A container on published layers.
+    let below = client.prepare("container", &upper, &[]);
+    let masks: Vec<PathBuf> = below.iter().flat_map(|mounts| directories(mounts)).map(|d| machine.path(&d)).collect();
+    done(below.map(drop));
+    // One that wrote what only its owner may enter, and has no layers.
+    let own = client.prepare("writer", "", &[]).expect("a directory can be made");
+    let locked = machine.path(&own[0].source).join("locked");
+    fs::create_dir_all(locked.join("inner")).expect("a directory can be made");
+    fs::write(locked.join("inner/file"), "x").expect("a file can be made");
+    for directory in [locked.join("inner"), locked] {
+        chown(&directory, Some(1000), Some(1000)).expect("an owner can be set");
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o000)).expect("a mode can be set");
+    }
+    done(client.usage("writer").map(|usage| assert_eq!(usage.1, 4, "inodes")));
+    done(client.remove("writer"));
+    done(client.cleanup());
+    if machine.path(&own[0].source).exists() {
+        failures.push("a writer's files stay".to_owned());
+    }
+    // Not the lower layer itself, whose directory has another mode.
+    for team in masks.iter().map(|dir| dir.join("team")).filter(|team| !team.join("secret").is_file()) {
+        let mode = fs::metadata(&team).map_or(0o2755, |found| found.permissions().mode() & 0o7777);
+        if mode != 0o2755 {
+            failures.push(format!("a mask has mode {mode:04o}"));
+        }
+    }
+    failures
+}
+
+/// What an overlay consists of.
+fn directories(mounts: &[Mount]) -> Vec<String> {
+    mounts
+        .iter()
+        .flat_map(|mount| &mount.options)
+        .flat_map(|option| option.split(['=', ':']))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The very unit, with another program in it, and a unit that restricts nothing.
+#[test]
+fn root_what_the_unit_does_not_grant_is_refused() {
+    let sandbox = Sandbox::enter("refused");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let unit = fs::read_to_string(machine.path("/usr/lib/systemd/system/cvmfs-snapshotter.service"));
+    let unit = unit.expect("the unit is installed");
+    fs::copy(beside("attempts"), machine.path("/usr/sbin/attempts")).expect("a program can be installed");
+    let try_under = |name: &str, settings: &str| -> BTreeMap<String, String> {
+        let dir = format!("{STATE}/{name}");
+        fs::create_dir(machine.path(&dir)).expect("a directory can be made");
+        let program = format!("/usr/sbin/attempts {dir}");
+        let text = format!("[Service]\n{settings}\nType=oneshot\nExecStart={program}\nRestart=no\n");
+        machine.write(&format!("/etc/systemd/system/{name}.service"), &text);
+        machine.run(&["systemctl", "daemon-reload"]).ok();
+        machine.restart(&format!("{name}.service"));
+        let lines = machine.journal(&format!("{name}.service"));
+        lines.lines().filter_map(|line| line.split_once(": ")).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+    };
+    let (_, settings) = unit.split_once("[Service]\n").expect("a unit has a section");
+    let (settings, _) = settings.split_once("[Install]").expect("a unit has a section");
+    let settings = settings.replace("ExecStart=", "#");
+    let (free, bound) = (try_under("free", ""), try_under("bound", &settings));
+    for what in ["bind", "whiteout", "skeleton", "opaque", "listen", "datagram"] {
+        assert_eq!([&free[what], &bound[what]], ["ok", "ok"], "{what}");
+    }
+    for (what, errno) in [
+        ("disk", "EPERM"),
+        ("fuse", "EPERM"),
+        ("internet", "EAFNOSUPPORT"),
+        ("internet-6", "EAFNOSUPPORT"),
+        ("netlink", "EAFNOSUPPORT"),
+        ("packet", "EAFNOSUPPORT"),
+        ("hostname", "ENOSYS"),
+        ("personality", "ENOSYS"),
+        ("trace", "ENOSYS"),
+        ("host-name-namespace", "ENOSYS"),
+        ("mount-namespace", "ENOSYS"),
+        ("chroot", "ENOSYS"),
+        ("program", "ENOSYS"),
+        ("group", "ENOSYS"),
+        ("user", "ENOSYS"),
+    ] {
+        assert_eq!([&free[what], &bound[what]], ["ok", errno], "{what}");
+    }
+}
+
+/// An upgrade restarts the service, and containerd must not notice: systemd holds the socket.
+/// Killed, the service fails the calls under way, and no others.
+#[test]
+fn root_no_call_fails_while_systemd_restarts_the_service() {
+    const RESTARTS: usize = 20;
+    const KILLS: usize = 3;
+    const CLIENTS: usize = 4;
+    let sandbox = Sandbox::enter("restarts");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    machine.restart("containerd.service");
+    let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    // With the service stopped, a call starts it.
+    machine.run(&["systemctl", "stop", SERVICE]).ok();
+    containerd.prepare("first", "", &[("containerd.io/gc.root", "scene")]).expect("the socket starts the service");
+    let (over, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let failures = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+            let (over, calls, failures) = (&over, &calls, &failures);
+            scope.spawn(move || {
+                for n in 0.. {
+                    if over.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let key = format!("key-{client}-{n}");
+                    let answers = [
+                        containerd.prepare(&key, "", &[("containerd.io/gc.root", "scene")]).map(drop),
+                        containerd.mounts(&key).map(drop),
+                        containerd.usage(&key).map(drop),
+                        containerd.stat(&key).map(drop),
+                        containerd.remove(&key),
+                    ];
+                    calls.fetch_add(answers.len(), Ordering::SeqCst);
+                    let failed = answers.into_iter().filter_map(Result::err);
+                    let failed: Vec<String> =
+                        failed.map(|status| format!("{key}: {:?} {}", status.code(), status.message())).collect();
+                    if !failed.is_empty() {
+                        // As any client would.
+                        thread::sleep(Duration::from_millis(50));
+                    }
+                    failures.lock().expect("nobody panicked").extend(failed);
+                }
+            });
+        }
+        let pid = || machine.property(SERVICE, "MainPID");
+        let some_calls = || {
+            let before = calls.load(Ordering::SeqCst);
+            eventually("calls go on", || calls.load(Ordering::SeqCst) > before + 20);
+        };
+        for _ in 0..RESTARTS {
+            let before = pid();
+            machine.restart(SERVICE);
+            assert_ne!(pid(), before, "it was not restarted");
+            some_calls();
+        }
+        let (during, failed) = (calls.load(Ordering::SeqCst), failures.lock().expect("nobody panicked").split_off(0));
+        println!("{RESTARTS} restarts, {during} calls, {} failed", failed.len());
+        for _ in 0..KILLS {
+            let before = pid();
+            machine.run(&["systemctl", "kill", "--signal=SIGKILL", SERVICE]).ok();
+            eventually("systemd starts it again", || ![before.as_str(), "0"].contains(&pid().as_str()));
+            some_calls();
+        }
+        println!("{} at most", machine.status(SERVICE)("VmHWM"));
+        over.store(true, Ordering::SeqCst);
+        assert_eq!(failed, Vec::<String>::new());
+    });
+    let failed = failures.into_inner().expect("nobody panicked");
+    println!("{KILLS} kills, {} calls failed: {failed:#?}", failed.len());
+    // What was under way at a kill, and what of its key follows from that. (More, if systemd
+    // takes longer than the second that containerd gives a new connection.)
+    let of_others = |line: &&String| !["UNAVAILABLE", "NOT_FOUND", "ALREADY_EXISTS"].iter().any(|c| line.contains(c));
+    assert_eq!(failed.iter().find(of_others), None);
+    assert_eq!(machine.property("cvmfs-snapshotter.socket", "NAccepted"), "0", "systemd accepts nothing itself");
+}
+
+/// Calls wake the service, so a configuration that it refuses must neither be tried for ever nor
+/// leave anything to repair but the configuration.
+#[test]
+fn root_a_wrong_configuration_is_given_up_and_a_right_one_needs_only_a_restart() {
+    let sandbox = Sandbox::enter("wrong");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    machine.client().prepare("before", "", &[]).expect("it serves");
+    configure(&machine.path(""), "workers = 0");
+    let socket = "cvmfs-snapshotter.socket";
+    let state = |unit: &str| (machine.property(unit, "ActiveState"), machine.property(unit, "Result"));
+    assert!(!machine.run(&["systemctl", "restart", SERVICE]).status.success());
+    let failed = |why: &str| ("failed".to_owned(), why.to_owned());
+    assert_eq!(state(SERVICE), failed("exit-code"), "it is not tried again");
+    let waiting = UnixStream::connect(machine.path(SOCKET));
+    eventually("the socket is given up", || state(socket) == failed("trigger-limit-hit"));
+    drop(waiting);
+    let tried = machine.journal(SERVICE).matches("status=78").count();
+    assert!((2..50).contains(&tried), "{tried}");
+    configure(&machine.path(""), "");
+    machine.restart(SERVICE);
+    machine.client().stat("before").expect("it serves again");
+}
+
+/// A program that was built with this one.
+fn beside(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("this program knows where it is");
+    let found = own.ancestors().map(|dir| dir.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("{name} is built first: cargo build --workspace"))
+}
