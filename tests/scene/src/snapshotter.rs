@@ -68,7 +68,19 @@ impl Snapshotter {
         } else {
             command.stdin(Stdio::null());
         }
-        let mut server = Server::start(&mut command, &self.dir.join("log"));
+        self.start_as(&mut command);
+    }
+
+    /// As the program that another one, `words`, is told to start.
+    pub fn start_again_under(&mut self, words: &[&str]) {
+        let command = self.command();
+        let mut under = Command::new(words[0]);
+        under.args(&words[1..]).arg(command.get_program()).args(command.get_args()).stdin(Stdio::null());
+        self.start_as(&mut under);
+    }
+
+    fn start_as(&mut self, command: &mut Command) {
+        let mut server = Server::start(command, &self.dir.join("log"));
         let socket = self.socket();
         server.wait_until("listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
         self.server = Some(server);
