@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
+use crate::overlay::Places;
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Server, Waiters};
@@ -24,7 +25,7 @@ use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
-use crate::{logging, sys};
+use crate::{logging, sys, takeover};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ pub enum Error {
         root: PathBuf,
         pid: u32,
     },
+    /// What a Go snapshotter left cannot be had.
+    Takeover(takeover::Error),
     Store(store::Error),
     Recovery(snapshotter::Error),
     System(sys::Error),
@@ -100,6 +103,7 @@ impl fmt::Display for Error {
                 f,
                 "{cause}; nothing was changed. If the file is damaged, keep a copy, move it away, start again, and pull the images anew"
             ),
+            Self::Takeover(cause) => cause.fmt(f),
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
             Self::System(cause) => cause.fmt(f),
             Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
@@ -122,6 +126,7 @@ impl Error {
             Self::Root { .. }
             | Self::RootInUse { .. }
             | Self::RootHeld { .. }
+            | Self::Takeover(_)
             | Self::Store(_)
             | Self::Recovery(_)
             | Self::System(_)
@@ -370,6 +375,14 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .iter()
         .filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?))
         .max();
+    if !root.metadata.exists() {
+        let places = Places::new(root.snapshots.clone());
+        let first = config.repositories.first().map_or("", |at| at.name.as_str());
+        takeover::take_over(&root.metadata, &places, occupied, first, sys.as_ref()).map_err(|e| match e {
+            takeover::Error::Store(cause) => Error::Store(cause),
+            other => Error::Takeover(other),
+        })?;
+    }
     let store = Store::open(&root.metadata, occupied).map_err(Error::Store)?;
     let repositories = config
         .repositories

@@ -2,6 +2,7 @@
 //! CernVM-FS repository. `docs/design.md` says how the rooms fit together.
 
 pub mod attach;
+pub mod bolt;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -13,6 +14,7 @@ pub mod server;
 pub mod snapshotter;
 pub mod store;
 pub mod sys;
+pub mod takeover;
 pub mod types;
 
 /// Messages made from the `.proto` files by `build.rs`.

@@ -36,12 +36,9 @@ use crate::repository::Repository;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
-    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, LABELS_BYTES,
-    Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
+    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING,
+    LABELS_BYTES, Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
 };
-
-/// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
-const LABEL_REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
 
 /// So many pulled layers wait at most until something is done ahead for their containers;
 /// for what finds no place it is done when it is needed.
@@ -212,11 +209,14 @@ impl Snapshotter {
         let committed = self.store.write(|tx| {
             let parent = check_new(tx, wanted)?;
             let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
-            if let Some(present) = tx.get(name.as_str())? {
-                let same = present.layer.is_some()
-                    && present.parent == wanted.parent
-                    && present.labels.get(LABEL_SNAPSHOT_REF).map(String::as_str) == Some(reference);
-                return Ok(if same { Ok(name) } else { Err(Fallback::NameTaken { name }) });
+            // Also under the name that a Go snapshotter gave it.
+            let below = wanted.parent.as_ref().map_or("", Key::as_str);
+            let is_remote = |s: &Snapshot| s.kind == Kind::Committed && s.layer.is_some();
+            if let Some(present) = tx.by_ref(reference, below)?.into_iter().find(is_remote) {
+                return Ok(Ok(present.key));
+            }
+            if tx.get(name.as_str())?.is_some() {
+                return Ok(Err(Fallback::NameTaken { name }));
             }
             let mut labels = wanted.labels.clone();
             labels.insert(LABEL_REMOTE.0.to_owned(), LABEL_REMOTE.1.to_owned());

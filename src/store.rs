@@ -6,6 +6,7 @@
 //! snapshot with a `containerd.io/snapshot.ref` label. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
+mod creation;
 mod record;
 mod transaction;
 
@@ -96,11 +97,11 @@ impl Store {
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
         let reserve = path.with_extension("reserve");
         let open = || -> Result<_> {
+            if !path.exists() {
+                Self::create(path, occupied, &[])?;
+            }
             let database = open_database(path)?;
-            let first_id = initialise(&database, occupied).map_err(|e| match e {
-                Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
-                Initialise::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
-            })?;
+            let first_id = initialise(&database, occupied).map_err(|e| e.at(path))?;
             Ok((database, first_id))
         };
         let (database, first_id) = match open() {
@@ -294,6 +295,15 @@ fn open_database(path: &Path) -> Result<Database> {
 enum Initialise {
     Schema(u64),
     Engine(redb::Error),
+}
+
+impl Initialise {
+    fn at(self, path: &Path) -> Error {
+        match self {
+            Self::Schema(found) => Error::Schema { path: path.to_owned(), found },
+            Self::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
+        }
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for Initialise {

@@ -8,6 +8,7 @@ pub mod client;
 pub mod compare;
 pub mod containerd;
 pub mod cri;
+pub mod gostate;
 pub mod image;
 pub mod process;
 pub mod publisher;
