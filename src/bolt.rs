@@ -6,6 +6,8 @@
 //! references into the bytes. Each page belongs to one bucket and is read once.
 #![forbid(unsafe_code)]
 
+pub mod file;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod logging;
 pub mod overlay;
 pub mod pool;
+pub mod rebuild;
 pub mod repository;
 pub mod server;
 pub mod snapshotter;

@@ -33,6 +33,7 @@ use self::scans::Scans;
 use crate::attach::{Attacher, Mode};
 use crate::overlay::{self, Lower, Places};
 use crate::repository::Repository;
+use crate::store::sidecar::Sidecar;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
@@ -273,9 +274,21 @@ impl Snapshotter {
             }
             (None, None) => None,
         };
+        let now = Timestamp::now();
+        let snapshot = Snapshot {
+            id,
+            key: wanted.key.clone(),
+            parent: wanted.parent.clone(),
+            kind,
+            created: now,
+            updated: now,
+            labels: wanted.labels.clone(),
+            layer: None,
+            usage: None,
+        };
         let made = self
-            .make_directories(kind, id, owner)
-            .and_then(|()| self.insert(kind, id, wanted, chain.first().map(|parent| parent.id)));
+            .make_directories(&snapshot, owner)
+            .and_then(|()| self.insert(&snapshot, wanted, chain.first().map(|parent| parent.id)));
         match made {
             Ok(()) => Ok(self.describe(kind, id, &lower)),
             Err(failed) => match self.sys.remove_tree(&self.places.home(id)) {
@@ -286,8 +299,7 @@ impl Snapshotter {
     }
 
     /// The record of an ordinary snapshot on `parent`, which was looked at before.
-    fn insert(&self, kind: Kind, id: SnapshotId, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
-        let now = Timestamp::now();
+    fn insert(&self, snapshot: &Snapshot, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
         self.store.write(|tx| {
             let found = check_new(tx, wanted)?;
             if let (Some(found), Some(key)) = (&found, &wanted.parent)
@@ -296,18 +308,7 @@ impl Snapshotter {
                 // Removed meanwhile, and made again under the same name.
                 return Err(Error::ParentNotFound(key.clone()));
             }
-            tx.insert(&Snapshot {
-                id,
-                key: wanted.key.clone(),
-                parent: wanted.parent.clone(),
-                kind,
-                created: now,
-                updated: now,
-                labels: wanted.labels.clone(),
-                layer: None,
-                usage: None,
-            })?;
-            Ok(())
+            tx.insert(snapshot).map_err(Error::from)
         })
     }
 
@@ -317,16 +318,19 @@ impl Snapshotter {
         self.sources.release_unused(&remote);
     }
 
-    fn make_directories(&self, kind: Kind, id: SnapshotId, owner: Option<(u32, u32)>) -> Result<()> {
+    fn make_directories(&self, snapshot: &Snapshot, owner: Option<(u32, u32)>) -> Result<()> {
+        let id = snapshot.id;
         self.sys.create_dir(&self.places.home(id), 0o700)?;
         let fs = self.places.fs(id);
         self.sys.create_dir(&fs, 0o755)?;
         if let Some((uid, gid)) = owner {
             self.sys.chown(&fs, uid, gid)?;
         }
-        if kind == Kind::Active {
+        if snapshot.kind == Kind::Active {
             self.sys.create_dir(&self.places.work(id), 0o711)?;
         }
+        let sidecar = Sidecar { made: snapshot.clone(), committed: None };
+        self.sys.write_file(&self.places.record(id), &sidecar.encode())?;
         Ok(())
     }
 

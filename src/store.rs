@@ -8,7 +8,9 @@
 
 mod creation;
 mod record;
+pub mod sidecar;
 mod transaction;
+mod trial;
 
 use std::fmt;
 use std::fs;
@@ -46,6 +48,11 @@ pub enum Error {
         path: PathBuf,
         found: u64,
     },
+    /// No store, or not all of one.
+    Damaged {
+        path: PathBuf,
+        found: Damage,
+    },
     /// A row that this program did not write.
     BadRow {
         table: &'static str,
@@ -57,6 +64,28 @@ pub enum Error {
     },
 }
 
+/// What is wrong with a file.
+#[derive(Debug)]
+pub enum Damage {
+    Empty,
+    /// A file of the engine that this program did not write.
+    NoSchema,
+    Engine(redb::Error),
+    /// The engine gave up over it.
+    Panic,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("it has 0 bytes"),
+            Self::NoSchema => f.write_str("it has no schema version"),
+            Self::Engine(cause) => cause.fmt(f),
+            Self::Panic => f.write_str("its pages contradict each other"),
+        }
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -66,6 +95,7 @@ impl fmt::Display for Error {
                 "the metadata {} has schema version {found}, this program knows {SCHEMA_VERSION}: install the version that wrote it",
                 path.display()
             ),
+            Self::Damaged { path, found } => write!(f, "the metadata {} is damaged: {found}", path.display()),
             Self::BadRow { table, key } => {
                 write!(f, "the metadata has a damaged row in table {table}, key {}", Quoted(key))
             }
@@ -97,8 +127,9 @@ impl Store {
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
         let reserve = path.with_extension("reserve");
         let open = || -> Result<_> {
-            if !path.exists() {
-                Self::create(path, occupied, &[])?;
+            match path.try_exists() {
+                Ok(false) => Self::create(path, occupied, &[], &[])?,
+                _ => trial::check(path)?,
             }
             let database = open_database(path)?;
             let first_id = initialise(&database, occupied).map_err(|e| e.at(path))?;

@@ -11,16 +11,14 @@ pub mod lineage;
 pub mod losses;
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 
 use self::lineage::{Candidate, Kept, LeftOut, Odd};
-use crate::bolt::{self, Bolt, Entries, Entry};
+use crate::bolt::{self, Bolt, Entries, Entry, file};
 use crate::overlay::Places;
+use crate::store::sidecar::Sidecar;
 use crate::store::{self, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
@@ -30,57 +28,30 @@ use crate::types::{
 
 /// A Go snapshotter's metadata, beside where ours is.
 const FILE: &str = "metadata.db";
-/// More than this is no node's metadata.
-const MOST_BYTES: u64 = 1 << 30;
 
 #[derive(Debug)]
 pub enum Error {
-    /// bbolt locks its file as long as it is open.
-    Locked {
-        path: PathBuf,
-    },
-    Unreadable {
-        path: PathBuf,
-        cause: io::Error,
-    },
-    NoFile {
-        path: PathBuf,
-    },
-    TooLarge {
-        path: PathBuf,
-        bytes: u64,
-    },
-    Damaged {
-        path: PathBuf,
-        cause: bolt::Error,
-    },
+    File { path: PathBuf, cause: file::Error },
     System(sys::Error),
     Store(store::Error),
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const REMEDY: &str = "nothing was changed; put a copy back, or move it away to start without what it holds \
-                              (then remove the images and pull them anew)";
-        let what = "the metadata of a Go snapshotter";
         match self {
-            Self::Locked { path } => write!(
+            Self::File { path, cause: cause @ file::Error::Locked } => write!(
                 f,
-                "cannot take over {what}, {}: it is locked, the Go snapshotter still runs. End it with \"systemctl kill \
-                 --signal=SIGKILL cvmfs-snapshotter; systemctl disable --now cvmfs-snapshotter\" (stopped without \
-                 SIGKILL, it empties its snapshots, under running containers as well) and start again",
+                "cannot take over the metadata of a Go snapshotter, {}: {cause}, the Go snapshotter still runs. End it \
+                 with \"systemctl kill --signal=SIGKILL cvmfs-snapshotter; systemctl disable --now cvmfs-snapshotter\" \
+                 (stopped without SIGKILL, it empties its snapshots, under running containers as well) and start again",
                 path.display()
             ),
-            Self::Unreadable { path, cause } => {
-                write!(f, "cannot read {what}, {}: {cause}; {REMEDY}", path.display())
-            }
-            Self::NoFile { path } => write!(f, "{what}, {}, is not a regular file; {REMEDY}", path.display()),
-            Self::TooLarge { path, bytes } => {
-                write!(f, "{what}, {}, has {bytes} bytes, the limit is {MOST_BYTES}; {REMEDY}", path.display())
-            }
-            Self::Damaged { path, cause } => {
-                write!(f, "{what}, {}, cannot be taken over: {cause}; {REMEDY}", path.display())
-            }
+            Self::File { path, cause } => write!(
+                f,
+                "cannot take over the metadata of a Go snapshotter, {}: {cause}; nothing was changed; put a copy back, \
+                 or move it away to start without what it holds (then remove the images and pull them anew)",
+                path.display()
+            ),
             Self::System(cause) => cause.fmt(f),
             Self::Store(cause) => cause.fmt(f),
         }
@@ -108,10 +79,10 @@ pub fn take_over(
     sys: &dyn Sys,
 ) -> Result<(), Error> {
     let path = metadata.with_file_name(FILE);
+    let failed = |cause| Error::File { path: path.clone(), cause };
     // Locked until our store stands, so that no Go snapshotter begins to write meanwhile.
-    let Some(mut file) = lock(&path)? else { return Ok(()) };
-    let bytes = content(&path, &mut file)?;
-    let inheritance = decode(&bytes, repository).map_err(|cause| Error::Damaged { path: path.clone(), cause })?;
+    let Some(held) = file::read(&path).map_err(failed)? else { return Ok(()) };
+    let inheritance = decode(&held.bytes, repository).map_err(|e| failed(e.into()))?;
     let Inheritance { kept: Kept { snapshots, left_out }, last_id } = inheritance;
     let losses = losses::find(&snapshots, |id| match sys.lstat(&places.fs(id)) {
         Err(e) if e.errno == Errno::ENOENT => Ok(false),
@@ -119,7 +90,12 @@ pub fn take_over(
         Ok(_) => Ok(true),
     })
     .map_err(Error::System)?;
-    Store::create(metadata, occupied.max(Some(last_id)), &snapshots).map_err(Error::Store)?;
+    // For a rebuild of our store: what is in the old file will not be true for long.
+    for local in snapshots.iter().filter(|s| s.layer.is_none() && sys.lstat(&places.fs(s.id)).is_ok()) {
+        let sidecar = Sidecar { made: local.clone(), committed: None };
+        sys.write_file(&places.record(local.id), &sidecar.encode()).map_err(Error::System)?;
+    }
+    Store::create(metadata, occupied.max(Some(last_id)), &snapshots, &[]).map_err(Error::Store)?;
     report(&path, &snapshots, &left_out, &losses);
     Ok(())
 }
@@ -144,34 +120,6 @@ fn report(path: &Path, snapshots: &[Snapshot], left_out: &[LeftOut], losses: &[l
         left_out.len(),
         losses.iter().map(losses::Loss::lost).sum::<usize>(),
     );
-}
-
-/// The file, locked against those who write it. None: there is none.
-fn lock(path: &Path) -> Result<Option<Flock<File>>, Error> {
-    let unreadable = |cause| Error::Unreadable { path: path.to_owned(), cause };
-    match path.metadata() {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(unreadable(e)),
-        Ok(status) if !status.is_file() => return Err(Error::NoFile { path: path.to_owned() }),
-        Ok(_) => {}
-    }
-    let file = File::open(path).map_err(unreadable)?;
-    match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Ok(file) => Ok(Some(file)),
-        Err((_, Errno::EWOULDBLOCK)) => Err(Error::Locked { path: path.to_owned() }),
-        Err((_, errno)) => Err(unreadable(errno.into())),
-    }
-}
-
-fn content(path: &Path, file: &mut File) -> Result<Vec<u8>, Error> {
-    let unreadable = |cause| Error::Unreadable { path: path.to_owned(), cause };
-    let bytes = file.metadata().map_err(unreadable)?.len();
-    if bytes > MOST_BYTES {
-        return Err(Error::TooLarge { path: path.to_owned(), bytes });
-    }
-    let mut content = Vec::new();
-    file.take(MOST_BYTES).read_to_end(&mut content).map_err(unreadable)?;
-    Ok(content)
 }
 
 /// Reads the buckets `v1`, `snapshots`. A file without them is one that was never used.
@@ -250,7 +198,7 @@ impl From<InvalidKey> for Odd {
     }
 }
 
-fn text(bytes: &[u8]) -> Result<&str, Odd> {
+pub fn text(bytes: &[u8]) -> Result<&str, Odd> {
     std::str::from_utf8(bytes).map_err(|_| Odd::NotText)
 }
 

@@ -5,6 +5,7 @@ use nix::errno::Errno;
 
 use super::{Error, Result, Snapshotter, check_labels};
 use crate::store::Lookup;
+use crate::store::sidecar::Sidecar;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 
 /// What an Update does to the labels.
@@ -100,6 +101,23 @@ impl Snapshotter {
     pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
         check_labels(&mut labels)?;
         let now = Timestamp::now();
+        let committed = |active: &Snapshot, parent| Snapshot {
+            id: active.id,
+            key: name.clone(),
+            parent,
+            kind: Kind::Committed,
+            created: now,
+            updated: now,
+            labels: labels.clone(),
+            layer: None,
+            usage: None,
+        };
+        // Whatever is wrong with it, the transaction says.
+        let active = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
+        if let Some(active) = active.filter(|found| found.kind == Kind::Active) {
+            let committed = committed(&active, active.parent.as_ref().or(parent).cloned());
+            self.note(&Sidecar { made: active, committed: Some(committed) })?;
+        }
         self.store.write(|tx| {
             let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
             if tx.get(name.as_str())?.is_some() {
@@ -127,19 +145,17 @@ impl Snapshotter {
                 (None, None) => None,
             };
             tx.remove(&active)?;
-            tx.insert(&Snapshot {
-                id: active.id,
-                key: name.clone(),
-                parent,
-                kind: Kind::Committed,
-                created: now,
-                updated: now,
-                labels: labels.clone(),
-                layer: None,
-                usage: None,
-            })?;
+            tx.insert(&committed(&active, parent))?;
             Ok(())
         })
+    }
+
+    /// Replaces what lies beside the files of a local snapshot.
+    fn note(&self, sidecar: &Sidecar) -> Result<()> {
+        let place = self.places.record(sidecar.made.id);
+        let new = place.with_extension("new");
+        self.sys.write_file(&new, &sidecar.encode())?;
+        Ok(self.sys.rename(&new, &place)?)
     }
 
     /// One short transaction, because containerd holds its lock meanwhile; what the

@@ -41,9 +41,19 @@ pub enum Odd {
     NotText,
     LabelsTooLong(usize),
     NoDigest,
-    Digest { digest: String, why: InvalidDigest },
+    Digest {
+        digest: String,
+        why: InvalidDigest,
+    },
     SameId(SnapshotId),
+    /// The record beside the files is of another number.
+    OtherId(SnapshotId),
     SameKey,
+    /// The record beside the files is missing or damaged.
+    NoSidecar,
+    NoFiles,
+    /// Neither a published layer nor beside any files.
+    OnlyInContainerd,
     ParentMissing(Key),
     ParentNotCommitted(Key),
     ParentLeftOut(Key),
@@ -63,6 +73,10 @@ impl fmt::Display for Odd {
             Self::NoDigest => f.write_str("it is a published layer, and no label says which"),
             Self::Digest { digest, why } => write!(f, "it is a published layer, {}: {why}", Quoted(digest)),
             Self::SameId(id) => write!(f, "another one has the same number {id}"),
+            Self::OtherId(id) => write!(f, "the record beside its files is of number {id}"),
+            Self::NoSidecar => f.write_str("there is no whole record beside its files"),
+            Self::NoFiles => f.write_str("its files are missing"),
+            Self::OnlyInContainerd => f.write_str("containerd knows it, and there are no files and no record of it"),
             Self::SameKey => f.write_str("another one has the same name"),
             Self::ParentMissing(parent) => write!(f, "its parent {parent} is missing"),
             Self::ParentNotCommitted(parent) => write!(f, "its parent {parent} is not committed"),
