@@ -161,7 +161,9 @@ pub fn run(
     let last = kept.snapshots.iter().map(|snapshot| snapshot.id).max().max(Some(highest));
     let old = keep_old(metadata)?;
     Store::create(metadata, last, &kept.snapshots, &found.leftovers).map_err(Error::Metadata)?;
-    Ok(report(metadata, old, held.map(|(path, _)| path), &kept, &known))
+    let containerd = held.map(|(path, _)| path);
+    let (metadata, snapshotter) = (metadata.to_owned(), wanted.snapshotter.clone());
+    Ok(Report { metadata, snapshotter, old, ..report(containerd, &kept, &known) })
 }
 
 fn hold(containerd: &Containerd) -> Result<Option<(PathBuf, file::Held)>, Error> {
@@ -190,13 +192,15 @@ struct Found {
 
 fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
     let mut found = Found::default();
+    let mounts = sys.mounts_below(places.all())?;
     for (name, _) in sys.read_dir(places.all())? {
         let Some(id) = name.to_str().and_then(SnapshotId::from_directory_name) else { continue };
         found.ids.push(id);
         let is_attached = [Form::Layer, Form::Flat]
             .into_iter()
             .any(|form| sys.lstat(&places.root(id, form).with_extension("of")).is_ok());
-        if is_attached {
+        // A Go snapshotter's attachment has nothing beside it.
+        if is_attached || mounts.contains(&places.fs(id)) {
             found.leftovers.push(id);
             continue;
         }
@@ -320,13 +324,13 @@ fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
     Ok(None)
 }
 
-fn report(metadata: &Path, old: Option<PathBuf>, containerd: Option<PathBuf>, kept: &Kept, known: &[Known]) -> Report {
+/// What came back, and what did not.
+fn report(containerd: Option<PathBuf>, kept: &Kept, known: &[Known]) -> Report {
     let count = |wanted: fn(&&Snapshot) -> bool| kept.snapshots.iter().filter(wanted).count();
     let names: HashSet<&str> = known.iter().map(|known| known.name.as_str()).collect();
     let keys: HashSet<&str> = kept.snapshots.iter().map(|snapshot| snapshot.key.as_str()).collect();
     let unknown = |snapshot: &&Snapshot| containerd.is_some() && !names.contains(snapshot.key.as_str());
     Report {
-        metadata: metadata.to_owned(),
         published: count(|s| s.layer.is_some()),
         committed: count(|s| s.layer.is_none() && s.kind == Kind::Committed),
         active: count(|s| s.kind == Kind::Active),
@@ -334,8 +338,8 @@ fn report(metadata: &Path, old: Option<PathBuf>, containerd: Option<PathBuf>, ke
         unknown: kept.snapshots.iter().filter(unknown).count(),
         left_out: kept.left_out.iter().map(|one| (one.name.clone(), one.why.to_string())).collect(),
         repairs: containerd::repairs(known, &|name| keys.contains(name)),
-        old,
         containerd,
+        ..Report::default()
     }
 }
 

@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::containerd::Repair;
-use crate::types::Quoted;
+use crate::takeover::losses::shell;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     pub metadata: PathBuf,
+    /// What containerd calls us.
+    pub snapshotter: String,
     pub published: usize,
     pub committed: usize,
     pub active: usize,
@@ -94,10 +96,11 @@ impl Report {
         for repair in &self.repairs {
             let _ = match repair {
                 Repair::Image { namespace, reference } => {
-                    writeln!(text, "  ctr -n {namespace} images rm --sync {}", Quoted(reference))
+                    writeln!(text, "  ctr -n {} images rm --sync {}", shell(namespace), shell(reference))
                 }
                 Repair::Snapshot { namespace, key } => {
-                    writeln!(text, "  ctr -n {namespace} snapshots --snapshotter cvmfs-snapshotter rm {}", Quoted(key))
+                    let (namespace, snapshotter) = (shell(namespace), shell(&self.snapshotter));
+                    writeln!(text, "  ctr -n {namespace} snapshots --snapshotter {snapshotter} rm {}", shell(key))
                 }
             };
         }

@@ -154,7 +154,12 @@ impl Snapshotter {
     fn note(&self, sidecar: &Sidecar) -> Result<()> {
         let place = self.places.record(sidecar.made.id);
         let new = place.with_extension("new");
-        self.sys.write_file(&new, &sidecar.encode())?;
+        match self.sys.write_file(&new, &sidecar.encode()) {
+            Err(e) if e.errno == Errno::ENOENT => {
+                return Err(Error::Broken { key: sidecar.made.key.clone(), id: sidecar.made.id });
+            }
+            result => result?,
+        }
         Ok(self.sys.rename(&new, &place)?)
     }
 

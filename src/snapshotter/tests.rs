@@ -284,6 +284,33 @@ fn root_a_cleanup_may_stop_between_any_two_steps() {
 }
 
 #[test]
+fn root_a_commit_may_stop_between_any_two_steps() {
+    for after in [After::Recovers, After::Dead] {
+        for step in 0.. {
+            let place = Place::new(Mode::Symlink);
+            place.open(Arc::new(Host)).prepare(wanted("work", "", &[])).unwrap();
+            let failing = Arc::new(Failing::at(step, Errno::EIO, after));
+            let commit = |s: &Snapshotter| s.commit(&key("new"), &key("work"), Labels::new(), None);
+            let result = commit(&place.open(Arc::<Failing>::clone(&failing)));
+            let s = place.restart();
+            if result.is_err() {
+                assert_eq!(s.stat(&key("work")).unwrap().kind, Kind::Active, "step {step}");
+                assert!(s.stat(&key("new")).is_err(), "step {step}: what was refused is there");
+                commit(&s).unwrap();
+            }
+            let committed = s.stat(&key("new")).unwrap();
+            let beside = Sidecar::decode(&fs::read(s.places.record(committed.id)).unwrap()).unwrap();
+            assert_eq!((beside.made.key, beside.committed), (key("work"), Some(committed)), "step {step}");
+            remove_all(&place, &s);
+            if result.is_ok() {
+                assert_eq!(step, failing.recorded().len());
+                break;
+            }
+        }
+    }
+}
+
+#[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let place = Place::new(Mode::Bind);
     let s = place.open(Arc::new(Host));

@@ -70,8 +70,8 @@ impl fmt::Display for Loss {
     }
 }
 
-/// A reference as the shell takes it; containerd's need no quotes, others get them.
-fn shell(reference: &str) -> String {
+/// A word as the shell takes it; containerd's references need no quotes, others get them.
+pub fn shell(reference: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "./:@_-+".contains(c);
     if reference.chars().all(plain) { reference.to_owned() } else { format!("'{}'", reference.replace('\'', "'\\''")) }
 }

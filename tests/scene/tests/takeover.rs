@@ -274,6 +274,8 @@ fn root_what_the_go_snapshotter_destroyed_is_reported_by_image_with_the_repair()
     d.client.prepare("new", "sha256:c3", &[]).unwrap();
     let message = refused(d.client.prepare("other", "k8s.io/9/sha256:d2", &[]), Code::UNAVAILABLE);
     assert!(message.contains("missing from disk"), "{message}");
+    let message = refused(d.client.commit("name", "default/21/alone", &[]), Code::UNAVAILABLE);
+    assert!(message.contains("missing from disk"), "{message}");
     for key in ["k8s.io/11/container-1", "k8s.io/9/sha256:d2", "k8s.io/7/sha256:d1"] {
         d.client.remove(key).unwrap();
     }
