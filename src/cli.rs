@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, Command, builder::PathBufValueParser};
 use log::LevelFilter;
 
-use crate::{config, logging};
+use crate::{config, logging, rebuild};
 
 pub const DEFAULT_ADDRESS: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 pub const DEFAULT_ROOT: &str = "/var/lib/containerd-cvmfs-grpc";
@@ -21,6 +21,8 @@ pub struct Arguments {
     pub log_level: Option<LevelFilter>,
     pub root: PathBuf,
     pub check_config: bool,
+    /// Instead of serving.
+    pub rebuild: Option<rebuild::Wanted>,
 }
 
 fn command() -> Command {
@@ -46,6 +48,34 @@ fn command() -> Command {
                 .action(ArgAction::SetTrue)
                 .help("Check the configuration file, unknown keys included, and exit"),
         )
+        .arg(
+            Arg::new("rebuild-metadata")
+                .long("rebuild-metadata")
+                .action(ArgAction::SetTrue)
+                .conflicts_with("check-config")
+                .help("Make damaged metadata anew from the directories and containerd's metadata, and exit"),
+        )
+        .arg(
+            path(
+                "containerd-metadata",
+                format!("For --rebuild-metadata; \"none\" is without [default: {}]", rebuild::DEFAULT_CONTAINERD),
+            )
+            .requires("rebuild-metadata"),
+        )
+        .arg(
+            Arg::new("snapshotter")
+                .long("snapshotter")
+                .value_name("NAME")
+                .requires("rebuild-metadata")
+                .help(format!("For --rebuild-metadata: what containerd calls us [default: {}]", rebuild::DEFAULT_NAME)),
+        )
+        .arg(
+            Arg::new("json")
+                .long("json")
+                .action(ArgAction::SetTrue)
+                .requires("rebuild-metadata")
+                .help("For --rebuild-metadata: report as JSON"),
+        )
 }
 
 /// Parses the arguments, the program's name first. The error also stands for `--help` and
@@ -59,6 +89,11 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         log_level: matches.remove_one("log-level"),
         root: default_path(matches.remove_one("root"), DEFAULT_ROOT),
         check_config: matches.get_flag("check-config"),
+        rebuild: matches.get_flag("rebuild-metadata").then(|| rebuild::Wanted {
+            containerd: rebuild::Containerd::from_argument(matches.remove_one("containerd-metadata")),
+            snapshotter: matches.remove_one("snapshotter").unwrap_or_else(|| rebuild::DEFAULT_NAME.to_owned()),
+            json: matches.get_flag("json"),
+        }),
     })
 }
 
@@ -108,5 +143,6 @@ mod tests {
         assert!(parse("x --adress /a").unwrap_err().contains("--adress"));
         assert!(parse("x --log-level loud").unwrap_err().contains("trace, debug"));
         assert!(parse("x stray").unwrap_err().contains("stray"));
+        assert!(parse("x --json").unwrap_err().contains("--rebuild-metadata"));
     }
 }

@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
+use crate::overlay::Places;
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Listen, Server, Waiters};
@@ -25,7 +26,7 @@ use crate::snapshotter::{self, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
-use crate::{logging, notify, sys};
+use crate::{logging, notify, rebuild, sys, takeover};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -64,6 +65,9 @@ pub enum Error {
         root: PathBuf,
         pid: u32,
     },
+    /// What a Go snapshotter left cannot be had.
+    Takeover(takeover::Error),
+    Rebuild(rebuild::Error),
     Store(store::Error),
     Recovery(snapshotter::Error),
     System(sys::Error),
@@ -110,10 +114,14 @@ impl fmt::Display for Error {
                 root.display()
             ),
             Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
-            Self::Store(cause) => write!(
+            Self::Store(cause @ store::Error::Damaged { .. }) => write!(
                 f,
-                "{cause}; nothing was changed. If the file is damaged, keep a copy, move it away, start again, and pull the images anew"
+                "{cause}; nothing was changed. Put a copy of the file back if there is one; else stop containerd and \
+                 rebuild it with \"cvmfs-snapshotter --rebuild-metadata\""
             ),
+            Self::Store(cause) => write!(f, "{cause}; nothing was changed"),
+            Self::Takeover(cause) => cause.fmt(f),
+            Self::Rebuild(cause) => cause.fmt(f),
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
             Self::System(cause) => cause.fmt(f),
             Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
@@ -137,6 +145,8 @@ impl Error {
             Self::Root { .. }
             | Self::RootInUse { .. }
             | Self::RootHeld { .. }
+            | Self::Takeover(_)
+            | Self::Rebuild(_)
             | Self::Store(_)
             | Self::Recovery(_)
             | Self::System(_)
@@ -147,13 +157,34 @@ impl Error {
 }
 
 /// Checks the configuration file and nothing else.
-pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
+fn check_config(arguments: &Arguments) -> Result<(), Error> {
     let loaded = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     if loaded.unknown.is_empty() { Ok(()) } else { Err(Error::UnknownKeys(loaded.unknown)) }
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Makes the metadata anew, and says of what.
+fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(), Error> {
+    let Loaded { config, .. } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    let root = StateRoot::take(&arguments.root)?;
+    let first = config.repositories.first().map_or("", |at| at.name.as_str());
+    let places = Places::new(root.snapshots.clone());
+    let report = rebuild::run(&root.metadata, &places, first, wanted, &Host).map_err(Error::Rebuild)?;
+    // Nobody may be listening; the work is done.
+    let _ = io::stdout().write_all(report.text(wanted.json).as_bytes());
+    Ok(())
+}
+
+/// Does what the arguments ask for.
 pub fn run(arguments: &Arguments) -> Result<(), Error> {
+    match &arguments.rebuild {
+        _ if arguments.check_config => check_config(arguments),
+        Some(wanted) => rebuild_metadata(arguments, wanted),
+        None => run_server(arguments),
+    }
+}
+
+/// Serves until SIGTERM or SIGINT.
+fn run_server(arguments: &Arguments) -> Result<(), Error> {
     let result = serve(arguments);
     logging::flush(LOG_LIMIT);
     result
@@ -404,6 +435,14 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .iter()
         .filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?))
         .max();
+    if !root.metadata.exists() {
+        let places = Places::new(root.snapshots.clone());
+        let first = config.repositories.first().map_or("", |at| at.name.as_str());
+        takeover::take_over(&root.metadata, &places, occupied, first, sys.as_ref()).map_err(|e| match e {
+            takeover::Error::Store(cause) => Error::Store(cause),
+            other => Error::Takeover(other),
+        })?;
+    }
     let store = Store::open(&root.metadata, occupied).map_err(Error::Store)?;
     let repositories = config
         .repositories

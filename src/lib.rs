@@ -2,6 +2,7 @@
 //! CernVM-FS repository. `docs/design.md` says how the rooms fit together.
 
 pub mod attach;
+pub mod bolt;
 pub mod cli;
 pub mod config;
 #[cfg(feature = "server")]
@@ -14,12 +15,14 @@ pub mod logging;
 pub mod notify;
 pub mod overlay;
 pub mod pool;
+pub mod rebuild;
 pub mod repository;
 #[cfg(feature = "server")]
 pub mod server;
 pub mod snapshotter;
 pub mod store;
 pub mod sys;
+pub mod takeover;
 pub mod types;
 
 /// Messages made from the `.proto` files by `build.rs`.

@@ -14,8 +14,7 @@ fn main() -> ExitCode {
             return if answer.use_stderr() { ExitCode::from(78) } else { ExitCode::SUCCESS };
         }
     };
-    let result = if arguments.check_config { daemon::check_config(&arguments) } else { daemon::run(&arguments) };
-    match result {
+    match daemon::run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody may be listening; the exit code still says it.

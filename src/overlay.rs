@@ -40,6 +40,11 @@ impl Places {
         self.home(id).join("work")
     }
 
+    /// What makes the row of a local snapshot again, should the store be lost.
+    pub fn record(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join("record")
+    }
+
     /// Where something published is attached.
     pub fn root(&self, id: SnapshotId, form: Form) -> PathBuf {
         match form {

@@ -33,15 +33,13 @@ use self::scans::Scans;
 use crate::attach::{Attacher, Mode};
 use crate::overlay::{self, Lower, Places};
 use crate::repository::Repository;
+use crate::store::sidecar::Sidecar;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
-    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, LABELS_BYTES,
-    Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
+    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING,
+    LABELS_BYTES, Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
 };
-
-/// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
-const LABEL_REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
 
 /// So many pulled layers wait at most until something is done ahead for their containers;
 /// for what finds no place it is done when it is needed.
@@ -212,11 +210,14 @@ impl Snapshotter {
         let committed = self.store.write(|tx| {
             let parent = check_new(tx, wanted)?;
             let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
-            if let Some(present) = tx.get(name.as_str())? {
-                let same = present.layer.is_some()
-                    && present.parent == wanted.parent
-                    && present.labels.get(LABEL_SNAPSHOT_REF).map(String::as_str) == Some(reference);
-                return Ok(if same { Ok(name) } else { Err(Fallback::NameTaken { name }) });
+            // Also under the name that a Go snapshotter gave it.
+            let below = wanted.parent.as_ref().map_or("", Key::as_str);
+            let is_remote = |s: &Snapshot| s.kind == Kind::Committed && s.layer.is_some();
+            if let Some(present) = tx.by_ref(reference, below)?.into_iter().find(is_remote) {
+                return Ok(Ok(present.key));
+            }
+            if tx.get(name.as_str())?.is_some() {
+                return Ok(Err(Fallback::NameTaken { name }));
             }
             let mut labels = wanted.labels.clone();
             labels.insert(LABEL_REMOTE.0.to_owned(), LABEL_REMOTE.1.to_owned());
@@ -273,9 +274,21 @@ impl Snapshotter {
             }
             (None, None) => None,
         };
+        let now = Timestamp::now();
+        let snapshot = Snapshot {
+            id,
+            key: wanted.key.clone(),
+            parent: wanted.parent.clone(),
+            kind,
+            created: now,
+            updated: now,
+            labels: wanted.labels.clone(),
+            layer: None,
+            usage: None,
+        };
         let made = self
-            .make_directories(kind, id, owner)
-            .and_then(|()| self.insert(kind, id, wanted, chain.first().map(|parent| parent.id)));
+            .make_directories(&snapshot, owner)
+            .and_then(|()| self.insert(&snapshot, wanted, chain.first().map(|parent| parent.id)));
         let Err(failed) = made else { return Ok(self.describe(kind, id, &lower)) };
         // A write that failed may have reached the disk all the same, and then the directory
         // is somebody's. Where that cannot even be asked, the next start decides.
@@ -290,8 +303,7 @@ impl Snapshotter {
     }
 
     /// The record of an ordinary snapshot on `parent`, which was looked at before.
-    fn insert(&self, kind: Kind, id: SnapshotId, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
-        let now = Timestamp::now();
+    fn insert(&self, snapshot: &Snapshot, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
         self.store.write(|tx| {
             let found = check_new(tx, wanted)?;
             if let (Some(found), Some(key)) = (&found, &wanted.parent)
@@ -300,18 +312,7 @@ impl Snapshotter {
                 // Removed meanwhile, and made again under the same name.
                 return Err(Error::ParentNotFound(key.clone()));
             }
-            tx.insert(&Snapshot {
-                id,
-                key: wanted.key.clone(),
-                parent: wanted.parent.clone(),
-                kind,
-                created: now,
-                updated: now,
-                labels: wanted.labels.clone(),
-                layer: None,
-                usage: None,
-            })?;
-            Ok(())
+            tx.insert(snapshot).map_err(Error::from)
         })
     }
 
@@ -321,16 +322,19 @@ impl Snapshotter {
         self.sources.release_unused(&remote);
     }
 
-    fn make_directories(&self, kind: Kind, id: SnapshotId, owner: Option<(u32, u32)>) -> Result<()> {
+    fn make_directories(&self, snapshot: &Snapshot, owner: Option<(u32, u32)>) -> Result<()> {
+        let id = snapshot.id;
         self.sys.create_dir(&self.places.home(id), 0o700)?;
         let fs = self.places.fs(id);
         self.sys.create_dir(&fs, 0o755)?;
         if let Some((uid, gid)) = owner {
             self.sys.chown(&fs, uid, gid)?;
         }
-        if kind == Kind::Active {
+        if snapshot.kind == Kind::Active {
             self.sys.create_dir(&self.places.work(id), 0o711)?;
         }
+        let sidecar = Sidecar { made: snapshot.clone(), committed: None };
+        self.sys.write_file(&self.places.record(id), &sidecar.encode())?;
         Ok(())
     }
 

@@ -6,11 +6,14 @@
 //! snapshot with a `containerd.io/snapshot.ref` label. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
+mod aside;
+mod creation;
 #[cfg(test)]
 pub mod disk;
-mod frozen;
 pub(crate) mod record;
+pub mod sidecar;
 mod transaction;
+mod trial;
 
 use std::fmt;
 use std::fs::{self, File};
@@ -21,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 
-use self::frozen::Frozen;
+use self::aside::{Aside, Locks};
 use self::transaction::{BY_REF, CHILDREN, CLEANUP, KEYS, META, ROOTFS, SCANS, SNAPSHOTS};
 pub use self::transaction::{Lookup, Read, Write};
 use crate::types::{Quoted, SnapshotId};
@@ -49,6 +52,11 @@ pub enum Error {
         path: PathBuf,
         found: u64,
     },
+    /// No store, or not all of one.
+    Damaged {
+        path: PathBuf,
+        found: Damage,
+    },
     /// A row that this program did not write.
     BadRow {
         table: &'static str,
@@ -60,6 +68,28 @@ pub enum Error {
     },
 }
 
+/// What is wrong with a file.
+#[derive(Debug)]
+pub enum Damage {
+    Empty,
+    /// A file of the engine that this program did not write.
+    NoSchema,
+    Engine(redb::Error),
+    /// The engine gave up over it.
+    Panic,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("it has 0 bytes"),
+            Self::NoSchema => f.write_str("it has no schema version"),
+            Self::Engine(cause) => cause.fmt(f),
+            Self::Panic => f.write_str("its pages contradict each other"),
+        }
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -69,6 +99,7 @@ impl fmt::Display for Error {
                 "the metadata {} has schema version {found}, this program knows {SCHEMA_VERSION}: install the version that wrote it",
                 path.display()
             ),
+            Self::Damaged { path, found } => write!(f, "the metadata {} is damaged: {found}", path.display()),
             Self::BadRow { table, key } => {
                 write!(f, "the metadata has a damaged row in table {table}, key {}", Quoted(key))
             }
@@ -102,19 +133,25 @@ impl Store {
     /// already has a directory: another snapshotter's, or made after the copy of the file
     /// that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
-        let file = path.to_owned();
-        Self::open_with(path, Box::new(move |builder| builder.create(&file)), occupied)
+        let prepare = |path: &Path| match path.try_exists() {
+            Ok(false) => Self::create(path, occupied, &[], &[]),
+            _ => trial::check(path),
+        };
+        Self::open_with(path, engine(path), prepare, occupied)
     }
 
-    /// As `open`, wherever `engine` finds what is at `path` for people.
-    pub fn open_with(path: &Path, engine: Open, occupied: Option<SnapshotId>) -> Result<Self> {
+    /// As `open`, after `prepare`, wherever `engine` finds what is at `path` for people.
+    pub fn open_with(
+        path: &Path,
+        engine: Open,
+        prepare: impl Fn(&Path) -> Result<()>,
+        occupied: Option<SnapshotId>,
+    ) -> Result<Self> {
         let reserve = path.with_extension("reserve");
         let open = || -> Result<_> {
+            prepare(path)?;
             let database = open_database(path, &engine)?;
-            let first_id = initialise(&database, occupied).map_err(|e| match e {
-                Initialise::Schema(found) => Error::Schema { path: path.to_owned(), found },
-                Initialise::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
-            })?;
+            let first_id = initialise(&database, occupied).map_err(|e| e.at(path))?;
             Ok((database, first_id))
         };
         let (database, first_id) = match open() {
@@ -272,8 +309,8 @@ impl Store {
             Err(cause) if purpose == For::Writing => Err(cause),
             // It cannot even be opened, because that takes a write as well.
             Err(cause) => {
-                let frozen =
-                    File::open(&self.path).and_then(Frozen::new).map_err(|e| self.error(StorageError::Io(e)))?;
+                let file = File::open(&self.path).map_err(|e| self.error(StorageError::Io(e)))?;
+                let frozen = Aside::new(file, Locks::Left).map_err(|e| self.error(e))?;
                 let frozen = builder().create_with_backend(frozen).map_err(|e| self.error(e))?;
                 log::error!("{cause}; what was written before can be read, and nothing can be changed");
                 *database = Some(Opened { database: frozen, frozen: true });
@@ -319,7 +356,7 @@ enum Attempt<T, E> {
 /// The engine, open.
 struct Opened {
     database: Database,
-    /// It can only be read: see `Frozen`.
+    /// It can only be read: what is written stays in memory.
     frozen: bool,
 }
 
@@ -333,6 +370,12 @@ impl Opened {
     fn is_for(&self, purpose: For) -> bool {
         purpose == For::Reading || !self.frozen
     }
+}
+
+/// The engine on a file.
+fn engine(path: &Path) -> Open {
+    let file = path.to_owned();
+    Box::new(move |builder| builder.create(&file))
 }
 
 fn builder() -> Builder {
@@ -351,6 +394,15 @@ fn open_database(path: &Path, open: &Open) -> Result<Database> {
 enum Initialise {
     Schema(u64),
     Engine(redb::Error),
+}
+
+impl Initialise {
+    fn at(self, path: &Path) -> Error {
+        match self {
+            Self::Schema(found) => Error::Schema { path: path.to_owned(), found },
+            Self::Engine(cause) => Error::Engine { path: path.to_owned(), cause },
+        }
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for Initialise {

@@ -16,6 +16,8 @@ pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 pub const LABEL_LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 /// The reference of the image that is being pulled.
 pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+/// Set on remote snapshots, with this value, as the stargz family of snapshotters does.
+pub const LABEL_REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
 /// Where container uids start on the host: `container:host:length[,…]`.
 pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 /// Where container gids start on the host: `container:host:length[,…]`.
@@ -91,7 +93,7 @@ impl fmt::Display for InvalidKey {
 }
 
 /// The number of a snapshot and the name of its directory. Never handed out twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SnapshotId(pub u64);
 
 impl SnapshotId {
@@ -100,8 +102,13 @@ impl SnapshotId {
 
     /// The id that a directory name stands for, if it is written exactly as we write it.
     pub fn from_directory_name(name: &str) -> Option<Self> {
-        let id = name.parse().ok().filter(|id| *id <= Self::MAX).map(Self)?;
+        let id = name.parse().ok().map(Self).filter(Self::is_possible)?;
         (id.to_string() == name).then_some(id)
+    }
+
+    /// Whether it can have a directory.
+    pub fn is_possible(&self) -> bool {
+        self.0 <= Self::MAX
     }
 }
 

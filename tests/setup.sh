@@ -85,7 +85,7 @@ go_program() {
 
 go_build() {
     local program=$1 module=$2 package=$3
-    [ "$tools/$program" -nt "$module/go.sum" ] && return
+    [ -e "$tools/$program" ] && [ -z "$(find "$module" -newer "$tools/$program")" ] && return
     say "building $program (about a minute)"
     (cd "$module" && "$tools/go" build -o "$tools/$program" "$package") || die "cannot build $program from its Go module"
 }
@@ -150,6 +150,7 @@ test)
     machine
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
+    go_build gostate "$here/tools/gostate" .
     ;;
 lint)
     packages shellcheck

@@ -13,6 +13,7 @@ use super::*;
 use crate::faults::{Effect, Fault, Kind as StepKind, Step, Steps};
 use crate::overlay::Form;
 use crate::store::disk::{Disk, Left};
+use crate::store::sidecar::Sidecar;
 use crate::sys::Host;
 use crate::sys::failing::Failing;
 
@@ -165,7 +166,8 @@ const START: Operation = Operation {
         removed_containers(world, s);
         // A snapshot was being made, and a cleanup was under way.
         let id = s.store.reserve_id().unwrap();
-        s.make_directories(Kind::Active, id, None).unwrap();
+        let begun = Snapshot { id, key: key("begun"), ..s.stat(&key("running")).unwrap() };
+        s.make_directories(&begun, None).unwrap();
         s.store.write(|tx| tx.begin_cleanup(1).map_err(Error::from)).unwrap();
     },
     run: |s| s.recover().and_then(|_| s.cleanup(&|| false)).map(drop),
@@ -212,7 +214,7 @@ impl World {
     fn open(&self, disk: &Disk, steps: &Arc<Steps>) -> crate::store::Result<Snapshotter> {
         let path = self.place.dir.path().join("metadata.redb");
         let store = loop {
-            match Store::open_with(&path, disk.opener(steps), None) {
+            match Store::open_with(&path, disk.opener(steps), |_| Ok(()), None) {
                 // A thread of the process before has not ended yet.
                 Err(crate::store::Error::InUse { .. }) => std::thread::sleep(std::time::Duration::from_micros(50)),
                 store => break store?,
@@ -334,6 +336,12 @@ fn check_disk(world: &World, s: &Snapshotter, case: &str) {
     for snapshot in records(s).values() {
         let is_there = on_disk.contains(&snapshot.id.to_string());
         assert!(is_there || snapshot.layer.is_some(), "{case}: {} has no directory", snapshot.key);
+        if snapshot.layer.is_none() {
+            let beside = Sidecar::decode(&fs::read(s.places.record(snapshot.id)).unwrap()).unwrap();
+            // A commit that did not happen may be noted as well: then containerd knows.
+            let noted = if snapshot.kind == Kind::Committed { beside.committed.as_ref() } else { Some(&beside.made) };
+            assert_eq!(noted, Some(snapshot), "{case}: what lies beside would not make it again");
+        }
     }
     for name in on_disk {
         let id = SnapshotId::from_directory_name(&name).unwrap();

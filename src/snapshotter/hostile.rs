@@ -178,7 +178,10 @@ fn check_snapshot(call: &str, below: &Path) {
     assert!(SnapshotId::from_directory_name(id).is_some(), "{call} of {below:?} in the snapshots");
     let place = names.next().unwrap_or("fs");
     let stem = place.trim_end_matches(".new").trim_end_matches(".of").trim_end_matches(".new");
-    assert!(["fs", "work", "m", "h", "flat", "flat-mask"].contains(&stem), "{call} of {below:?} in the snapshots");
+    assert!(
+        ["fs", "work", "record", "m", "h", "flat", "flat-mask"].contains(&stem),
+        "{call} of {below:?} in the snapshots"
+    );
 }
 
 fn check_published(call: &str, below: &Path) {

@@ -5,6 +5,7 @@ use nix::errno::Errno;
 
 use super::{Error, Result, Snapshotter, check_labels};
 use crate::store::Lookup;
+use crate::store::sidecar::Sidecar;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 
 /// What an Update does to the labels.
@@ -104,46 +105,39 @@ impl Snapshotter {
     pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
         check_labels(&mut labels)?;
         let now = Timestamp::now();
+        let committed = |active: &Snapshot, parent| Snapshot {
+            id: active.id,
+            key: name.clone(),
+            parent,
+            kind: Kind::Committed,
+            created: now,
+            updated: now,
+            labels: labels.clone(),
+            layer: None,
+            usage: None,
+        };
+        let (active, on) = self.store.read(|tx| check_commit(tx, name, key, parent))?;
+        let committed_as = committed(&active, on);
+        self.note(&Sidecar { made: active, committed: Some(committed_as) })?;
         self.store.write(|tx| {
-            let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
-            if tx.get(name.as_str())?.is_some() {
-                return Err(Error::AlreadyExists(name.clone()));
-            }
-            if active.kind != Kind::Active {
-                return Err(Error::WrongKind {
-                    key: key.clone(),
-                    kind: active.kind,
-                    needs: "only active snapshots can be committed",
-                });
-            }
-            let parent = match (&active.parent, parent) {
-                (Some(own), Some(named)) if own != named => {
-                    return Err(Error::OtherParent { key: key.clone(), parent: own.clone(), named: named.clone() });
-                }
-                (Some(own), _) => Some(own.clone()),
-                (None, Some(named)) => {
-                    let found = tx.get(named.as_str())?.ok_or_else(|| Error::ParentNotFound(named.clone()))?;
-                    if found.kind != Kind::Committed {
-                        return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
-                    }
-                    Some(named.clone())
-                }
-                (None, None) => None,
-            };
+            let (active, parent) = check_commit(tx, name, key, parent)?;
             tx.remove(&active)?;
-            tx.insert(&Snapshot {
-                id: active.id,
-                key: name.clone(),
-                parent,
-                kind: Kind::Committed,
-                created: now,
-                updated: now,
-                labels: labels.clone(),
-                layer: None,
-                usage: None,
-            })?;
+            tx.insert(&committed(&active, parent))?;
             Ok(())
         })
+    }
+
+    /// Replaces what lies beside the files of a local snapshot.
+    fn note(&self, sidecar: &Sidecar) -> Result<()> {
+        let place = self.places.record(sidecar.made.id);
+        let new = place.with_extension("new");
+        match self.sys.write_file(&new, &sidecar.encode()) {
+            Err(e) if e.errno == Errno::ENOENT => {
+                return Err(Error::Broken { key: sidecar.made.key.clone(), id: sidecar.made.id });
+            }
+            result => result?,
+        }
+        Ok(self.sys.rename(&new, &place)?)
     }
 
     /// One short transaction, because containerd holds its lock meanwhile; what the
@@ -159,4 +153,34 @@ impl Snapshotter {
             Ok(())
         })
     }
+}
+
+/// The active snapshot `key`, and the parent on which it can be committed as `name`.
+fn check_commit(tx: &impl Lookup, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
+    let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+    if tx.get(name.as_str())?.is_some() {
+        return Err(Error::AlreadyExists(name.clone()));
+    }
+    if active.kind != Kind::Active {
+        return Err(Error::WrongKind {
+            key: key.clone(),
+            kind: active.kind,
+            needs: "only active snapshots can be committed",
+        });
+    }
+    let parent = match (&active.parent, parent) {
+        (Some(own), Some(named)) if own != named => {
+            return Err(Error::OtherParent { key: key.clone(), parent: own.clone(), named: named.clone() });
+        }
+        (Some(own), _) => Some(own.clone()),
+        (None, Some(named)) => {
+            let found = tx.get(named.as_str())?.ok_or_else(|| Error::ParentNotFound(named.clone()))?;
+            if found.kind != Kind::Committed {
+                return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
+            }
+            Some(named.clone())
+        }
+        (None, None) => None,
+    };
+    Ok((active, parent))
 }

@@ -42,7 +42,7 @@ impl Snapshotter {
         for (name, _) in self.sys.read_dir(self.places.all())? {
             let id = name.to_str().and_then(SnapshotId::from_directory_name);
             match id {
-                Some(id) if id >= self.store.first_id() => {
+                Some(id) if id >= self.store.first_id() || self.is_known(id)? => {
                     if self.store.read(|tx| needs_its_directory(tx, id))? {
                         continue;
                     }
@@ -78,13 +78,17 @@ impl Snapshotter {
         Ok(found)
     }
 
+    /// Whether the metadata has this number, of a snapshot or of one that was removed.
+    fn is_known(&self, id: SnapshotId) -> Result<bool> {
+        self.store.read(|tx| Ok(tx.exists(id)? || tx.is_scheduled(id)?))
+    }
+
     /// A crash while a snapshot was made leaves an empty `fs`, and one while it was removed
     /// leaves its id on the cleanup list. Files of anything else were somebody's: an older
     /// copy of the metadata was put back, or the file was damaged and lost its last entries.
     fn holds_unknown_files(&self, id: SnapshotId, mounts: &[PathBuf]) -> Result<bool> {
-        let known = self.store.read(|tx| Ok::<_, Error>(tx.exists(id)? || tx.is_scheduled(id)?))?;
         let fs = self.places.fs(id);
-        if known || mounts.contains(&fs) {
+        if self.is_known(id)? || mounts.contains(&fs) {
             return Ok(false);
         }
         Ok(match self.sys.lstat(&fs) {

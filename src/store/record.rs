@@ -17,17 +17,21 @@ use crate::repository::scan::{Directory, RULES, Scan};
 use crate::types::{Digest, Flat, Key, Kind, Layer, Rootfs, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// Encoding into memory cannot fail: no field of ours is required.
-fn encode(message: &impl Message) -> Vec<u8> {
+pub fn encode(message: &impl Message) -> Vec<u8> {
     message.write_to_bytes().unwrap_or_default()
 }
 
 pub fn encode_snapshot(snapshot: &Snapshot) -> Vec<u8> {
+    encode(&to_record(snapshot))
+}
+
+pub fn to_record(snapshot: &Snapshot) -> SnapshotRecord {
     let kind = match snapshot.kind {
         Kind::View => KindRecord::VIEW,
         Kind::Active => KindRecord::ACTIVE,
         Kind::Committed => KindRecord::COMMITTED,
     };
-    encode(&SnapshotRecord {
+    SnapshotRecord {
         id: snapshot.id.0,
         kind: EnumOrUnknown::new(kind),
         parent: snapshot.parent.as_ref().map_or_else(String::new, |p| p.as_str().to_owned()),
@@ -45,12 +49,16 @@ pub fn encode_snapshot(snapshot: &Snapshot) -> Vec<u8> {
             ..UsageRecord::default()
         })),
         ..SnapshotRecord::default()
-    })
+    }
 }
 
 pub fn decode_snapshot(key: &str, bytes: &[u8]) -> Result<Snapshot> {
+    let record = SnapshotRecord::parse_from_bytes(bytes);
+    from_record(key, record.map_err(|_| Error::BadRow { table: "snapshots", key: key.to_owned() })?)
+}
+
+pub fn from_record(key: &str, record: SnapshotRecord) -> Result<Snapshot> {
     let damaged = || Error::BadRow { table: "snapshots", key: key.to_owned() };
-    let record = SnapshotRecord::parse_from_bytes(bytes).map_err(|_| damaged())?;
     let kind = match record.kind.enum_value() {
         Ok(KindRecord::VIEW) => Kind::View,
         Ok(KindRecord::ACTIVE) => Kind::Active,

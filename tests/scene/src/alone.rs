@@ -22,6 +22,11 @@ pub struct Alone {
 impl Alone {
     /// `config` is added to the snapshotter's configuration.
     pub fn start(name: &str, config: &str) -> Self {
+        Self::start_on(name, config, |_, _| ())
+    }
+
+    /// `before` is called with the state root and the repository before the snapshotter starts.
+    pub fn start_on(name: &str, config: &str, before: impl FnOnce(&Path, &Repository)) -> Self {
         let sandbox = Sandbox::enter(name);
         let repository = Repository::mounted(&sandbox.path("cvmfs"));
         for n in 1..=3 {
@@ -31,6 +36,7 @@ impl Alone {
             fs::write(top.join(".cvmfscatalog"), "").expect("a layer can be marked");
         }
         repository.commit();
+        before(&sandbox.make_dir("s/root"), &repository);
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         Self { client: snapshotter.client(), snapshotter, repository, sandbox }
     }

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::sys::signal::Signal;
+
 use crate::client::Client;
 use crate::cri::Cri;
 use crate::image::Image;
@@ -52,14 +54,17 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
             root = dir.join("root"),
             state = dir.join("state"),
         );
-        let path = dir.join("config.toml");
-        fs::write(&path, config).expect("containerd's configuration can be written");
-        let mut server = Server::start(Command::new(tool("containerd")).arg("--config").arg(&path), &dir.join("log"));
-        let ctr = tool("ctr");
-        server.wait_until("answer", || {
-            socket.exists() && run(&ctr, ["--address", &socket.display().to_string(), "version"]).status.success()
-        });
-        Self { dir: dir.to_owned(), snapshotter, server }
+        fs::write(dir.join("config.toml"), config).expect("containerd's configuration can be written");
+        Self { dir: dir.to_owned(), snapshotter, server: serve(dir) }
+    }
+
+    /// Ends the daemon; its containers run on.
+    pub fn end(&mut self) {
+        self.server.end(Signal::SIGTERM);
+    }
+
+    pub fn start_again(&mut self) {
+        self.server = serve(&self.dir);
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -204,6 +209,16 @@ impl Drop for Containerd {
             }
         }
     }
+}
+
+fn serve(dir: &Path) -> Server {
+    let mut command = Command::new(tool("containerd"));
+    let mut server = Server::start(command.arg("--config").arg(dir.join("config.toml")), &dir.join("log"));
+    let (ctr, socket) = (tool("ctr"), dir.join("c.sock"));
+    server.wait_until("answer", || {
+        socket.exists() && run(&ctr, ["--address", &socket.display().to_string(), "version"]).status.success()
+    });
+    server
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ pub mod containerd;
 pub mod cri;
 pub mod disk;
 pub mod footprint;
+pub mod gostate;
 pub mod image;
 pub mod machine;
 pub mod process;

@@ -44,14 +44,13 @@ fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
 }
 
 #[test]
-fn root_directories_of_another_snapshotter_are_left_alone() {
+fn root_directories_that_were_there_before_are_left_alone() {
     let sandbox = Sandbox::enter("foreign");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
     // Numbers at the end of their range are nobody's ids.
     sandbox.make_dir("s/root/snapshotter/snapshots/18446744073709551615");
     fs::write(theirs.join("precious"), "x").unwrap();
-    fs::write(sandbox.path("s/root/snapshotter/metadata.db"), "theirs").unwrap();
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
     for _ in 0..2 {
         let c = snapshotter.client();

@@ -1,0 +1,410 @@
+//! A node that ran the Go snapshotter: its records are ours after the first start, and nothing
+//! of what it wrote is touched. The states are written by containerd's own storage package.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use cvmfs_snapshotter::bolt::{Bolt, Entry};
+use cvmfs_snapshotter::proto::mount::Mount;
+use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
+use cvmfs_snapshotter::takeover;
+use grpcio::RpcStatusCode as Code;
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
+use scene::alone::{Alone, options, refused};
+use scene::client::Client;
+use scene::gostate::{self, Record};
+use scene::process::{Server, run, tool};
+use scene::publisher::Repository;
+use scene::sandbox::{Sandbox, mounts_below};
+use scene::snapshotter::{Snapshotter, binary};
+
+/// Everything that is in a tree, by path: what it is and what is in it.
+fn tree(top: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
+    let mut found = BTreeMap::new();
+    let mut unread = vec![top.to_owned()];
+    while let Some(directory) = unread.pop() {
+        for entry in fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            let status = fs::symlink_metadata(&path).unwrap();
+            if status.is_dir() {
+                unread.push(path.clone());
+            }
+            let content = if status.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+            found.insert(path, (status.mode(), content));
+        }
+    }
+    found
+}
+
+fn nanoseconds(time: &protobuf::well_known_types::timestamp::Timestamp) -> i64 {
+    time.seconds * 1_000_000_000 + i64::from(time.nanos)
+}
+
+/// A snapshot on the wire, as containerd's storage package describes it; ids are not on it.
+fn described(info: &Info) -> (String, String, String, i64, i64, BTreeMap<String, String>) {
+    let kind = match info.kind.enum_value().unwrap() {
+        Kind::VIEW => "view",
+        Kind::ACTIVE => "active",
+        Kind::COMMITTED => "committed",
+        Kind::UNKNOWN => "unknown",
+    };
+    let (created, updated) = (nanoseconds(&info.created_at), nanoseconds(&info.updated_at));
+    let labels = info.labels.clone().into_iter().collect();
+    (info.name.clone(), info.parent.clone(), kind.to_owned(), created, updated, labels)
+}
+
+fn expected(record: &Record) -> (String, String, String, i64, i64, BTreeMap<String, String>) {
+    let r = record.clone();
+    (r.name, r.parent, r.kind, r.created, r.updated, r.labels)
+}
+
+#[track_caller]
+fn assert_same_records(c: &Client, records: &[Record]) {
+    let mut listed: Vec<_> = c.list(&[]).unwrap().iter().map(described).collect();
+    let mut wanted: Vec<_> = records.iter().map(expected).collect();
+    listed.sort();
+    wanted.sort();
+    assert_eq!(listed.len(), wanted.len());
+    for (listed, wanted) in listed.iter().zip(&wanted) {
+        assert_eq!(listed, wanted);
+    }
+}
+
+/// The ids that the directories of an option are of.
+fn ids(mounts: &[Mount], option: &str) -> Vec<u64> {
+    let Some(value) = options(mounts).iter().find_map(|o| o.strip_prefix(option)) else { return Vec::new() };
+    let id = |path: &str| Path::new(path).parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let mut ids: Vec<u64> = value.split(':').map(id).collect();
+    ids.dedup();
+    ids
+}
+
+#[test]
+fn root_every_record_of_the_go_snapshotter_is_taken_over() {
+    let mut records = Vec::new();
+    let mut before = BTreeMap::new();
+    let mut d = Alone::start_on("takeover", "", |root, _| {
+        records = gostate::write("small", root);
+        // Of a Prepare that was cut short, and of nobody.
+        for stray in ["new-123/fs", "77/fs/precious"] {
+            fs::create_dir_all(root.join("snapshotter/snapshots").join(stray)).unwrap();
+        }
+        before = tree(root);
+    });
+    let home = d.snapshotter.root().join("snapshotter");
+    let c = d.client.clone();
+    assert_same_records(&c, &records);
+    for record in &records {
+        assert_eq!(described(&c.stat(&record.name).unwrap()), expected(record));
+        if record.kind == "committed" {
+            assert_eq!(c.usage(&record.name).unwrap(), (record.size, record.inodes), "{}", record.name);
+            continue;
+        }
+        let mounts = c.mounts(&record.name).unwrap();
+        let sources = ids(&mounts, "lowerdir=");
+        match (record.kind.as_str(), record.parents.len()) {
+            ("active", 0) => assert!(Path::new(&mounts[0].source).ends_with(format!("{}/fs", record.id))),
+            ("active", _) => {
+                assert_eq!((ids(&mounts, "upperdir="), sources), (vec![record.id], record.parents.clone()));
+            }
+            _ => assert_eq!(sources.iter().filter(|id| record.parents.contains(id)).count(), record.parents.len()),
+        }
+    }
+    // Everything that was there is there, as it was.
+    let after = tree(&d.snapshotter.root());
+    let in_use = |path: &Path| path.ends_with("fs") && fs::symlink_metadata(path).unwrap().is_symlink();
+    for (path, content) in before.iter().filter(|(path, _)| !in_use(path)) {
+        assert_eq!(after.get(path), Some(content), "{}", path.display());
+    }
+    let log = d.snapshotter.log();
+    assert!(
+        log.contains("took over 11 snapshots of the Go snapshotter")
+            && log.contains(
+                "3 published layers, 3 other committed ones, 4 active ones, 1 views; 0 were left out, 0 have"
+            ),
+        "{log}"
+    );
+    assert!(log.contains("2 entries of another snapshotter"), "{log}");
+    // Ids go on above the last one, directories that nobody knows included.
+    let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
+    assert!(source.ends_with("78/fs"), "{}", source.display());
+    // What is removed does not come back.
+    for gone in ["k8s.io/11/container-1", "k8s.io/9/sha256:d2"] {
+        c.remove(gone).unwrap();
+    }
+    c.cleanup().unwrap();
+    assert!(!home.join("snapshots/5").exists() && !home.join("snapshots/7").exists());
+    d.snapshotter.end(Signal::SIGTERM);
+    d.snapshotter.start_again();
+    let c = d.snapshotter.client();
+    assert_eq!(c.list(&[]).unwrap().len(), records.len() + 1 - 2);
+    refused(c.stat("k8s.io/9/sha256:d2"), Code::NOT_FOUND);
+    assert_eq!(d.snapshotter.log().matches("took over").count(), 1);
+    // The same image, pulled by another namespace, finds its layers.
+    let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::alone::digest(2));
+    assert_eq!(again, "sha256:c2");
+}
+
+#[test]
+fn root_thousands_of_snapshots_with_long_names_and_labels_are_taken_over_at_any_moment() {
+    let sandbox = Sandbox::enter("large");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let records = gostate::write("large", &sandbox.make_dir("s/root"));
+    assert_eq!(records.len(), 2000);
+    let file = sandbox.path("s/root/snapshotter/metadata.db");
+    let before = fs::read(&file).unwrap();
+    // Killed before, in the middle of and after it.
+    let (root, address, config) = (sandbox.path("s/root"), sandbox.path("s.sock"), sandbox.path("config.toml"));
+    fs::write(&config, format!("absolute-mountpoint = {:?}\n", repository.dir())).unwrap();
+    let home = root.join("snapshotter");
+    let mut in_between = 0;
+    for n in 0..5_u64 {
+        let mut command = Command::new(binary());
+        command.arg("--root").arg(&root).arg("--address").arg(&address).arg("--config").arg(&config);
+        let mut server = Server::start(&mut command, &sandbox.path("log"));
+        // The first one before it begins, the others when something of it can be seen.
+        let begun = || ["metadata.new", "metadata.redb"].map(|name| home.join(name).exists()).contains(&true);
+        server.wait_until("begin", || n == 0 || begun());
+        std::thread::sleep(Duration::from_millis(n * 20));
+        server.end(Signal::SIGKILL);
+        let is_whole = home.join("metadata.redb").exists();
+        in_between += usize::from(begun() && !is_whole);
+    }
+    println!("killed {in_between} times in between");
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    assert_same_records(&snapshotter.client(), &records);
+    assert!(records.iter().any(|r| r.name.len() > 32_000) && records.iter().any(|r| r.labels.contains_key("long")));
+    assert!(fs::read(&file).unwrap() == before, "the old file was changed");
+    let log = fs::read_to_string(sandbox.path("log")).unwrap() + &snapshotter.log();
+    // Once, and a kill may have been faster than the log.
+    assert!(log.matches("took over 2000 snapshots").count() <= 1);
+    assert!(!sandbox.path("s/root/snapshotter/metadata.new").exists());
+}
+
+/// Starts a snapshotter that must refuse, and change nothing but its lock; the result is its message.
+#[track_caller]
+fn refusal(snapshotter: &Snapshotter) -> String {
+    let lock = snapshotter.root().join("snapshotter/lock");
+    let state = || {
+        let mut state = tree(&snapshotter.root());
+        state.remove(&lock);
+        state
+    };
+    let before = state();
+    let output = snapshotter.command().output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(state() == before, "a start that was refused changed something");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn root_a_go_snapshotter_that_runs_or_left_a_damaged_file_is_not_taken_over() {
+    let mut d = Alone::start_on("refused", "", |_, _| ());
+    d.snapshotter.end(Signal::SIGKILL);
+    let home = d.snapshotter.root().join("snapshotter");
+    fs::remove_dir_all(&home).unwrap();
+    let records = gostate::write("small", &d.snapshotter.root());
+    let file = home.join("metadata.db");
+    let whole = fs::read(&file).unwrap();
+
+    let mut go = Command::new(tool("gostate"))
+        .args(["lock".as_ref(), home.as_os_str()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(go.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let message = refusal(&d.snapshotter);
+    for part in ["the Go snapshotter still runs", "systemctl kill --signal=SIGKILL cvmfs-snapshotter"] {
+        assert!(message.contains(part), "{message}");
+    }
+    drop(go.stdin.take());
+    go.wait().unwrap();
+
+    let zeros = vec![0; whole.len()];
+    for (name, content, why) in [
+        ("truncated", &whole[..whole.len() / 8], "its pages need"),
+        ("zeroed", &zeros, "no bbolt file"),
+        ("empty", b"", "no bbolt file: of 0 bytes"),
+        ("other", b"theirs", "no bbolt file: of 6 bytes"),
+    ] {
+        fs::write(&file, content).unwrap();
+        let message = refusal(&d.snapshotter);
+        assert!(message.contains(why) && message.contains("move it away"), "{name}: {message}");
+        assert!(message.contains("snapshotter/metadata.db") && message.contains("nothing was changed"), "{message}");
+    }
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert!(refusal(&d.snapshotter).contains("is not a regular file"));
+    fs::remove_dir(&file).unwrap();
+    // With a copy put back it goes on.
+    fs::write(&file, &whole).unwrap();
+    d.snapshotter.start_again();
+    assert_same_records(&d.snapshotter.client(), &records);
+}
+
+#[test]
+fn root_what_the_go_snapshotter_destroyed_is_reported_by_image_with_the_repair() {
+    let d = Alone::start_on("destroyed", "", |root, _| {
+        gostate::write("small", root);
+        // What a stop of the Go one does.
+        let snapshots = root.join("snapshotter/snapshots");
+        fs::remove_dir_all(&snapshots).unwrap();
+        fs::create_dir(&snapshots).unwrap();
+        // One directory survived, without what counts.
+        fs::create_dir_all(snapshots.join("4/work")).unwrap();
+    });
+    let log = d.snapshotter.log();
+    for claim in [
+        // Beside the two layers, the container on it.
+        r#"image \"example.org/mixed:2\": the files of 2 of its 2 downloaded layers and of 1 containers are gone"#,
+        "crictl rmi example.org/mixed:2",
+        "ctr -n k8s.io images rm --sync example.org/mixed:2",
+        r#"image \"example.org/published:1\": the files of 0 of its 0 downloaded layers and of 2 containers are gone"#,
+        r#"the image with the uppermost layer \"default/20/sha256:e1\": the files of 1 of its 1 downloaded layers and of 1"#,
+        r#"the files of \"default/21/alone\" are gone"#,
+        "11 snapshots of the Go snapshotter",
+        "0 were left out, 8 have lost their files",
+    ] {
+        assert!(log.contains(claim), "{claim} is missing in\n{log}");
+    }
+    // What is published needs no directory; the rest says what is wrong, and can be removed.
+    d.client.prepare("new", "sha256:c3", &[]).unwrap();
+    let message = refused(d.client.prepare("other", "k8s.io/9/sha256:d2", &[]), Code::UNAVAILABLE);
+    assert!(message.contains("missing from disk"), "{message}");
+    let message = refused(d.client.commit("name", "default/21/alone", &[]), Code::UNAVAILABLE);
+    assert!(message.contains("missing from disk"), "{message}");
+    for key in ["k8s.io/11/container-1", "k8s.io/9/sha256:d2", "k8s.io/7/sha256:d1"] {
+        d.client.remove(key).unwrap();
+    }
+    d.client.cleanup().unwrap();
+    assert!(!d.snapshotter.snapshots().join("4").exists());
+}
+
+#[test]
+fn root_records_that_make_no_sense_are_left_out_by_name() {
+    let mut records = Vec::new();
+    let d = Alone::start_on("odd", "", |root, _| records = gostate::write("odd", root));
+    assert_same_records(&d.client, &records);
+    let log = d.snapshotter.log();
+    for (name, why) in [
+        ("no-id", "it has no number"),
+        ("no-kind", "it does not say of which kind it is"),
+        ("strange-kind", "it is of the unknown kind 9"),
+        ("orphan", r#"its parent \"gone\" is missing"#),
+        ("twin-1", "another one has the same number 103"),
+        ("twin-2", "another one has the same number 103"),
+        ("child-of-twin", r#"its parent \"twin-1\" is left out"#),
+        ("on-active", r#"its parent \"default/21/alone\" is not committed"#),
+        ("circle-1", r#"its parent \"circle-2\" is left out"#),
+        ("circle-2", r#"its parent \"circle-1\" is left out"#),
+        ("not-\u{fffd}-text", "are not UTF-8"),
+        ("bad-digest", "it is a published layer"),
+        ("no-bucket", "it is no record"),
+    ] {
+        let line = log.lines().find(|line| line.contains(&format!(r#"\"{name}\" of"#)));
+        assert!(line.is_some_and(|line| line.contains(why)), "{name}: {line:?}\n{log}");
+    }
+    assert!(log.contains("13 were left out"), "{log}");
+}
+
+/// The Go one binds layers read-write, and a kill leaves the mounts: what a container then
+/// writes below the layer must not go into the repository, and the layer must show.
+#[test]
+fn root_live_mounts_of_the_go_snapshotter_are_replaced() {
+    for attach in ["symlink", "bind"] {
+        let d = Alone::start_on(attach, &format!("attach = \"{attach}\""), |root, repository| {
+            for record in gostate::write("small", root).iter().filter(|record| record.is_remote()) {
+                let digest = &record.labels["containerd.io/snapshot/cri.layer-digest"];
+                let layer = repository.dir().join(".layers").join(&digest[7..9]).join(&digest[7..]).join("layerfs");
+                let place = root.join(format!("snapshotter/snapshots/{}/fs", record.id));
+                mount(Some(&layer), &place, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            }
+        });
+        let snapshots = d.snapshotter.snapshots();
+        // One that a container stands on is held open.
+        let held = fs::File::open(snapshots.join("3/fs")).unwrap();
+        let mounts = d.client.prepare("box", "sha256:c3", &[]).unwrap();
+        assert_eq!(ids(&mounts, "lowerdir="), [3, 2, 1]);
+        for n in 1..=3 {
+            let place = snapshots.join(format!("{n}/fs"));
+            assert_eq!(fs::read_to_string(place.join(format!("dir/file-{n}"))).unwrap(), n.to_string());
+            assert_eq!(fs::symlink_metadata(&place).unwrap().is_symlink(), attach == "symlink");
+        }
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let ours = table.lines().filter(|line| line.contains(&format!("{}/", snapshots.display())));
+        let writable = ours.filter(|line| line.split(' ').nth(5).is_none_or(|o| !o.split(',').any(|o| o == "ro")));
+        assert_eq!(writable.count(), 0, "{table}");
+        drop(held);
+        for key in ["box", "k8s.io/11/container-1", "k8s.io/12/container-2", "k8s.io/13/view"] {
+            d.client.remove(key).unwrap();
+        }
+        for key in ["k8s.io/9/sha256:d2", "k8s.io/7/sha256:d1", "sha256:c3", "sha256:c2", "sha256:c1"] {
+            d.client.remove(key).unwrap();
+        }
+        d.client.cleanup().unwrap();
+        assert_eq!(mounts_below(&snapshots), Vec::<PathBuf>::new());
+        for id in [1, 2, 3, 4, 5, 7, 8, 9] {
+            assert!(!snapshots.join(id.to_string()).exists(), "{id} is left");
+        }
+        let layer = d.repository.layer_dir(&scene::alone::digest(1)).join("layerfs/dir/file-1");
+        assert!(layer.exists(), "a layer of the repository was emptied");
+    }
+}
+
+/// Reads everything; the result is the number of values.
+fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::bolt::Error> {
+    let bolt = Bolt::parse(bytes)?;
+    let mut unread = vec![bolt.root()];
+    let mut values = 0;
+    while let Some(bucket) = unread.pop() {
+        for entry in bolt.read(&bucket)?.into_values() {
+            match entry {
+                Entry::Value(_) => values += 1,
+                Entry::Bucket(bucket) => unread.push(bucket),
+            }
+        }
+    }
+    Ok(values)
+}
+
+#[test]
+fn a_bolt_file_damaged_anywhere_is_read_or_refused_and_never_more() {
+    let dir = std::env::temp_dir().join(format!("gostate-{}", std::process::id()));
+    run(tool("gostate"), ["odd".as_ref(), dir.as_os_str()]).ok();
+    let whole = fs::read(dir.join("metadata.db")).unwrap();
+    fs::remove_dir_all(&dir).unwrap();
+    assert!(read_all(&whole).unwrap() > 100);
+    let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
+    let (mut refused, mut read) = (0, 0);
+    let mut look = |bytes: &[u8]| {
+        let all = read_all(bytes);
+        let taken = takeover::decode(bytes, "r");
+        // What is read as a whole can be taken over, in whatever part.
+        assert!(taken.is_ok() || all.is_err());
+        if all.is_ok() { read += 1 } else { refused += 1 }
+    };
+    let mut bytes = whole.clone();
+    // The heads of all pages, and a part of the rest.
+    for at in (0..=used).filter(|at| at % 4096 < 128 || at % 7 == 0) {
+        for value in [whole[at] ^ 1, whole[at] ^ 0x80, 0, 0xff] {
+            bytes[at] = value;
+            look(&bytes);
+        }
+        bytes[at] = whole[at];
+    }
+    for length in (0..whole.len()).step_by(97) {
+        look(&whole[..length]);
+    }
+    println!("{refused} refused, {read} read");
+    assert!(refused > 1000 && read > 1000);
+}
