@@ -21,8 +21,8 @@ use crate::config::{self, Config, Loaded};
 use crate::overlay::Places;
 use crate::pool::{Drained, Pool};
 use crate::repository::Repository;
-use crate::server::{self, Listen, Server, Waiters};
-use crate::snapshotter::{self, Snapshotter, Ways};
+use crate::server::{self, Late, Server, Waiters};
+use crate::snapshotter::{self, Found, Snapshotter, Ways};
 use crate::store::{self, FullDisk, Store};
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
@@ -202,8 +202,54 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     }
     raise_descriptor_limit();
     server::check_address(&arguments.address).map_err(Error::Address)?;
+    let pools = Pools::start(&config).map_err(Error::Threads)?;
+    let late = Late::default();
+    let serve_on = |bound| {
+        let late = Arc::clone(&late);
+        Server::start(bound, &config.allowed_uids, late, pools.workers.entrance(), pools.waiters())
+    };
+    // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
+    // containerd gives up a connection that is not greeted within a second.
+    let early = server::inherited().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
+    let (root, snapshotter, found) = match begin(arguments, &config) {
+        Ok(begun) => begun,
+        Err(e) => {
+            early.map(Server::abandon);
+            return Err(e);
+        }
+    };
+    let server = match early {
+        Some(server) => {
+            if server.address() != arguments.address {
+                log::warn!("the address {} is not used: a socket came with the start", arguments.address.display());
+            }
+            server
+        }
+        None => server::bind(&arguments.address, &config.allowed_uids).and_then(serve_on).map_err(Error::Server)?,
+    };
+    let _ = late.set(Arc::clone(&snapshotter));
+    let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
+    log::info!(
+        "cvmfs-snapshotter {} serves {} from {}",
+        env!("CARGO_PKG_VERSION"),
+        server.address().display(),
+        paths.join(", ")
+    );
+    snapshotter.look_at_repositories();
+    clean_leftovers(Arc::clone(&snapshotter))?;
+    notify::ready(&format!("{} snapshots, from {}", found.snapshots, paths.join(", ")));
+    wait_for_stop(&signals, arguments);
+    notify::stopping();
+    stop(server, pools);
+    snapshotter.close();
+    drop(root);
+    Ok(())
+}
+
+/// Everything up to the first call: the state root, the metadata, and what a crash left.
+fn begin(arguments: &Arguments, config: &Config) -> Result<(StateRoot, Arc<Snapshotter>, Found), Error> {
     let root = StateRoot::take(&arguments.root)?;
-    let snapshotter = Arc::new(open(&root, &config)?);
+    let snapshotter = Arc::new(open(&root, config)?);
     let found = snapshotter.recover().map_err(Error::Recovery)?;
     log::info!(
         "{} snapshots, {} leftovers to clean up, {} without their files",
@@ -224,25 +270,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
             found.foreign
         );
     }
-    let pools = Pools::start(&config).map_err(Error::Threads)?;
-    let listen = Listen { address: &arguments.address, allowed_uids: &config.allowed_uids };
-    let server = Server::start(&listen, Arc::clone(&snapshotter), pools.workers.entrance(), pools.waiters())
-        .map_err(Error::Server)?;
-    let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
-    log::info!(
-        "cvmfs-snapshotter {} serves {} from {}",
-        env!("CARGO_PKG_VERSION"),
-        server.address().display(),
-        paths.join(", ")
-    );
-    snapshotter.look_at_repositories();
-    clean_leftovers(Arc::clone(&snapshotter))?;
-    notify::ready(&format!("{} snapshots, from {}", found.snapshots, paths.join(", ")));
-    wait_for_stop(&signals, arguments);
-    notify::stopping();
-    stop(server, pools);
-    snapshotter.close();
-    Ok(())
+    Ok((root, snapshotter, found))
 }
 
 fn level(arguments: &Arguments, config: &Config) -> LevelFilter {

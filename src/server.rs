@@ -16,7 +16,7 @@ mod status;
 
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -29,8 +29,8 @@ use self::door::{Admitted, Door};
 use self::handlers::Handlers;
 pub use self::handlers::Waiters;
 use self::load::Load;
-use self::socket::{Bound, Reach, SocketFile};
-pub use self::socket::{Error, Result, check as check_address};
+pub use self::socket::{Bound, Error, Result, check as check_address};
+use self::socket::{Reach, SocketFile};
 use crate::pool::Entrance;
 use crate::snapshotter::Snapshotter;
 use crate::sys;
@@ -56,18 +56,29 @@ pub struct Server {
     file: SocketFile,
 }
 
-/// Where to serve, and whom.
-pub struct Listen<'a> {
-    /// The path of the socket, unless this process was started with one.
-    pub address: &'a Path,
-    /// Users besides root that may connect, by number.
-    pub allowed_uids: &'a [u32],
+/// What the calls are about. Those that come before it is there wait for it, on the workers.
+pub type Late = Arc<OnceLock<Arc<Snapshotter>>>;
+
+/// The socket that this process was started with, if there is one.
+pub fn inherited() -> Result<Option<Bound>> {
+    sys::inherited_socket().map(socket::inherit).transpose()
+}
+
+/// Listens on `address`, for root and `allowed_uids`.
+pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<Bound> {
+    socket::bind(address, if allowed_uids.is_empty() { Reach::Root } else { Reach::Everybody })
 }
 
 impl Server {
-    /// Begins to serve. `pool` does the work, except for calls that a repository may keep
-    /// waiting.
-    pub fn start(listen: &Listen<'_>, snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Waiters) -> Result<Self> {
+    /// Begins to serve root and `allowed_uids`. `pool` does the work, except for calls that a
+    /// repository may keep waiting.
+    pub fn start(
+        bound: Bound,
+        allowed_uids: &[u32],
+        snapshotter: Late,
+        pool: Entrance,
+        waiters: Waiters,
+    ) -> Result<Self> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let args = ChannelBuilder::new(Arc::clone(&environment))
@@ -84,33 +95,22 @@ impl Server {
             .build()
             .map_err(Error::Transport)?;
         grpc.start();
-        let Bound { listener, file } = match sys::inherited_socket() {
-            Some(socket) => {
-                let bound = socket::inherit(socket)?;
-                if bound.file.address() != listen.address {
-                    log::warn!(
-                        "serves on {}, the socket it was started with, and not on {}",
-                        bound.file.address().display(),
-                        listen.address.display()
-                    );
-                }
-                bound
-            }
-            None => socket::bind(
-                listen.address,
-                if listen.allowed_uids.is_empty() { Reach::Root } else { Reach::Everybody },
-            )?,
-        };
+        let Bound { listener, file } = bound;
         let grpc = Arc::new(Mutex::new(grpc));
         let inside = Arc::clone(&grpc);
         let hand_over = move |connection| sys::hand_over(&mut inside.lock(), connection);
-        let door = Door::open(listener, Admitted::new(listen.allowed_uids), hand_over).map_err(Error::Threads)?;
+        let door = Door::open(listener, Admitted::new(allowed_uids), hand_over).map_err(Error::Threads)?;
         Ok(Self { grpc, load, door, file })
     }
 
     /// Where it can be reached.
     pub fn address(&self) -> &Path {
         self.file.address()
+    }
+
+    /// The process ends without ever having answered a call: nobody waits for those that came.
+    pub fn abandon(self) {
+        std::mem::forget(self);
     }
 
     /// Takes no more connections, asks clients to take further calls elsewhere, and waits for

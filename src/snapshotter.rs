@@ -29,6 +29,7 @@ pub use self::cleanup::Cleaned;
 pub use self::error::{Error, Result};
 use self::layers::{Attached, Sources};
 pub use self::metadata::LabelChange;
+pub use self::recovery::Found;
 use self::scans::Scans;
 use crate::attach::{Attacher, Mode};
 use crate::overlay::{self, Lower, Places};

@@ -13,7 +13,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use super::filters::Filters;
 use super::load::{Burden, Load, Overload};
-use super::{convert, service, status};
+use super::{Late, convert, service, status};
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
     ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse, PrepareSnapshotRequest,
@@ -30,7 +30,7 @@ const LIST_BATCH_BYTES: u64 = 1 << 20;
 /// What every handler holds a copy of.
 #[derive(Clone)]
 pub struct Handlers {
-    snapshotter: Arc<Snapshotter>,
+    snapshotter: Late,
     pool: Entrance,
     waiters: Arc<Waiters>,
     load: Arc<Load>,
@@ -77,7 +77,7 @@ type Outcome<T> = Result<T, Failure>;
 type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<Asks>>;
 
 impl Handlers {
-    pub fn new(snapshotter: Arc<Snapshotter>, pool: Entrance, waiters: Waiters, load: Arc<Load>) -> Self {
+    pub fn new(snapshotter: Late, pool: Entrance, waiters: Waiters, load: Arc<Load>) -> Self {
         Self { snapshotter, pool, waiters: Arc::new(waiters), load }
     }
 
@@ -177,12 +177,12 @@ impl Handlers {
             };
             let run = {
                 let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
-                move |request| work(&snapshotter, request, &|| deadline.exceeded())
+                move |request| work(snapshotter.wait(), request, &|| deadline.exceeded())
             };
             let run_here = run.clone();
             handlers.pool.submit(
                 move || deadline.exceeded(),
-                move || match waits.map_or(Ok(None), |waits| waits(&snapshotter, &request)) {
+                move || match waits.map_or(Ok(None), |waits| waits(snapshotter.wait(), &request)) {
                     Ok(Some(asks)) => Step::PassOn(asks, request),
                     Ok(None) => Step::Done(run_here(request)),
                     Err(e) => Step::Done(Err(e)),
@@ -224,7 +224,7 @@ impl Handlers {
                 self.pool.submit(
                     move || deadline.exceeded(),
                     move || {
-                        let snapshots = read_list(&snapshotter, &request.filters, &mut burden)?;
+                        let snapshots = read_list(snapshotter.wait(), &request.filters, &mut burden)?;
                         Ok((snapshots, burden.answer()))
                     },
                     move |result| {

@@ -89,6 +89,33 @@ fn root_who_connects_while_the_daemon_is_dead_is_served_by_the_next() {
     assert!(snapshotter.socket().exists(), "it is not the daemon's to remove");
 }
 
+/// containerd gives up a connection that is not greeted within a second, and then fails calls for
+/// another one: a start that took longer, over a large store or behind a daemon that was killed
+/// and could not end yet, failed them although the socket was there.
+#[test]
+fn root_a_start_that_takes_long_fails_no_call_behind_its_socket() {
+    let sandbox = Sandbox::enter("slow-start");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
+    let containerd = Containerd::with_snapshotter(&sandbox.path("o"), "none:1", &snapshotter.socket());
+    containerd.snapshots().prepare("key", "", &[("containerd.io/gc.root", "scene")]).unwrap();
+    snapshotter.end(Signal::SIGTERM);
+    // Dead and not gone: who holds the lock looks like a daemon whose threads hang.
+    let mut dead = std::process::Command::new("true").spawn().unwrap();
+    let path = snapshotter.root().join("snapshotter/lock");
+    fs::write(&path, dead.id().to_string()).unwrap();
+    let lock = nix::fcntl::Flock::lock(fs::File::open(&path).unwrap(), nix::fcntl::FlockArg::LockExclusive).unwrap();
+    snapshotter.start_again();
+    let client = containerd.snapshots();
+    let call = std::thread::spawn(move || client.usage("key"));
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(!call.is_finished(), "nobody can have answered");
+    drop(lock);
+    call.join().unwrap().unwrap();
+    dead.wait().unwrap();
+    assert!(snapshotter.log().contains(" serves "), "it did start late");
+}
+
 /// What a process of another user hears when it speaks HTTP/2 to the socket.
 fn answer_to_user(uid: u32, socket: &Path) -> String {
     // Perl is in every Debian. The preface of HTTP/2, and an empty SETTINGS frame.
