@@ -214,7 +214,9 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     let (root, snapshotter, found) = match begin(arguments, &config) {
         Ok(begun) => begun,
         Err(e) => {
-            early.map(Server::abandon);
+            if let Some(server) = early {
+                server.abandon();
+            }
             return Err(e);
         }
     };
