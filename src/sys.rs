@@ -28,7 +28,6 @@ use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
-use nix::unistd::gettid;
 
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_socket};
@@ -380,8 +379,12 @@ pub fn tells_types(path: &Path) -> Result<bool> {
 
 /// Of this thread: `/proc/self` would be the first thread's, and tests have namespaces of their own.
 fn mount_table() -> Result<Vec<u8>> {
-    let table = PathBuf::from(format!("/proc/self/task/{}/mountinfo", gettid()));
-    fs::read(&table).map_err(|e| Error::io("read", &table, &e))
+    let [thread, process] = ["/proc/thread-self/mountinfo", "/proc/self/mountinfo"].map(Path::new);
+    match fs::read(thread) {
+        // Before Linux 3.17. All threads of the daemon have the same.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => fs::read(process).map_err(|e| Error::io("read", process, &e)),
+        table => table.map_err(|e| Error::io("read", thread, &e)),
+    }
 }
 
 /// One line of a mountinfo table.

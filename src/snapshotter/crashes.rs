@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -381,7 +382,9 @@ fn walk(operation: &Operation) {
         }
         lengths.push(length);
     }
-    println!("crash table: {:<15} {lengths:?} steps, {cases} cases", operation.name);
+    // Not captured: how much was tried belongs into every run's output.
+    let line = format!("crash table: {:<15} {lengths:?} steps, {cases} cases", operation.name);
+    let _ = writeln!(std::io::stderr(), "{line}");
     assert!(cases >= 30, "the operation has hardly a step");
 }
 

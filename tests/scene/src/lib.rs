@@ -20,6 +20,7 @@ pub mod rootfs;
 pub mod sandbox;
 pub mod snapshotter;
 pub mod stage;
+pub mod tell;
 pub mod wire;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]

@@ -66,7 +66,10 @@ fn root_no_call_of_containerd_fails_while_the_daemon_restarts_behind_its_socket(
         threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     });
     let calls = calls.load(Ordering::SeqCst);
-    println!("{RESTARTS} restarts, {calls} calls through containerd, {} failed", failed.len());
+    scene::tell::tell(format_args!(
+        "behind a socket: {RESTARTS} restarts, {calls} calls through containerd, {} failed",
+        failed.len()
+    ));
     assert_eq!(failed, Vec::<String>::new());
     assert!(calls > 20 * RESTARTS, "too little happened: {calls}");
 }

@@ -231,7 +231,10 @@ fn root_a_million_requests_leave_the_daemon_as_it_was() {
         *codes.entry(code).or_insert(0) += count;
     }
     let after = Footprint::of(pid);
-    eprintln!("{requests} requests in {:?}: {codes:?}\n{before:?}\n{between:?}\n{after:?}", begun.elapsed());
+    scene::tell::tell(format_args!(
+        "{requests} requests in {:?}: {codes:?}\n{before:?}\n{between:?}\n{after:?}",
+        begun.elapsed()
+    ));
     assert!(after.memory <= between.memory + MARGIN, "memory grows: {between:?}, then {after:?}");
     eventually("connections and threads are gone", || {
         let now = Footprint::of(pid);

@@ -70,7 +70,11 @@ fn root_nothing_in_the_repository_is_opened_for_writing() {
             });
         });
         let trace = Trace::of(&text, stage.repository.dir());
-        println!("{attach}: {} lines, {} opened for reading, {:?}", text.lines().count(), trace.reads, trace.places);
+        scene::tell::tell(format_args!(
+            "{attach}: {} calls traced, {} opened the repository for reading, none for writing",
+            text.lines().count(),
+            trace.reads
+        ));
         assert_eq!(trace.changes, Vec::<String>::new(), "{attach}");
         // Else the trace proves nothing.
         assert!(trace.reads > 10, "{attach}: it does not even show what is read: {}", trace.reads);

@@ -444,7 +444,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
             some_calls();
         }
         let (during, failed) = (calls.load(Ordering::SeqCst), failures.lock().expect("nobody panicked").split_off(0));
-        println!("{RESTARTS} restarts, {during} calls, {} failed", failed.len());
+        scene::tell::tell(format_args!("under systemd: {RESTARTS} restarts, {during} calls, {} failed", failed.len()));
         for _ in 0..KILLS {
             let before = pid();
             machine.run(&["systemctl", "kill", "--signal=SIGKILL", SERVICE]).ok();

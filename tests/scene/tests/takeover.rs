@@ -178,7 +178,7 @@ fn root_thousands_of_snapshots_with_long_names_and_labels_are_taken_over_at_any_
         let is_whole = home.join("metadata.redb").exists();
         in_between += usize::from(begun() && !is_whole);
     }
-    println!("killed {in_between} times in between");
+    scene::tell::tell(format_args!("takeover: killed {in_between} times while it wrote"));
     let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
     assert_same_records(&snapshotter.client(), &records);
     assert!(records.iter().any(|r| r.name.len() > 32_000) && records.iter().any(|r| r.labels.contains_key("long")));
@@ -405,6 +405,6 @@ fn a_bolt_file_damaged_anywhere_is_read_or_refused_and_never_more() {
     for length in (0..whole.len()).step_by(97) {
         look(&whole[..length]);
     }
-    println!("{refused} refused, {read} read");
+    scene::tell::tell(format_args!("a bolt file damaged at {} places: {refused} refused, {read} read", refused + read));
     assert!(refused > 1000 && read > 1000);
 }

@@ -559,10 +559,10 @@ fn root_random_operations_agree_with_the_model() {
         }
         Err(TestError::Abort(why)) => panic!("{why}"),
     };
-    println!(
+    scene::tell::tell(format_args!(
         "{cases} cases, {operations} operations, {compared} records compared, {:.1} s",
         begun.elapsed().as_secs_f64()
-    );
+    ));
     if let Some((symlink, (list, why))) = failed {
         let list: Vec<String> = list.iter().map(|operation| format!("\n  {operation:?}")).collect();
         let attach = if symlink { "symlink" } else { "bind" };

@@ -131,7 +131,7 @@ fn storm(seed: u64, kills: usize, attach: &str) {
     }
     assert_eq!(complaints(&ours.log()), Vec::<&str>::new());
     let count = |counter: &std::sync::atomic::AtomicUsize| counter.load(Ordering::SeqCst);
-    println!(
+    scene::tell::tell(format_args!(
         "{} kills, {} calls acknowledged, {} by containerd, {} answers lost, {} comparisons, {:.0} s",
         count(&storm.kills),
         count(&storm.acknowledged),
@@ -139,7 +139,7 @@ fn storm(seed: u64, kills: usize, attach: &str) {
         count(&storm.lost),
         count(&storm.compared),
         begun.elapsed().as_secs_f64()
-    );
+    ));
     assert!(count(&storm.acknowledged) > 5 * kills, "too little happened");
 }
 
