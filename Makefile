@@ -92,6 +92,7 @@ lint:
 	tests/setup.sh lint
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
+	cargo clippy --package cvmfs-snapshotter --lib --no-default-features --features fuzz --locked -- --deny warnings
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	shellcheck tests/setup.sh .ci/run
 	"$(tools)/cargo/bin/cargo-deny" --locked check bans licenses sources

@@ -42,8 +42,9 @@ const TRANSPORT_THREADS: usize = 2;
 /// Calls at one time on one connection. containerd sends all its calls over one; a client keeps
 /// what is more to itself until others are answered.
 const CALLS_PER_CONNECTION: i32 = 1024;
-/// What gRPC itself may hold of messages that are still coming in.
-const TRANSPORT_BYTES: usize = 128 << 20;
+/// What gRPC itself may hold of messages that are still coming in. Beyond it closes connections, and
+/// not always those of the clients that send so much.
+const TRANSPORT_BYTES: usize = 512 << 20;
 /// A stop waits so long for answers that are being sent, to say goodbye between two of them.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// And so long for clients without a call to go by themselves.
