@@ -21,10 +21,11 @@ use nix::sys::signal::Signal;
 use scene::alone::{Alone, options, refused};
 use scene::client::Client;
 use scene::gostate::{self, Record};
-use scene::process::{Server, run, tool};
+use scene::process::{Server, eventually, run, tool};
 use scene::publisher::Repository;
 use scene::sandbox::{Sandbox, mounts_below};
 use scene::snapshotter::{Snapshotter, binary};
+use scene::stage::Stage;
 
 /// Everything that is in a tree, by path: what it is and what is in it.
 fn tree(top: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
@@ -359,6 +360,50 @@ fn root_live_mounts_of_the_go_snapshotter_are_replaced() {
         let layer = d.repository.layer_dir(&scene::alone::digest(1)).join("layerfs/dir/file-1");
         assert!(layer.exists(), "a layer of the repository was emptied");
     }
+}
+
+/// containerd's own overlayfs behind our socket is a Go snapshotter that writes its state with the
+/// same package. So a real containerd can be led from the one to the other.
+#[test]
+fn root_containerd_goes_on_with_what_was_taken_over() {
+    let mut stage = Stage::set("goes-on", "");
+    stage.snapshotter.end(Signal::SIGTERM);
+    let home = stage.snapshotter.root().join("snapshotter");
+    fs::remove_dir_all(&home).unwrap();
+    let mut command = Command::new(tool("gostate"));
+    command.arg("serve").arg(&home).arg(stage.snapshotter.socket());
+    let mut go = Server::start(&mut command, &stage.sandbox.path("go.log"));
+    go.wait_until("listen", || stage.snapshotter.socket().exists());
+    let image = stage.shell_image("local:1", "x");
+    let reference = stage.registry.push(&image);
+    stage.ours.pull(&reference);
+    stage.ours.start_container(&reference, "running", &["/bin/sleep", "1000"]);
+    stage.ours.exec("running", &["/bin/sh", "-c", "echo mine > /tmp/mine"]).ok();
+    go.end(Signal::SIGKILL);
+
+    stage.snapshotter.start_again();
+    let ours = stage.snapshotter.client();
+    assert_eq!(ours.list(&[]).unwrap().len(), image.layers.len() + 1, "the layers and the container");
+    // What ran runs on, the image starts others, and all of it can go and come again.
+    let written = stage.ours.root_of("running").join("tmp/mine");
+    assert_eq!(fs::read_to_string(written).unwrap(), "mine\n");
+    eventually("containerd finds the new one", || stage.ours.snapshots().list(&[]).is_ok());
+    let program = ["/bin/sh", "-c", "cat /data/text; ls /data"];
+    assert_eq!(stage.ours.run(&reference, "new", &program).ok(), "xtext\ntop\n");
+    let before = stage.registry.fetched();
+    stage.ours.pull(&reference);
+    assert_eq!(stage.registry.fetched().since(&before).layers_of(&image), 0, "a layer was fetched again");
+    stage.ours.end_container("running");
+    stage.ours.remove(&reference);
+    eventually("everything is gone", || {
+        stage.ours.collect_garbage();
+        ours.list(&[]).unwrap().is_empty() && stage.snapshot_dirs().is_empty()
+    });
+    stage.repository.publish(&image);
+    stage.ours.pull(&reference);
+    assert_eq!(stage.ours.run(&reference, "again", &program).ok(), "xtext\ntop\n");
+    let published = ours.list(&["kind==committed,labels.\"containerd.io/snapshot/remote\""]).unwrap();
+    assert_eq!(published.len(), image.layers.len(), "this time its layers come from the repository");
 }
 
 /// Reads everything; the result is the number of values.

@@ -3,6 +3,7 @@
 //
 //	gostate small|large DIRECTORY     writes DIRECTORY/metadata.db and DIRECTORY/snapshots
 //	gostate odd DIRECTORY             the same, with records that nothing should have written
+//	gostate serve DIRECTORY SOCKET    is a Go snapshotter: containerd's overlayfs, behind a socket
 //	gostate lock DIRECTORY            holds the lock of metadata.db until its standard input ends
 package main
 
@@ -11,14 +12,19 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 
+	api "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	bolt "go.etcd.io/bbolt"
+	"google.golang.org/grpc"
 )
 
 const (
@@ -266,11 +272,25 @@ func (s *state) print() {
 	check(json.NewEncoder(os.Stdout).Encode(records))
 }
 
+func serve(dir, socket string) {
+	snapshotter, err := overlay.NewSnapshotter(dir)
+	check(err)
+	server := grpc.NewServer()
+	api.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
+	listener, err := net.Listen("unix", socket)
+	check(err)
+	check(server.Serve(listener))
+}
+
 func main() {
-	if len(os.Args) != 3 {
-		check(fmt.Errorf("usage: gostate small|large|odd|lock DIRECTORY"))
+	if len(os.Args) < 3 {
+		check(fmt.Errorf("usage: gostate small|large|odd|lock DIRECTORY, or gostate serve DIRECTORY SOCKET"))
 	}
 	dir := os.Args[2]
+	if os.Args[1] == "serve" && len(os.Args) == 4 {
+		serve(dir, os.Args[3])
+		return
+	}
 	path := filepath.Join(dir, "metadata.db")
 	if os.Args[1] == "lock" {
 		db, err := bolt.Open(path, 0o600, nil)

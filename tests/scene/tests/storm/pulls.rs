@@ -141,7 +141,8 @@ impl<'s> Puller<'s> {
     }
 
     fn run(&mut self, reference: &str, number: usize) {
-        let script = "cat /data/text /data/top; ls /data; echo new > /data/new; cat /data/new";
+        // What a container says right before its end, ctr 1.6 may lose.
+        let script = "cat /data/text /data/top; ls /data; echo new > /data/new; cat /data/new; sleep 0.3";
         let output = self.until_done("run", |p| {
             let id = p.new_id("run");
             said(p.ours.run(reference, &id, &["/bin/sh", "-c", script]))
