@@ -60,6 +60,11 @@ pub enum Error {
     RootInUse {
         root: PathBuf,
     },
+    /// Snapshots are there, and what says what they are is not.
+    MetadataGone {
+        path: PathBuf,
+        snapshots: usize,
+    },
     /// The daemon before us was killed, and cannot end.
     RootHeld {
         root: PathBuf,
@@ -106,6 +111,13 @@ impl fmt::Display for Error {
                 "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
                 root.display()
             ),
+            Self::MetadataGone { path, snapshots } => write!(
+                f,
+                "the metadata {} is gone, and {snapshots} snapshots are there; nothing was changed. Put a copy of the \
+                 file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin without these \
+                 snapshots, remove all images and containers that use them and move the directory snapshots beside it away",
+                path.display()
+            ),
             Self::RootHeld { root, pid } => write!(
                 f,
                 "the cvmfs-snapshotter with process id {pid} was killed and still holds the state root {}: a thread of \
@@ -144,6 +156,7 @@ impl Error {
             | Self::RootWithoutTypes { .. } => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }
+            | Self::MetadataGone { .. }
             | Self::RootHeld { .. }
             | Self::Takeover(_)
             | Self::Rebuild(_)
@@ -456,6 +469,20 @@ fn make_private(path: &Path) -> Result<(), Error> {
         .map_err(|cause| Error::Root { path: path.to_owned(), cause })
 }
 
+/// Snapshots whose records lie beside their files, and no metadata: it was lost, and a start would
+/// forget them all. Not so before a takeover from a Go snapshotter, which writes records first.
+fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
+    if root.metadata.with_file_name(takeover::GO_METADATA).exists() {
+        return Ok(());
+    }
+    let entries = sys.read_dir(&root.snapshots).map_err(Error::System)?;
+    let ids = entries.iter().filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?));
+    match ids.filter(|id| places.record(*id).exists()).count() {
+        0 => Ok(()),
+        snapshots => Err(Error::MetadataGone { path: root.metadata.clone(), snapshots }),
+    }
+}
+
 fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
     let sys: Arc<dyn Sys> = Arc::new(Host);
     // Another snapshotter's directories, if the state root had one before us.
@@ -467,6 +494,7 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .max();
     if !root.metadata.exists() {
         let places = Places::new(root.snapshots.clone());
+        refuse_to_forget(root, &places, sys.as_ref())?;
         let first = config.repositories.first().map_or("", |at| at.name.as_str());
         takeover::take_over(&root.metadata, &places, occupied, first, sys.as_ref()).map_err(|e| match e {
             takeover::Error::Store(cause) => Error::Store(cause),

@@ -27,7 +27,8 @@ use crate::types::{
 };
 
 /// A Go snapshotter's metadata, beside where ours is.
-const FILE: &str = "metadata.db";
+/// What the Go snapshotter calls its metadata.
+pub const GO_METADATA: &str = "metadata.db";
 
 #[derive(Debug)]
 pub enum Error {
@@ -78,7 +79,7 @@ pub fn take_over(
     repository: &str,
     sys: &dyn Sys,
 ) -> Result<(), Error> {
-    let path = metadata.with_file_name(FILE);
+    let path = metadata.with_file_name(GO_METADATA);
     let failed = |cause| Error::File { path: path.clone(), cause };
     // Locked until our store stands, so that no Go snapshotter begins to write meanwhile.
     let Some(held) = file::read(&path).map_err(failed)? else { return Ok(()) };

@@ -122,6 +122,9 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     newer_schema(&file);
     let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
     assert!(!message.contains("rebuild"), "{message}");
+    // An empty store in its place would have forgotten everything.
+    fs::remove_file(&file).unwrap();
+    refused("gone", "is gone, and 6 snapshots are there", "--rebuild-metadata");
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
     assert_eq!(d.snapshotter.client().list(&[]).unwrap().len(), 9);
