@@ -36,6 +36,8 @@ const HELD_LIMIT: Duration = Duration::from_secs(10);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
+/// Below the state root.
+const SNAPSHOTS: &str = "snapshotter/snapshots";
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 
@@ -58,6 +60,10 @@ pub enum Error {
         cause: io::Error,
     },
     RootInUse {
+        root: PathBuf,
+    },
+    /// No daemon has used that state root.
+    NothingToRebuild {
         root: PathBuf,
     },
     /// Snapshots are there, and what says what they are is not.
@@ -111,11 +117,17 @@ impl fmt::Display for Error {
                 "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
                 root.display()
             ),
+            Self::NothingToRebuild { root } => write!(
+                f,
+                "there is nothing to rebuild: {} has no {SNAPSHOTS}; is it the state root of the daemon (--root)?",
+                root.display()
+            ),
             Self::MetadataGone { path, snapshots } => write!(
                 f,
-                "the metadata {} is gone, and {snapshots} snapshots are there; nothing was changed. Put a copy of the \
-                 file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin without these \
-                 snapshots, remove all images and containers that use them and move the directory snapshots beside it away",
+                "the metadata {} is gone, and the records of {snapshots} local snapshots are there; nothing was changed. \
+                 Put a copy of the file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
+                 without any snapshot, remove the images and containers of this snapshotter and move the directory that \
+                 the file was in away",
                 path.display()
             ),
             Self::RootHeld { root, pid } => write!(
@@ -156,6 +168,7 @@ impl Error {
             | Self::RootWithoutTypes { .. } => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }
+            | Self::NothingToRebuild { .. }
             | Self::MetadataGone { .. }
             | Self::RootHeld { .. }
             | Self::Takeover(_)
@@ -178,6 +191,10 @@ fn check_config(arguments: &Arguments) -> Result<(), Error> {
 /// Makes the metadata anew, and says of what.
 fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(), Error> {
     let Loaded { config, .. } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    // A root that was mistyped must not be made.
+    if !arguments.root.join(SNAPSHOTS).is_dir() {
+        return Err(Error::NothingToRebuild { root: arguments.root.clone() });
+    }
     let root = StateRoot::take(&arguments.root)?;
     let first = config.repositories.first().map_or("", |at| at.name.as_str());
     let places = Places::new(root.snapshots.clone());
@@ -469,18 +486,18 @@ fn make_private(path: &Path) -> Result<(), Error> {
         .map_err(|cause| Error::Root { path: path.to_owned(), cause })
 }
 
-/// Snapshots whose records lie beside their files, and no metadata: it was lost, and a start would
-/// forget them all. Not so before a takeover from a Go snapshotter, which writes records first.
+/// There was metadata, and it is gone: a start would forget every snapshot. What lies beside it
+/// tells: the space put by, which is made after it, and the records of local snapshots, but for
+/// those that a takeover from a Go snapshotter writes before.
 fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
-    if root.metadata.with_file_name(takeover::GO_METADATA).exists() {
-        return Ok(());
-    }
     let entries = sys.read_dir(&root.snapshots).map_err(Error::System)?;
     let ids = entries.iter().filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?));
-    match ids.filter(|id| places.record(*id).exists()).count() {
-        0 => Ok(()),
-        snapshots => Err(Error::MetadataGone { path: root.metadata.clone(), snapshots }),
+    let snapshots = ids.filter(|id| places.record(*id).exists()).count();
+    let takes_over = root.metadata.with_file_name(takeover::GO_METADATA).exists();
+    if Store::was_at(&root.metadata) || (snapshots > 0 && !takes_over) {
+        return Err(Error::MetadataGone { path: root.metadata.clone(), snapshots });
     }
+    Ok(())
 }
 
 fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {

@@ -171,6 +171,11 @@ impl Store {
         Ok(store)
     }
 
+    /// Whether a store was open at `path` once, as far as what lies beside it tells.
+    pub fn was_at(path: &Path) -> bool {
+        path.with_extension("reserve").exists()
+    }
+
     /// As `write`, for what frees space: it works on a full disk as well, because space was
     /// put by for it.
     pub fn write_to_free<T, E: From<Error> + FullDisk>(

@@ -54,7 +54,8 @@ pub struct Held {
 pub fn read(path: &Path) -> Result<Option<Held>, Error> {
     // Looked at before: to open a fifo would wait for its writer.
     match path.metadata() {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A link to nothing is not nothing.
+        Err(e) if e.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() => return Ok(None),
         Err(e) => return Err(Error::Unreadable(e)),
         Ok(status) if !status.is_file() => return Err(Error::NotRegular),
         Ok(status) if status.len() > MOST_BYTES => return Err(Error::TooLarge { bytes: status.len() }),

@@ -124,7 +124,7 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     assert!(!message.contains("rebuild"), "{message}");
     // An empty store in its place would have forgotten everything.
     fs::remove_file(&file).unwrap();
-    refused("gone", "is gone, and 6 snapshots are there", "--rebuild-metadata");
+    refused("gone", "is gone, and the records of 6 local snapshots are there", "--rebuild-metadata");
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
     assert_eq!(d.snapshotter.client().list(&[]).unwrap().len(), 9);
@@ -142,6 +142,14 @@ fn root_metadata_is_rebuilt_from_the_directories_alone() {
     d.client.prepare("removed", "", &[]).unwrap();
     d.client.remove("removed").unwrap();
 
+    let wrong = d.sandbox.path("wrong").display().to_string();
+    let output = run(binary(), ["--rebuild-metadata", "--containerd-metadata", "none", "--root", &wrong]);
+    assert!(
+        output.stderr.contains("there is nothing to rebuild") && output.stderr.contains(&wrong),
+        "{}",
+        output.stderr
+    );
+    assert!(!Path::new(&wrong).exists(), "a root that was mistyped is made");
     let output = rebuild(&d.snapshotter, &["--containerd-metadata", "none"]);
     assert!(output.stderr.contains("another cvmfs-snapshotter uses the state root"), "{}", output.stderr);
     d.snapshotter.end(Signal::SIGKILL);

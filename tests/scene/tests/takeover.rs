@@ -152,6 +152,11 @@ fn root_every_record_of_the_go_snapshotter_is_taken_over() {
     // The same image, pulled by another namespace, finds its layers.
     let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::alone::digest(2));
     assert_eq!(again, "sha256:c2");
+    // Once there was new metadata, the old is true no more, and is not taken over again.
+    d.snapshotter.end(Signal::SIGTERM);
+    fs::remove_file(home.join("metadata.redb")).unwrap();
+    let message = refusal(&d.snapshotter);
+    assert!(message.contains("is gone") && message.contains("--rebuild-metadata"), "{message}");
 }
 
 #[test]
@@ -247,6 +252,9 @@ fn root_a_go_snapshotter_that_runs_or_left_a_damaged_file_is_not_taken_over() {
     fs::create_dir(&file).unwrap();
     assert!(refusal(&d.snapshotter).contains("is not a regular file"));
     fs::remove_dir(&file).unwrap();
+    std::os::unix::fs::symlink("nowhere", &file).unwrap();
+    assert!(refusal(&d.snapshotter).contains("snapshotter/metadata.db"));
+    fs::remove_file(&file).unwrap();
     // With a copy put back it goes on.
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
