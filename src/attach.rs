@@ -302,7 +302,7 @@ impl Attacher {
 
     fn found(&self, home: &Path, place: &Path, wanted: Status) -> Result<Found> {
         // Of a mount of something else nothing is asked: its server may hang.
-        if self.sys.mounted_fuse(place)?.is_some_and(|device| device != wanted.device) {
+        if self.sys.mounted(place)?.is_some_and(|device| device != wanted.device) {
             return Ok(Found::Other);
         }
         let there = match self.sys.lstat(place) {

@@ -10,6 +10,7 @@ mod aside;
 mod creation;
 #[cfg(test)]
 pub mod disk;
+mod group;
 pub(crate) mod record;
 pub mod sidecar;
 mod transaction;
@@ -17,7 +18,6 @@ mod trial;
 
 use std::fmt;
 use std::fs::{self, File};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,6 +25,7 @@ use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 
 use self::aside::{Aside, Locks};
+use self::group::Turns;
 use self::transaction::{BY_REF, CHILDREN, CLEANUP, KEYS, META, ROOTFS, SCANS, SNAPSHOTS};
 pub use self::transaction::{Lookup, Read, Write};
 use crate::types::{Quoted, SnapshotId};
@@ -37,7 +38,7 @@ const NEXT_ID: &str = "next_id";
 const FIRST_ID: &str = "first_id";
 
 /// So many ids are reserved by one durable write. What is left of a block at a stop is skipped.
-const ID_BLOCK: u64 = 64;
+const ID_BLOCK: u64 = 1024;
 const CACHE_BYTES: usize = 16 << 20;
 const RESERVE_BYTES: usize = 1 << 20;
 
@@ -122,6 +123,7 @@ pub struct Store {
     reserve: PathBuf,
     /// None after a failed write, until the file is opened again.
     database: RwLock<Option<Opened>>,
+    turns: Turns,
     closed: AtomicBool,
     /// Ids that are reserved and not handed out yet.
     reserved: Mutex<std::ops::Range<u64>>,
@@ -163,10 +165,12 @@ impl Store {
             open: engine,
             reserve,
             database: RwLock::new(Some(Opened { database, frozen: false })),
+            turns: Turns::default(),
             closed: AtomicBool::new(false),
             reserved: Mutex::new(0..0),
             first_id: SnapshotId(first_id),
         };
+        store.go_on_numbering()?;
         store.restore_reserve();
         Ok(store)
     }
@@ -239,61 +243,6 @@ impl Store {
         body(&Read { transaction, path: &self.path })
     }
 
-    /// All of `body` or nothing of it. `body` may run a second time, on a fresh transaction,
-    /// when the engine had to be opened again.
-    pub fn write<T, E: From<Error>>(
-        &self,
-        body: impl Fn(&Write) -> std::result::Result<T, E>,
-    ) -> std::result::Result<T, E> {
-        for last in [false, true] {
-            self.ensure_open(For::Writing)?;
-            let result = self.try_write(&body);
-            match result {
-                Attempt::Done(result) => return result,
-                // The engine refuses everything after a write failed (a full disk, say) until
-                // its file is opened anew. Only the first call that notices has to try again.
-                Attempt::Failed(error) => {
-                    let stale = matches!(error, Error::Engine { cause: redb::Error::PreviousIo, .. });
-                    self.close();
-                    if !stale || last {
-                        return Err(error.into());
-                    }
-                }
-            }
-        }
-        unreachable!("the second attempt returns")
-    }
-
-    fn try_write<T, E: From<Error>>(&self, body: &impl Fn(&Write) -> std::result::Result<T, E>) -> Attempt<T, E> {
-        let database = self.database.read();
-        let Some(Opened { database, frozen: false }) = database.as_ref() else {
-            // Somebody else's write failed meanwhile, and closed it.
-            return Attempt::Failed(self.error(StorageError::PreviousIo));
-        };
-        let transaction = match database.begin_write() {
-            Ok(transaction) => transaction,
-            Err(e) => return Attempt::Failed(self.error(e)),
-        };
-        let write = Write { transaction, path: &self.path };
-        // A panic must not leave the engine with a transaction that nobody ends.
-        match catch_unwind(AssertUnwindSafe(|| body(&write))) {
-            Ok(Ok(value)) => match write.transaction.commit() {
-                Ok(()) => Attempt::Done(Ok(value)),
-                Err(e) => Attempt::Failed(self.error(e)),
-            },
-            Ok(Err(refused)) => match write.transaction.abort() {
-                Ok(()) => Attempt::Done(Err(refused)),
-                Err(e) => Attempt::Failed(self.error(e)),
-            },
-            Err(panic) => {
-                if let Err(e) = write.transaction.abort() {
-                    log::error!("{}", self.error(e));
-                }
-                resume_unwind(panic)
-            }
-        }
-    }
-
     fn ensure_open(&self, purpose: For) -> Result<()> {
         if self.closed.load(Ordering::SeqCst) {
             return Err(self.error(StorageError::DatabaseClosed));
@@ -328,12 +277,6 @@ impl Store {
         *self.database.write() = None;
     }
 
-    /// As at the end of the process: nothing can be read or written any more.
-    pub fn close_for_good(&self) {
-        self.closed.store(true, Ordering::SeqCst);
-        self.close();
-    }
-
     fn error(&self, cause: impl Into<redb::Error>) -> Error {
         Error::Engine { path: self.path.clone(), cause: cause.into() }
     }
@@ -349,13 +292,6 @@ impl FullDisk for Error {
         let Self::Engine { cause: redb::Error::Io(cause), .. } = self else { return false };
         cause.raw_os_error() == Some(nix::errno::Errno::ENOSPC as i32)
     }
-}
-
-enum Attempt<T, E> {
-    /// Committed, or refused by the body and undone.
-    Done(std::result::Result<T, E>),
-    /// The engine failed; nothing was written.
-    Failed(Error),
 }
 
 /// The engine, open.

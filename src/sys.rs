@@ -20,6 +20,7 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
@@ -28,6 +29,7 @@ use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
+use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_socket};
@@ -190,6 +192,9 @@ pub trait Sys: Send + Sync {
     /// The device of the FUSE file system that is mounted on exactly this path, if one is. Asks
     /// the mount table only: a server that hangs cannot keep anybody waiting here.
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>>;
+    /// The device of whatever is mounted on exactly this path, if anything is. Asks no file system,
+    /// as `mounted_fuse`, and does not read the mount table, which may be long, unless it must.
+    fn mounted(&self, path: &Path) -> Result<Option<u64>>;
     /// The mount points strictly below `path`, in this mount namespace.
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>>;
 }
@@ -364,6 +369,22 @@ impl Sys for Host {
         Ok(found.filter(|mount| mount.is_fuse).map(|mount| mount.device))
     }
 
+    fn mounted(&self, path: &Path) -> Result<Option<u64>> {
+        if statx_tells_mounts() {
+            return match cached_status(path) {
+                Ok(status) => {
+                    let is_mounted = status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+                    Ok(is_mounted.then(|| makedev(status.stx_dev_major.into(), status.stx_dev_minor.into())))
+                }
+                Err(rustix::io::Errno::NOENT) => Ok(None),
+                Err(e) => Err(Error::new("statx", path, Errno::from_raw(e.raw_os_error()))),
+            };
+        }
+        let table = mount_table()?;
+        // The last one is the uppermost.
+        Ok(mounts(&table).filter(|mount| mount.point == path).last().map(|mount| mount.device))
+    }
+
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {
         let table = mount_table()?;
         let points = mounts(&table).map(|mount| mount.point);
@@ -375,6 +396,20 @@ impl Sys for Host {
 /// overlays: ext4 made without `filetype` and XFS made with `ftype=0` cannot.
 pub fn tells_types(path: &Path) -> Result<bool> {
     tree::tells_types(path).map_err(|e| Error::new("read directory", path, e))
+}
+
+/// What the kernel knows already: no server of a file system is asked.
+fn cached_status(path: &Path) -> rustix::io::Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    statx(CWD, path, flags, StatxFlags::empty())
+}
+
+/// Since Linux 5.8. Before 4.20 it would even ask the server of a FUSE mount.
+fn statx_tells_mounts() -> bool {
+    static TELLS: LazyLock<bool> = LazyLock::new(|| {
+        cached_status(Path::new("/")).is_ok_and(|root| root.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT))
+    });
+    *TELLS
 }
 
 /// Of this thread: `/proc/self` would be the first thread's, and tests have namespaces of their own.

@@ -148,7 +148,7 @@ impl Handlers {
     where
         Q: Message,
         R: Send + 'static,
-        F: Fn(&Snapshotter, Q, &dyn Fn() -> bool) -> snapshotter::Result<R> + Clone + Send + 'static,
+        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> snapshotter::Result<R> + Clone + Send + 'static,
     {
         let handlers = self.clone();
         let name = method.name;

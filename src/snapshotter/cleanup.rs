@@ -2,8 +2,11 @@
 //! snapshot stands on. Its cost follows the list of what was removed, not what exists.
 #![forbid(unsafe_code)]
 
+use std::collections::{HashMap, HashSet};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use super::{Error, Result, Snapshotter};
 use crate::attach::Released;
@@ -12,7 +15,13 @@ use crate::store::Lookup;
 use crate::types::SnapshotId;
 
 /// So many ids are worked on between two looks at the mount table.
-const BATCH: usize = 256;
+const BATCH: usize = 1024;
+/// Threads that delete, at most,
+const CLEANERS: usize = 4;
+/// one more for so many snapshots.
+const WORTH_A_THREAD: usize = 16;
+
+type Mounts = HashMap<SnapshotId, Vec<PathBuf>>;
 
 /// What a cleanup did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,7 +33,7 @@ pub struct Cleaned {
 
 impl Snapshotter {
     /// One at a time, and one that waits: what a third one wants done, the waiting one does.
-    pub fn cleanup(&self, cancelled: &dyn Fn() -> bool) -> Result<Cleaned> {
+    pub fn cleanup(&self, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<Cleaned> {
         let _turn = match self.cleaning.try_lock() {
             Some(turn) => turn,
             None if self.cleanup_waits.swap(true, Ordering::SeqCst) => return Ok(Cleaned::default()),
@@ -47,55 +56,86 @@ impl Snapshotter {
 
     fn clean_list(
         &self,
-        cancelled: &dyn Fn() -> bool,
+        cancelled: &(dyn Fn() -> bool + Sync),
         cleaned: &mut Cleaned,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
-        let mut is_first = true;
+        let mut last = None;
         loop {
-            let mut batch = self.store.write_to_free(|tx| {
-                if is_first {
-                    // Nobody else cleans: what looks begun is of a cleanup that failed or was killed.
-                    tx.forget_begun_cleanups()?;
-                }
-                tx.begin_cleanup(BATCH).map_err(Error::from)
-            })?;
-            is_first = false;
+            let batch = self.store.write_to_free(|tx| tx.begin_cleanup(last, BATCH).map_err(Error::from))?;
             if batch.is_empty() {
                 return Ok(());
             }
-            let mounts = match self.sys.mounts_below(self.places.all()) {
+            last = batch.last().copied();
+            let mounts = match self.mounts_by_home() {
                 Ok(mounts) => mounts,
                 Err(e) => {
                     left.extend(batch);
-                    return Err(e.into());
+                    return Err(e);
                 }
             };
-            let mut done = Vec::new();
-            while let Some(id) = batch.pop() {
-                if cancelled() {
-                    left.push(id);
-                    left.append(&mut batch);
-                    self.finish(&done, cleaned)?;
-                    return Err(Error::Cancelled);
-                }
-                if self.clean(id, &mounts) { done.push(id) } else { left.push(id) }
+            let done = self.clean_batch(&batch, &mounts, cancelled);
+            left.extend(batch.iter().filter(|id| !done.contains(id)));
+            self.store.write_to_free(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
+            cleaned.done += done.len();
+            if cancelled() {
+                return Err(Error::Cancelled);
             }
-            self.finish(&done, cleaned)?;
         }
     }
 
-    fn finish(&self, done: &[SnapshotId], cleaned: &mut Cleaned) -> Result<()> {
-        self.store.write_to_free(|tx| tx.finish_cleanup(done).map_err(Error::from))?;
-        cleaned.done += done.len();
-        Ok(())
+    /// What is mounted below each snapshot's directory.
+    fn mounts_by_home(&self) -> Result<Mounts> {
+        let all = self.places.all();
+        let mut mounts = Mounts::new();
+        for mount in self.sys.mounts_below(all)? {
+            let below = mount.strip_prefix(all).ok();
+            let home = below.and_then(|below| below.iter().next()?.to_str());
+            if let Some(id) = home.and_then(SnapshotId::from_directory_name) {
+                mounts.entry(id).or_default().push(mount);
+            }
+        }
+        Ok(mounts)
+    }
+
+    /// With several threads, if it is worth it: they wait for the disk, mostly. The result is
+    /// what needs no cleanup any more.
+    fn clean_batch(
+        &self,
+        batch: &[SnapshotId],
+        mounts: &Mounts,
+        cancelled: &(dyn Fn() -> bool + Sync),
+    ) -> HashSet<SnapshotId> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = HashSet::new();
+            while !cancelled()
+                && let Some(id) = batch.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                if self.clean(*id, mounts.get(id).map_or(&[], Vec::as_slice)) {
+                    done.insert(*id);
+                }
+            }
+            done
+        };
+        thread::scope(|scope| {
+            let helpers = (batch.len() / WORTH_A_THREAD).min(CLEANERS - 1);
+            let name = || thread::Builder::new().name("cleaner".to_owned());
+            // One that cannot be started is done without.
+            let helpers: Vec<_> = (0..helpers).filter_map(|_| name().spawn_scoped(scope, work).ok()).collect();
+            let mut done = work();
+            for helper in helpers {
+                done.extend(helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            done
+        })
     }
 
     /// Whether `id` needs no cleanup any more.
     fn clean(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
         let home = self.places.home(id);
         let ours = [Form::Layer, Form::Flat].map(|form| self.places.root(id, form));
-        if let Some(foreign) = mounts.iter().find(|m| m.starts_with(&home) && !ours.contains(m)) {
+        if let Some(foreign) = mounts.iter().find(|mount| !ours.contains(mount)) {
             log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
             return false;
         }

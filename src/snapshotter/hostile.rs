@@ -66,6 +66,7 @@ impl Sys for Watched {
         asked statfs(path: &Path) -> FileSystem, path;
         asked disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), path;
         asked mounted_fuse(path: &Path) -> Option<u64>, path;
+        asked mounted(path: &Path) -> Option<u64>, path;
         asked mounts_below(path: &Path) -> Vec<PathBuf>, path;
     }
 

@@ -3,13 +3,14 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
 use crate::store::Lookup;
 use crate::sys::FileType;
-use crate::types::{Snapshot, SnapshotId};
+use crate::types::{Digest, SnapshotId};
 
 /// What a start found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,22 +27,53 @@ pub struct Found {
 }
 
 impl Snapshotter {
-    /// To be called once, before the first call is served.
+    /// To be called once, before the first call is served. Of each snapshot no more is kept in
+    /// memory than numbers: there may be many.
     pub fn recover(&self) -> Result<Found> {
-        let mut records: Vec<Snapshot> = Vec::new();
-        self.store.read(|tx| tx.for_each(|snapshot| records.push(snapshot)).map_err(Error::from))?;
-        let mut found = Found { snapshots: records.len(), ..Found::default() };
-        for snapshot in records.iter().filter(|s| s.layer.is_none()) {
-            if let Err(e) = self.require_files(snapshot) {
-                log::error!("{e}");
-                found.broken.push(snapshot.id);
+        let mut found = Found::default();
+        let mut local = HashSet::new();
+        let mut needed = Digests::default();
+        self.store.read(|tx| {
+            tx.for_each(|snapshot| {
+                found.snapshots += 1;
+                let Some(layer) = &snapshot.layer else {
+                    local.insert(snapshot.id);
+                    if let Err(e) = self.require_files(&snapshot) {
+                        log::error!("{e}");
+                        found.broken.push(snapshot.id);
+                    }
+                    return;
+                };
+                needed.add(&layer.digest);
+            })?;
+            tx.for_each_flat(|flat| needed.add(&flat.config)).map_err(Error::from)
+        })?;
+        let mut others = Vec::new();
+        self.sys.for_each_entry(self.places.all(), &mut |name, _| {
+            let id = name.to_str().and_then(SnapshotId::from_directory_name);
+            if id.is_none_or(|id| !local.contains(&id)) {
+                others.push(id);
             }
+        })?;
+        let leftovers = self.look_at(&others, &mut found)?;
+        // What was found in layers that nobody has any more.
+        let forgotten = self.store.read(|tx| tx.scans_of_nobody(|digest| needed.has(digest)).map_err(Error::from))?;
+        if !forgotten.is_empty() {
+            self.store.write_to_free(|tx| tx.forget_scans(&forgotten).map_err(Error::from))?;
         }
+        found.leftovers = leftovers.len();
+        if !leftovers.is_empty() {
+            self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;
+        }
+        Ok(found)
+    }
+
+    /// Entries that are no directories of local snapshots; the result is what nothing needs.
+    fn look_at(&self, entries: &[Option<SnapshotId>], found: &mut Found) -> Result<Vec<SnapshotId>> {
         let mounts = self.sys.mounts_below(self.places.all())?;
         let mut leftovers = Vec::new();
-        for (name, _) in self.sys.read_dir(self.places.all())? {
-            let id = name.to_str().and_then(SnapshotId::from_directory_name);
-            match id {
+        for id in entries {
+            match *id {
                 Some(id) if id >= self.store.first_id() || self.is_known(id)? => {
                     if self.store.read(|tx| needs_its_directory(tx, id))? {
                         continue;
@@ -61,21 +93,7 @@ impl Snapshotter {
                 _ => found.foreign += 1,
             }
         }
-        // What was found in layers that nobody has any more.
-        let digests: HashSet<&str> =
-            records.iter().filter_map(|s| s.layer.as_ref()).map(|layer| layer.digest.as_str()).collect();
-        let configs = self.sources.flat_configs(&records)?;
-        let forgotten = self.store.read(|tx| {
-            tx.scans_of_nobody(|digest| digests.contains(digest) || configs.contains(digest)).map_err(Error::from)
-        })?;
-        if !forgotten.is_empty() {
-            self.store.write_to_free(|tx| tx.forget_scans(&forgotten).map_err(Error::from))?;
-        }
-        found.leftovers = leftovers.len();
-        if !leftovers.is_empty() {
-            self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;
-        }
-        Ok(found)
+        Ok(leftovers)
     }
 
     /// Whether the metadata has this number, of a snapshot or of one that was removed.
@@ -95,5 +113,23 @@ impl Snapshotter {
             Ok(status) if status.file_type == FileType::Directory => !self.sys.read_dir(&fs)?.is_empty(),
             _ => false,
         })
+    }
+}
+
+/// Digests, by their hashes: two that have the same are taken for one, which keeps the findings
+/// about a layer that nobody has.
+#[derive(Default)]
+struct Digests {
+    hasher: RandomState,
+    hashes: HashSet<u64>,
+}
+
+impl Digests {
+    fn add(&mut self, digest: &Digest) {
+        self.hashes.insert(self.hasher.hash_one(digest.as_str()));
+    }
+
+    fn has(&self, digest: &str) -> bool {
+        self.hashes.contains(&self.hasher.hash_one(digest))
     }
 }

@@ -7,7 +7,6 @@
 //! image's own, or shown as a layer has it.
 #![forbid(unsafe_code)]
 
-use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -239,19 +238,6 @@ impl Sources {
             .and_then(|top| self.scans.start(subject, repository, top, Turn::Last))
             .map(drop)
             .map_err(|why| unavailable(layer, why))
-    }
-
-    /// The configurations whose root file systems chains use.
-    pub fn flat_configs(&self, records: &[Snapshot]) -> Result<HashSet<String>> {
-        self.store.read(|tx| {
-            let mut configs = HashSet::new();
-            for snapshot in records.iter().filter(|snapshot| snapshot.layer.is_some()) {
-                if let Some(Rootfs::Flat(flat)) = tx.rootfs(snapshot.id)? {
-                    configs.insert(flat.config.as_str().to_owned());
-                }
-            }
-            Ok::<_, Error>(configs)
-        })
     }
 }
 

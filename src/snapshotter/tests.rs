@@ -232,7 +232,7 @@ fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     }));
     assert!(panicked.is_err());
     s.prepare(wanted("key", "", &[])).unwrap();
-    assert_eq!(s.store.write(|tx| tx.begin_cleanup(9).map_err(Error::from)).unwrap(), []);
+    assert_eq!(s.store.write(|tx| tx.begin_cleanup(None, 9).map_err(Error::from)).unwrap(), []);
 }
 
 #[test]

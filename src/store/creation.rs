@@ -45,7 +45,7 @@ fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], lefto
     let database = open_database(path, &engine(path))?;
     initialise(&database, occupied).map_err(|e| e.at(path))?;
     let failed = |cause: redb::Error| Error::Engine { path: path.to_owned(), cause };
-    let write = Write { transaction: database.begin_write().map_err(|e| failed(e.into()))?, path };
+    let write = Write::new(database.begin_write().map_err(|e| failed(e.into()))?, path);
     snapshots.iter().try_for_each(|snapshot| write.insert(snapshot))?;
     write.schedule_cleanup(leftovers)?;
     write.transaction.commit().map_err(|e| failed(e.into()))

@@ -3,13 +3,14 @@
 //! The invariants of the module above are kept here, by each operation for itself.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::path::Path;
 
 use redb::{ReadTransaction, ReadableTable, TableDefinition, Value, WriteTransaction};
 
 use super::{Error, Result, record};
 use crate::repository::scan::{Extent, Scan, Subject};
-use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Rootfs, Snapshot, SnapshotId};
+use crate::types::{Flat, Key, Kind, LABEL_SNAPSHOT_REF, Rootfs, Snapshot, SnapshotId};
 
 /// Counters and the schema version, by name.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -39,7 +40,8 @@ pub struct Read<'s> {
 /// A write transaction; what it wrote, it reads.
 pub struct Write<'s> {
     pub(super) transaction: WriteTransaction,
-    pub(super) path: &'s Path,
+    path: &'s Path,
+    changed: Cell<bool>,
 }
 
 /// What can be asked inside either kind of transaction.
@@ -164,6 +166,17 @@ pub trait Lookup {
         Ok(keys)
     }
 
+    /// Calls `each` for every whole root file system that was decided for.
+    fn for_each_flat(&self, mut each: impl FnMut(Flat)) -> Result<()> {
+        for row in self.table(ROOTFS)?.iter().map_err(|e| self.error(e))? {
+            let (id, value) = row.map_err(|e| self.error(e))?;
+            if let Rootfs::Flat(flat) = record::decode_rootfs(SnapshotId(id.value()), value.value())? {
+                each(flat);
+            }
+        }
+        Ok(())
+    }
+
     /// What was decided for the chain below and with snapshot `id`.
     fn rootfs(&self, id: SnapshotId) -> Result<Option<Rootfs>> {
         let table = self.table(ROOTFS)?;
@@ -190,7 +203,7 @@ impl Lookup for Write<'_> {
         &self,
         definition: TableDefinition<K, V>,
     ) -> Result<impl ReadableTable<K, V> + '_> {
-        self.open(definition)
+        self.transaction.open_table(definition).map_err(|e| self.error(e))
     }
 
     fn error(&self, cause: impl Into<redb::Error>) -> Error {
@@ -198,11 +211,22 @@ impl Lookup for Write<'_> {
     }
 }
 
-impl Write<'_> {
+impl<'s> Write<'s> {
+    pub(super) fn new(transaction: WriteTransaction, path: &'s Path) -> Self {
+        Self { transaction, path, changed: Cell::new(false) }
+    }
+
+    /// Whether more than questions were asked.
+    pub(super) fn has_changed(&self) -> bool {
+        self.changed.get()
+    }
+
+    /// A table that is about to be changed.
     pub(super) fn open<K: redb::Key + 'static, V: Value + 'static>(
         &self,
         definition: TableDefinition<K, V>,
     ) -> Result<redb::Table<'_, K, V>> {
+        self.changed.set(true);
         self.transaction.open_table(definition).map_err(|e| self.error(e))
     }
 
@@ -290,47 +314,31 @@ impl Write<'_> {
         Ok(())
     }
 
-    /// Up to `limit` ids of the list that no cleanup has begun with. They stay on it, so that
-    /// a crash does not lose them.
-    pub fn begin_cleanup(&self, limit: usize) -> Result<Vec<SnapshotId>> {
-        let mut table = self.open(CLEANUP)?;
-        let mut begun = Vec::new();
-        for row in table.iter().map_err(|e| self.error(e))? {
-            let (id, is_begun) = row.map_err(|e| self.error(e))?;
-            if !is_begun.value() {
-                begun.push(SnapshotId(id.value()));
-                if begun.len() == limit {
-                    break;
-                }
-            }
+    /// Up to `limit` ids of the list, in their order and after `last`. They stay on it, so that a
+    /// crash does not lose them, and are marked, so that it shows if they are put on it again.
+    pub fn begin_cleanup(&self, last: Option<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
+        let from = last.map_or(0, |last| last.0.saturating_add(1));
+        let ids = {
+            let table = self.table(CLEANUP)?;
+            let rows = table.range(from..).map_err(|e| self.error(e))?.take(limit);
+            rows.map(|row| Ok(SnapshotId(row.map_err(|e| self.error(e))?.0.value()))).collect::<Result<Vec<_>>>()?
+        };
+        // A list with nothing on it costs no write.
+        for id in &ids {
+            self.open(CLEANUP)?.insert(id.0, true).map_err(|e| self.error(e))?;
         }
-        for id in &begun {
-            table.insert(id.0, true).map_err(|e| self.error(e))?;
-        }
-        Ok(begun)
+        Ok(ids)
     }
 
     /// Takes ids off the list with which a cleanup is through, unless they were put on it
     /// again meanwhile.
-    pub fn finish_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
+    pub fn finish_cleanup(&self, ids: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
         let mut table = self.open(CLEANUP)?;
         for id in ids {
-            table.retain_in(id.0..=id.0, |_, is_begun| !is_begun).map_err(|e| self.error(e))?;
-        }
-        Ok(())
-    }
-
-    /// What a cleanup had begun with when it failed or was killed is to be done again.
-    pub fn forget_begun_cleanups(&self) -> Result<()> {
-        let mut table = self.open(CLEANUP)?;
-        let begun: Vec<u64> = table
-            .iter()
-            .map_err(|e| self.error(e))?
-            .filter_map(|row| row.map(|(id, is_begun)| is_begun.value().then(|| id.value())).transpose())
-            .collect::<std::result::Result<_, _>>()
-            .map_err(|e| self.error(e))?;
-        for id in begun {
-            table.insert(id, false).map_err(|e| self.error(e))?;
+            let is_begun = table.get(id.0).map_err(|e| self.error(e))?.is_some_and(|is_begun| is_begun.value());
+            if is_begun {
+                table.remove(id.0).map_err(|e| self.error(e))?;
+            }
         }
         Ok(())
     }

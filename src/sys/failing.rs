@@ -112,6 +112,7 @@ impl Sys for Failing {
         Question statfs(path: &Path) -> FileSystem, at path;
         Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), at path;
         Question mounted_fuse(path: &Path) -> Option<u64>, at path;
+        Question mounted(path: &Path) -> Option<u64>, at path;
         Question mounts_below(path: &Path) -> Vec<PathBuf>, at path;
     }
 
