@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make` targets need beyond a Rust toolchain, on Debian 12, as root.
 #
-#   tests/setup.sh build|demo|test|lint
+#   tests/setup.sh build|demo|test|bench|lint
 #
 # Says what it does. Build tools come from Debian and are installed; containerd, runc and
 # the registry are only unpacked into the cache folder, so that a containerd of the system
@@ -10,7 +10,7 @@ set -euo pipefail
 
 cache=${CVMFS_SNAPSHOTTER_CACHE:?set by the Makefile}
 tools=$cache/tools
-want=${1:?build, demo, test or lint}
+want=${1:?build, demo, test, bench or lint}
 here=$(cd "$(dirname "$0")" && pwd)
 export DEBIAN_FRONTEND=noninteractive
 
@@ -91,13 +91,13 @@ go_build() {
 }
 
 case $want in
-build | demo | test | lint)
+build | demo | test | bench | lint)
     packages ca-certificates cmake g++ make
     ;;
 *) die "unknown target $want" ;;
 esac
 case $want in
-demo | test)
+demo | test | bench)
     packages e2fsprogs findutils gzip libseccomp2 libxml2 mount openssl procps tar
     unpack autofs busybox-static containerd docker-registry runc
     ;;
@@ -151,6 +151,12 @@ test)
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
     go_build gostate "$here/tools/gostate" .
+    ;;
+bench)
+    packages util-linux
+    go_program
+    go_build gostate "$here/tools/gostate" .
+    go_build gopeer "$here/tools/gopeer" .
     ;;
 lint)
     packages shellcheck

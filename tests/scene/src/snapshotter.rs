@@ -48,7 +48,8 @@ impl Snapshotter {
         snapshotter
     }
 
-    fn configured(dir: &Path, repository: &Path, more: &str) -> Self {
+    /// Not started.
+    pub fn configured(dir: &Path, repository: &Path, more: &str) -> Self {
         fs::create_dir_all(dir).expect("the snapshotter's directory can be made");
         let config =
             format!("repository = \"scene.test\"\nabsolute-mountpoint = \"{}\"\n{more}\n", repository.display());
@@ -87,9 +88,13 @@ impl Snapshotter {
     }
 
     pub fn command(&self) -> Command {
+        self.command_that_logs("debug")
+    }
+
+    pub fn command_that_logs(&self, level: &str) -> Command {
         let mut command = Command::new(binary());
         command.arg("--address").arg(self.socket()).arg("--root").arg(self.root());
-        command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", "debug"]);
+        command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", level]);
         command
     }
 

@@ -1,0 +1,121 @@
+//! What it takes to remove the files of many snapshots, and what others notice of it.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use scene::client::Client;
+use scene::sandbox::Sandbox;
+
+use crate::contestant::{Contestant, Trouble, clients, crowd, trouble};
+use crate::report::{Group, Unit};
+use crate::stats::{Cell, quantile, seconds};
+use crate::{Say, contestants, number_from};
+
+const ROUNDS: usize = 3;
+const FILES: usize = 20;
+const MAKING: usize = 16;
+/// The calls that a cleanup is compared with are made for so long.
+const QUIET: Duration = Duration::from_secs(1);
+
+pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
+    let number = number_from("BENCH_CLEANUP", 3000);
+    let contestants = contestants(sandbox, "cleanup", None);
+    let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
+    let mut group = Group::new(&format!("Cleanup of {number} removed snapshots"), &names);
+    group.note(
+        "calls: Stat, Prepare, Remove of one client; the slowest and p99 of one such cycle in a round".to_owned(),
+    );
+    let mut results: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
+    for n in 0..ROUNDS {
+        for (contestant, results) in contestants.iter().zip(&mut results) {
+            say.that(&format!("cleanup, round {}, {}", n + 1, contestant.name));
+            match round(contestant, number, n) {
+                Ok(round) => results.push(round),
+                Err(why) => group.note(format!("{}: {why}", contestant.name)),
+            }
+        }
+    }
+    for (contestant, rounds) in contestants.iter().zip(&results) {
+        let mut put = |name: &str, unit, of: &dyn Fn(&Round) -> f64| {
+            group.put(name, unit, &contestant.name, Cell::of(&rounds.iter().map(of).collect::<Vec<_>>()));
+        };
+        put("empty ones", Unit::Seconds, &|r| r.empty);
+        put(&format!("with {FILES} files each, beside calls"), Unit::Seconds, &|r| r.filled);
+        put("calls without a cleanup: p99", Unit::Millis, &|r| quantile(&r.quiet, 0.99));
+        put("calls without a cleanup: slowest", Unit::Millis, &|r| quantile(&r.quiet, 1.0));
+        put("calls during a cleanup: p99", Unit::Millis, &|r| quantile(&r.beside, 0.99));
+        put("calls during a cleanup: slowest", Unit::Millis, &|r| quantile(&r.beside, 1.0));
+    }
+    group
+}
+
+struct Round {
+    empty: f64,
+    filled: f64,
+    /// Cycles, sorted.
+    quiet: Vec<f64>,
+    beside: Vec<f64>,
+}
+
+fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Trouble> {
+    let clients = clients(contestant, MAKING);
+    let (first, other) = (&clients[0], &clients[1]);
+    let prefix = format!("{}cleanup-{n}/", contestant.prefix());
+
+    make(&clients, &format!("{prefix}empty-"), number, 0)?;
+    nix::unistd::sync();
+    let (empty, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
+    result.map_err(trouble)?;
+
+    make(&clients, &format!("{prefix}filled-"), number, FILES)?;
+    nix::unistd::sync();
+    let until = Instant::now() + QUIET;
+    let quiet = calls(other, &format!("{prefix}quiet-"), || Instant::now() < until)?;
+    nix::unistd::sync();
+    let cleaning = AtomicBool::new(true);
+    let (filled, beside) = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| calls(other, &format!("{prefix}beside-"), || cleaning.load(Ordering::Relaxed)));
+        let (filled, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
+        cleaning.store(false, Ordering::Relaxed);
+        let beside = beside.join().expect("a client does not panic")?;
+        result.map_err(trouble).map(|()| (filled, beside))
+    })?;
+    first.cleanup().map_err(trouble)?;
+    Ok(Round { empty, filled, quiet, beside })
+}
+
+/// Snapshots that were there and are removed.
+fn make(clients: &[Client], prefix: &str, number: usize, files: usize) -> Result<(), Trouble> {
+    crowd(clients, number, |client, n| {
+        let key = format!("{prefix}{n}");
+        let mounts = client.prepare(&key, "", &[]).map_err(trouble)?;
+        let top = mounts.first().map(|mount| mount.source.clone()).unwrap_or_default();
+        for file in 0..files {
+            let path = Path::new(&top).join(file.to_string());
+            fs::write(&path, "x").map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        client.remove(&key).map_err(trouble)
+    })
+}
+
+/// Seconds of each cycle, sorted; one at least.
+fn calls(client: &Client, prefix: &str, go_on: impl Fn() -> bool) -> Result<Vec<f64>, Trouble> {
+    let mut times = Vec::new();
+    loop {
+        let key = format!("{prefix}{}", times.len());
+        let (took, result) = seconds(|| {
+            client.prepare(&key, "", &[])?;
+            client.stat(&key)?;
+            client.remove(&key)
+        });
+        result.map_err(trouble)?;
+        times.push(took);
+        if !go_on() {
+            break;
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}

@@ -1,0 +1,120 @@
+//! What a container costs in records: Prepare, Mounts and Remove, by one client and by many.
+
+use std::process::id;
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+use scene::client::Client;
+use scene::sandbox::Sandbox;
+
+use crate::contestant::{Contestant, Trouble, clients, trouble};
+use crate::host::{cores, processor_seconds};
+use crate::report::{Group, Unit};
+use crate::stats::{Cell, float, quantile};
+use crate::{Say, contestants};
+
+const CLIENTS: [usize; 3] = [1, 8, 32];
+const ROUNDS: usize = 3;
+const ROUND: Duration = Duration::from_secs(3);
+
+pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
+    let contestants = contestants(sandbox, "cycles", None);
+    let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
+    let mut group = Group::new("Prepare, Mounts, Remove: durable cycles of clients that do nothing else", &names);
+    for on_parent in [false, true] {
+        for number in CLIENTS {
+            let where_ = if on_parent { "on a layer" } else { "on nothing" };
+            let what = format!("{where_}, {number} client{}", if number == 1 { "" } else { "s" });
+            say.that(&format!("cycles {what}"));
+            let mut rounds: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
+            for n in 0..ROUNDS {
+                for (contestant, rounds) in contestants.iter().zip(&mut rounds) {
+                    match round(contestant, on_parent, number, n) {
+                        Ok(round) => rounds.push(round),
+                        Err(why) => group.note(format!("{}, {what}: {why}", contestant.name)),
+                    }
+                }
+            }
+            for (contestant, rounds) in contestants.iter().zip(&rounds) {
+                let mut put = |name: &str, unit, of: &dyn Fn(&Round) -> f64| {
+                    let samples: Vec<f64> = rounds.iter().map(of).collect();
+                    group.put(&format!("{what}: {name}"), unit, &contestant.name, Cell::of(&samples));
+                };
+                put("cycles", Unit::PerSecond, &|r| r.per_second);
+                put("p50", Unit::Micros, &|r| quantile(&r.latencies, 0.5));
+                put("p99", Unit::Micros, &|r| quantile(&r.latencies, 0.99));
+                put("processor, bench", Unit::Share, &|r| r.bench);
+                put("processor, snapshotter", Unit::Share, &|r| r.snapshotter);
+            }
+        }
+    }
+    group
+}
+
+struct Round {
+    per_second: f64,
+    /// Of a cycle, sorted.
+    latencies: Vec<f64>,
+    /// Share of all processor time.
+    bench: f64,
+    snapshotter: f64,
+}
+
+fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> Result<Round, Trouble> {
+    let clients = clients(contestant, number);
+    let prefix = format!("{}cycles-{n}/", contestant.prefix());
+    let parent = if on_parent { layer(contestant, &clients[0])? } else { String::new() };
+    nix::unistd::sync();
+    let us = Pid::this();
+    let used = || [us].into_iter().chain(contestant.pid()).map(processor_seconds).collect::<Vec<_>>();
+    let (before, begun) = (used(), Instant::now());
+    let results: Vec<Result<Vec<f64>, Trouble>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = clients
+            .iter()
+            .enumerate()
+            .map(|(t, client)| {
+                let (prefix, parent) = (&prefix, &parent);
+                scope.spawn(move || cycles(client, &format!("{prefix}{number}-{t}"), parent, begun + ROUND))
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("a client does not panic")).collect()
+    });
+    let wall = begun.elapsed().as_secs_f64();
+    let after = used();
+    let share = |n: usize| match (before.get(n), after.get(n)) {
+        (Some(before), Some(after)) => (after - before) / wall / float(cores()),
+        _ => 0.0,
+    };
+    let mut latencies = results.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+    latencies.sort_by(f64::total_cmp);
+    clients[0].cleanup().map_err(trouble)?;
+    let per_second = float(latencies.len()) / wall;
+    Ok(Round { per_second, latencies, bench: share(0), snapshotter: share(1) })
+}
+
+/// A committed snapshot of our own; it may be there already.
+pub fn layer(contestant: &Contestant, client: &Client) -> Result<String, Trouble> {
+    let name = format!("{}layer-{}", contestant.prefix(), id());
+    if client.stat(&name).is_err() {
+        let key = format!("{name} extract");
+        client.prepare(&key, "", &[]).map_err(trouble)?;
+        client.commit(&name, &key, &[]).map_err(trouble)?;
+    }
+    Ok(name)
+}
+
+/// Seconds of each.
+fn cycles(client: &Client, key: &str, parent: &str, until: Instant) -> Result<Vec<f64>, Trouble> {
+    let mut latencies = Vec::new();
+    loop {
+        let begun = Instant::now();
+        if begun >= until {
+            return Ok(latencies);
+        }
+        let key = format!("{key}-{}", latencies.len());
+        client.prepare(&key, parent, &[]).map_err(trouble)?;
+        client.mounts(&key).map_err(trouble)?;
+        client.remove(&key).map_err(trouble)?;
+        latencies.push(begun.elapsed().as_secs_f64());
+    }
+}

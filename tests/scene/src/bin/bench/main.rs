@@ -1,0 +1,94 @@
+//! `make bench`: our daemon beside other snapshotters, in one run on one machine. Contestants take
+//! turns within each round, so that the noise of the machine hits all of them.
+
+mod cleanup;
+mod contestant;
+mod cycles;
+mod growth;
+mod host;
+mod plot;
+mod report;
+mod stats;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use scene::process::cache;
+use scene::publisher::Repository;
+use scene::sandbox::Sandbox;
+use serde_json::json;
+
+use contestant::{Contestant, OURS};
+use report::Group;
+
+type Part = fn(&Sandbox, &Say) -> Group;
+
+/// What `BENCH_PARTS` names, and whether it is done without being named.
+const PARTS: [(&str, Part, bool); 3] =
+    [("cycles", cycles::run, true), ("growth", growth::run, true), ("cleanup", cleanup::run, true)];
+
+/// Tells how far it is.
+pub struct Say(Instant);
+
+impl Say {
+    pub fn that(&self, text: &str) {
+        eprintln!("[{:6.1} s] {text}", self.0.elapsed().as_secs_f64());
+    }
+}
+
+fn main() {
+    let say = Say(Instant::now());
+    let wanted = std::env::var("BENCH_PARTS").ok();
+    let wanted: Option<Vec<&str>> = wanted.as_ref().map(|parts| parts.split(',').map(str::trim).collect());
+    if let Some(unknown) = wanted.iter().flatten().find(|&&part| PARTS.iter().all(|(name, ..)| *name != part)) {
+        let known = PARTS.map(|(name, ..)| name).join(", ");
+        panic!("BENCH_PARTS has {unknown:?}, and there are {known}");
+    }
+    let sandbox = Sandbox::enter("bench");
+    let facts = host::describe(sandbox.dir());
+    println!("{}", host::told(&facts));
+    if facts["state roots"].as_str().is_some_and(|fs| fs.starts_with("tmpfs")) {
+        println!("  !! nothing is durable on tmpfs: set TMPDIR to a directory on a disk\n");
+    }
+    println!("  median [lowest..highest of a few samples, or quartiles of many] (× how many times ours)\n");
+    let mut groups = Vec::new();
+    for (name, run, by_default) in PARTS {
+        if !wanted.as_ref().map_or(by_default, |wanted| wanted.contains(&name)) {
+            continue;
+        }
+        let group = run(&sandbox, &say);
+        println!("{}", group.table());
+        if let Some(path) = std::env::var_os("BENCH_PLOT").filter(|_| name == "growth") {
+            let drawing = plot::svg("What a call costs as the store grows", &growth::series(&group));
+            fs::write(&path, drawing).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
+        }
+        groups.push(group.json());
+    }
+    let path = std::env::var_os("BENCH_JSON").map_or_else(|| cache().join("bench.json"), PathBuf::from);
+    let all =
+        serde_json::to_string_pretty(&json!({ "machine": facts, "groups": groups })).expect("JSON can be written");
+    fs::write(&path, all + "\n").unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
+    say.that(&format!("done; all numbers are in {}", path.display()));
+}
+
+/// All that take part in calls on the socket, ours first, each with a state of its own. Without a
+/// repository they have an empty one.
+pub fn contestants(sandbox: &Sandbox, part: &str, repository: Option<&Path>) -> Vec<Contestant> {
+    let dir = |name: &str| sandbox.path(&format!("{part}-{name}"));
+    let empty = Repository::plain(&sandbox.path("nothing-published"));
+    let repository = repository.unwrap_or(empty.dir());
+    let mut all = vec![
+        Contestant::ours(OURS, &dir("ours"), repository, ""),
+        Contestant::overlayfs(&dir("overlayfs")),
+        Contestant::go(&dir("go"), repository),
+    ];
+    all.extend(Contestant::foreign());
+    all
+}
+
+/// A number from the environment.
+pub fn number_from(variable: &str, otherwise: usize) -> usize {
+    std::env::var(variable)
+        .map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{variable} is a number, not {text:?}")))
+}

@@ -1,0 +1,103 @@
+//! What many measurements of one thing say. Pure.
+
+use std::time::{Duration, Instant};
+
+/// Below this many samples, all that was measured is the spread; from here on, the middle half.
+const FEW: usize = 8;
+
+/// Samples of one thing, in seconds, bytes or pieces.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Cell {
+    pub median: f64,
+    pub quartiles: [f64; 2],
+    pub extremes: [f64; 2],
+    pub samples: usize,
+}
+
+impl Cell {
+    /// None: nothing was measured.
+    pub fn of(samples: &[f64]) -> Option<Self> {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (&least, &most) = (sorted.first()?, sorted.last()?);
+        Some(Self {
+            median: quantile(&sorted, 0.5),
+            quartiles: [quantile(&sorted, 0.25), quantile(&sorted, 0.75)],
+            extremes: [least, most],
+            samples: sorted.len(),
+        })
+    }
+
+    pub fn one(value: f64) -> Option<Self> {
+        Self::of(&[value])
+    }
+
+    /// What a table shows beside the median.
+    pub fn spread(&self) -> [f64; 2] {
+        if self.samples < FEW { self.extremes } else { self.quartiles }
+    }
+}
+
+/// Of sorted samples, one at least; between two of them as the straight line says.
+pub fn quantile(sorted: &[f64], at: f64) -> f64 {
+    let place = float(sorted.len() - 1) * at;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let (below, above) = (place.floor() as usize, place.ceil() as usize);
+    sorted[below] + (sorted[above] - sorted[below]) * place.fract()
+}
+
+#[allow(clippy::cast_precision_loss)]
+pub fn float(number: usize) -> f64 {
+    number as f64
+}
+
+/// Seconds that `work` takes.
+pub fn seconds<T>(work: impl FnOnce() -> T) -> (f64, T) {
+    let begun = Instant::now();
+    let result = work();
+    (begun.elapsed().as_secs_f64(), result)
+}
+
+/// Seconds of each call of `work`: `times` of them, fewer when `limit` passes, one at least.
+/// The first failure ends it.
+pub fn sample<E>(times: usize, limit: Duration, mut work: impl FnMut(usize) -> Result<(), E>) -> Result<Vec<f64>, E> {
+    let until = Instant::now() + limit;
+    let mut samples = Vec::with_capacity(times);
+    for n in 0..times {
+        let (seconds, result) = seconds(|| work(n));
+        result?;
+        samples.push(seconds);
+        if Instant::now() > until {
+            break;
+        }
+    }
+    Ok(samples)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_lie_between_samples() {
+        let sorted = [1.0, 2.0, 4.0, 8.0];
+        assert_eq!([0.0, 0.5, 1.0].map(|at| quantile(&sorted, at)), [1.0, 3.0, 8.0]);
+        assert_eq!(quantile(&[7.0], 0.99), 7.0);
+    }
+
+    #[test]
+    fn few_samples_spread_over_all_and_many_over_their_middle_half() {
+        let few = Cell::of(&[3.0, 1.0, 2.0]).map(|cell| (cell.median, cell.spread()));
+        assert_eq!(few, Some((2.0, [1.0, 3.0])));
+        let many: Vec<f64> = (0..101_u8).map(f64::from).collect();
+        let many = Cell::of(&many).map(|cell| (cell.median, cell.spread(), cell.samples));
+        assert_eq!(many, Some((50.0, [25.0, 75.0], 101)));
+        assert_eq!(Cell::of(&[]), None);
+    }
+
+    #[test]
+    fn sampling_ends_with_the_first_failure() {
+        let failed = sample(10, Duration::MAX / 2, |n| if n < 3 { Ok(()) } else { Err(n) });
+        assert_eq!(failed, Err(3));
+    }
+}
