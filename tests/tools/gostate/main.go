@@ -272,8 +272,9 @@ func (s *state) print() {
 	check(json.NewEncoder(os.Stdout).Encode(records))
 }
 
+// serve removes files at a Cleanup only, as the plugin does unless sync_remove is set.
 func serve(dir, socket string) {
-	snapshotter, err := overlay.NewSnapshotter(dir)
+	snapshotter, err := overlay.NewSnapshotter(dir, overlay.AsynchronousRemove)
 	check(err)
 	server := grpc.NewServer()
 	api.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
