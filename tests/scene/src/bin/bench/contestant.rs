@@ -23,6 +23,7 @@ use crate::host::processor_seconds;
 pub const OURS: &str = "cvmfs-snapshotter";
 pub const OVERLAYFS: &str = "overlayfs";
 pub const GO: &str = "go";
+pub const MEMORY: &str = "memory";
 /// Why something could not be measured.
 pub type Trouble = String;
 
@@ -73,7 +74,7 @@ impl Contestant {
     /// What costs containerd alone.
     pub fn memory(dir: &Path) -> Self {
         let socket = dir.join("s.sock");
-        Self::own("memory", dir, socket.clone(), move || {
+        Self::own(MEMORY, dir, socket.clone(), move || {
             let mut command = Command::new(tool("gopeer"));
             command.arg("memory").arg(&socket);
             command

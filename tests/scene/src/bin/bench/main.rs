@@ -7,7 +7,11 @@ mod cycles;
 mod growth;
 mod host;
 mod plot;
+mod pull;
 mod report;
+mod scan;
+mod size;
+mod start;
 mod stats;
 
 use std::fs;
@@ -25,8 +29,15 @@ use report::Group;
 type Part = fn(&Sandbox, &Say) -> Group;
 
 /// What `BENCH_PARTS` names, and whether it is done without being named.
-const PARTS: [(&str, Part, bool); 3] =
-    [("cycles", cycles::run, true), ("growth", growth::run, true), ("cleanup", cleanup::run, true)];
+const PARTS: [(&str, Part, bool); 7] = [
+    ("cycles", cycles::run, true),
+    ("growth", growth::run, true),
+    ("cleanup", cleanup::run, true),
+    ("pull", pull::run, true),
+    ("start", start::run, true),
+    ("scan", scan::run, false),
+    ("size", size::run, true),
+];
 
 /// Tells how far it is.
 pub struct Say(Instant);

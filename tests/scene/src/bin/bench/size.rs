@@ -1,0 +1,27 @@
+//! The programs on disk, as they were built.
+
+use std::fs;
+use std::path::Path;
+
+use scene::process::tool;
+use scene::sandbox::Sandbox;
+use scene::snapshotter::binary;
+
+use crate::Say;
+use crate::contestant::{GO, OURS};
+use crate::report::{Group, Unit};
+use crate::stats::{Cell, float};
+
+pub fn run(_: &Sandbox, _: &Say) -> Group {
+    let mut group = Group::new("Size of the program", &[OURS, GO]);
+    for (name, path) in [(OURS, binary()), (GO, tool("gopeer"))] {
+        group.put("with its symbols", Unit::Megabytes, name, bytes(&path));
+    }
+    group.note(format!("{GO}: the engine alone, without what the snapshotter puts around it"));
+    group
+}
+
+fn bytes(path: &Path) -> Option<Cell> {
+    let length = fs::metadata(path).ok()?.len();
+    Cell::one(float(usize::try_from(length).ok()?))
+}
