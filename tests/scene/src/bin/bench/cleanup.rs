@@ -11,7 +11,7 @@ use scene::sandbox::Sandbox;
 use crate::contestant::{Contestant, Trouble, clients, crowd, trouble};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, quantile, seconds};
-use crate::{Say, contestants, number_from};
+use crate::{Say, contestants, number_from, turns};
 
 const ROUNDS: usize = 3;
 const FILES: usize = 20;
@@ -29,11 +29,12 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
     );
     let mut results: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
     for n in 0..ROUNDS {
-        for (contestant, results) in contestants.iter().zip(&mut results) {
-            say.that(&format!("cleanup, round {}, {}", n + 1, contestant.name));
-            match round(contestant, number, n) {
-                Ok(round) => results.push(round),
-                Err(why) => group.note(format!("{}: {why}", contestant.name)),
+        for turn in turns(contestants.len(), n) {
+            let name = &contestants[turn].name;
+            say.that(&format!("cleanup, round {}, {name}", n + 1));
+            match round(&contestants[turn], number, n) {
+                Ok(round) => results[turn].push(round),
+                Err(why) => group.note(format!("{name}: {why}")),
             }
         }
     }

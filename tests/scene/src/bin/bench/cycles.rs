@@ -11,7 +11,7 @@ use crate::contestant::{Contestant, Trouble, clients, trouble};
 use crate::host::{cores, processor_seconds};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, float, quantile};
-use crate::{Say, contestants};
+use crate::{Say, contestants, turns};
 
 const CLIENTS: [usize; 3] = [1, 8, 32];
 const ROUNDS: usize = 3;
@@ -28,10 +28,10 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
             say.that(&format!("cycles {what}"));
             let mut rounds: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
             for n in 0..ROUNDS {
-                for (contestant, rounds) in contestants.iter().zip(&mut rounds) {
-                    match round(contestant, on_parent, number, n) {
-                        Ok(round) => rounds.push(round),
-                        Err(why) => group.note(format!("{}, {what}: {why}", contestant.name)),
+                for turn in turns(contestants.len(), n) {
+                    match round(&contestants[turn], on_parent, number, n) {
+                        Ok(round) => rounds[turn].push(round),
+                        Err(why) => group.note(format!("{}, {what}: {why}", contestants[turn].name)),
                     }
                 }
             }

@@ -12,7 +12,7 @@ use crate::contestant::{Contestant, OURS, Trouble, clients, crowd, trouble};
 use crate::plot::Series;
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, float, sample, seconds};
-use crate::{Say, contestants, number_from};
+use crate::{Say, contestants, number_from, turns};
 
 const SIZES: [usize; 4] = [100, 1000, 10_000, 100_000];
 const ROUNDS: usize = 3;
@@ -94,7 +94,11 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
         }
         for round in 0..ROUNDS {
             say.that(&format!("calls with {size} snapshots, round {}", round + 1));
-            for store in stores.iter_mut().filter(|store| size <= store.up_to) {
+            for turn in turns(stores.len(), round) {
+                let store = &mut stores[turn];
+                if size > store.up_to {
+                    continue;
+                }
                 nix::unistd::sync();
                 if let Err(why) = calls(store, &format!("{size}-{round}")) {
                     group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));

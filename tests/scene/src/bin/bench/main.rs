@@ -98,6 +98,11 @@ pub fn contestants(sandbox: &Sandbox, part: &str, repository: Option<&Path>) -> 
     all
 }
 
+/// In which order so many take their turns in a round: nobody is always the first.
+pub fn turns(number: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..number).map(move |n| (n + round) % number)
+}
+
 /// A number from the environment.
 pub fn number_from(variable: &str, otherwise: usize) -> usize {
     std::env::var(variable)

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use scene::process::tool;
+use scene::process::{run as run_program, tool};
 use scene::sandbox::Sandbox;
 use scene::snapshotter::binary;
 
@@ -12,10 +12,14 @@ use crate::contestant::{GO, OURS};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, float};
 
-pub fn run(_: &Sandbox, _: &Say) -> Group {
+pub fn run(sandbox: &Sandbox, _: &Say) -> Group {
     let mut group = Group::new("Size of the program", &[OURS, GO]);
     for (name, path) in [(OURS, binary()), (GO, tool("gopeer"))] {
-        group.put("with its symbols", Unit::Megabytes, name, bytes(&path));
+        let bare = sandbox.path("bare");
+        let arguments = [path.as_os_str(), "-o".as_ref(), bare.as_os_str()];
+        let stripped = run_program("strip", arguments).status.success();
+        group.put("without symbols", Unit::Megabytes, name, bytes(&bare).filter(|_| stripped));
+        group.put("as it was built", Unit::Megabytes, name, bytes(&path));
     }
     group.note(format!("{GO}: the engine alone, without what the snapshotter puts around it"));
     group

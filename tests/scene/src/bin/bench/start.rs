@@ -10,10 +10,10 @@ use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 
-use crate::Say;
 use crate::contestant::{Contestant, GO, OVERLAYFS, Trouble, clients, trouble};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, quantile, seconds};
+use crate::{Say, turns};
 
 const LAYERS: usize = 40;
 const ROUNDS: usize = 5;
@@ -59,11 +59,11 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
     let mut all: Vec<Round> = contestants.iter().map(|_| Round::default()).collect();
     for round in 0..ROUNDS {
         say.that(&format!("start of containers, round {}", round + 1));
-        for ((contestant, chain), all) in contestants.iter().zip(&chains).zip(&mut all) {
+        for turn in turns(contestants.len(), round) {
+            let Some(chain) = &chains[turn] else { continue };
             nix::unistd::sync();
-            let Some(chain) = chain else { continue };
-            if let Err(why) = starts(contestant, chain, all) {
-                group.note(format!("{}: {why}", contestant.name));
+            if let Err(why) = starts(&contestants[turn], chain, &mut all[turn]) {
+                group.note(format!("{}: {why}", contestants[turn].name));
             }
         }
     }
