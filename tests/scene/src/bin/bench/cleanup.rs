@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use scene::client::Client;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, crowd, trouble};
+use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, quantile, seconds};
 use crate::{Say, contestants, number_from, turns};
@@ -63,7 +63,7 @@ struct Round {
 fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Trouble> {
     let clients = clients(contestant, MAKING);
     let (first, other) = (&clients[0], &clients[1]);
-    let prefix = format!("{}cleanup-{n}/", contestant.prefix());
+    let prefix = format!("{}cleanup-{n}/", prefix());
 
     make(&clients, &format!("{prefix}empty-"), number, 0)?;
     nix::unistd::sync();

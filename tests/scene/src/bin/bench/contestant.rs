@@ -27,8 +27,15 @@ pub const MEMORY: &str = "memory";
 /// Why something could not be measured.
 pub type Trouble = String;
 
+// As `map_err` hands it over.
+#[allow(clippy::needless_pass_by_value)]
 pub fn trouble(status: RpcStatus) -> Trouble {
     format!("{:?}: {}", status.code(), status.message())
+}
+
+/// What the names of everything begin with that the benchmark makes anywhere.
+pub fn prefix() -> String {
+    format!("cvmfs-bench-{}/", std::process::id())
 }
 
 enum Process {
@@ -118,7 +125,7 @@ impl Contestant {
         }
         *server = Some(started);
         // It is not there; but it answers that.
-        let _ = self.client().stat(&format!("{}nothing", self.prefix()));
+        let _ = self.client().stat(&format!("{}nothing", prefix()));
         Some(begun.elapsed())
     }
 
@@ -148,11 +155,6 @@ impl Contestant {
         Client::connect(&self.socket)
     }
 
-    /// What the names of everything begin with that the benchmark makes anywhere.
-    pub fn prefix(&self) -> String {
-        format!("cvmfs-bench-{}/", std::process::id())
-    }
-
     pub fn footprint(&self) -> Option<Footprint> {
         self.pid().map(Footprint::of)
     }
@@ -175,7 +177,7 @@ impl Contestant {
     /// Removes what the benchmark made, from the top.
     fn tidy(&self) -> Result<(), Trouble> {
         let client = self.client();
-        let prefix = self.prefix();
+        let prefix = prefix();
         let mut parents: HashMap<String, String> = HashMap::new();
         for info in client.list(&[]).map_err(trouble)? {
             let pulled = info.labels.get(REF).is_some_and(|reference| reference.starts_with(&prefix));
@@ -200,7 +202,7 @@ impl Drop for Contestant {
         if self.is_foreign()
             && let Err(why) = self.tidy()
         {
-            eprintln!("{}: what begins with {:?} could not be removed: {why}", self.name, self.prefix());
+            eprintln!("{}: what begins with {:?} could not be removed: {why}", self.name, prefix());
         }
     }
 }
@@ -209,7 +211,7 @@ impl Drop for Contestant {
 pub fn clients(of: &Contestant, number: usize) -> Vec<Client> {
     let clients: Vec<Client> = (0..number).map(|_| of.client()).collect();
     for client in &clients {
-        let _ = client.stat(&format!("{}nothing", of.prefix()));
+        let _ = client.stat(&format!("{}nothing", prefix()));
     }
     clients
 }

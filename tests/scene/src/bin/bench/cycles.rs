@@ -1,13 +1,12 @@
 //! What a container costs in records: Prepare, Mounts and Remove, by one client and by many.
 
-use std::process::id;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use scene::client::Client;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, trouble};
+use crate::contestant::{Contestant, Trouble, clients, prefix, trouble};
 use crate::host::{cores, processor_seconds};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, float, quantile};
@@ -62,8 +61,8 @@ struct Round {
 
 fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> Result<Round, Trouble> {
     let clients = clients(contestant, number);
-    let prefix = format!("{}cycles-{n}/", contestant.prefix());
-    let parent = if on_parent { layer(contestant, &clients[0])? } else { String::new() };
+    let prefix = format!("{}cycles-{n}/", prefix());
+    let parent = if on_parent { layer(&clients[0])? } else { String::new() };
     nix::unistd::sync();
     let us = Pid::this();
     let used = || [us].into_iter().chain(contestant.pid()).map(processor_seconds).collect::<Vec<_>>();
@@ -93,8 +92,8 @@ fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> R
 }
 
 /// A committed snapshot of our own; it may be there already.
-pub fn layer(contestant: &Contestant, client: &Client) -> Result<String, Trouble> {
-    let name = format!("{}layer-{}", contestant.prefix(), id());
+fn layer(client: &Client) -> Result<String, Trouble> {
+    let name = format!("{}layer", prefix());
     if client.stat(&name).is_err() {
         let key = format!("{name} extract");
         client.prepare(&key, "", &[]).map_err(trouble)?;

@@ -8,7 +8,7 @@ use scene::client::{Client, IMAGE_REF, LAYER_DIGEST, REF};
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, OURS, Trouble, clients, crowd, trouble};
+use crate::contestant::{Contestant, OURS, Trouble, clients, crowd, prefix, trouble};
 use crate::plot::Series;
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, float, sample, seconds};
@@ -149,7 +149,7 @@ fn publish(repository: &Repository, chain: usize) {
 fn grow(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Trouble> {
     let clients = clients(store.contestant, POPULATING);
     let (old, new) = (store.chains.len(), size / DEPTH);
-    let prefix = store.contestant.prefix();
+    let prefix = prefix();
     let made = std::sync::Mutex::new(Vec::new());
     let (seconds, result) = seconds(|| {
         crowd(&clients, new - old, |client, n| {
@@ -214,7 +214,7 @@ fn name_of(client: &Client, reference: &str, parent: &str) -> Result<String, Tro
 fn calls(store: &mut Store, round: &str) -> Result<(), Trouble> {
     let client = clients(store.contestant, 1).remove(0);
     let (chains, samples) = (&store.chains, &mut store.samples);
-    let prefix = store.contestant.prefix();
+    let prefix = prefix();
     // Somewhere else each time, without chance.
     let chain = |n: usize| &chains[n * 7919 % chains.len()];
 

@@ -1,5 +1,6 @@
 //! What was measured on, and of what: else nobody can compare two runs.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
@@ -56,6 +57,9 @@ pub fn describe(state: &Path) -> Value {
 
 /// One line for each thing.
 pub fn told(facts: &Value) -> String {
-    let facts = facts.as_object().into_iter().flatten();
-    facts.map(|(name, value)| format!("  {name}: {}\n", value.to_string().trim_matches('"'))).collect()
+    let mut text = String::new();
+    for (name, value) in facts.as_object().into_iter().flatten() {
+        let _ = writeln!(text, "  {name}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    }
+    text
 }

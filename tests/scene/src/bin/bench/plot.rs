@@ -18,7 +18,8 @@ const RIGHT: f64 = 250.0;
 const TOP: f64 = 52.0;
 const BOTTOM: f64 = 64.0;
 /// Of Okabe and Ito: told apart by everybody.
-const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
+const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+const GREYS: [&str; 3] = ["#000000", "#777777", "#b0b0b0"];
 
 /// A logarithmic axis from one power of ten to another, on `from..to` of the drawing.
 struct Axis {
@@ -73,18 +74,16 @@ pub fn svg(title: &str, series: &[Series]) -> String {
     text(&mut out, middle, HEIGHT - 18.0, "middle", "", "snapshots in the store");
     let turned = format!("transform=\"rotate(-90 22 {centre})\"");
     text(&mut out, 22.0, centre, "middle", &turned, "one call, µs (median)");
+    let (mut colours, mut greys) = (COLOURS.iter().cycle(), GREYS.iter().cycle());
     for (n, s) in series.iter().enumerate() {
-        let dashes = if s.peer { " stroke-dasharray=\"6 4\"" } else { "" };
-        let style = format!("stroke=\"{}\" stroke-width=\"2\"{dashes}", COLOURS[n % COLOURS.len()]);
+        let (next, dashes) = if s.peer { (greys.next(), " stroke-dasharray=\"6 4\"") } else { (colours.next(), "") };
+        let colour = next.expect("a circle has no end");
+        let style = format!("stroke=\"{colour}\" stroke-width=\"2\"{dashes}");
         let places: Vec<(f64, f64)> = s.points.iter().map(|p| (x.place(p.0), y.place(p.1 * 1e6))).collect();
         let path: Vec<String> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
         let _ = writeln!(out, "<polyline fill=\"none\" {style} points=\"{}\"/>", path.join(" "));
         for (x, y) in places {
-            let _ = writeln!(
-                out,
-                "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{}\"/>",
-                COLOURS[n % COLOURS.len()]
-            );
+            let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
         }
         let (left, row) = (WIDTH - RIGHT + 16.0, TOP + 10.0 + 22.0 * crate::stats::float(n));
         line(&mut out, [left, row, left + 30.0, row], &style);
@@ -116,6 +115,7 @@ fn escaped(text: &str) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 

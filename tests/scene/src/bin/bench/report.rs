@@ -218,12 +218,14 @@ mod tests {
         group.put("cpu", Unit::Share, "ours", Cell::one(0.5));
         group.note("why".to_owned());
         group.note("why".to_owned());
-        let wanted = "calls\n\
-             \x20                      ours       theirs\n\
-             \x20 Stat at 1,000, µs   2 [1..3]   10 (×5)\n\
-             \x20 start, ms           –          250\n\
-             \x20 * why\n";
-        assert_eq!(group.table(), wanted);
+        let wanted = [
+            "calls",
+            "                      ours       theirs",
+            "  Stat at 1,000, µs   2 [1..3]   10 (×5)",
+            "  start, ms           –          250",
+            "  * why",
+        ];
+        assert_eq!(group.table().lines().collect::<Vec<_>>(), wanted);
         assert_eq!(group.growth("Stat", "theirs"), [(1000.0, 1e-5)]);
         assert_eq!(group.json()["rows"][2]["contestants"]["ours"]["median"], 0.5);
     }

@@ -10,7 +10,7 @@ use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, GO, OVERLAYFS, Trouble, clients, trouble};
+use crate::contestant::{Contestant, GO, OVERLAYFS, Trouble, clients, prefix, trouble};
 use crate::report::{Group, Unit};
 use crate::stats::{Cell, quantile, seconds};
 use crate::{Say, turns};
@@ -119,7 +119,7 @@ fn pull(contestant: &Contestant, image: &Image) -> Result<String, Trouble> {
     }
     let mut chain = String::new();
     for n in 0..LAYERS {
-        let name = format!("{}start-{n}", contestant.prefix());
+        let name = format!("{}start-{n}", prefix());
         let key = format!("{name} extract");
         client.prepare(&key, &chain, &[]).map_err(trouble)?;
         client.commit(&name, &key, &[]).map_err(trouble)?;
@@ -136,7 +136,7 @@ fn start(client: &Client, key: &str, chain: &str) -> Result<f64, Trouble> {
 fn starts(contestant: &Contestant, chain: &str, all: &mut Round) -> Result<(), Trouble> {
     let clients = clients(contestant, AT_ONCE);
     let client = &clients[0];
-    let key = format!("{}container", contestant.prefix());
+    let key = format!("{}container", prefix());
     for _ in 0..FIRST {
         all.first.push(start(client, &key, chain)?);
         client.remove(&key).map_err(trouble)?;
