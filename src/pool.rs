@@ -3,7 +3,8 @@
 //! The pool knows no snapshot. It promises that every job it is given is answered exactly
 //! once: with its result, or with the reason why there is none. A full queue refuses at
 //! once instead of growing, a panic costs nothing but its own job, and a job whose caller
-//! has given up is not started.
+//! has given up is not started. Work that is done in parts goes on through a second queue,
+//! which is never full; the workers serve both in turns, so neither can hold up the other.
 #![forbid(unsafe_code)]
 
 use std::any::Any;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, bounded, select_biased, unbounded};
 use parking_lot::{Condvar, Mutex};
 
 /// Why a job has no result.
@@ -52,6 +53,7 @@ type Job = Box<dyn FnOnce(Option<Refusal>) + Send>;
 pub struct Entrance {
     jobs: Sender<Job>,
     limit: usize,
+    going_on: Sender<Job>,
     running: Arc<Running>,
 }
 
@@ -85,14 +87,15 @@ impl Pool {
     /// `workers` threads, called `name`, that share a queue of `queue` waiting jobs.
     pub fn start(name: &str, workers: usize, queue: usize) -> std::io::Result<Self> {
         let (jobs, queued) = bounded::<Job>(queue);
+        let (going_on, begun) = unbounded::<Job>();
         let running = Arc::new(Running::default());
         let workers = (0..workers)
             .map(|n| {
-                let queued = queued.clone();
-                thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&queued))
+                let queues = Queues { queued: queued.clone(), begun: begun.clone() };
+                thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&queues))
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { entrance: Entrance { jobs, limit: queue, running }, workers })
+        Ok(Self { entrance: Entrance { jobs, limit: queue, going_on, running }, workers })
     }
 
     pub fn entrance(&self) -> Entrance {
@@ -102,7 +105,7 @@ impl Pool {
     /// Takes no more jobs and waits for those that were taken, `limit` at most.
     pub fn drain(self, limit: Duration) -> Drained {
         let until = Instant::now() + limit;
-        let Entrance { jobs, running, .. } = self.entrance;
+        let Entrance { jobs, going_on, running, .. } = self.entrance;
         {
             let mut state = running.state.lock();
             state.closed = true;
@@ -114,13 +117,46 @@ impl Pool {
         }
         // Entrances may live on in gRPC handlers, so the workers may never see the channel
         // close. They own nothing and wait for nothing: they end with the process.
-        drop((jobs, self.workers));
+        drop((jobs, going_on, self.workers));
         Drained::Completely
     }
 }
 
-fn work(queued: &Receiver<Job>) {
-    while let Ok(job) = queued.recv() {
+/// Where a worker finds its jobs.
+struct Queues {
+    queued: Receiver<Job>,
+    begun: Receiver<Job>,
+}
+
+/// Which queue is served first where both have something.
+#[derive(Clone, Copy)]
+enum Turn {
+    Begun,
+    Queued,
+}
+
+impl Queues {
+    /// None: nobody can hand in jobs any more.
+    fn next(&self, turn: &mut Turn) -> Option<Job> {
+        let (first, second, then) = match turn {
+            Turn::Begun => (&self.begun, &self.queued, Turn::Queued),
+            Turn::Queued => (&self.queued, &self.begun, Turn::Begun),
+        };
+        // One that is closed and empty may hide what the other one still has.
+        let (job, of_first) = select_biased! {
+            recv(first) -> job => (job.or_else(|_| second.recv()), true),
+            recv(second) -> job => (job.or_else(|_| first.recv()), false),
+        };
+        if of_first {
+            *turn = then;
+        }
+        job.ok()
+    }
+}
+
+fn work(queues: &Queues) {
+    let mut turn = Turn::Begun;
+    while let Some(job) = queues.next(&mut turn) {
         // `submit` fences the work itself; this fence is for a panic while answering.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(None))) {
             log::error!("a worker could not send an answer: {}", message(panic.as_ref()));
@@ -138,11 +174,40 @@ impl Entrance {
         work: impl FnOnce() -> T + Send + 'static,
         answer: impl FnOnce(Result<T, Refusal>) + Send + 'static,
     ) {
+        let Some(job) = self.job(expired, work, answer) else { return };
+        match self.jobs.try_send(job) {
+            Ok(()) => {}
+            Err(TrySendError::Full(job)) => job(Some(Refusal::QueueFull { limit: self.limit })),
+            Err(TrySendError::Disconnected(job)) => job(Some(Refusal::Stopping)),
+        }
+    }
+
+    /// As `submit`, for the next part of work of which a part is done: no queue is too full for
+    /// it. The caller sees to it that there is one such job at a time for each `submit`.
+    pub fn go_on<T: 'static>(
+        &self,
+        expired: impl FnOnce() -> bool + Send + 'static,
+        work: impl FnOnce() -> T + Send + 'static,
+        answer: impl FnOnce(Result<T, Refusal>) + Send + 'static,
+    ) {
+        let Some(job) = self.job(expired, work, answer) else { return };
+        if let Err(SendError(job)) = self.going_on.send(job) {
+            job(Some(Refusal::Stopping));
+        }
+    }
+
+    /// None: no more jobs are taken, and that was answered.
+    fn job<T: 'static>(
+        &self,
+        expired: impl FnOnce() -> bool + Send + 'static,
+        work: impl FnOnce() -> T + Send + 'static,
+        answer: impl FnOnce(Result<T, Refusal>) + Send + 'static,
+    ) -> Option<Job> {
         let Some(ticket) = Ticket::take(&self.running) else {
             answer(Err(Refusal::Stopping));
-            return;
+            return None;
         };
-        let job: Job = Box::new(move |refusal| {
+        Some(Box::new(move |refusal| {
             let _ticket = ticket;
             let result = match refusal {
                 Some(refusal) => Err(refusal),
@@ -151,12 +216,7 @@ impl Entrance {
                     .map_err(|panic| Refusal::Panicked(message(panic.as_ref()).to_owned())),
             };
             answer(result);
-        });
-        match self.jobs.try_send(job) {
-            Ok(()) => {}
-            Err(TrySendError::Full(job)) => job(Some(Refusal::QueueFull { limit: self.limit })),
-            Err(TrySendError::Disconnected(job)) => job(Some(Refusal::Stopping)),
-        }
+        }))
     }
 }
 
@@ -269,6 +329,96 @@ mod tests {
         assert_eq!(pool.drain(SOON), Drained::Completely);
         assert_eq!(waiting.try_recv(), Ok(Ok(5)));
         assert_eq!(outcome(&entrance, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
+    }
+
+    fn outcome_of_going_on(
+        entrance: &Entrance,
+        work: impl FnOnce() -> u32 + Send + 'static,
+    ) -> mpsc::Receiver<Result<u32, Refusal>> {
+        let (send, receive) = mpsc::channel();
+        entrance.go_on(|| false, work, move |result| drop(send.send(result)));
+        receive
+    }
+
+    #[test]
+    fn work_that_has_begun_is_not_refused_by_a_full_queue() {
+        let pool = Pool::start("t", 1, 1).unwrap();
+        let entrance = pool.entrance();
+        let busy = occupy(&entrance);
+        let waiting = outcome(&entrance, || 1);
+        assert_eq!(outcome(&entrance, || 99).try_recv(), Ok(Err(Refusal::QueueFull { limit: 1 })));
+        let begun: Vec<_> = (0..10).map(|n| outcome_of_going_on(&entrance, move || n)).collect();
+        drop(busy);
+        let answers: Vec<_> = begun.iter().map(|w| w.recv_timeout(SOON).unwrap().unwrap()).collect();
+        assert_eq!(answers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert_eq!(waiting.recv_timeout(SOON), Ok(Ok(1)));
+    }
+
+    /// Whichever had the right of way, enough of it would keep the other from ever being done.
+    #[test]
+    fn new_and_begun_work_take_turns() {
+        let pool = Pool::start("t", 1, 8).unwrap();
+        let entrance = pool.entrance();
+        let busy = occupy(&entrance);
+        let (done, order) = mpsc::channel();
+        for n in 0..4 {
+            let (new, begun) = (done.clone(), done.clone());
+            entrance.submit(|| false, move || new.send(("new", n)), |_| {});
+            entrance.go_on(|| false, move || begun.send(("begun", n)), |_| {});
+        }
+        drop((busy, done));
+        let order: Vec<_> = order.iter().collect();
+        assert_eq!(order.len(), 8);
+        for pair in order.chunks(2) {
+            assert_ne!(pair[0].0, pair[1].0, "{order:?}");
+            assert_eq!(pair[0].1, pair[1].1, "{order:?}");
+        }
+    }
+
+    #[test]
+    fn work_that_goes_on_is_fenced_and_asked_for_its_deadline() {
+        let pool = Pool::start("t", 1, 8).unwrap();
+        let entrance = pool.entrance();
+        for _ in 0..3 {
+            let bad = outcome_of_going_on(&entrance, || panic!("on purpose"));
+            assert_eq!(bad.recv_timeout(SOON), Ok(Err(Refusal::Panicked("on purpose".into()))));
+        }
+        let (send, receive) = mpsc::channel();
+        entrance.go_on(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
+        assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
+        assert_eq!(outcome_of_going_on(&entrance, || 7).recv_timeout(SOON), Ok(Ok(7)));
+    }
+
+    #[test]
+    fn a_drain_finishes_the_part_that_was_asked_for_and_refuses_the_next() {
+        let pool = Pool::start("t", 1, 8).unwrap();
+        let entrance = pool.entrance();
+        let busy = occupy(&entrance);
+        let part = outcome_of_going_on(&entrance, || 5);
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(busy);
+        });
+        assert_eq!(pool.drain(SOON), Drained::Completely);
+        assert_eq!(part.try_recv(), Ok(Ok(5)));
+        assert_eq!(outcome_of_going_on(&entrance, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
+    }
+
+    #[test]
+    fn jobs_of_both_queues_are_done_though_nobody_can_hand_in_more() {
+        // One of them is empty while the other still has some.
+        for first_begun in [1, 5] {
+            let pool = Pool::start("t", 1, 8).unwrap();
+            let entrance = pool.entrance();
+            let busy = occupy(&entrance);
+            let new = (0..first_begun).map(|n| outcome(&entrance, move || n));
+            let begun = (first_begun..6).map(|n| outcome_of_going_on(&entrance, move || n));
+            let waiting: Vec<_> = new.chain(begun).collect();
+            drop((entrance, pool));
+            drop(busy);
+            let answers: Vec<_> = waiting.iter().map(|w| w.recv_timeout(SOON).unwrap().unwrap()).collect();
+            assert_eq!(answers, [0, 1, 2, 3, 4, 5]);
+        }
     }
 
     #[test]
