@@ -9,6 +9,7 @@ pub(crate) mod convert;
 mod door;
 pub(crate) mod filters;
 mod handlers;
+mod list;
 mod load;
 pub mod service;
 mod socket;

@@ -10,6 +10,7 @@
 mod cleanup;
 mod error;
 mod layers;
+mod list;
 mod metadata;
 mod recovery;
 mod rootfs;
@@ -28,6 +29,7 @@ use nix::errno::Errno;
 pub use self::cleanup::Cleaned;
 pub use self::error::{Error, Result};
 use self::layers::{Attached, Sources};
+pub use self::list::{CHUNK_BYTES, Chunk, Rest};
 pub use self::metadata::LabelChange;
 pub use self::recovery::Found;
 use self::scans::Scans;

@@ -14,9 +14,12 @@ use regex::{Regex, RegexBuilder};
 
 use crate::types::{Key, LABEL_SNAPSHOT_REF, Snapshot};
 
-/// Alternatives; none matches everything.
 #[derive(Clone, Debug)]
-pub struct Filters(Vec<Vec<Selector>>);
+pub struct Filters {
+    /// Alternatives; none matches everything.
+    any: Vec<Vec<Selector>>,
+    memory: usize,
+}
 
 #[derive(Clone, Debug)]
 struct Selector {
@@ -41,9 +44,10 @@ enum Test {
 const REGEX_BYTES: usize = 1 << 20;
 /// And so many regular expressions in one List.
 const MOST_REGEXES: usize = 32;
-/// All filters of a List, as text. Parsed, each selector takes a hundred times its shortest text. A
-/// quoted key has 128 KiB at most.
+/// All filters of a List, as text. A quoted key has 128 KiB at most.
 pub const MOST_BYTES: usize = 256 << 10;
+/// What a byte of text takes when it is parsed, if the selectors are as short as can be.
+const PARSED_BYTES: usize = 100;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
@@ -73,16 +77,21 @@ impl Filters {
             let selectors = parse(text, &mut regexes)?;
             all.push(selectors);
         }
-        Ok(Self(all))
+        Ok(Self { any: all, memory: bytes * PARSED_BYTES + regexes * REGEX_BYTES })
+    }
+
+    /// Bytes that they take in memory, at most.
+    pub fn memory(&self) -> usize {
+        self.memory
     }
 
     pub fn matches(&self, snapshot: &Snapshot) -> bool {
-        self.0.is_empty() || self.0.iter().any(|all| all.iter().all(|selector| selector.matches(snapshot)))
+        self.any.is_empty() || self.any.iter().any(|all| all.iter().all(|selector| selector.matches(snapshot)))
     }
 
     /// The (snapshot.ref, parent) that every match has, if these filters name one.
     pub fn reference_and_parent(&self) -> Option<(&str, &str)> {
-        let [all] = self.0.as_slice() else { return None };
+        let [all] = self.any.as_slice() else { return None };
         let equal = |is_wanted: fn(&[Text]) -> bool| {
             all.iter().find_map(|s| match &s.test {
                 Test::Equal(value) if is_wanted(&s.path) => value.as_deref(),

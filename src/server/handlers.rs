@@ -4,36 +4,27 @@
 use std::sync::Arc;
 
 use futures_channel::oneshot;
-use futures_util::SinkExt;
-use grpcio::{
-    Deadline, Method, RpcContext, RpcStatus, ServerStreamingSink, Service, ServiceBuilder, UnarySink, WriteFlags,
-};
+use grpcio::{Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink};
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
-use super::filters::Filters;
-use super::load::{Burden, Load, Overload};
+use super::load::{Load, Overload};
 use super::{Late, convert, service, status};
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
-    ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse, PrepareSnapshotRequest,
-    PrepareSnapshotResponse, StatSnapshotResponse, UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest,
-    ViewSnapshotResponse,
+    MountsRequest, MountsResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, StatSnapshotResponse,
+    UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
 use crate::snapshotter::{self, Asks, Snapshotter};
-use crate::types::{Key, Snapshot};
-
-/// Snapshots in one message of a streamed List, and bytes after which one is sent.
-const LIST_BATCH: usize = 100;
-const LIST_BATCH_BYTES: u64 = 1 << 20;
+use crate::types::Key;
 
 /// What every handler holds a copy of.
 #[derive(Clone)]
 pub struct Handlers {
-    snapshotter: Late,
-    pool: Entrance,
+    pub(super) snapshotter: Late,
+    pub(super) pool: Entrance,
     waiters: Arc<Waiters>,
-    load: Arc<Load>,
+    pub(super) load: Arc<Load>,
 }
 
 /// Who does the calls that may have to wait, apart for each thing that they may wait for.
@@ -53,7 +44,7 @@ impl Waiters {
 }
 
 /// Why a call has no answer but a status.
-enum Failure {
+pub(super) enum Failure {
     Call(snapshotter::Error),
     Pool(Refusal),
     Load(Overload),
@@ -71,7 +62,7 @@ impl From<Overload> for Failure {
     }
 }
 
-type Outcome<T> = Result<T, Failure>;
+pub(super) type Outcome<T> = Result<T, Failure>;
 
 /// What a call may have to wait for.
 type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<Asks>>;
@@ -167,13 +158,13 @@ impl Handlers {
                 let was_worked_on = result.is_ok();
                 let result = result.map_err(Failure::Pool).and_then(|result| result.map_err(Failure::Call));
                 // A refusal may be said on gRPC's own thread, which must not wait.
-                let (burden, turn) = if was_worked_on { (None, Some(burden.answer())) } else { (Some(burden), None) };
+                let turn = was_worked_on.then(|| burden.answer());
                 // Sending starts here, on the worker, without another change of threads.
                 let answer = match result {
                     Ok(response) => sink.success(response),
                     Err(failure) => sink.fail(log_and_status(name, &failure)),
                 };
-                drop(started.send((answer, burden, turn)));
+                drop(started.send((answer, turn, burden)));
             };
             let run = {
                 let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
@@ -198,64 +189,12 @@ impl Handlers {
             // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
             // wait for the end of it: not the worker, which a slow client must not hold.
             context.spawn(async move {
-                if let Ok((answer, burden, turn)) = sending.await {
+                if let Ok((answer, turn, burden)) = sending.await {
                     drop(answer.await);
-                    drop((burden, turn));
+                    drop((turn, burden));
                 }
             });
         })
-    }
-
-    /// A worker reads the list at once; grpcio's thread sends it as fast as the client takes
-    /// it. So a client that does not read holds memory, for which there is a limit, but no
-    /// worker.
-    fn list(
-        &self,
-        context: &RpcContext<'_>,
-        request: ListSnapshotsRequest,
-        mut sink: ServerStreamingSink<ListSnapshotsResponse>,
-    ) {
-        let deadline: Deadline = context.deadline();
-        let (answer, answered) = oneshot::channel();
-        match self.load.take(request.compute_size()) {
-            Err(overload) => drop(answer.send(Err(Failure::Load(overload)))),
-            Ok(mut burden) => {
-                let snapshotter = Arc::clone(&self.snapshotter);
-                self.pool.submit(
-                    move || deadline.exceeded(),
-                    move || {
-                        let snapshots = read_list(snapshotter.wait(), &request.filters, &mut burden)?;
-                        Ok((snapshots, burden.answer()))
-                    },
-                    move |result| {
-                        let result = result.map_err(Failure::Pool).and_then(|result: Outcome<_>| result);
-                        drop(answer.send(result));
-                    },
-                );
-            }
-        }
-        context.spawn(async move {
-            let (snapshots, _turn) = match answered.await {
-                Ok(Ok(snapshots)) => snapshots,
-                Ok(Err(failure)) => return drop(sink.fail(log_and_status(service::LIST.name, &failure)).await),
-                Err(oneshot::Canceled) => return,
-            };
-            let mut rest = snapshots.into_iter().peekable();
-            while rest.peek().is_some() {
-                let mut batch = ListSnapshotsResponse::default();
-                let mut bytes = 0;
-                while batch.info.len() < LIST_BATCH && bytes < LIST_BATCH_BYTES {
-                    let Some(snapshot) = rest.next() else { break };
-                    let info = convert::info(snapshot);
-                    bytes += info.compute_size();
-                    batch.info.push(info);
-                }
-                if sink.send((batch, WriteFlags::default())).await.is_err() {
-                    return; // The client went away.
-                }
-            }
-            drop(sink.close().await);
-        });
     }
 }
 
@@ -265,23 +204,8 @@ enum Step<Q, R> {
     PassOn(Asks, Q),
 }
 
-fn read_list(snapshotter: &Snapshotter, texts: &[String], burden: &mut Burden) -> Outcome<Vec<Snapshot>> {
-    let filters = Filters::parse(texts)
-        .map_err(|invalid| snapshotter::Error::InvalidFilter { why: invalid.to_string(), filter: invalid.filter })?;
-    let mut overload = None;
-    let snapshots = snapshotter.list(filters.reference_and_parent(), |snapshot| {
-        // Once it is too much, nothing more is kept.
-        if overload.is_some() || !filters.matches(snapshot) {
-            return false;
-        }
-        overload = burden.grow(snapshot.memory()).err();
-        overload.is_none()
-    })?;
-    overload.map_or(Ok(snapshots), |overload| Err(overload.into()))
-}
-
 /// The status for a failure, and a line in the log if it shows a fault of this program or host.
-fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
+pub(super) fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
     use snapshotter::Error;
     match failure {
         Failure::Call(error) => {

@@ -1,8 +1,8 @@
 //! What calls weigh while they are here, and when their answers may leave.
 //!
-//! Every request, and every list on its way out, has its bytes counted from its arrival until
-//! its answer was sent, against one limit for all clients: what does not fit is refused, so no
-//! client can make the daemon grow. And all answers can be held back for a moment, which is
+//! Every request has its bytes counted from its arrival until its answer was sent, and every
+//! list what of it is here, against one limit for all clients: what does not fit is refused, so
+//! no client can make the daemon grow. And all answers can be held back for a moment, which is
 //! how a stop finds one in which nothing is being written to a connection.
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,10 @@ use parking_lot::{Condvar, Mutex};
 
 /// All requests and lists that are here at one time. containerd allows a message 16 MiB.
 const LIMIT: usize = 256 << 20;
+/// One part in so many is not for lists: those that nobody reads must not keep others out.
+const PARTS: usize = 4;
+/// But for the short ones, such as what a pull asks for: those are sent whether they are read or not.
+const SHORT: usize = 64 << 10;
 /// What a call costs besides the bytes of its request.
 const CALL_BYTES: usize = 4 << 10;
 
@@ -64,14 +68,24 @@ impl Load {
     /// Takes in a call whose request has so many bytes.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Burden, Overload> {
         self.calls.fetch_add(1, Ordering::SeqCst);
-        let mut burden = Burden { load: Arc::clone(self), bytes: 0 };
-        burden.grow(usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(CALL_BYTES))?;
+        let mut burden = Burden { load: Arc::clone(self), request: 0, answer: 0 };
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(CALL_BYTES);
+        self.add(bytes, self.limit)?;
+        burden.request = bytes;
         Ok(burden)
     }
 
     /// Calls that are not answered yet.
     pub fn calls(&self) -> usize {
         self.calls.load(Ordering::SeqCst)
+    }
+
+    fn add(&self, bytes: usize, limit: usize) -> Result<(), Overload> {
+        let fits = |now: usize| now.checked_add(bytes).filter(|sum| *sum <= limit);
+        match self.bytes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fits) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Overload { limit }),
+        }
     }
 
     /// Waits for the answers that are being sent, and lets no other begin until the result is
@@ -105,48 +119,52 @@ impl Drop for Held<'_> {
 /// A call that is here. It counts until this is dropped.
 pub struct Burden {
     load: Arc<Load>,
-    bytes: usize,
+    request: usize,
+    answer: usize,
 }
 
 impl Burden {
-    pub fn grow(&mut self, bytes: usize) -> Result<(), Overload> {
+    /// Counts `bytes` for the answer, instead of what was counted for it before. What is not more
+    /// is never refused.
+    pub fn hold(&mut self, bytes: usize) -> Result<(), Overload> {
         let limit = self.load.limit;
-        let fits = |now: usize| now.checked_add(bytes).filter(|sum| *sum <= limit);
-        match self.load.bytes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fits) {
-            Ok(_) => {
-                self.bytes += bytes;
-                Ok(())
-            }
-            Err(_) => Err(Overload { limit }),
+        if bytes > self.answer {
+            let limit = if bytes <= SHORT { limit } else { limit - limit / PARTS };
+            self.load.add(bytes - self.answer, limit)?;
+        } else {
+            self.load.bytes.fetch_sub(self.answer - bytes, Ordering::SeqCst);
         }
+        self.answer = bytes;
+        Ok(())
     }
 
-    /// Before the answer is sent; waits while answers are held. Not for gRPC's own threads.
-    pub fn answer(self) -> Sending {
+    /// Before an answer, or a part of one, is sent; waits while answers are held. Not for gRPC's
+    /// own threads.
+    pub fn answer(&self) -> Sending {
         let mut outgoing = self.load.outgoing.lock();
         while outgoing.held {
             self.load.changed.wait(&mut outgoing);
         }
         outgoing.sending += 1;
         drop(outgoing);
-        Sending(self)
+        Sending(Arc::clone(&self.load))
     }
 }
 
 impl Drop for Burden {
     fn drop(&mut self) {
-        self.load.bytes.fetch_sub(self.bytes, Ordering::SeqCst);
+        self.load.bytes.fetch_sub(self.request + self.answer, Ordering::SeqCst);
         self.load.calls.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// An answer on its way, until this is dropped.
-pub struct Sending(Burden);
+pub struct Sending(Arc<Load>);
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.0.load.outgoing.lock().sending -= 1;
-        self.0.load.changed.notify_all();
+        self.0.outgoing.lock().sending -= 1;
+        self.0.changed.notify_all();
     }
 }
 
@@ -156,23 +174,44 @@ mod tests {
 
     #[test]
     fn what_is_too_much_is_refused_and_what_is_over_weighs_nothing() {
-        let load = Load::with_limit(10 * CALL_BYTES);
-        let mut first = load.take(0).unwrap();
-        first.grow(8 * CALL_BYTES).unwrap();
-        let second = load.take(0).unwrap();
-        assert_eq!(load.take(0).err(), Some(Overload { limit: 10 * CALL_BYTES }));
-        assert_eq!(load.take(u64::MAX).err(), Some(Overload { limit: 10 * CALL_BYTES }));
-        assert_eq!(load.calls(), 2);
-        drop((first, second));
+        let load = Load::with_limit(8 * CALL_BYTES);
+        let calls: Vec<Burden> = (0..8).map(|_| load.take(0).unwrap()).collect();
+        assert_eq!(load.take(0).err(), Some(Overload { limit: 8 * CALL_BYTES }));
+        assert_eq!(load.take(u64::MAX).err(), Some(Overload { limit: 8 * CALL_BYTES }));
+        assert_eq!(load.calls(), 8);
+        drop(calls);
         assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (0, 0));
+    }
+
+    #[test]
+    fn long_lists_leave_room_for_requests_and_short_ones_and_keep_what_they_have() {
+        let load = Load::with_limit(8 * SHORT);
+        let mut list = load.take(0).unwrap();
+        list.hold(5 * SHORT).unwrap();
+        assert_eq!(list.hold(6 * SHORT).err(), Some(Overload { limit: 6 * SHORT }));
+        let mut others = [(); 2].map(|()| load.take(0).unwrap());
+        assert!(others[0].hold(SHORT + 1).is_err());
+        for other in &mut others {
+            other.hold(SHORT).unwrap();
+        }
+        // There is no room for a single byte more.
+        let _large = load.take((SHORT - 4 * CALL_BYTES) as u64).unwrap();
+        assert!(load.take(0).is_err());
+        list.hold(5 * SHORT).unwrap();
+        list.hold(SHORT + 1).unwrap();
+        list.hold(2 * SHORT).unwrap();
+        drop((list, others));
+        assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (1, SHORT - 3 * CALL_BYTES));
     }
 
     #[test]
     fn held_answers_wait_and_none_is_being_sent_meanwhile() {
         let load = Load::new();
-        let slow = load.take(1).unwrap().answer();
+        let slow = load.take(1).unwrap();
+        let sending = slow.answer();
         assert!(load.hold_answers(Duration::from_millis(10)).is_none());
-        drop(slow);
+        // A list is being read further.
+        drop(sending);
         let held = load.hold_answers(Duration::from_secs(10)).unwrap();
         let waiting = load.take(1).unwrap();
         let sent = std::thread::spawn(move || drop(waiting.answer()));
@@ -180,6 +219,8 @@ mod tests {
         assert!(!sent.is_finished());
         drop(held);
         sent.join().unwrap();
+        assert_eq!(load.calls(), 1);
+        drop(slow);
         assert_eq!(load.calls(), 0);
     }
 }

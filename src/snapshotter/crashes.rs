@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::tests::{Place, check_files, check_flat, key, publish_flat, pull, remove_all, wanted};
+use super::tests::{Place, check_files, check_flat, key, list_all, publish_flat, pull, remove_all, wanted};
 use super::*;
 use crate::faults::{Effect, Fault, Kind as StepKind, Step, Steps};
 use crate::overlay::Form;
@@ -252,7 +252,7 @@ impl World {
 }
 
 fn records(s: &Snapshotter) -> BTreeMap<String, Snapshot> {
-    s.list(None, |_| true).unwrap().into_iter().map(|one| (one.key.as_str().to_owned(), one)).collect()
+    list_all(s).into_iter().map(|one| (one.key.as_str().to_owned(), one)).collect()
 }
 
 /// How the operation ended, as far as its caller knows.

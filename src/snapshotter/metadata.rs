@@ -1,4 +1,4 @@
-//! The calls that only read or change records: stat, update, list, usage, commit, remove.
+//! The calls that only read or change records: stat, update, usage, commit, remove.
 #![forbid(unsafe_code)]
 
 use nix::errno::Errno;
@@ -41,28 +41,6 @@ impl Snapshotter {
             check_labels(&mut new.labels)?;
             tx.update(&old, &new)?;
             Ok(new)
-        })
-    }
-
-    /// Every snapshot that `matches`, in no order. `hint` is a (ref, parent) that all of
-    /// them have, if the caller knows one: then only those are looked at.
-    pub fn list(
-        &self,
-        hint: Option<(&str, &str)>,
-        mut matches: impl FnMut(&Snapshot) -> bool,
-    ) -> Result<Vec<Snapshot>> {
-        self.store.read(|tx| {
-            let mut found = Vec::new();
-            let mut keep = |snapshot: Snapshot| {
-                if matches(&snapshot) {
-                    found.push(snapshot);
-                }
-            };
-            match hint {
-                Some((reference, parent)) => tx.by_ref(reference, parent)?.into_iter().for_each(&mut keep),
-                None => tx.for_each(&mut keep)?,
-            }
-            Ok(found)
         })
     }
 

@@ -156,10 +156,20 @@ fn look_through(s: &Snapshotter, place: &Place, n: u8) -> usize {
     found.directories.len()
 }
 
+pub fn list_all(s: &Snapshotter) -> Vec<Snapshot> {
+    let mut chunk = s.list(None, |_| true).unwrap();
+    let mut all = std::mem::take(&mut chunk.found);
+    while let Some(rest) = chunk.rest {
+        chunk = s.list_rest(rest, |_| true).unwrap();
+        all.append(&mut chunk.found);
+    }
+    all
+}
+
 /// Removes all snapshots, children first; whatever state they are in, nothing may be left.
 pub fn remove_all(place: &Place, s: &Snapshotter) {
     loop {
-        let mut all = s.list(None, |_| true).unwrap();
+        let mut all = list_all(s);
         if all.is_empty() {
             break;
         }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use redb::{ReadTransaction, ReadableTable, TableDefinition, Value, WriteTransaction};
@@ -115,20 +116,63 @@ pub trait Lookup {
 
     /// The snapshots with this `snapshot.ref` label and this parent ("" for none).
     fn by_ref(&self, reference: &str, parent: &str) -> Result<Vec<Snapshot>> {
+        let mut found = Vec::new();
+        self.take_by_ref(reference, parent, |snapshot| {
+            found.push(snapshot);
+            true
+        })?;
+        Ok(found)
+    }
+
+    /// As `by_ref`, as long as `take` takes them. The result says whether it took all.
+    fn take_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
         let index = self.table(BY_REF)?;
         let snapshots = self.table(SNAPSHOTS)?;
-        let mut found = Vec::new();
         for row in index.range((reference, parent, "")..).map_err(|e| self.error(e))? {
             let (row, _) = row.map_err(|e| self.error(e))?;
             let (row_reference, row_parent, key) = row.value();
             if (row_reference, row_parent) != (reference, parent) {
                 break;
             }
-            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))? {
-                found.push(record::decode_snapshot(key, row.value())?);
+            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))?
+                && !take(record::decode_snapshot(key, row.value())?)
+            {
+                return Ok(false);
             }
         }
-        Ok(found)
+        Ok(true)
+    }
+
+    /// The highest id that a snapshot has.
+    fn last_id(&self) -> Result<Option<SnapshotId>> {
+        let keys = self.table(KEYS)?;
+        let row = keys.last().map_err(|e| self.error(e))?;
+        Ok(row.map(|(id, _)| SnapshotId(id.value())))
+    }
+
+    /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
+    /// than `most`. The result is the first id that is left; None: there is none.
+    fn take_by_id(
+        &self,
+        ids: RangeInclusive<SnapshotId>,
+        most: usize,
+        mut take: impl FnMut(Snapshot) -> bool,
+    ) -> Result<Option<SnapshotId>> {
+        let keys = self.table(KEYS)?;
+        let snapshots = self.table(SNAPSHOTS)?;
+        for (n, row) in keys.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.enumerate() {
+            let (id, key) = row.map_err(|e| self.error(e))?;
+            let id = SnapshotId(id.value());
+            if n == most {
+                return Ok(Some(id));
+            }
+            if let Some(row) = snapshots.get(key.value()).map_err(|e| self.error(e))?
+                && !take(record::decode_snapshot(key.value(), row.value())?)
+            {
+                return Ok(Some(id));
+            }
+        }
+        Ok(None)
     }
 
     /// Calls `each` for every snapshot.

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use cvmfs_snapshotter::proto::mount::Mount;
+use cvmfs_snapshotter::store::Store;
+use cvmfs_snapshotter::types::{Digest, Key, Kind, Labels, Layer, Snapshot, SnapshotId, Timestamp};
 use grpcio::RpcStatusCode;
 
 use crate::client::{Answer, Client};
@@ -45,6 +47,29 @@ impl Alone {
 /// The digest of layer 1, 2 or 3, or of one that is not published.
 pub fn digest(n: u8) -> String {
     format!("sha256:{}", format!("{n:02x}").repeat(32))
+}
+
+/// Before the first start at `root`: so many pulled layers, each with a label of 1,000 bytes.
+pub fn crowd(root: &Path, count: u64) {
+    let snapshot = |n: u64| Snapshot {
+        id: SnapshotId(n),
+        key: Key::parse(&format!("crowd-{n}")).expect("a short text is a key"),
+        parent: None,
+        kind: Kind::Committed,
+        created: Timestamp(0),
+        updated: Timestamp(0),
+        labels: Labels::from([("label".to_owned(), "x".repeat(1_000))]),
+        layer: Some(Layer {
+            digest: Digest::parse(&digest(1)).expect("it is a digest"),
+            repository: "scene.test".to_owned(),
+        }),
+        usage: None,
+    };
+    let snapshots: Vec<Snapshot> = (1..=count).map(snapshot).collect();
+    let home = root.join("snapshotter");
+    fs::create_dir_all(&home).expect("the state root can be made");
+    Store::create(&home.join("metadata.redb"), Some(SnapshotId(count)), &snapshots, &[])
+        .expect("the metadata can be made");
 }
 
 /// Fills a directory with so many directories of so many names each, which takes long to walk.

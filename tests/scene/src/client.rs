@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::proto::snapshots::{
-    CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
-    RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
+    CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest,
+    PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest,
+    ViewSnapshotRequest,
 };
 use cvmfs_snapshotter::server::service;
-use futures_util::TryStreamExt;
-use grpcio::{CallOption, Channel, ChannelBuilder, EnvBuilder, MetadataBuilder, Method, RpcStatus, RpcStatusCode};
+use futures_util::StreamExt;
+use grpcio::{
+    CallOption, Channel, ChannelBuilder, ClientSStreamReceiver, EnvBuilder, MetadataBuilder, Method, RpcStatus,
+    RpcStatusCode,
+};
 use protobuf::well_known_types::field_mask::FieldMask;
 
 use crate::image::Image;
@@ -38,13 +42,17 @@ pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 }
 
 pub fn connect(socket: &Path) -> Channel {
+    connect_as(socket, |channel| channel)
+}
+
+fn connect_as(socket: &Path, how: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
     let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
-    ChannelBuilder::new(environment)
+    let channel = ChannelBuilder::new(environment)
         // Else a new client waits as long as an old one that found nobody at home.
         .use_local_subchannel_pool(true)
         .max_receive_message_len(-1)
-        .max_send_message_len(-1)
-        .connect(&format!("unix:{}", socket.display()))
+        .max_send_message_len(-1);
+    how(channel).connect(&format!("unix:{}", socket.display()))
 }
 
 pub fn call<Q: 'static, R: Unpin + 'static>(
@@ -63,9 +71,32 @@ fn status(error: grpcio::Error) -> RpcStatus {
     }
 }
 
+/// The messages of a List that are still to be read, each with its snapshots.
+pub struct Listing {
+    stream: ClientSStreamReceiver<ListSnapshotsResponse>,
+    /// It ends with its channel.
+    _channel: Channel,
+}
+
+impl Iterator for Listing {
+    type Item = Answer<Vec<Info>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        futures_executor::block_on(self.stream.next()).map(|message| message.map(|m| m.info).map_err(status))
+    }
+}
+
 impl Client {
     pub fn connect(socket: &Path) -> Self {
-        let channel = connect(socket);
+        Self::on(connect(socket))
+    }
+
+    /// One that lets gRPC read little of what nobody asked it for yet: 64 KiB of a stream, not 5 MiB.
+    pub fn connect_idle(socket: &Path) -> Self {
+        Self::on(connect_as(socket, |channel| channel.http2_bdp_probe(false)))
+    }
+
+    fn on(channel: Channel) -> Self {
         let grpc = grpcio::Client::new(channel.clone());
         Self { grpc, channel, timeout: Duration::from_mins(1), namespace: None, snapshotter: "" }
     }
@@ -78,10 +109,6 @@ impl Client {
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
         Self { timeout, ..self.clone() }
-    }
-
-    pub fn channel(&self) -> &Channel {
-        &self.channel
     }
 
     fn option(&self) -> CallOption {
@@ -177,16 +204,20 @@ impl Client {
         self.call(&service::CLEANUP, &CleanupRequest::default()).map(drop)
     }
 
-    /// The messages of the stream, each with its snapshots.
-    pub fn list_batches(&self, filters: &[&str]) -> Answer<Vec<Vec<Info>>> {
+    /// A List that is read as far as somebody asks for it.
+    pub fn listing(&self, filters: &[&str]) -> Answer<Listing> {
         let request = ListSnapshotsRequest {
             snapshotter: self.snapshotter.to_owned(),
             filters: filters.iter().map(|&f| f.to_owned()).collect(),
             ..ListSnapshotsRequest::default()
         };
         let stream = self.grpc.server_streaming(&service::LIST, &request, self.option()).map_err(status)?;
-        let batches = stream.map_ok(|message| message.info).try_collect();
-        futures_executor::block_on(batches).map_err(status)
+        Ok(Listing { stream, _channel: self.channel.clone() })
+    }
+
+    /// The messages of the stream, each with its snapshots.
+    pub fn list_batches(&self, filters: &[&str]) -> Answer<Vec<Vec<Info>>> {
+        self.listing(filters)?.collect()
     }
 
     pub fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {

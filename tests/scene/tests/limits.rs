@@ -7,11 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use cvmfs_snapshotter::proto::snapshots::ListSnapshotsRequest;
-use cvmfs_snapshotter::server::{CONNECTIONS, service};
-use futures_util::StreamExt;
-use grpcio::{CallOption, RpcStatusCode as Code};
-use scene::alone::{Alone, refused};
+use cvmfs_snapshotter::server::CONNECTIONS;
+use grpcio::RpcStatusCode as Code;
+use scene::alone::{Alone, crowd, digest, refused};
+use scene::client::{Answer, Client, Listing};
 use scene::process::eventually;
 
 /// Whether the daemon closes this connection at once.
@@ -39,35 +38,70 @@ fn root_connections_are_bounded_and_those_inside_are_served() {
     eventually("descriptors are given back", || d.snapshotter.server().descriptors() < 64);
 }
 
-/// Lists that nobody reads, of a node with very long labels.
+/// The snapshots in the messages that are left.
+fn rest(listing: Listing) -> Answer<usize> {
+    listing.map(|message| message.map(|infos| infos.len())).sum()
+}
+
+/// A node with this many snapshots could never collect its garbage: a List of them was too much.
 #[test]
-fn root_lists_that_nobody_reads_take_no_more_than_their_share_of_memory() {
-    let mut d = Alone::start("lists", "");
-    let long = "x".repeat(1 << 20);
-    for n in 0..64 {
-        d.client.prepare(&format!("key-{n}"), "", &[("l", &long[..long.len() - 1])]).unwrap();
-    }
+fn root_lists_that_nobody_reads_take_a_piece_each_and_hold_nobody_up() {
+    const SNAPSHOTS: usize = 20_000;
+    let mut d = Alone::start_on("lists", "workers = 1", |root, _| crowd(root, SNAPSHOTS as u64));
+    d.client.list(&["labels.nothing"]).unwrap();
     let before = d.snapshotter.server().status("VmRSS") >> 10;
-    let grpc = grpcio::Client::new(d.client.channel().clone());
-    let list = || {
-        let option = CallOption::default().timeout(Duration::from_mins(1));
-        grpc.server_streaming(&service::LIST, &ListSnapshotsRequest::default(), option).unwrap()
-    };
-    let mut unread: Vec<_> = (0..12).map(|_| list()).collect();
-    eventually("some are refused", || d.snapshotter.log().contains("that is the limit: try again later"));
-    std::thread::sleep(Duration::from_millis(500));
+    let unread: Vec<(Listing, usize)> = (0..64)
+        .map(|_| {
+            let mut listing = Client::connect_idle(&d.snapshotter.socket()).listing(&[]).unwrap();
+            let first = listing.next().expect("a first message").expect("a List is not refused");
+            (listing, first.len())
+        })
+        .collect();
+    for n in 0..50 {
+        let key = format!("key-{n}");
+        d.client.prepare(&key, "", &[]).unwrap();
+        d.client.stat(&key).unwrap();
+        d.client.remove(&key).unwrap();
+    }
     let now = d.snapshotter.server().status("VmRSS") >> 10;
-    println!("12 unread lists of 64 MiB: {before} MiB before, {now} MiB now");
-    assert!(now < before + 512, "{before} MiB before, {now} MiB now");
-    d.client.stat("key-1").unwrap();
-    let outcomes = unread.drain(..).map(|mut stream| {
-        let first = futures_executor::block_on(stream.next()).unwrap();
-        first.map(|message| message.info.len()).map_err(|e| e.to_string())
-    });
-    let (served, refusals): (Vec<_>, Vec<_>) = outcomes.partition(Result::is_ok);
-    assert!(!served.is_empty() && served.len() <= 4, "{} are served", served.len());
-    assert!(refusals.iter().all(|e| e.as_ref().unwrap_err().contains("RESOURCE_EXHAUSTED")), "{refusals:?}");
-    eventually("there is room again", || d.client.list(&[]).is_ok_and(|all| all.len() == 64));
+    println!("64 unread lists of {SNAPSHOTS} snapshots: {before} MiB before, {now} MiB now");
+    assert!(now < before + 128, "{before} MiB before, {now} MiB now");
+    for (listing, first) in unread.into_iter().step_by(8) {
+        assert_eq!(rest(listing).unwrap() + first, SNAPSHOTS);
+    }
+}
+
+#[test]
+fn root_lists_beyond_their_share_of_memory_are_refused_and_those_that_began_come_to_their_end() {
+    const SNAPSHOTS: usize = 5_000;
+    let mut d = Alone::start_on("share", "", |root, _| crowd(root, SNAPSHOTS as u64));
+    let before = d.snapshotter.server().status("VmRSS") >> 10;
+    let clients: Vec<Client> = (0..10).map(|_| Client::connect_idle(&d.snapshotter.socket())).collect();
+    let (mut begun, mut refusals) = (Vec::new(), Vec::new());
+    for n in 0..300 {
+        let mut listing = clients[n % clients.len()].listing(&[]).unwrap();
+        match listing.next().expect("an answer") {
+            Ok(first) => begun.push((listing, first.len())),
+            Err(status) => refusals.push(status),
+        }
+    }
+    let now = d.snapshotter.server().status("VmRSS") >> 10;
+    println!("{} unread lists: {before} MiB before, {now} MiB now", begun.len());
+    assert!(now < before + 320, "{before} MiB before, {now} MiB now");
+    assert!(begun.len() > 150 && !refusals.is_empty(), "{} are served", begun.len());
+    for status in &refusals {
+        assert_eq!(status.code(), Code::RESOURCE_EXHAUSTED, "{}", status.message());
+        assert!(status.message().ends_with("that is the limit: try again later"), "{}", status.message());
+    }
+    // Others are served as ever: a pull asks with a List of its own.
+    let layer = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
+    d.client.prepare("key", &layer, &[]).unwrap();
+    d.client.remove("key").unwrap();
+    for (listing, first) in begun.drain(..8) {
+        assert_eq!(rest(listing).unwrap() + first, SNAPSHOTS);
+    }
+    drop(begun);
+    eventually("there is room again", || d.client.list(&[]).is_ok_and(|all| all.len() == SNAPSHOTS + 1));
 }
 
 #[test]

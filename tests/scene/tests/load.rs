@@ -6,12 +6,14 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, fill, options, refused};
+use scene::alone::{Alone, crowd, digest, fill, options, refused};
+use scene::client::Answer;
+use scene::process::eventually;
 use scene::sandbox::mounts_below;
 
 #[test]
@@ -156,18 +158,79 @@ fn root_a_client_that_does_not_read_its_list_holds_no_worker() {
     for n in 0..40 {
         d.client.prepare(&format!("key-{n}"), "", &[("big", &"x".repeat(200_000))]).unwrap();
     }
-    let request = cvmfs_snapshotter::proto::snapshots::ListSnapshotsRequest::default();
-    let grpc = grpcio::Client::new(d.client.channel().clone());
-    let streams: Vec<_> = (0..8)
-        .map(|_| {
-            grpc.server_streaming(&cvmfs_snapshotter::server::service::LIST, &request, grpcio::CallOption::default())
-                .unwrap()
-        })
-        .collect();
+    let streams: Vec<_> = (0..8).map(|_| d.client.listing(&[]).unwrap()).collect();
     for n in 0..40 {
         d.snapshotter.client().with_timeout(Duration::from_secs(5)).stat(&format!("key-{n}")).unwrap();
     }
     drop(streams);
+}
+
+#[test]
+fn root_a_full_queue_does_not_break_a_list_that_has_begun() {
+    const SNAPSHOTS: usize = 20_000;
+    let d = Alone::start_on("begun", "workers = 1\nqueue = 1", |root, _| crowd(root, SNAPSHOTS as u64));
+    let mut listing = d.client.listing(&[]).unwrap();
+    let mut listed = listing.next().unwrap().unwrap().len();
+    let (stop, refusals) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let c = d.snapshotter.client();
+                while !stop.load(Ordering::Relaxed) {
+                    if c.stat("crowd-1").is_err_and(|status| status.code() == Code::RESOURCE_EXHAUSTED) {
+                        refusals.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        while refusals.load(Ordering::Relaxed) < 100 {
+            std::thread::yield_now();
+        }
+        let before = refusals.load(Ordering::Relaxed);
+        let rest: Answer<usize> = listing.map(|message| message.map(|infos| infos.len())).sum();
+        stop.store(true, Ordering::Relaxed);
+        listed += rest.unwrap();
+        assert!(refusals.load(Ordering::Relaxed) > before, "the queue was not full meanwhile");
+    });
+    assert_eq!(listed, SNAPSHOTS);
+}
+
+#[test]
+fn root_a_list_whose_client_went_away_is_read_no_further() {
+    let d = Alone::start_on("away", "", |root, _| crowd(root, 20_000));
+    let sent = |d: &Alone| -> Vec<usize> {
+        let log = d.snapshotter.log();
+        let counts = log.split("the client went away, ").skip(1);
+        counts.map(|count| count.split(' ').next().unwrap().parse().unwrap()).collect()
+    };
+    let mut listing = d.client.listing(&[]).unwrap();
+    listing.next().unwrap().unwrap();
+    drop(listing);
+    eventually("its end is noticed", || sent(&d).iter().any(|count| (1..20_000).contains(count)));
+    // Nothing is sent here, which could fail.
+    eventually("its end is noticed between two chunks", || {
+        let listing = d.client.listing(&["labels.nothing"]).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+        drop(listing);
+        sent(&d).contains(&0)
+    });
+}
+
+#[test]
+fn root_a_list_under_way_is_finished_at_a_stop_and_one_that_nobody_reads_is_given_up() {
+    const SNAPSHOTS: usize = 20_000;
+    let mut d = Alone::start_on("stop", "", |root, _| crowd(root, SNAPSHOTS as u64));
+    let (reader, sleeper) = (d.snapshotter.client(), d.snapshotter.client());
+    let [mut read, mut unread] = [reader, sleeper].map(|client| client.listing(&[]).unwrap());
+    let first = read.next().unwrap().unwrap().len();
+    unread.next().unwrap().unwrap();
+    d.snapshotter.server().signal(Signal::SIGTERM);
+    eventually("it stops", || d.snapshotter.log().contains("stopping; snapshots and mounts stay"));
+    let rest: Answer<usize> = read.map(|message| message.map(|infos| infos.len())).sum();
+    assert_eq!(rest.unwrap() + first, SNAPSHOTS);
+    assert!(d.snapshotter.server().wait_for_end().success());
+    let end = unread.find_map(Answer::err).expect("it did not get all");
+    assert_eq!(end.code(), Code::UNAVAILABLE, "{}", end.message());
 }
 
 /// Each Cleanup that waited for the one under way held a worker: a few of them stopped the
