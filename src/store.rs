@@ -2,8 +2,8 @@
 //!
 //! Knows records and their indexes, not containerd's rules and not the file system.
 //! Invariants, kept inside each transaction: every snapshot has one row in `snapshots` and
-//! one in `keys`; `children` counts who names it as parent; `by_ref` has a row for every
-//! snapshot with a `containerd.io/snapshot.ref` label. A `write` that returned is on disk.
+//! one in `ids`, which counts who names it as parent; `by_ref` has a row for every snapshot
+//! with a `containerd.io/snapshot.ref` label. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
 mod aside;
@@ -26,12 +26,12 @@ use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, St
 
 use self::aside::{Aside, Locks};
 use self::group::Turns;
-use self::transaction::{BY_REF, CHILDREN, CLEANUP, KEYS, META, ROOTFS, SCANS, SNAPSHOTS};
+use self::transaction::{BY_REF, CLEANUP, IDS, META, ROOTFS, SCANS, SNAPSHOTS};
 pub use self::transaction::{Lookup, Read, Write};
 use crate::types::{Quoted, SnapshotId};
 
 const SCHEMA: &str = "schema";
-const SCHEMA_VERSION: u64 = 1;
+const SCHEMA_VERSION: u64 = 2;
 /// The first id that is certainly not reserved.
 const NEXT_ID: &str = "next_id";
 /// The first id that this store handed out: lower directories belong to somebody else.
@@ -381,8 +381,7 @@ fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result:
         meta.insert(NEXT_ID, next_id.max(above))?;
     }
     transaction.open_table(SNAPSHOTS)?;
-    transaction.open_table(KEYS)?;
-    transaction.open_table(CHILDREN)?;
+    transaction.open_table(IDS)?;
     transaction.open_table(BY_REF)?;
     transaction.open_table(CLEANUP)?;
     transaction.open_table(SCANS)?;

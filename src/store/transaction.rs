@@ -17,11 +17,10 @@ use crate::types::{Flat, Key, Kind, LABEL_SNAPSHOT_REF, Rootfs, Snapshot, Snapsh
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// Snapshot key to `SnapshotRecord`.
 pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
-/// Snapshot id to its key.
-pub(super) const KEYS: TableDefinition<u64, &str> = TableDefinition::new("keys");
-/// Snapshot id to the number of its children, and of those children that are live: active,
-/// a view, or committed with a live child. Rows of zeros are left out.
-pub(super) const CHILDREN: TableDefinition<u64, (u64, u64)> = TableDefinition::new("children");
+/// Snapshot id to its key, the number of its children, and of those children that are live:
+/// active, a view, or committed with a live child. One table, because each one that a
+/// transaction changes costs.
+pub(super) const IDS: TableDefinition<u64, (&str, u64, u64)> = TableDefinition::new("ids");
 /// `(snapshot.ref, parent key or "", key)`: what containerd asks after every remote layer.
 pub(super) const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefinition::new("by_ref");
 /// Ids that may have something on disk that nothing needs any more, and whether a cleanup
@@ -94,22 +93,22 @@ pub trait Lookup {
 
     #[doc(hidden)]
     fn children(&self, id: SnapshotId) -> Result<(u64, u64)> {
-        let table = self.table(CHILDREN)?;
-        let row = table.get(id.0).map_err(|e| self.error(e))?;
-        Ok(row.map_or((0, 0), |row| row.value()))
+        let ids = self.table(IDS)?;
+        let row = ids.get(id.0).map_err(|e| self.error(e))?;
+        Ok(row.map_or((0, 0), |row| (row.value().1, row.value().2)))
     }
 
     fn exists(&self, id: SnapshotId) -> Result<bool> {
-        let keys = self.table(KEYS)?;
-        let row = keys.get(id.0).map_err(|e| self.error(e))?;
+        let ids = self.table(IDS)?;
+        let row = ids.get(id.0).map_err(|e| self.error(e))?;
         Ok(row.is_some())
     }
 
     fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
         let key = {
-            let keys = self.table(KEYS)?;
-            let row = keys.get(id.0).map_err(|e| self.error(e))?;
-            row.map(|row| row.value().to_owned())
+            let ids = self.table(IDS)?;
+            let row = ids.get(id.0).map_err(|e| self.error(e))?;
+            row.map(|row| row.value().0.to_owned())
         };
         key.map_or(Ok(None), |key| self.get(&key))
     }
@@ -145,8 +144,8 @@ pub trait Lookup {
 
     /// The highest id that a snapshot has.
     fn last_id(&self) -> Result<Option<SnapshotId>> {
-        let keys = self.table(KEYS)?;
-        let row = keys.last().map_err(|e| self.error(e))?;
+        let ids = self.table(IDS)?;
+        let row = ids.last().map_err(|e| self.error(e))?;
         Ok(row.map(|(id, _)| SnapshotId(id.value())))
     }
 
@@ -158,16 +157,17 @@ pub trait Lookup {
         most: usize,
         mut take: impl FnMut(Snapshot) -> bool,
     ) -> Result<Option<SnapshotId>> {
-        let keys = self.table(KEYS)?;
+        let rows = self.table(IDS)?;
         let snapshots = self.table(SNAPSHOTS)?;
-        for (n, row) in keys.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.enumerate() {
-            let (id, key) = row.map_err(|e| self.error(e))?;
+        for (n, row) in rows.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.enumerate() {
+            let (id, row) = row.map_err(|e| self.error(e))?;
             let id = SnapshotId(id.value());
             if n == most {
                 return Ok(Some(id));
             }
-            if let Some(row) = snapshots.get(key.value()).map_err(|e| self.error(e))?
-                && !take(record::decode_snapshot(key.value(), row.value())?)
+            let (key, ..) = row.value();
+            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))?
+                && !take(record::decode_snapshot(key, row.value())?)
             {
                 return Ok(Some(id));
             }
@@ -277,7 +277,7 @@ impl<'s> Write<'s> {
     /// Adds a snapshot that has no children. Its key and its id must be free.
     pub fn insert(&self, snapshot: &Snapshot) -> Result<()> {
         self.put(snapshot)?;
-        self.open(KEYS)?.insert(snapshot.id.0, snapshot.key.as_str()).map_err(|e| self.error(e))?;
+        self.open(IDS)?.insert(snapshot.id.0, (snapshot.key.as_str(), 0, 0)).map_err(|e| self.error(e))?;
         self.count_child(snapshot, 1)
     }
 
@@ -285,7 +285,7 @@ impl<'s> Write<'s> {
     pub fn remove(&self, snapshot: &Snapshot) -> Result<()> {
         self.open(SNAPSHOTS)?.remove(snapshot.key.as_str()).map_err(|e| self.error(e))?;
         self.unindex(snapshot)?;
-        self.open(KEYS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
+        self.open(IDS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
         if snapshot.layer.is_some() {
             self.open(ROOTFS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
         }
@@ -330,14 +330,8 @@ impl<'s> Write<'s> {
             let Some(parent) = self.get(key.as_str())? else { break };
             let (children, live) = self.children(parent.id)?;
             let counted = (children.saturating_add_signed(children_step), live.saturating_add_signed(live_step));
-            {
-                let mut table = self.open(CHILDREN)?;
-                if counted == (0, 0) {
-                    table.remove(parent.id.0).map_err(|e| self.error(e))?;
-                } else {
-                    table.insert(parent.id.0, counted).map_err(|e| self.error(e))?;
-                }
-            }
+            let row = (parent.key.as_str(), counted.0, counted.1);
+            self.open(IDS)?.insert(parent.id.0, row).map_err(|e| self.error(e))?;
             if (live > 0) == (counted.1 > 0) {
                 break;
             }

@@ -120,7 +120,7 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     }
     fs::write(&file, &whole).unwrap();
     newer_schema(&file);
-    let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
+    let message = refused("newer", "has schema version 99, this program knows 2", "install the version that wrote it");
     assert!(!message.contains("rebuild"), "{message}");
     // An empty store in its place would have forgotten everything.
     fs::remove_file(&file).unwrap();
