@@ -16,6 +16,8 @@ use crate::{Say, contestants, number_from, turns};
 const ROUNDS: usize = 3;
 const FILES: usize = 20;
 const MAKING: usize = 16;
+/// One in so many is removed beside calls.
+const PART: usize = 3;
 /// The calls that a cleanup is compared with are made for so long.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -43,7 +45,8 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
             group.put(name, unit, &contestant.name, Cell::of(&rounds.iter().map(of).collect::<Vec<_>>()));
         };
         put("empty ones", Unit::Seconds, &|r| r.empty);
-        put(&format!("with {FILES} files each, beside calls"), Unit::Seconds, &|r| r.filled);
+        put(&format!("with {FILES} files each"), Unit::Seconds, &|r| r.filled);
+        put(&format!("{} of them, beside calls", number / PART), Unit::Seconds, &|r| r.busy);
         put("calls without a cleanup: p99", Unit::Millis, &|r| quantile(&r.quiet, 0.99));
         put("calls without a cleanup: slowest", Unit::Millis, &|r| quantile(&r.quiet, 1.0));
         put("calls during a cleanup: p99", Unit::Millis, &|r| quantile(&r.beside, 0.99));
@@ -55,6 +58,7 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
 struct Round {
     empty: f64,
     filled: f64,
+    busy: f64,
     /// Cycles, sorted.
     quiet: Vec<f64>,
     beside: Vec<f64>,
@@ -65,26 +69,31 @@ fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Trou
     let (first, other) = (&clients[0], &clients[1]);
     let prefix = format!("{}cleanup-{n}/", prefix());
 
+    let clean = || {
+        let (took, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
+        result.map_err(trouble).map(|()| took)
+    };
     make(&clients, &format!("{prefix}empty-"), number, 0)?;
     nix::unistd::sync();
-    let (empty, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
-    result.map_err(trouble)?;
-
+    let empty = clean()?;
     make(&clients, &format!("{prefix}filled-"), number, FILES)?;
     nix::unistd::sync();
+    let filled = clean()?;
+
     let until = Instant::now() + QUIET;
     let quiet = calls(other, &format!("{prefix}quiet-"), || Instant::now() < until)?;
+    make(&clients, &format!("{prefix}busy-"), number / PART, FILES)?;
     nix::unistd::sync();
     let cleaning = AtomicBool::new(true);
-    let (filled, beside) = std::thread::scope(|scope| {
+    let (busy, beside) = std::thread::scope(|scope| {
         let beside = scope.spawn(|| calls(other, &format!("{prefix}beside-"), || cleaning.load(Ordering::Relaxed)));
-        let (filled, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
+        let busy = clean();
         cleaning.store(false, Ordering::Relaxed);
         let beside = beside.join().expect("a client does not panic")?;
-        result.map_err(trouble).map(|()| (filled, beside))
+        busy.map(|busy| (busy, beside))
     })?;
     first.cleanup().map_err(trouble)?;
-    Ok(Round { empty, filled, quiet, beside })
+    Ok(Round { empty, filled, busy, quiet, beside })
 }
 
 /// Snapshots that were there and are removed.

@@ -170,8 +170,8 @@ fn at_once(clients: &[Client], key: &str, chain: &str) -> Result<Crowd, Trouble>
                 })
             })
             .collect();
-        barrier.wait();
         let begun = Instant::now();
+        barrier.wait();
         let each: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("a client does not panic")).collect();
         (begun.elapsed().as_secs_f64(), each)
     });
