@@ -80,7 +80,9 @@ fn main() {
     let all =
         serde_json::to_string_pretty(&json!({ "machine": facts, "groups": groups })).expect("JSON can be written");
     fs::write(&path, all + "\n").unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
-    say.that(&format!("done; all numbers are in {}", path.display()));
+    say.that(&format!("all numbers are in {}; removing what was measured with", path.display()));
+    drop(sandbox);
+    say.that("done");
 }
 
 /// All that take part in calls on the socket, ours first, each with a state of its own. Without a
