@@ -29,7 +29,7 @@ pub struct Config {
     pub repository_timeout: Duration,
     pub rootfs: RootfsMode,
     pub attach: Mode,
-    /// Threads that do the work of calls. None: the larger of 4 and the number of cores.
+    /// Threads that do the work of calls. None: the larger of 32 and the number of cores.
     pub workers: Option<usize>,
     /// Calls that may wait for a worker.
     pub queue: usize,
@@ -74,15 +74,16 @@ const DEFAULT_REPOSITORY: &str = "unpacked.cern.ch";
 const TIMEOUT: RangeInclusive<i64> = 1..=3600;
 const WORKERS: RangeInclusive<i64> = 1..=256;
 const QUEUE: RangeInclusive<i64> = 1..=65_536;
-const FEWEST_DEFAULT_WORKERS: usize = 4;
+const FEWEST_DEFAULT_WORKERS: usize = 32;
 
 impl Config {
-    /// Threads for calls that wait for one repository, or for the answers to a pull. They cost
-    /// little: nearly all the time they wait.
+    /// Threads for calls that wait for one repository, or for the answers to a pull.
     pub fn waiter_threads(&self) -> usize {
-        self.worker_threads() * 2
+        self.worker_threads()
     }
 
+    /// They cost little: most of the time they wait for the disk, and those that wait together
+    /// share one wait. So there are more than cores.
     pub fn worker_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.unwrap_or_else(|| cores().max(FEWEST_DEFAULT_WORKERS))

@@ -221,6 +221,7 @@ fn run_server(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn serve(arguments: &Arguments) -> Result<(), Error> {
+    sys::share_arenas();
     // Blocked before the first thread starts, so that every thread inherits it and the
     // signals wait for us.
     let signals = block_signals();

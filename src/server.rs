@@ -39,7 +39,7 @@ use crate::sys;
 /// What containerd itself allows a message to be, both ways.
 const MESSAGE_BYTES: i32 = 16 << 20;
 /// Threads of grpcio's own that read requests and send answers; they never wait for a disk.
-const TRANSPORT_THREADS: usize = 2;
+const TRANSPORT_THREADS: usize = 1;
 /// Calls at one time on one connection. containerd sends all its calls over one; a client keeps
 /// what is more to itself until others are answered.
 const CALLS_PER_CONNECTION: i32 = 1024;

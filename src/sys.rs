@@ -11,6 +11,7 @@
 mod descriptors;
 #[cfg(test)]
 pub mod failing;
+mod memory;
 mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -33,6 +34,7 @@ use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_socket};
+pub use self::memory::share_arenas;
 use crate::types::Quoted;
 
 /// A failed system call, with what it was asked to do.

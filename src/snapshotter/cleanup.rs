@@ -60,13 +60,13 @@ impl Snapshotter {
         cleaned: &mut Cleaned,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
-        let mut last = None;
-        loop {
-            let batch = self.store.write_to_free(|tx| tx.begin_cleanup(last, BATCH).map_err(Error::from))?;
-            if batch.is_empty() {
-                return Ok(());
-            }
-            last = batch.last().copied();
+        // Ids that come onto the list meanwhile are mostly higher: with them it might never end.
+        let Some(end) = self.store.read(|tx| tx.last_scheduled().map_err(Error::from))? else { return Ok(()) };
+        let mut next = SnapshotId(0);
+        while next <= end {
+            let batch = self.store.write_to_free(|tx| tx.begin_cleanup(next..=end, BATCH).map_err(Error::from))?;
+            let Some(last) = batch.last() else { break };
+            next = SnapshotId(last.0.saturating_add(1));
             let mounts = match self.mounts_by_home() {
                 Ok(mounts) => mounts,
                 Err(e) => {
@@ -82,6 +82,7 @@ impl Snapshotter {
                 return Err(Error::Cancelled);
             }
         }
+        Ok(())
     }
 
     /// What is mounted below each snapshot's directory.

@@ -169,7 +169,7 @@ const START: Operation = Operation {
         let id = s.store.reserve_id().unwrap();
         let begun = Snapshot { id, key: key("begun"), ..s.stat(&key("running")).unwrap() };
         s.make_directories(&begun, None).unwrap();
-        s.store.write(|tx| tx.begin_cleanup(None, 1).map_err(Error::from)).unwrap();
+        s.store.write(|tx| tx.begin_cleanup(SnapshotId(0)..=SnapshotId(u64::MAX), 1).map_err(Error::from)).unwrap();
     },
     run: |s| s.recover().and_then(|_| s.cleanup(&|| false)).map(drop),
     has_happened: |_| true,

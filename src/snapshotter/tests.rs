@@ -5,12 +5,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::faults::{Fault, Steps};
 use crate::overlay::Form;
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Subject};
@@ -242,7 +243,10 @@ fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     }));
     assert!(panicked.is_err());
     s.prepare(wanted("key", "", &[])).unwrap();
-    assert_eq!(s.store.write(|tx| tx.begin_cleanup(None, 9).map_err(Error::from)).unwrap(), []);
+    assert_eq!(
+        s.store.write(|tx| tx.begin_cleanup(SnapshotId(0)..=SnapshotId(u64::MAX), 9).map_err(Error::from)).unwrap(),
+        []
+    );
 }
 
 #[test]
@@ -367,4 +371,72 @@ fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
             remove_all(&place, &s);
         }
     }
+}
+
+/// It went on as long as somebody else removed snapshots.
+#[test]
+fn root_a_cleanup_ends_although_more_is_removed_meanwhile() {
+    let place = Place::new(Mode::Symlink);
+    let inside: Arc<std::sync::OnceLock<std::sync::Weak<Snapshotter>>> = Arc::default();
+    let removed = Arc::new(AtomicUsize::new(0));
+    let meanwhile = {
+        let (inside, removed) = (Arc::clone(&inside), Arc::clone(&removed));
+        // Once for each batch.
+        move |call: &str, _: &Path| {
+            let Some(s) = inside.get().filter(|_| call == "mounts_below").and_then(std::sync::Weak::upgrade) else {
+                return;
+            };
+            let name = format!("more-{}", removed.fetch_add(1, Ordering::SeqCst));
+            assert!(removed.load(Ordering::SeqCst) < 10, "the cleanup takes up whatever comes");
+            s.prepare(wanted(&name, "", &[])).unwrap();
+            s.remove(&key(&name)).unwrap();
+        }
+    };
+    let s = Arc::new(place.open(Arc::new(Failing::meanwhile(meanwhile))));
+    s.prepare(wanted("first", "", &[])).unwrap();
+    s.remove(&key("first")).unwrap();
+    inside.set(Arc::downgrade(&s)).unwrap();
+    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    assert_eq!(removed.load(Ordering::SeqCst), 1);
+    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 }, "what came meanwhile is not forgotten");
+}
+
+/// More than one thread has something to do, and one of the snapshots is busy.
+#[test]
+fn root_a_cleanup_of_many_leaves_what_is_busy_for_the_next_one() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.open(Arc::new(Host));
+    let names: Vec<String> = (0..200).map(|n| n.to_string()).collect();
+    for name in &names {
+        let mounts = s.prepare(wanted(name, "", &[])).unwrap();
+        fs::write(Path::new(&mounts[0].source).join("file"), name).unwrap();
+    }
+    let busy = Path::new(&s.mounts(&key("77")).unwrap()[0].source).join("busy");
+    fs::create_dir(&busy).unwrap();
+    for name in &names {
+        s.remove(&key(name)).unwrap();
+    }
+    mount(Some("tmpfs"), &busy, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 199, left: 1 });
+    assert_eq!(place.on_disk().len(), 1);
+    Host.unmount(&busy, crate::sys::Unmount::Plain).unwrap();
+    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    assert!(place.on_disk().is_empty());
+}
+
+/// containerd waits for it inside a transaction of its own.
+#[test]
+fn root_a_commit_looks_at_no_file_of_the_snapshot() {
+    let place = Place::new(Mode::Symlink);
+    let steps = Arc::new(Steps::with(Fault::None));
+    let s = place.open(Arc::new(Failing::with(Arc::clone(&steps))));
+    let mounts = s.prepare(wanted("active", "", &[])).unwrap();
+    fs::write(Path::new(&mounts[0].source).join("file"), vec![1; 100_000]).unwrap();
+    steps.arm();
+    s.commit(&key("committed"), &key("active"), Labels::new(), None).unwrap();
+    let calls: Vec<&str> = steps.recorded().iter().map(|step| step.call).collect();
+    assert_eq!(calls, ["write_file", "rename"], "beside the files, what would make the record again");
+    // And what it takes is right when it is asked for.
+    let usage = s.usage(&key("committed"), &|| false).unwrap();
+    assert!(usage.size >= 100_000 && usage.inodes == 2, "{usage:?}");
 }

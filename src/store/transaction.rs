@@ -184,6 +184,13 @@ pub trait Lookup {
         Ok(())
     }
 
+    /// The highest id on the list for cleanup.
+    fn last_scheduled(&self) -> Result<Option<SnapshotId>> {
+        let table = self.table(CLEANUP)?;
+        let row = table.last().map_err(|e| self.error(e))?;
+        Ok(row.map(|(id, _)| SnapshotId(id.value())))
+    }
+
     /// Whether `id` is on the list for cleanup.
     fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
         let table = self.table(CLEANUP)?;
@@ -352,13 +359,12 @@ impl<'s> Write<'s> {
         Ok(())
     }
 
-    /// Up to `limit` ids of the list, in their order and after `last`. They stay on it, so that a
+    /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a
     /// crash does not lose them, and are marked, so that it shows if they are put on it again.
-    pub fn begin_cleanup(&self, last: Option<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
-        let from = last.map_or(0, |last| last.0.saturating_add(1));
+    pub fn begin_cleanup(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
         let ids = {
             let table = self.table(CLEANUP)?;
-            let rows = table.range(from..).map_err(|e| self.error(e))?.take(limit);
+            let rows = table.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.take(limit);
             rows.map(|row| Ok(SnapshotId(row.map_err(|e| self.error(e))?.0.value()))).collect::<Result<Vec<_>>>()?
         };
         // A list with nothing on it costs no write.
