@@ -365,10 +365,7 @@ impl Sys for Host {
     }
 
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>> {
-        let table = mount_table()?;
-        // The last one is the uppermost.
-        let found = mounts(&table).filter(|mount| mount.point == path).last();
-        Ok(found.filter(|mount| mount.is_fuse).map(|mount| mount.device))
+        Ok(uppermost_mount(path)?.filter(|mount| mount.is_fuse).map(|mount| mount.device))
     }
 
     fn mounted(&self, path: &Path) -> Result<Option<u64>> {
@@ -382,9 +379,7 @@ impl Sys for Host {
                 Err(e) => Err(Error::new("statx", path, Errno::from_raw(e.raw_os_error()))),
             };
         }
-        let table = mount_table()?;
-        // The last one is the uppermost.
-        Ok(mounts(&table).filter(|mount| mount.point == path).last().map(|mount| mount.device))
+        Ok(uppermost_mount(path)?.map(|mount| mount.device))
     }
 
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {
@@ -422,6 +417,13 @@ fn mount_table() -> Result<Vec<u8>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => fs::read(process).map_err(|e| Error::io("read", process, &e)),
         table => table.map_err(|e| Error::io("read", thread, &e)),
     }
+}
+
+/// What the mount table has on exactly this path.
+fn uppermost_mount(path: &Path) -> Result<Option<MountLine>> {
+    let table = mount_table()?;
+    // The last one is the uppermost.
+    Ok(mounts(&table).filter(|mount| mount.point == path).last())
 }
 
 /// One line of a mountinfo table.
