@@ -72,7 +72,7 @@ test-suite:
 # The daemon over its socket, and with the real containerd, runc and registry. Each test
 # starts several servers, so the number of tests at once is kept low.
 test-scene:
-	cargo test --locked --package scene -- --test-threads 2
+	cargo test --locked --no-fail-fast --package scene -- --test-threads 2
 
 # The long forms of two tests; STORM_SEED and PROPTEST_RNG_SEED repeat a run.
 storm: build

@@ -106,6 +106,16 @@ impl Server {
         number.unwrap_or_else(|| panic!("{field} is a number in {status}"))
     }
 
+    /// The names of its threads, sorted; the kernel keeps 15 characters of each.
+    pub fn threads(&self) -> Vec<String> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the server is there");
+        let names = threads.map(|thread| thread.and_then(|thread| fs::read_to_string(thread.path().join("comm"))));
+        // One may end between the two.
+        let mut names: Vec<_> = names.flatten().map(|name| name.trim_end().to_owned()).collect();
+        names.sort();
+        names
+    }
+
     /// Descriptors that it has open.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server is there").count()
