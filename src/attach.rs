@@ -39,6 +39,8 @@ pub struct Attach<'a> {
     pub form: Form,
     pub source: &'a Path,
     pub scan: &'a Scan,
+    /// Whether its mask, if it needs one, will be used: that of a layer above may do.
+    pub masked: bool,
 }
 
 /// So long a release waits for a thread that is attaching the same layer right now. One that
@@ -155,18 +157,27 @@ impl Attacher {
 
     /// Attaches what `wanted` says, unless it is attached already.
     pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
-        let Attach { id, form, source, scan } = *wanted;
+        let Attach { id, form, source, scan, masked } = *wanted;
         let (home, place) = (self.places.home(id), self.places.root(id, form));
-        let (mask, hide) = (self.places.mask(id, form), self.places.hide(id));
-        let hide = (form == Form::Layer).then_some(&hide);
+        let mask = self.places.mask(id, form);
+        let hide = (form == Form::Layer).then(|| self.places.hide(id));
+        let needs_mask = masked && scan.directories.iter().any(Directory::has_mask);
+        let needs_hide = hide.is_some() && scan.directories.iter().any(Directory::hides);
         for _ in 0..TRIES {
             // What the repository has to say is asked before the slot is locked: whoever hangs
             // there must not keep the slot.
-            let is_same_source = self.is_of(&place, source)?;
-            let mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
-            let hide_plan = hide.map(|hide| self.plan(hide, is_same_source, source, scan, Directory::hides));
-            let hide_plan = hide_plan.transpose()?.unwrap_or(Plan::NotNeeded);
-            let there = self.sys.stat(source)?;
+            let is_same_source = !(needs_mask || needs_hide) || self.is_of(&place, source)?;
+            let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
+            if needs_mask {
+                mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
+            }
+            if let Some(hide) = hide.as_ref().filter(|_| needs_hide) {
+                hide_plan = self.plan(hide, is_same_source, source, scan, Directory::hides)?;
+            }
+            let there = match self.mode {
+                Mode::Bind => Some(self.sys.stat(source)?),
+                Mode::Symlink => None,
+            };
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
             let Some(_turn) = slot.take() else {
                 self.replace(id, &slot);
@@ -174,17 +185,19 @@ impl Attacher {
             };
             self.ensure_directory(&home, 0o700)?;
             if !is_same_source {
-                self.put_aside(&place, source, [Some(&mask), hide])?;
+                self.put_aside(&place, source, [Some(&mask), hide.as_ref()])?;
             }
             let is_built = self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
-                && hide.map_or(Ok(true), |hide| self.build(hide, &hide_plan, &slot.pulse, Self::build_hide))?;
+                && hide
+                    .as_ref()
+                    .map_or(Ok(true), |hide| self.build(hide, &hide_plan, &slot.pulse, Self::build_hide))?;
             if !is_built {
                 // It was there when we looked, and was taken away meanwhile.
                 continue;
             }
-            let fresh = match self.mode {
-                Mode::Bind => self.ensure_bound(&home, &place, source, there)?,
-                Mode::Symlink => self.ensure_linked(&place, source)?,
+            let fresh = match there {
+                Some(there) => self.ensure_bound(&home, &place, source, there)?,
+                None => self.ensure_linked(&place, source)?,
             };
             slot.pins.fetch_add(1, Ordering::SeqCst);
             return Ok(Pin { slot: Arc::clone(&slot), fresh });
@@ -230,7 +243,7 @@ impl Attacher {
                 }
             }
         }
-        self.replace_link(&place.with_extension("of"), source)
+        self.put_link(&place.with_extension("of"), source)
     }
 
     /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked
@@ -336,11 +349,15 @@ impl Attacher {
             }
             Err(e) => return Err(e),
         }
-        self.replace_link(place, source)?;
+        self.put_link(place, source)?;
         Ok(true)
     }
 
-    fn replace_link(&self, link: &Path, target: &Path) -> Result<()> {
+    fn put_link(&self, link: &Path, target: &Path) -> Result<()> {
+        match self.sys.symlink(target, link) {
+            Err(e) if e.errno == Errno::EEXIST => {}
+            result => return result,
+        }
         let new = beside(link);
         match self.sys.remove_file(&new) {
             Err(e) if e.errno != Errno::ENOENT => return Err(e),
@@ -371,7 +388,7 @@ impl Attacher {
         }
     }
 
-    /// Reads what a skeleton at `place` is built of, unless it is there.
+    /// Reads what a skeleton at `place`, which is needed, is built of, unless it is there.
     fn plan<'a>(
         &self,
         place: &Path,
@@ -382,9 +399,6 @@ impl Attacher {
     ) -> Result<Plan<'a>> {
         let with_parents: HashSet<&Path> =
             scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
-        if with_parents.is_empty() {
-            return Ok(Plan::NotNeeded);
-        }
         if is_same_source && self.lstat(place)?.is_some() {
             return Ok(Plan::IsThere);
         }

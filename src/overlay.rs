@@ -105,41 +105,61 @@ pub enum Lower {
     },
 }
 
+/// What of one snapshot stands among the lower directories of its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    Masked,
+    Unmasked,
+    /// Nothing: an equal layer stands above.
+    Not,
+}
+
+/// What of each snapshot is shown in a chain, uppermost first.
+pub fn shown(chain: &[Lower]) -> Vec<Shown> {
+    let mut masked_catalogs = 0;
+    let mut named = HashSet::new();
+    let one = |lower| match lower {
+        &Lower::Local(_) => {
+            masked_catalogs = 0;
+            Shown::Unmasked
+        }
+        // Overlayfs refuses the same directory twice, and the upper of two equal layers
+        // already provides, and hides, everything that the lower one does.
+        Lower::Remote { digest, .. } if !named.insert(digest) => Shown::Not,
+        Lower::Remote { mask, .. } if mask.others || mask.top_catalogs & !masked_catalogs != 0 => {
+            masked_catalogs |= mask.top_catalogs;
+            Shown::Masked
+        }
+        Lower::Flat { masked: true, .. } => Shown::Masked,
+        Lower::Remote { .. } | Lower::Flat { .. } => Shown::Unmasked,
+    };
+    chain.iter().map(one).collect()
+}
+
 /// The lower directories of a chain, uppermost first, and whether one of them is local.
 fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
     let mut directories = Vec::new();
     let mut has_local = false;
-    let mut masked_catalogs = 0;
-    let mut named = HashSet::new();
-    for lower in chain {
-        match lower {
+    for (lower, shown) in chain.iter().zip(shown(chain)) {
+        let (id, form, hides) = match lower {
             Lower::Local(id) => {
-                directories.push(places.fs(*id));
                 has_local = true;
-                masked_catalogs = 0;
+                (*id, Form::Layer, false)
             }
-            // Overlayfs refuses the same directory twice, and the upper of two equal layers
-            // already provides, and hides, everything that the lower one does.
-            Lower::Remote { digest, .. } if !named.insert(digest) => {}
-            Lower::Remote { id, mask, hides, .. } => {
-                if mask.others || mask.top_catalogs & !masked_catalogs != 0 {
-                    directories.push(places.mask(*id, Form::Layer));
-                    has_local = true;
-                    masked_catalogs |= mask.top_catalogs;
-                }
-                directories.push(places.fs(*id));
-                if *hides {
-                    directories.push(places.hide(*id));
-                    has_local = true;
-                }
-            }
-            Lower::Flat { id, masked } => {
-                if *masked {
-                    directories.push(places.mask(*id, Form::Flat));
-                    has_local = true;
-                }
-                directories.push(places.root(*id, Form::Flat));
-            }
+            Lower::Remote { id, hides, .. } => (*id, Form::Layer, *hides),
+            Lower::Flat { id, .. } => (*id, Form::Flat, false),
+        };
+        if shown == Shown::Not {
+            continue;
+        }
+        if shown == Shown::Masked {
+            directories.push(places.mask(id, form));
+            has_local = true;
+        }
+        directories.push(places.root(id, form));
+        if hides {
+            directories.push(places.hide(id));
+            has_local = true;
         }
     }
     (directories, has_local)

@@ -146,6 +146,8 @@ struct Mount {
     scans: Lane,
     /// What was mounted there when it ceased to answer; see `Sys::mounted_fuse`.
     device: Mutex<Option<u64>>,
+    /// When the last question was asked that its server answered, and no cache.
+    answered: Mutex<Option<Instant>>,
 }
 
 /// The next mount has threads of its own.
@@ -165,6 +167,9 @@ pub struct Asked<T> {
 }
 
 impl Repository {
+    /// Questions that are asked at once.
+    pub const AT_ONCE: usize = CALLS.0;
+
     /// A wait for its answers takes `timeout` at most.
     pub fn new(name: String, path: PathBuf, timeout: Duration, sys: Arc<dyn Sys>) -> Self {
         let mount = Mutex::new(Arc::new(Mount::new(0, &name, &path, timeout, &sys)));
@@ -294,20 +299,26 @@ impl Repository {
 
     /// The top of what a scan is about. Asks the repository, as all that follow do.
     pub fn top(&self, subject: &Subject) -> Result<PathBuf, Missing> {
+        self.top_since(subject, Instant::now())
+    }
+
+    /// As `top`. That the repository's server is there need not be asked if it answered a
+    /// question that was asked after `since`: one is enough for all layers of a container.
+    pub fn top_since(&self, subject: &Subject, since: Instant) -> Result<PathBuf, Missing> {
         match subject.extent {
-            Extent::Layer | Extent::Bottom => self.layer(&subject.digest),
-            Extent::Flat => self.flat(&subject.digest),
+            Extent::Layer | Extent::Bottom => self.directory(&layer_path(&subject.digest), since),
+            Extent::Flat => self.directory(&flat_path(&subject.digest), since),
         }
     }
 
     /// The top of an unpacked layer.
     pub fn layer(&self, digest: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&layer_path(digest))
+        self.directory(&layer_path(digest), Instant::now())
     }
 
     /// The whole root file system of the image with this configuration.
     pub fn flat(&self, config: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&[FLAT, &config.hex()[..2], config.hex()].iter().collect::<PathBuf>())
+        self.directory(&flat_path(config), Instant::now())
     }
 
     /// The manifest of an image. None: it has none that can be used.
@@ -366,7 +377,7 @@ impl Repository {
         Ok(found)
     }
 
-    fn directory(&self, below: &Path) -> Result<PathBuf, Missing> {
+    fn directory(&self, below: &Path, since: Instant) -> Result<PathBuf, Missing> {
         let path = self.path.join(below);
         let found = if let Some(found) = self.lead_to(below)? {
             found
@@ -378,10 +389,22 @@ impl Repository {
         if found.file_type != FileType::Directory {
             return Err(Missing::NotADirectory { path });
         }
-        // The kernel answers `lstat` from its caches long after a FUSE server has died.
-        self.sys.statfs(&path).map_err(|e| self.unreadable(e))?;
-        alive();
+        self.require_server(&path, since)?;
         Ok(path)
+    }
+
+    /// The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs`
+    /// never.
+    fn require_server(&self, path: &Path, since: Instant) -> Result<(), Missing> {
+        let mount = self.mount();
+        if mount.answered.lock().is_some_and(|asked| asked >= since) {
+            return Ok(());
+        }
+        let asked = Instant::now();
+        self.sys.statfs(path).map_err(|e| self.unreadable(e))?;
+        alive();
+        *mount.answered.lock() = Some(asked);
+        Ok(())
     }
 
     fn known(&self, missing: Missing) -> Missing {
@@ -415,6 +438,11 @@ impl Repository {
     }
 }
 
+/// Where a repository has the whole root of an image.
+fn flat_path(config: &Digest) -> PathBuf {
+    [FLAT, &config.hex()[..2], config.hex()].iter().collect()
+}
+
 /// Where a repository has a layer.
 fn layer_path(digest: &Digest) -> PathBuf {
     [LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT].iter().collect()
@@ -431,7 +459,8 @@ impl Mount {
             health: Health::new(name, timeout, probe),
             calls: Lane::new("repository", CALLS.0, CALLS.1, timeout),
             scans: Lane::new("scan", SCANS.0, SCANS.1, timeout),
-            device: Mutex::new(None),
+            device: Mutex::default(),
+            answered: Mutex::default(),
         }
     }
 }
@@ -563,6 +592,34 @@ mod tests {
         });
         let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(sys));
         assert_eq!(repository.layer(&digest('a')), Ok(cvmfs.join(path)));
+    }
+
+    /// `lstat` goes on answering from the kernel's caches.
+    #[test]
+    fn a_server_is_asked_once_for_one_call_and_anew_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        for digit in ['a', 'b'] {
+            let hex = digit.to_string().repeat(64);
+            fs::create_dir_all(dir.path().join(format!(".layers/{}/{hex}/layerfs", &hex[..2]))).unwrap();
+        }
+        let asked = Arc::new(std::sync::atomic::AtomicUsize::default());
+        let counted = Arc::clone(&asked);
+        let sys = crate::sys::failing::Failing::meanwhile(move |call, _| {
+            counted.fetch_add(usize::from(call == "statfs"), Ordering::SeqCst);
+        });
+        let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
+        let subject =
+            |digit| Subject { extent: Extent::Layer, digest: digest(digit), repository: repository.name().to_owned() };
+        for call in 1..4 {
+            let since = Instant::now();
+            for digit in ['a', 'b', 'a'] {
+                repository.top_since(&subject(digit), since).unwrap();
+                assert_eq!(asked.load(Ordering::SeqCst), call);
+            }
+        }
+        repository.layer(&digest('a')).unwrap();
+        repository.layer(&digest('a')).unwrap();
+        assert_eq!(asked.load(Ordering::SeqCst), 5);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
-use crate::overlay::{Form, Lower};
+use crate::overlay::{self, Form, Lower, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Scan, Subject};
 use crate::repository::{Asked, Missing, Repository};
@@ -95,14 +95,15 @@ pub struct Piece {
     pub subject: Subject,
     /// Of a whole root: what else is hidden and changed.
     pub flat: Option<Flat>,
-    /// None: not known yet.
-    pub scan: Option<Arc<Scan>>,
+    /// Whether its mask will be used, if it needs one.
+    pub masked: bool,
 }
 
 /// A piece in its place. It stays there while this lives.
 pub struct Attached {
     _pin: Pin,
     pub scan: Arc<Scan>,
+    masked: bool,
 }
 
 /// Why a piece is not in its place.
@@ -135,17 +136,28 @@ impl Limits {
     }
 }
 
-enum Step {
-    Attached(Attached),
-    /// What is at this place must be looked through first.
-    Unscanned(PathBuf),
+type Tried = std::result::Result<Attached, Trouble>;
+
+/// How far the search for the markers of a piece is. Those of many pieces are begun together and
+/// waited for in turn.
+enum Looking {
+    Known(Arc<Scan>),
+    /// Where what is to be looked through lies.
+    Asked(std::result::Result<Asked<std::result::Result<PathBuf, Missing>>, Missing>),
 }
 
-/// How far a piece is. The steps of many pieces are begun together and waited for in turn.
-enum Progress {
-    Asked(Asked<std::result::Result<Step, Trouble>>),
-    Scanning(Pending),
-    Over(std::result::Result<Attached, Trouble>),
+enum Walking {
+    Known(Arc<Scan>),
+    Begun(std::result::Result<Pending, Missing>),
+}
+
+/// A published layer of a chain.
+struct Wanted<'a> {
+    snapshot: &'a Snapshot,
+    layer: &'a Layer,
+    subject: Subject,
+    /// The first that is asked.
+    repository: Arc<Repository>,
 }
 
 impl Sources {
@@ -179,51 +191,92 @@ impl Sources {
         chain: &[Snapshot],
         limits: Limits,
     ) -> Result<Vec<(Lower, Option<Attached>)>> {
-        let remote: Vec<(&Snapshot, &Layer)> = chain.iter().filter_map(|s| Some((s, s.layer.as_ref()?))).collect();
-        let mut begun = Vec::with_capacity(remote.len());
-        for (snapshot, layer) in &remote {
-            let first = self.candidates(&layer.repository).swap_remove(0);
-            let piece = self.piece(snapshot, layer, &first)?;
-            let progress = self.begin(&piece, &first);
-            begun.push((first, piece, progress));
-        }
-        for _ in 0..Progress::STEPS {
-            for (first, piece, progress) in &mut begun {
-                progress.advance(self, piece, first, limits);
-            }
-        }
-        let mut attached = Vec::with_capacity(remote.len());
-        for ((_, _, progress), (snapshot, layer)) in begun.into_iter().zip(&remote) {
-            attached.push(match progress.result() {
-                Err(Trouble::Missing(why)) => self.attach_from_others(snapshot, layer, why)?,
+        let remote = chain.iter().filter_map(|snapshot| Some((snapshot, snapshot.layer.as_ref()?)));
+        let wanted: Vec<Wanted<'_>> = remote
+            .map(|(snapshot, layer)| {
+                let repository = self.candidates(&layer.repository).swap_remove(0);
+                Wanted { snapshot, layer, subject: layer_subject(snapshot, layer, &repository), repository }
+            })
+            .collect();
+        let looking = wanted.iter().map(|one| self.look(&one.subject, &one.repository));
+        let looking = looking.collect::<Result<Vec<_>>>()?;
+        let walking =
+            wanted.iter().zip(looking).map(|(one, looking)| looking.walk(self, &one.subject, &one.repository, limits));
+        let walking: Vec<_> = walking.collect();
+        let scans: Vec<_> = walking.into_iter().map(|walking| walking.result(limits)).collect();
+        let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| scan.as_deref().ok())));
+        let mut attached = Vec::with_capacity(wanted.len());
+        for (tried, one) in self.attach_together(&wanted, scans, &masked, limits).into_iter().zip(&wanted) {
+            attached.push(match tried {
+                Err(Trouble::Missing(why)) => self.attach_from_others(one, why)?,
                 Err(Trouble::Own(e)) => return Err(e),
                 Ok(attached) => attached,
             });
         }
+        let lowers = lowers(chain, attached.iter().map(|attached| Some(&*attached.scan)));
+        // A layer of another repository may hide less than the one that it stands in for.
+        for ((needs_mask, attached), one) in self::masked(chain, &lowers).into_iter().zip(&mut attached).zip(&wanted) {
+            if needs_mask && !attached.masked {
+                *attached =
+                    self.attach(&one.piece(true), &one.repository, limits).map_err(|trouble| match trouble {
+                        Trouble::Missing(why) => unavailable(one.layer, why),
+                        Trouble::Own(e) => e,
+                    })?;
+            }
+        }
         let mut attached = attached.into_iter();
-        Ok(chain
-            .iter()
-            .map(|snapshot| match &snapshot.layer {
-                None => (Lower::Local(snapshot.id), None),
-                Some(layer) => {
-                    let attached = attached.next();
-                    let (mask, hides) = attached.as_ref().map_or_else(Default::default, |a| attach::skeletons(&a.scan));
-                    (Lower::Remote { id: snapshot.id, digest: layer.digest.clone(), mask, hides }, attached)
-                }
-            })
-            .collect())
+        let attached = chain.iter().map(|snapshot| snapshot.layer.as_ref().and_then(|_| attached.next()));
+        Ok(lowers.into_iter().zip(attached).collect())
     }
 
-    fn piece(&self, snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Result<Piece> {
-        let subject = layer_subject(snapshot, layer, repository);
-        let scan = self.scans.known(&subject)?;
-        Ok(Piece { id: snapshot.id, form: Form::Layer, subject, flat: None, scan })
+    /// Attaches what was looked through, each layer from the first repository that is asked. A
+    /// thread of the repository takes several layers, for the way to it and back costs more
+    /// than a layer that is in place.
+    fn attach_together(
+        self: &Arc<Self>,
+        wanted: &[Wanted<'_>],
+        scans: Vec<std::result::Result<Arc<Scan>, Missing>>,
+        masked: &[bool],
+        limits: Limits,
+    ) -> Vec<Tried> {
+        let mut tried: Vec<Option<Tried>> = Vec::with_capacity(wanted.len());
+        let mut by_repository: Vec<(&Arc<Repository>, Vec<(usize, (Piece, Arc<Scan>))>)> = Vec::new();
+        for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
+            match scan {
+                Err(missing) => tried.push(Some(Err(missing.into()))),
+                Ok(scan) => {
+                    tried.push(None);
+                    let piece = (n, (one.piece(masked[n]), scan));
+                    match by_repository.iter_mut().find(|(other, _)| other.name() == one.repository.name()) {
+                        Some((_, pieces)) => pieces.push(piece),
+                        None => by_repository.push((&one.repository, vec![piece])),
+                    }
+                }
+            }
+        }
+        let since = Instant::now();
+        let mut begun = Vec::new();
+        for (repository, pieces) in by_repository {
+            for some in pieces.chunks(pieces.len().div_ceil(Repository::AT_ONCE)) {
+                let (places, pieces): (Vec<_>, Vec<_>) = some.iter().cloned().unzip();
+                begun.push((places, self.begin(pieces, repository, since)));
+            }
+        }
+        for (places, begun) in begun {
+            match begun.and_then(|asked| asked.wait(limits.all)) {
+                Ok(all) => places.into_iter().zip(all).for_each(|(n, one)| tried[n] = Some(one)),
+                Err(missing) => places.into_iter().for_each(|n| tried[n] = Some(Err(missing.clone().into()))),
+            }
+        }
+        tried.into_iter().map(|one| one.unwrap_or_else(|| unreachable!("each piece is in one chunk"))).collect()
     }
 
     /// The repository that the layer came from cannot provide it: another one may.
-    fn attach_from_others(self: &Arc<Self>, snapshot: &Snapshot, layer: &Layer, why: Missing) -> Result<Attached> {
+    fn attach_from_others(self: &Arc<Self>, one: &Wanted<'_>, why: Missing) -> Result<Attached> {
+        let Wanted { snapshot, layer, .. } = one;
         for other in self.candidates(&layer.repository).iter().skip(1) {
-            match self.attach(&self.piece(snapshot, layer, other)?, other, Limits::of(other)) {
+            let piece = Piece { subject: layer_subject(snapshot, layer, other), ..one.piece(true) };
+            match self.attach(&piece, other, Limits::of(other)) {
                 Ok(attached) => return Ok(attached),
                 Err(Trouble::Own(e)) => return Err(e),
                 Err(Trouble::Missing(_)) => {}
@@ -237,49 +290,52 @@ impl Sources {
     }
 
     /// Attaches one piece, looked through before if need be.
-    pub fn attach(
-        self: &Arc<Self>,
-        piece: &Piece,
-        repository: &Arc<Repository>,
-        limits: Limits,
-    ) -> std::result::Result<Attached, Trouble> {
-        let mut progress = self.begin(piece, repository);
-        for _ in 0..Progress::STEPS {
-            progress.advance(self, piece, repository, limits);
-        }
-        progress.result()
+    pub fn attach(self: &Arc<Self>, piece: &Piece, repository: &Arc<Repository>, limits: Limits) -> Tried {
+        let looking = self.look(&piece.subject, repository).map_err(Trouble::Own)?;
+        let scan = looking.walk(self, &piece.subject, repository, limits).result(limits)?;
+        self.begin(vec![(piece.clone(), scan)], repository, Instant::now())?.wait(limits.all)?.swap_remove(0)
     }
 
-    fn begin(self: &Arc<Self>, piece: &Piece, repository: &Arc<Repository>) -> Progress {
+    fn look(&self, subject: &Subject, repository: &Arc<Repository>) -> Result<Looking> {
+        if let Some(scan) = self.scans.known(subject)? {
+            return Ok(Looking::Known(scan));
+        }
+        let (asked, wanted) = (Arc::clone(repository), subject.clone());
+        Ok(Looking::Asked(Repository::start(repository, move || asked.top(&wanted), drop)))
+    }
+
+    /// Has `pieces` attached on a thread of the repository, one after the other. What it answered
+    /// after `since` says that it is there.
+    fn begin(
+        self: &Arc<Self>,
+        pieces: Vec<(Piece, Arc<Scan>)>,
+        repository: &Arc<Repository>,
+        since: Instant,
+    ) -> std::result::Result<Asked<Vec<Tried>>, Missing> {
+        let ids: Vec<SnapshotId> = pieces.iter().map(|(piece, _)| piece.id).collect();
         let job = {
-            let (sources, piece, repository) = (Arc::clone(self), piece.clone(), Arc::clone(repository));
-            move || sources.step(&piece, &repository)
+            let (sources, repository) = (Arc::clone(self), Arc::clone(repository));
+            move || pieces.iter().map(|(piece, scan)| sources.attach_now(piece, scan, &repository, since)).collect()
         };
         let late = {
-            let (sources, id) = (Arc::clone(self), piece.id);
-            move |result| {
-                if let Ok(Step::Attached(attached)) = result {
-                    drop::<Attached>(attached);
-                    sources.release_unused(&[id]);
-                }
+            let sources = Arc::clone(self);
+            move |tried: Vec<Tried>| {
+                let attached = ids.into_iter().zip(tried).filter_map(|(id, one)| one.ok().map(|_| id));
+                sources.release_unused(&attached.collect::<Vec<_>>());
             }
         };
-        match Repository::start(repository, job, late) {
-            Ok(asked) => Progress::Asked(asked),
-            Err(missing) => Progress::Over(Err(missing.into())),
-        }
+        Repository::start(repository, job, late)
     }
 
     /// On a thread of the repository.
-    fn step(&self, piece: &Piece, repository: &Repository) -> std::result::Result<Step, Trouble> {
-        let top = repository.top(&piece.subject)?;
-        let Some(scan) = &piece.scan else { return Ok(Step::Unscanned(top)) };
+    fn attach_now(&self, piece: &Piece, scan: &Arc<Scan>, repository: &Repository, since: Instant) -> Tried {
+        let top = repository.top_since(&piece.subject, since)?;
         let scan = match &piece.flat {
             None => Arc::clone(scan),
             Some(flat) => Arc::new(repaired(scan, flat, repository)?),
         };
-        let wanted = Attach { id: piece.id, form: piece.form, source: &top, scan: &scan };
-        let pin = self.attacher.attach(&wanted).map_err(|e| {
+        let Piece { id, form, masked, .. } = *piece;
+        let pin = self.attacher.attach(&Attach { id, form, source: &top, scan: &scan, masked }).map_err(|e| {
             // Gone while we were at it?
             // Or another thread hangs in it, and keeps this one from attaching.
             let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::EAGAIN;
@@ -292,7 +348,7 @@ impl Sources {
         if pin.fresh && piece.subject.extent != Extent::Layer {
             repository.notice_owners(&describe(&piece.subject), &top);
         }
-        Ok(Step::Attached(Attached { _pin: pin, scan }))
+        Ok(Attached { _pin: pin, scan, masked })
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
@@ -321,38 +377,49 @@ impl Sources {
     }
 }
 
-impl Progress {
-    /// Asked, looked through, asked again, attached.
-    const STEPS: usize = 3;
-
-    fn result(self) -> std::result::Result<Attached, Trouble> {
+impl Looking {
+    fn walk(self, sources: &Sources, subject: &Subject, repository: &Arc<Repository>, limits: Limits) -> Walking {
         match self {
-            Self::Over(result) => result,
-            Self::Asked(_) | Self::Scanning(_) => unreachable!("a piece takes {} steps", Self::STEPS),
+            Self::Known(scan) => Walking::Known(scan),
+            Self::Asked(asked) => {
+                let top = asked.and_then(|asked| asked.wait(limits.all)).and_then(|top| top);
+                Walking::Begun(top.and_then(|top| sources.scans.start(subject, repository, top, Turn::Next)))
+            }
         }
     }
+}
 
-    fn advance(&mut self, sources: &Arc<Sources>, piece: &Piece, repository: &Arc<Repository>, limits: Limits) {
-        let now = std::mem::replace(self, Self::Over(Err(Missing::NotPublished.into())));
-        *self = match now {
-            Self::Asked(asked) => match asked.wait(limits.all) {
-                Ok(Ok(Step::Attached(attached))) => Self::Over(Ok(attached)),
-                Ok(Ok(Step::Unscanned(top))) => {
-                    match sources.scans.start(&piece.subject, repository, top, Turn::Next) {
-                        Ok(pending) => Self::Scanning(pending),
-                        Err(missing) => Self::Over(Err(missing.into())),
-                    }
-                }
-                Ok(Err(trouble)) => Self::Over(Err(trouble)),
-                Err(missing) => Self::Over(Err(missing.into())),
-            },
-            Self::Scanning(pending) => match pending.wait(limits.scans) {
-                Ok(scan) => sources.begin(&Piece { scan: Some(scan), ..piece.clone() }, repository),
-                Err(missing) => Self::Over(Err(missing.into())),
-            },
-            over @ Self::Over(_) => over,
-        };
+impl Walking {
+    fn result(self, limits: Limits) -> std::result::Result<Arc<Scan>, Missing> {
+        match self {
+            Self::Known(scan) => Ok(scan),
+            Self::Begun(pending) => pending?.wait(limits.scans),
+        }
     }
+}
+
+impl Wanted<'_> {
+    fn piece(&self, masked: bool) -> Piece {
+        Piece { id: self.snapshot.id, form: Form::Layer, subject: self.subject.clone(), flat: None, masked }
+    }
+}
+
+/// What overlayfs is to see of `chain`; `scans` are of its published layers, None where one is not known.
+fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<&'s Scan>>) -> Vec<Lower> {
+    let lower = |snapshot: &Snapshot| match &snapshot.layer {
+        None => Lower::Local(snapshot.id),
+        Some(layer) => {
+            let (mask, hides) = scans.next().flatten().map_or_else(Default::default, attach::skeletons);
+            Lower::Remote { id: snapshot.id, digest: layer.digest.clone(), mask, hides }
+        }
+    };
+    chain.iter().map(lower).collect()
+}
+
+/// Which of the published layers of `chain` need their masks.
+fn masked(chain: &[Snapshot], lowers: &[Lower]) -> Vec<bool> {
+    let remote = chain.iter().zip(overlay::shown(lowers)).filter(|(snapshot, _)| snapshot.layer.is_some());
+    remote.map(|(_, shown)| shown == Shown::Masked).collect()
 }
 
 pub fn layer_subject(snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Subject {

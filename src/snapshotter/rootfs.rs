@@ -187,8 +187,7 @@ impl Sources {
     fn attach_flat(self: &Arc<Self>, id: SnapshotId, flat: &Flat) -> std::result::Result<Below, Trouble> {
         let repository = self.named(&flat.repository).ok_or(Missing::NotConfigured { instead: None })?;
         let subject = flat_subject(flat);
-        let scan = self.scans.known(&subject).map_err(Trouble::Own)?;
-        let piece = Piece { id, form: Form::Flat, subject, flat: Some(flat.clone()), scan };
+        let piece = Piece { id, form: Form::Flat, subject, flat: Some(flat.clone()), masked: true };
         // The layers can be had at once, so a first walk is not waited for as long as it may take.
         let limits = Limits { scans: Instant::now() + repository.timeout() / 4, ..Limits::of(repository) };
         let attached = self.attach(&piece, repository, limits)?;

@@ -81,10 +81,18 @@ impl Place {
     }
 
     pub fn with_store(&self, store: Store, sys: Arc<dyn Sys>) -> Snapshotter {
+        self.with_repositories(&[("r", "cvmfs")], store, sys)
+    }
+
+    /// Of names, and of directories beside our own.
+    fn with_repositories(&self, repositories: &[(&str, &str)], store: Store, sys: Arc<dyn Sys>) -> Snapshotter {
         let timeout = std::time::Duration::from_secs(10);
-        let repository = Repository::new("r".into(), self.dir.path().join("cvmfs"), timeout, Arc::clone(&sys));
+        let repository = |&(name, dir): &(&str, &str)| {
+            Repository::new(name.into(), self.dir.path().join(dir), timeout, Arc::clone(&sys))
+        };
+        let repositories = repositories.iter().map(repository).collect();
         let ways = Ways { attach: self.mode, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
-        Snapshotter::new(store, vec![repository], sys, &self.snapshots(), ways).unwrap()
+        Snapshotter::new(store, repositories, sys, &self.snapshots(), ways).unwrap()
     }
 
     /// A process that finds what another one left.
@@ -231,6 +239,73 @@ pub fn check_files(place: &Place, mounts: &[Mount]) {
     assert_eq!(mode(mask2.join("dir")), mode(place.layer(2).join("dir")), "a mask looks like the layer");
 }
 
+/// The lower directories of the only mount, as `<id>/<name>`.
+fn lower_names(place: &Place, mounts: &[Mount]) -> Vec<String> {
+    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+    let name = |path| Path::new(path).strip_prefix(place.snapshots()).unwrap().display().to_string();
+    lower.split(':').map(name).collect()
+}
+
+/// Adds layer 3 to a repository, on top of which a publisher may have put its catalog.
+fn publish_third(place: &Place, repository: &str, has_catalog: bool) {
+    let hex = digest(3).hex().to_owned();
+    let top = place.dir.path().join(repository).join(".layers").join(&hex[..2]).join(hex).join("layerfs");
+    fs::create_dir_all(&top).unwrap();
+    fs::write(top.join("three"), "").unwrap();
+    if has_catalog {
+        fs::write(top.join(".cvmfscatalog"), "").unwrap();
+    }
+}
+
+#[test]
+fn root_a_mask_is_built_where_it_is_used_and_when() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        let place = Place::new(mode);
+        publish_third(&place, "cvmfs", true);
+        let s = place.open(Arc::new(Host));
+        let bottom = pull(&s, 1, "");
+        let top = pull(&s, 3, &bottom);
+        let [bottom_id, top_id] = [&bottom, &top].map(|name| s.stat(&key(name)).unwrap().id);
+        let has_mask = |id| place.snapshots().join(format!("{id}/m/.cvmfscatalog")).symlink_metadata().is_ok();
+        let mounts = s.prepare(wanted("container", &top, &[])).unwrap();
+        assert_eq!(
+            lower_names(&place, &mounts),
+            [format!("{top_id}/m"), format!("{top_id}/fs"), format!("{bottom_id}/fs")]
+        );
+        assert_eq!((has_mask(top_id), has_mask(bottom_id)), (true, false));
+        // The layer is in its place already.
+        let mounts = s.prepare(wanted("another", &bottom, &[])).unwrap();
+        assert_eq!(lower_names(&place, &mounts), [format!("{bottom_id}/m"), format!("{bottom_id}/fs")]);
+        assert_eq!((has_mask(top_id), has_mask(bottom_id)), (true, true));
+        remove_all(&place, &s);
+    }
+}
+
+/// The layer above hides the names in one repository, and has none to hide in the other one.
+#[test]
+fn root_a_mask_is_built_although_a_layer_above_would_have_had_one_in_another_repository() {
+    let place = Place::new(Mode::Symlink);
+    publish_third(&place, "cvmfs", true);
+    let store = Store::open(&place.dir.path().join("metadata.redb"), None).unwrap();
+    let s = place.with_repositories(&[("r", "cvmfs"), ("other", "other")], store, Arc::new(Host));
+    let bottom = pull(&s, 1, "");
+    let top = pull(&s, 3, &bottom);
+    let [bottom_id, top_id] = [&bottom, &top].map(|name| s.stat(&key(name)).unwrap().id);
+    // What is known of it stays known.
+    s.prepare(wanted("first", &top, &[])).unwrap();
+    s.remove(&key("first")).unwrap();
+    s.cleanup(&|| false).unwrap();
+    fs::remove_dir_all(place.layer(3)).unwrap();
+    publish_third(&place, "other", false);
+    let mounts = s.prepare(wanted("container", &top, &[])).unwrap();
+    assert_eq!(
+        lower_names(&place, &mounts),
+        [format!("{top_id}/fs"), format!("{bottom_id}/m"), format!("{bottom_id}/fs")]
+    );
+    assert!(place.snapshots().join(format!("{bottom_id}/m/.cvmfscatalog")).symlink_metadata().is_ok());
+    remove_all(&place, &s);
+}
+
 #[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let place = Place::new(Mode::Bind);
@@ -317,7 +392,7 @@ fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
     let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (other, trigger) = (Arc::clone(&shared), Arc::clone(&armed));
     let sys = Failing::meanwhile(move |call, path| {
-        if call == "statfs" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
+        if call == "stat" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
             let s = other.get().unwrap();
             s.remove(&key("container")).unwrap();
             s.cleanup(&|| false).unwrap();
