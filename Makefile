@@ -43,12 +43,14 @@ demo: build
 	tests/setup.sh demo
 	"$(CARGO_TARGET_DIR)/debug/demo"
 
-# Measures an optimised daemon, for which the C core is built once more. BENCH_PARTS and other
-# variables choose what is measured, see docs/performance.md.
-bench: build
+# Measures an optimised daemon with an optimised client, for which the C core is built once more.
+# BENCH_PARTS and other variables choose what is measured, see docs/performance.md.
+bench:
+	tests/setup.sh build
 	tests/setup.sh bench
-	cargo build --release --locked --package cvmfs-snapshotter
-	CVMFS_SNAPSHOTTER_BINARY="$(CARGO_TARGET_DIR)/release/cvmfs-snapshotter" "$(CARGO_TARGET_DIR)/debug/bench"
+	cargo build --release --locked --package cvmfs-snapshotter --package cvmfs-testbed --package scene \
+		--bin cvmfs-snapshotter --bin cvmfs-test-client --bin bench
+	"$(CARGO_TARGET_DIR)/release/bench"
 
 bench-plot:
 	BENCH_PARTS=growth BENCH_PLOT=docs/growth.svg $(MAKE) bench

@@ -275,12 +275,22 @@ mod tests {
         release
     }
 
+    enum Work {
+        New,
+        Begun,
+    }
+
     fn outcome(
         entrance: &Entrance,
+        which: Work,
         work: impl FnOnce() -> u32 + Send + 'static,
     ) -> mpsc::Receiver<Result<u32, Refusal>> {
         let (send, receive) = mpsc::channel();
-        entrance.submit(|| false, work, move |result| drop(send.send(result)));
+        let answer = move |result| drop(send.send(result));
+        match which {
+            Work::New => entrance.submit(|| false, work, answer),
+            Work::Begun => entrance.go_on(|| false, work, answer),
+        }
         receive
     }
 
@@ -289,8 +299,8 @@ mod tests {
         let pool = Pool::start("t", 1, 2).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
-        let waiting: Vec<_> = (0..2).map(|n| outcome(&entrance, move || n)).collect();
-        let refused = outcome(&entrance, || 99);
+        let waiting: Vec<_> = (0..2).map(|n| outcome(&entrance, Work::New, move || n)).collect();
+        let refused = outcome(&entrance, Work::New, || 99);
         assert_eq!(refused.try_recv(), Ok(Err(Refusal::QueueFull { limit: 2 })));
         drop(busy);
         let answers: Vec<_> = waiting.iter().map(|w| w.recv_timeout(SOON).unwrap()).collect();
@@ -302,10 +312,10 @@ mod tests {
         let pool = Pool::start("t", 1, 8).unwrap();
         let entrance = pool.entrance();
         for _ in 0..3 {
-            let bad = outcome(&entrance, || panic!("on purpose"));
+            let bad = outcome(&entrance, Work::New, || panic!("on purpose"));
             assert_eq!(bad.recv_timeout(SOON), Ok(Err(Refusal::Panicked("on purpose".into()))));
         }
-        assert_eq!(outcome(&entrance, || 7).recv_timeout(SOON), Ok(Ok(7)));
+        assert_eq!(outcome(&entrance, Work::New, || 7).recv_timeout(SOON), Ok(Ok(7)));
     }
 
     #[test]
@@ -321,23 +331,14 @@ mod tests {
         let pool = Pool::start("t", 2, 8).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
-        let waiting = outcome(&entrance, || 5);
+        let waiting = outcome(&entrance, Work::New, || 5);
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(50));
             drop(busy);
         });
         assert_eq!(pool.drain(SOON), Drained::Completely);
         assert_eq!(waiting.try_recv(), Ok(Ok(5)));
-        assert_eq!(outcome(&entrance, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
-    }
-
-    fn outcome_of_going_on(
-        entrance: &Entrance,
-        work: impl FnOnce() -> u32 + Send + 'static,
-    ) -> mpsc::Receiver<Result<u32, Refusal>> {
-        let (send, receive) = mpsc::channel();
-        entrance.go_on(|| false, work, move |result| drop(send.send(result)));
-        receive
+        assert_eq!(outcome(&entrance, Work::New, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
     }
 
     #[test]
@@ -345,9 +346,9 @@ mod tests {
         let pool = Pool::start("t", 1, 1).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
-        let waiting = outcome(&entrance, || 1);
-        assert_eq!(outcome(&entrance, || 99).try_recv(), Ok(Err(Refusal::QueueFull { limit: 1 })));
-        let begun: Vec<_> = (0..10).map(|n| outcome_of_going_on(&entrance, move || n)).collect();
+        let waiting = outcome(&entrance, Work::New, || 1);
+        assert_eq!(outcome(&entrance, Work::New, || 99).try_recv(), Ok(Err(Refusal::QueueFull { limit: 1 })));
+        let begun: Vec<_> = (0..10).map(|n| outcome(&entrance, Work::Begun, move || n)).collect();
         drop(busy);
         let answers: Vec<_> = begun.iter().map(|w| w.recv_timeout(SOON).unwrap().unwrap()).collect();
         assert_eq!(answers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
@@ -380,13 +381,13 @@ mod tests {
         let pool = Pool::start("t", 1, 8).unwrap();
         let entrance = pool.entrance();
         for _ in 0..3 {
-            let bad = outcome_of_going_on(&entrance, || panic!("on purpose"));
+            let bad = outcome(&entrance, Work::Begun, || panic!("on purpose"));
             assert_eq!(bad.recv_timeout(SOON), Ok(Err(Refusal::Panicked("on purpose".into()))));
         }
         let (send, receive) = mpsc::channel();
         entrance.go_on(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
         assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
-        assert_eq!(outcome_of_going_on(&entrance, || 7).recv_timeout(SOON), Ok(Ok(7)));
+        assert_eq!(outcome(&entrance, Work::Begun, || 7).recv_timeout(SOON), Ok(Ok(7)));
     }
 
     #[test]
@@ -394,14 +395,14 @@ mod tests {
         let pool = Pool::start("t", 1, 8).unwrap();
         let entrance = pool.entrance();
         let busy = occupy(&entrance);
-        let part = outcome_of_going_on(&entrance, || 5);
+        let part = outcome(&entrance, Work::Begun, || 5);
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(50));
             drop(busy);
         });
         assert_eq!(pool.drain(SOON), Drained::Completely);
         assert_eq!(part.try_recv(), Ok(Ok(5)));
-        assert_eq!(outcome_of_going_on(&entrance, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
+        assert_eq!(outcome(&entrance, Work::Begun, || 6).try_recv(), Ok(Err(Refusal::Stopping)));
     }
 
     #[test]
@@ -411,8 +412,8 @@ mod tests {
             let pool = Pool::start("t", 1, 8).unwrap();
             let entrance = pool.entrance();
             let busy = occupy(&entrance);
-            let new = (0..first_begun).map(|n| outcome(&entrance, move || n));
-            let begun = (first_begun..6).map(|n| outcome_of_going_on(&entrance, move || n));
+            let new = (0..first_begun).map(|n| outcome(&entrance, Work::New, move || n));
+            let begun = (first_begun..6).map(|n| outcome(&entrance, Work::Begun, move || n));
             let waiting: Vec<_> = new.chain(begun).collect();
             drop((entrance, pool));
             drop(busy);
