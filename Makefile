@@ -50,7 +50,7 @@ bench:
 	tests/setup.sh bench
 	cargo build --release --locked --package cvmfs-snapshotter --package cvmfs-testbed --package scene \
 		--bin cvmfs-snapshotter --bin cvmfs-test-client --bin bench
-	"$(CARGO_TARGET_DIR)/release/bench"
+	CVMFS_SNAPSHOTTER_BINARY="$(CARGO_TARGET_DIR)/release/cvmfs-snapshotter" "$(CARGO_TARGET_DIR)/release/bench"
 
 bench-plot:
 	BENCH_PARTS=growth BENCH_PLOT=docs/growth.svg $(MAKE) bench
