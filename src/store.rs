@@ -39,7 +39,7 @@ const FIRST_ID: &str = "first_id";
 
 /// So many ids are reserved by one durable write. What is left of a block at a stop is skipped.
 const ID_BLOCK: u64 = 1024;
-const CACHE_BYTES: usize = 4 << 20;
+const CACHE_BYTES: usize = 3 << 20;
 const RESERVE_BYTES: usize = 1 << 20;
 
 #[derive(Debug)]
