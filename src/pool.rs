@@ -275,6 +275,7 @@ mod tests {
         release
     }
 
+    #[derive(Clone, Copy)]
     enum Work {
         New,
         Begun,

@@ -136,6 +136,8 @@ impl Limits {
     }
 }
 
+/// A piece, and what is known of its markers.
+type Scanned = (Piece, Arc<Scan>);
 type Tried = std::result::Result<Attached, Trouble>;
 
 /// How far the search for the markers of a piece is. Those of many pieces are begun together and
@@ -240,7 +242,7 @@ impl Sources {
         limits: Limits,
     ) -> Vec<Tried> {
         let mut tried: Vec<Option<Tried>> = Vec::with_capacity(wanted.len());
-        let mut by_repository: Vec<(&Arc<Repository>, Vec<(usize, (Piece, Arc<Scan>))>)> = Vec::new();
+        let mut by_repository: Vec<(&Arc<Repository>, Vec<(usize, Scanned)>)> = Vec::new();
         for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
             match scan {
                 Err(missing) => tried.push(Some(Err(missing.into()))),
@@ -308,7 +310,7 @@ impl Sources {
     /// after `since` says that it is there.
     fn begin(
         self: &Arc<Self>,
-        pieces: Vec<(Piece, Arc<Scan>)>,
+        pieces: Vec<Scanned>,
         repository: &Arc<Repository>,
         since: Instant,
     ) -> std::result::Result<Asked<Vec<Tried>>, Missing> {
