@@ -138,6 +138,8 @@ impl Limits {
 
 /// A piece, and what is known of its markers.
 type Scanned = (Piece, Arc<Scan>);
+/// With its place among those that are wanted.
+type Numbered = (usize, Scanned);
 type Tried = std::result::Result<Attached, Trouble>;
 
 /// How far the search for the markers of a piece is. Those of many pieces are begun together and
@@ -242,7 +244,7 @@ impl Sources {
         limits: Limits,
     ) -> Vec<Tried> {
         let mut tried: Vec<Option<Tried>> = Vec::with_capacity(wanted.len());
-        let mut by_repository: Vec<(&Arc<Repository>, Vec<(usize, Scanned)>)> = Vec::new();
+        let mut by_repository: Vec<(&Arc<Repository>, Vec<Numbered>)> = Vec::new();
         for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
             match scan {
                 Err(missing) => tried.push(Some(Err(missing.into()))),
