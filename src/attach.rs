@@ -161,12 +161,17 @@ impl Attacher {
         let (home, place) = (self.places.home(id), self.places.root(id, form));
         let mask = self.places.mask(id, form);
         let hide = (form == Form::Layer).then(|| self.places.hide(id));
-        let needs_mask = masked && scan.directories.iter().any(Directory::has_mask);
+        let has_mask = scan.directories.iter().any(Directory::has_mask);
         let needs_hide = hide.is_some() && scan.directories.iter().any(Directory::hides);
         for _ in 0..TRIES {
             // What the repository has to say is asked before the slot is locked: whoever hangs
             // there must not keep the slot.
-            let is_same_source = !(needs_mask || needs_hide) || self.is_of(&place, source)?;
+            let of = self.source_of(&place)?;
+            let is_same_source = of.as_deref() == Some(source);
+            // Skeletons of another source go with it, and the mask comes anew whether this
+            // chain uses it or not: another one may be about to be mounted with it.
+            let is_exchanged = of.is_some() && !is_same_source;
+            let needs_mask = has_mask && (masked || is_exchanged);
             let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
             if needs_mask {
                 mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
@@ -184,7 +189,7 @@ impl Attacher {
                 continue;
             };
             self.ensure_directory(&home, 0o700)?;
-            if !is_same_source {
+            if is_exchanged || (!is_same_source && (needs_mask || needs_hide)) {
                 self.put_aside(&place, source, [Some(&mask), hide.as_ref()])?;
             }
             let is_built = self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
@@ -215,11 +220,11 @@ impl Attacher {
         }
     }
 
-    /// Whether what is beside `place` was built for this source.
-    fn is_of(&self, place: &Path, source: &Path) -> Result<bool> {
+    /// Of which source the skeletons beside `place` were built, if there are any.
+    fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
         match self.sys.read_link(&place.with_extension("of")) {
-            Ok(of) => Ok(of == source),
-            Err(e) if e.errno == Errno::ENOENT => Ok(false),
+            Ok(of) => Ok(Some(of)),
+            Err(e) if e.errno == Errno::ENOENT => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -227,7 +232,7 @@ impl Attacher {
     /// What was built for another source, a layer of another repository say, is put aside:
     /// whoever uses it keeps it, and it goes with the snapshot's directory.
     fn put_aside(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
-        if self.is_of(place, source)? {
+        if self.source_of(place)?.as_deref() == Some(source) {
             // Another thread was faster.
             return Ok(());
         }

@@ -306,6 +306,40 @@ fn root_a_mask_is_built_although_a_layer_above_would_have_had_one_in_another_rep
     remove_all(&place, &s);
 }
 
+/// A start that did not need a layer's mask led the layer to another repository, and left the mask of
+/// the first one to a container that was about to be mounted with it: a marker showed.
+#[test]
+fn root_a_mask_follows_its_layer_to_another_repository_whoever_leads_it_there() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        let place = Place::new(mode);
+        publish_third(&place, "cvmfs", true);
+        fs::write(place.layer(3).join(".cvmfsautocatalog"), "").unwrap();
+        fs::create_dir_all(place.layer(4)).unwrap();
+        for marker in [".cvmfscatalog", ".cvmfsautocatalog"] {
+            fs::write(place.layer(4).join(marker), "").unwrap();
+        }
+        publish_third(&place, "other", true);
+        let store = Store::open(&place.dir.path().join("metadata.redb"), None).unwrap();
+        let s = place.with_repositories(&[("r", "cvmfs"), ("other", "other")], store, Arc::new(Host));
+        let bottom = pull(&s, 1, "");
+        let middle = pull(&s, 3, &bottom);
+        let top = pull(&s, 4, &middle);
+        let (here, away) = (place.layer(3), place.dir.path().join("away"));
+        fs::rename(&here, &away).unwrap();
+        let mounts = s.prepare(wanted("container", &middle, &[])).unwrap();
+        fs::rename(&away, &here).unwrap();
+        s.prepare(wanted("another", &top, &[])).unwrap();
+        let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+        let [mask, layer, ..] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+        assert!(layer.join(".cvmfsautocatalog").exists(), "it is that of the first repository again");
+        for marker in [".cvmfscatalog", ".cvmfsautocatalog"] {
+            let hidden = fs::symlink_metadata(mask.join(marker)).unwrap();
+            assert_eq!((hidden.mode() & 0o170_000, hidden.rdev()), (0o020_000, 0), "{marker}");
+        }
+        remove_all(&place, &s);
+    }
+}
+
 #[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let place = Place::new(Mode::Bind);
