@@ -172,6 +172,8 @@ impl Attacher {
             // chain uses it or not: another one may be about to be mounted with it.
             let is_exchanged = of.is_some() && !is_same_source;
             let needs_mask = has_mask && (masked || is_exchanged);
+            // After a reboot it is all that tells a bind mount's place from a directory of files.
+            let needs_note = needs_mask || needs_hide || self.mode == Mode::Bind;
             let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
             if needs_mask {
                 mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
@@ -189,7 +191,7 @@ impl Attacher {
                 continue;
             };
             self.ensure_directory(&home, 0o700)?;
-            if is_exchanged || (!is_same_source && (needs_mask || needs_hide)) {
+            if is_exchanged || (needs_note && !is_same_source) {
                 self.put_aside(&place, source, [Some(&mask), hide.as_ref()])?;
             }
             let is_built = self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
@@ -220,7 +222,7 @@ impl Attacher {
         }
     }
 
-    /// Of which source the skeletons beside `place` were built, if there are any.
+    /// Of which source the skeletons beside `place` were built. None: there are none.
     fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
         match self.sys.read_link(&place.with_extension("of")) {
             Ok(of) => Ok(Some(of)),

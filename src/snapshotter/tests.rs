@@ -277,6 +277,11 @@ fn root_a_mask_is_built_where_it_is_used_and_when() {
         let mounts = s.prepare(wanted("another", &bottom, &[])).unwrap();
         assert_eq!(lower_names(&place, &mounts), [format!("{bottom_id}/m"), format!("{bottom_id}/fs")]);
         assert_eq!((has_mask(top_id), has_mask(bottom_id)), (true, true));
+        // A rebuild of the metadata tells attachments from files by one of these.
+        for id in [top_id, bottom_id] {
+            let names = if mode == Mode::Bind { ["fs.of", "fs.of"] } else { ["fs", "fs.of"] };
+            assert!(names.iter().any(|name| place.snapshots().join(format!("{id}/{name}")).is_symlink()));
+        }
         remove_all(&place, &s);
     }
 }
