@@ -161,8 +161,8 @@ impl Attacher {
         let (home, place) = (self.places.home(id), self.places.root(id, form));
         let mask = self.places.mask(id, form);
         let hide = (form == Form::Layer).then(|| self.places.hide(id));
-        let has_mask = scan.directories.iter().any(Directory::has_mask);
-        let needs_hide = hide.is_some() && scan.directories.iter().any(Directory::hides);
+        let has_mask = scan.has_mask();
+        let needs_hide = hide.is_some() && scan.hides();
         for _ in 0..TRIES {
             // What the repository has to say is asked before the slot is locked: whoever hangs
             // there must not keep the slot.
@@ -488,7 +488,6 @@ impl Attacher {
 /// What the skeletons of a layer are for: what its mask hides, and whether it hides
 /// anything of the layers below.
 pub fn skeletons(scan: &Scan) -> (Mask, bool) {
-    let hides = scan.directories.iter().any(|d| d.opaque || !d.deleted.is_empty());
     let mut mask = Mask::default();
     for directory in &scan.directories {
         let is_top = directory.path.as_os_str().is_empty();
@@ -499,7 +498,7 @@ pub fn skeletons(scan: &Scan) -> (Mask, bool) {
             }
         }
     }
-    (mask, hides)
+    (mask, scan.hides())
 }
 
 fn tangled(path: &Path) -> Error {

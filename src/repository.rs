@@ -11,9 +11,9 @@
 pub mod health;
 pub mod lane;
 pub mod manifest;
+mod missing;
 pub mod scan;
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use self::health::{Health, Sick};
+use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
+pub use self::missing::Missing;
 use self::scan::{Extent, Subject};
 use crate::sys::{self, FileType, Status, Sys};
 use crate::types::Digest;
@@ -43,90 +44,6 @@ const SCANS: (usize, usize) = (2, 6);
 const SLOW: u32 = 6;
 /// Entries that are looked at to see whose they are.
 const OWNED_ENTRIES: usize = 32;
-
-/// Why something cannot be had from a repository.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Missing {
-    /// The repository is there and does not have it.
-    NotPublished,
-    /// The repository's directory is there, but no repository is in it.
-    NotMounted {
-        repository: PathBuf,
-    },
-    Unreadable(sys::Error),
-    NotADirectory {
-        path: PathBuf,
-    },
-    /// Nothing came back in time.
-    NoAnswer {
-        limit: Duration,
-    },
-    /// It answers, but one question after the other took longer than anybody waits.
-    Slow {
-        limit: Duration,
-    },
-    /// Something on the way is no directory but leads elsewhere, perhaps to files of the host.
-    LeadsOut {
-        path: PathBuf,
-    },
-    /// It did not answer others, and is not asked until a probe succeeds.
-    Sick(Sick),
-    /// All its threads wait for it.
-    Stuck {
-        threads: usize,
-    },
-    /// The markers are still being looked for, so many directories are done.
-    BeingScanned {
-        directories: usize,
-    },
-    Unscannable(scan::Error),
-    /// The configuration names no such repository any more, and no other one has it: what the
-    /// first of them said.
-    NotConfigured {
-        instead: Option<(String, Box<Missing>)>,
-    },
-}
-
-impl Missing {
-    /// It is not there, as opposed to: it cannot be had right now.
-    pub fn is_gone(&self) -> bool {
-        match self {
-            Self::NotPublished => true,
-            Self::NotConfigured { instead } => instead.as_ref().is_none_or(|(_, why)| why.is_gone()),
-            _ => false,
-        }
-    }
-}
-
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotPublished => f.write_str("the repository does not have it"),
-            Self::NotMounted { repository } => {
-                write!(f, "no repository is mounted on {0}: {0}/{LAYERS} is missing", repository.display())
-            }
-            Self::Unreadable(cause) => cause.fmt(f),
-            Self::NotADirectory { path } => write!(f, "{} is not a directory", path.display()),
-            Self::NoAnswer { limit } => {
-                write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
-            }
-            Self::Slow { limit } => {
-                write!(f, "the repository answers slowly, and was not done after {} s; try again", limit.as_secs())
-            }
-            Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
-            Self::Sick(sick) => sick.fmt(f),
-            Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
-            Self::BeingScanned { directories } => {
-                write!(f, "it is still being looked through, {directories} directories are done")
-            }
-            Self::Unscannable(cause) => cause.fmt(f),
-            Self::NotConfigured { instead } => {
-                f.write_str("the configuration does not name the repository any more")?;
-                instead.iter().try_for_each(|(name, why)| write!(f, "; {name}: {why}"))
-            }
-        }
-    }
-}
 
 pub struct Repository {
     name: String,

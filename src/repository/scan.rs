@@ -297,6 +297,16 @@ impl Walk<'_> {
 }
 
 impl Scan {
+    /// Something in it is to be hidden, or shown otherwise.
+    pub fn has_mask(&self) -> bool {
+        self.directories.iter().any(Directory::has_mask)
+    }
+
+    /// It deletes something of the layers below.
+    pub fn hides(&self) -> bool {
+        self.directories.iter().any(Directory::hides)
+    }
+
     /// The entry for `path`, made with those above it where there is none.
     pub fn directory(&mut self, path: &Path) -> &mut Directory {
         let missing = |scan: &Self, path: &Path| scan.directories.binary_search_by(|d| d.path.as_path().cmp(path));

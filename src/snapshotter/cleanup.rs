@@ -76,9 +76,7 @@ impl Snapshotter {
             };
             let done = self.clean_batch(&batch, &mounts, cancelled);
             left.extend(batch.iter().filter(|id| !done.contains(id)));
-            if !done.is_empty() {
-                self.store.write_to_free(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
-            }
+            self.store.write_to_free(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
             cleaned.done += done.len();
             if cancelled() {
                 return Err(Error::Cancelled);

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::sys::stat::{Mode as FileMode, SFlag, mknod};
 use parking_lot::Mutex;
 
-use super::tests::list_all;
+use super::tests::{list_all, lower};
 use super::*;
 use crate::repository::Missing;
 use crate::repository::manifest::ImageRef;
@@ -332,8 +332,7 @@ fn root_a_layer_of_odd_names_and_links_stays_in_its_snapshot() {
     let chain = pull(&s, 1, "");
     let upper = pull(&s, 2, &chain);
     let mounts = s.prepare(wanted("container", &upper, &[])).unwrap();
-    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-    let [mask, _, hide, ..] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+    let [mask, _, hide, ..] = lower(&mounts)[..] else { panic!("{mounts:?}") };
     let names = |dir: &Path| {
         let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
         names.sort();

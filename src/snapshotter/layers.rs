@@ -115,6 +115,16 @@ pub enum Trouble {
     Own(Error),
 }
 
+impl Trouble {
+    /// What a caller who needs `layer` is told.
+    pub fn of(self, layer: &Layer) -> Error {
+        match self {
+            Self::Missing(why) => unavailable(layer, why),
+            Self::Own(e) => e,
+        }
+    }
+}
+
 impl From<Missing> for Trouble {
     fn from(missing: Missing) -> Self {
         Self::Missing(missing)
@@ -138,19 +148,17 @@ impl Limits {
 
 /// A piece, and what is known of its markers.
 type Scanned = (Piece, Arc<Scan>);
-/// With its place among those that are wanted.
-type Numbered = (usize, Scanned);
 type Tried = std::result::Result<Attached, Trouble>;
 
 /// How far the search for the markers of a piece is. Those of many pieces are begun together and
 /// waited for in turn.
-enum Looking {
+pub enum Looking {
     Known(Arc<Scan>),
     /// Where what is to be looked through lies.
     Asked(std::result::Result<Asked<std::result::Result<PathBuf, Missing>>, Missing>),
 }
 
-enum Walking {
+pub enum Walking {
     Known(Arc<Scan>),
     Begun(std::result::Result<Pending, Missing>),
 }
@@ -204,8 +212,10 @@ impl Sources {
             .collect();
         let looking = wanted.iter().map(|one| self.look(&one.subject, &one.repository));
         let looking = looking.collect::<Result<Vec<_>>>()?;
-        let walking =
-            wanted.iter().zip(looking).map(|(one, looking)| looking.walk(self, &one.subject, &one.repository, limits));
+        let walking = wanted
+            .iter()
+            .zip(looking)
+            .map(|(one, looking)| looking.walk(self, &one.subject, &one.repository, limits, Turn::Next));
         let walking: Vec<_> = walking.collect();
         let scans: Vec<_> = walking.into_iter().map(|walking| walking.result(limits)).collect();
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| scan.as_deref().ok())));
@@ -222,10 +232,7 @@ impl Sources {
         for ((needs_mask, attached), one) in self::masked(chain, &lowers).into_iter().zip(&mut attached).zip(&wanted) {
             if needs_mask && !attached.masked {
                 *attached =
-                    self.attach(&one.piece(true), &one.repository, limits).map_err(|trouble| match trouble {
-                        Trouble::Missing(why) => unavailable(one.layer, why),
-                        Trouble::Own(e) => e,
-                    })?;
+                    self.attach(&one.piece(true), &one.repository, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
         let mut attached = attached.into_iter();
@@ -243,36 +250,33 @@ impl Sources {
         masked: &[bool],
         limits: Limits,
     ) -> Vec<Tried> {
-        let mut tried: Vec<Option<Tried>> = Vec::with_capacity(wanted.len());
-        let mut by_repository: Vec<(&Arc<Repository>, Vec<Numbered>)> = Vec::new();
+        // With their places in `wanted`.
+        let mut tried: Vec<(usize, Tried)> = Vec::with_capacity(wanted.len());
+        let mut pieces = Vec::with_capacity(wanted.len());
         for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
             match scan {
-                Err(missing) => tried.push(Some(Err(missing.into()))),
-                Ok(scan) => {
-                    tried.push(None);
-                    let piece = (n, (one.piece(masked[n]), scan));
-                    match by_repository.iter_mut().find(|(other, _)| other.name() == one.repository.name()) {
-                        Some((_, pieces)) => pieces.push(piece),
-                        None => by_repository.push((&one.repository, vec![piece])),
-                    }
-                }
+                Err(missing) => tried.push((n, Err(missing.into()))),
+                Ok(scan) => pieces.push((n, (one.piece(masked[n]), scan))),
             }
         }
+        let repository = |n: usize| &wanted[n].repository;
+        pieces.sort_by(|(a, _), (b, _)| repository(*a).name().cmp(repository(*b).name()));
         let since = Instant::now();
         let mut begun = Vec::new();
-        for (repository, pieces) in by_repository {
-            for some in pieces.chunks(pieces.len().div_ceil(Repository::AT_ONCE)) {
+        for of_one in pieces.chunk_by(|(a, _), (b, _)| repository(*a).name() == repository(*b).name()) {
+            for some in of_one.chunks(of_one.len().div_ceil(Repository::AT_ONCE)) {
                 let (places, pieces): (Vec<_>, Vec<_>) = some.iter().cloned().unzip();
-                begun.push((places, self.begin(pieces, repository, since)));
+                begun.push((self.begin(pieces, repository(places[0]), since), places));
             }
         }
-        for (places, begun) in begun {
+        for (begun, places) in begun {
             match begun.and_then(|asked| asked.wait(limits.all)) {
-                Ok(all) => places.into_iter().zip(all).for_each(|(n, one)| tried[n] = Some(one)),
-                Err(missing) => places.into_iter().for_each(|n| tried[n] = Some(Err(missing.clone().into()))),
+                Ok(all) => tried.extend(places.into_iter().zip(all)),
+                Err(missing) => tried.extend(places.into_iter().map(|n| (n, Err(missing.clone().into())))),
             }
         }
-        tried.into_iter().map(|one| one.unwrap_or_else(|| unreachable!("each piece is in one chunk"))).collect()
+        tried.sort_by_key(|(n, _)| *n);
+        tried.into_iter().map(|(_, one)| one).collect()
     }
 
     /// The repository that the layer came from cannot provide it: another one may.
@@ -296,11 +300,11 @@ impl Sources {
     /// Attaches one piece, looked through before if need be.
     pub fn attach(self: &Arc<Self>, piece: &Piece, repository: &Arc<Repository>, limits: Limits) -> Tried {
         let looking = self.look(&piece.subject, repository).map_err(Trouble::Own)?;
-        let scan = looking.walk(self, &piece.subject, repository, limits).result(limits)?;
+        let scan = looking.walk(self, &piece.subject, repository, limits, Turn::Next).result(limits)?;
         self.begin(vec![(piece.clone(), scan)], repository, Instant::now())?.wait(limits.all)?.swap_remove(0)
     }
 
-    fn look(&self, subject: &Subject, repository: &Arc<Repository>) -> Result<Looking> {
+    pub fn look(&self, subject: &Subject, repository: &Arc<Repository>) -> Result<Looking> {
         if let Some(scan) = self.scans.known(subject)? {
             return Ok(Looking::Known(scan));
         }
@@ -382,12 +386,19 @@ impl Sources {
 }
 
 impl Looking {
-    fn walk(self, sources: &Sources, subject: &Subject, repository: &Arc<Repository>, limits: Limits) -> Walking {
+    pub fn walk(
+        self,
+        sources: &Sources,
+        subject: &Subject,
+        repository: &Arc<Repository>,
+        limits: Limits,
+        turn: Turn,
+    ) -> Walking {
         match self {
             Self::Known(scan) => Walking::Known(scan),
             Self::Asked(asked) => {
                 let top = asked.and_then(|asked| asked.wait(limits.all)).and_then(|top| top);
-                Walking::Begun(top.and_then(|top| sources.scans.start(subject, repository, top, Turn::Next)))
+                Walking::Begun(top.and_then(|top| sources.scans.start(subject, repository, top, turn)))
             }
         }
     }

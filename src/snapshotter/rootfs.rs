@@ -14,13 +14,13 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::layers::{Attached, Limits, Piece, Sources, Trouble, layer_subject, unavailable};
+use super::layers::{Attached, Limits, Piece, Sources, Trouble, Walking, layer_subject, unavailable};
 use super::{Error, Result};
 use crate::attach::MOST_COPIED;
 use crate::overlay::{Form, Lower};
 use crate::repository::lane::{Turn, alive};
 use crate::repository::manifest::ImageRef;
-use crate::repository::scan::{Directory, Extent, Subject};
+use crate::repository::scan::{Extent, Subject};
 use crate::repository::{Missing, Repository};
 use crate::store::Lookup;
 use crate::sys::{FileType, Status, Sys};
@@ -191,7 +191,7 @@ impl Sources {
         // The layers can be had at once, so a first walk is not waited for as long as it may take.
         let limits = Limits { scans: Instant::now() + repository.timeout() / 4, ..Limits::of(repository) };
         let attached = self.attach(&piece, repository, limits)?;
-        let masked = attached.scan.directories.iter().any(Directory::has_mask);
+        let masked = attached.scan.has_mask();
         Ok(vec![(Lower::Flat { id, masked }, Some(attached))])
     }
 
@@ -228,15 +228,11 @@ impl Sources {
     /// For the pull of `layer`.
     fn scan_ahead(&self, subject: &Subject, layer: &Layer) -> Result<()> {
         let Some(repository) = self.named(&subject.repository) else { return Ok(()) };
-        if self.scans.known(subject)?.is_some() {
-            return Ok(());
+        let looking = self.look(subject, repository)?;
+        match looking.walk(self, subject, repository, Limits::of(repository), Turn::Last) {
+            Walking::Known(_) => Ok(()),
+            Walking::Begun(begun) => begun.map(drop).map_err(|why| unavailable(layer, why)),
         }
-        let (asked, wanted) = (Arc::clone(repository), subject.clone());
-        Repository::ask(repository, move || asked.top(&wanted))
-            .and_then(|top| top)
-            .and_then(|top| self.scans.start(subject, repository, top, Turn::Last))
-            .map(drop)
-            .map_err(|why| unavailable(layer, why))
     }
 }
 
@@ -250,10 +246,7 @@ fn is_over(why: &Missing) -> bool {
 }
 
 fn finish(result: std::result::Result<Below, Trouble>, remote: &[&Layer]) -> Result<Below> {
-    result.map_err(|trouble| match trouble {
-        Trouble::Missing(why) => unavailable(remote[0], why),
-        Trouble::Own(e) => e,
-    })
+    result.map_err(|trouble| trouble.of(remote[0]))
 }
 
 /// On a thread of the repository. `layers` from the bottom up.

@@ -60,8 +60,12 @@ impl Place {
     }
 
     fn layer(&self, n: u8) -> PathBuf {
+        self.layer_of("cvmfs", n)
+    }
+
+    fn layer_of(&self, repository: &str, n: u8) -> PathBuf {
         let hex = digest(n).hex().to_owned();
-        self.dir.path().join("cvmfs/.layers").join(&hex[..2]).join(hex).join("layerfs")
+        self.dir.path().join(repository).join(".layers").join(&hex[..2]).join(hex).join("layerfs")
     }
 
     pub fn snapshots(&self) -> PathBuf {
@@ -206,10 +210,15 @@ pub fn publish_flat(place: &Place) {
     }
 }
 
+/// The lower directories of the only mount.
+pub fn lower(mounts: &[Mount]) -> Vec<&Path> {
+    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+    lower.split(':').map(Path::new).collect()
+}
+
 /// As `check_files`, where the whole root is the only lower directory.
 pub fn check_flat(mounts: &[Mount]) {
-    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-    let [mask, flat] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+    let [mask, flat] = lower(mounts)[..] else { panic!("{mounts:?}") };
     for hidden in [".cvmfscatalog", "dir/.cvmfscatalog", "environment"] {
         assert!(flat.join(hidden).exists());
         assert_eq!(fs::symlink_metadata(mask.join(hidden)).unwrap().mode() & 0o170_000, 0o020_000);
@@ -220,9 +229,8 @@ pub fn check_flat(mounts: &[Mount]) {
 /// The lower directories hold what they should: a layer whose attachment was cut short
 /// must not pass for an empty one.
 pub fn check_files(place: &Place, mounts: &[Mount]) {
-    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-    let all: Vec<&Path> = lower.split(':').map(Path::new).collect();
-    assert_eq!(all.len(), 5, "{lower}");
+    let all = lower(mounts);
+    assert_eq!(all.len(), 5, "{all:?}");
     let whiteout = |path: PathBuf| {
         let status = fs::symlink_metadata(path).unwrap();
         assert_eq!((status.rdev(), status.mode() & 0o170_000), (0, 0o020_000));
@@ -241,15 +249,13 @@ pub fn check_files(place: &Place, mounts: &[Mount]) {
 
 /// The lower directories of the only mount, as `<id>/<name>`.
 fn lower_names(place: &Place, mounts: &[Mount]) -> Vec<String> {
-    let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-    let name = |path| Path::new(path).strip_prefix(place.snapshots()).unwrap().display().to_string();
-    lower.split(':').map(name).collect()
+    let name = |path: &Path| path.strip_prefix(place.snapshots()).unwrap().display().to_string();
+    lower(mounts).into_iter().map(name).collect()
 }
 
 /// Adds layer 3 to a repository, on top of which a publisher may have put its catalog.
 fn publish_third(place: &Place, repository: &str, has_catalog: bool) {
-    let hex = digest(3).hex().to_owned();
-    let top = place.dir.path().join(repository).join(".layers").join(&hex[..2]).join(hex).join("layerfs");
+    let top = place.layer_of(repository, 3);
     fs::create_dir_all(&top).unwrap();
     fs::write(top.join("three"), "").unwrap();
     if has_catalog {
@@ -334,8 +340,7 @@ fn root_a_mask_follows_its_layer_to_another_repository_whoever_leads_it_there() 
         let mounts = s.prepare(wanted("container", &middle, &[])).unwrap();
         fs::rename(&away, &here).unwrap();
         s.prepare(wanted("another", &top, &[])).unwrap();
-        let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-        let [mask, layer, ..] = lower.split(':').map(Path::new).collect::<Vec<_>>()[..] else { panic!("{lower}") };
+        let [mask, layer, ..] = lower(&mounts)[..] else { panic!("{mounts:?}") };
         assert!(layer.join(".cvmfsautocatalog").exists(), "it is that of the first repository again");
         for marker in [".cvmfscatalog", ".cvmfsautocatalog"] {
             let hidden = fs::symlink_metadata(mask.join(marker)).unwrap();

@@ -377,12 +377,22 @@ impl<'s> Write<'s> {
     /// Takes ids off the list with which a cleanup is through, unless they were put on it
     /// again meanwhile.
     pub fn finish_cleanup(&self, ids: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
-        let mut table = self.open(CLEANUP)?;
-        for id in ids {
-            let is_begun = table.get(id.0).map_err(|e| self.error(e))?.is_some_and(|is_begun| is_begun.value());
-            if is_begun {
-                table.remove(id.0).map_err(|e| self.error(e))?;
+        let mut begun = Vec::new();
+        {
+            let table = self.table(CLEANUP)?;
+            for id in ids {
+                if table.get(id.0).map_err(|e| self.error(e))?.is_some_and(|is_begun| is_begun.value()) {
+                    begun.push(id);
+                }
             }
+        }
+        // Nothing to take off costs no write either.
+        if begun.is_empty() {
+            return Ok(());
+        }
+        let mut table = self.open(CLEANUP)?;
+        for id in begun {
+            table.remove(id.0).map_err(|e| self.error(e))?;
         }
         Ok(())
     }

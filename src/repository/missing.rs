@@ -1,0 +1,94 @@
+//! Why something cannot be had from a repository, as callers and admins are told.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::health::Sick;
+use super::{LAYERS, scan};
+use crate::sys;
+
+/// Why something cannot be had from a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// The repository is there and does not have it.
+    NotPublished,
+    /// The repository's directory is there, but no repository is in it.
+    NotMounted {
+        repository: PathBuf,
+    },
+    Unreadable(sys::Error),
+    NotADirectory {
+        path: PathBuf,
+    },
+    /// Nothing came back in time.
+    NoAnswer {
+        limit: Duration,
+    },
+    /// It answers, but one question after the other took longer than anybody waits.
+    Slow {
+        limit: Duration,
+    },
+    /// Something on the way is no directory but leads elsewhere, perhaps to files of the host.
+    LeadsOut {
+        path: PathBuf,
+    },
+    /// It did not answer others, and is not asked until a probe succeeds.
+    Sick(Sick),
+    /// All its threads wait for it.
+    Stuck {
+        threads: usize,
+    },
+    /// The markers are still being looked for, so many directories are done.
+    BeingScanned {
+        directories: usize,
+    },
+    Unscannable(scan::Error),
+    /// The configuration names no such repository any more, and no other one has it: what the
+    /// first of them said.
+    NotConfigured {
+        instead: Option<(String, Box<Missing>)>,
+    },
+}
+
+impl Missing {
+    /// It is not there, as opposed to: it cannot be had right now.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::NotPublished => true,
+            Self::NotConfigured { instead } => instead.as_ref().is_none_or(|(_, why)| why.is_gone()),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotPublished => f.write_str("the repository does not have it"),
+            Self::NotMounted { repository } => {
+                write!(f, "no repository is mounted on {0}: {0}/{LAYERS} is missing", repository.display())
+            }
+            Self::Unreadable(cause) => cause.fmt(f),
+            Self::NotADirectory { path } => write!(f, "{} is not a directory", path.display()),
+            Self::NoAnswer { limit } => {
+                write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
+            }
+            Self::Slow { limit } => {
+                write!(f, "the repository answers slowly, and was not done after {} s; try again", limit.as_secs())
+            }
+            Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
+            Self::Sick(sick) => sick.fmt(f),
+            Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
+            Self::BeingScanned { directories } => {
+                write!(f, "it is still being looked through, {directories} directories are done")
+            }
+            Self::Unscannable(cause) => cause.fmt(f),
+            Self::NotConfigured { instead } => {
+                f.write_str("the configuration does not name the repository any more")?;
+                instead.iter().try_for_each(|(name, why)| write!(f, "; {name}: {why}"))
+            }
+        }
+    }
+}
