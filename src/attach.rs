@@ -3,13 +3,15 @@
 //! Attaching is lazy, idempotent and safe from many threads: each snapshot has a slot with a
 //! lock, and whoever is about to use what is attached holds a pin on it until the store
 //! knows. Knows directories and mounts, not chains and not containerd. Presence is
-//! completeness: a skeleton is built beside its place and renamed into it. `attach` asks the
+//! completeness: whatever is made is made beside its place and renamed into it. `attach` asks the
 //! repository, so it runs on the repository's threads; `release` never does, not even where
 //! a mount of it hangs.
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, HashSet};
-use std::ffi::{OsStr, OsString};
+mod place;
+mod skeleton;
+
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,18 +20,21 @@ use std::time::Duration;
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::overlay::{Form, Mask, Places};
+use self::place::Retired;
+use self::skeleton::Plan;
+pub use self::skeleton::skeletons;
+use crate::overlay::{Form, Places};
 use crate::repository::lane::{LOOK_UP, Pulse, alive};
-use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
-use crate::sys::{Attributes, Error, FileType, Result, Status, Sys, Unmount};
+use crate::repository::scan::{Directory, Scan};
+use crate::sys::{Error, FileType, Result, Sys};
 use crate::types::SnapshotId;
 
-/// How a layer's files come under `snapshots/<id>/fs`.
+/// Where `snapshots/<id>/fs` of a published layer leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// A read-only bind mount.
+    /// To a read-only bind mount of it.
     Bind,
-    /// A symbolic link: no mount at all.
+    /// To the layer itself: no mount at all.
     Symlink,
 }
 
@@ -53,14 +58,12 @@ const TRIES: usize = 8;
 /// Bytes of a file that a mask shows otherwise than the repository.
 pub const MOST_COPIED: u64 = 1 << 20;
 
-/// More mounts than this on one directory are not ours to untangle.
-const STACKED_MOUNTS: usize = 16;
-
 pub struct Attacher {
     places: Places,
     mode: Mode,
     sys: Arc<dyn Sys>,
     slots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
+    retired: Mutex<Vec<Retired>>,
 }
 
 #[derive(Default)]
@@ -103,37 +106,6 @@ impl Drop for Pin {
     }
 }
 
-/// What is at the place where a layer is to be attached.
-enum Found {
-    Nothing,
-    Link,
-    /// The layer, read-only.
-    Attached,
-    /// The bare mount point, or a mount that is not the layer, or not any more: the server
-    /// died, was mounted anew, the layer was published anew, or a crash came between binding
-    /// and making read-only.
-    Other,
-}
-
-/// A skeleton that is to be built, as far as the repository has a say in it.
-enum Plan<'a> {
-    NotNeeded,
-    IsThere,
-    Build(Vec<Planned<'a>>),
-}
-
-struct Planned<'a> {
-    directory: &'a Directory,
-    attributes: Attributes,
-    copies: Vec<Copied<'a>>,
-}
-
-struct Copied<'a> {
-    name: &'a OsStr,
-    content: Vec<u8>,
-    attributes: Attributes,
-}
-
 /// What a caller of `release` wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Release {
@@ -152,7 +124,7 @@ pub enum Released {
 
 impl Attacher {
     pub fn new(places: Places, mode: Mode, sys: Arc<dyn Sys>) -> Self {
-        Self { places, mode, sys, slots: Mutex::default() }
+        Self { places, mode, sys, slots: Mutex::default(), retired: Mutex::default() }
     }
 
     /// Attaches what `wanted` says, unless it is attached already.
@@ -172,8 +144,7 @@ impl Attacher {
             // chain uses it or not: another one may be about to be mounted with it.
             let is_exchanged = of.is_some() && !is_same_source;
             let needs_mask = has_mask && (masked || is_exchanged);
-            // After a reboot it is all that tells a bind mount's place from a directory of files.
-            let needs_note = needs_mask || needs_hide || self.mode == Mode::Bind;
+            let needs_note = needs_mask || needs_hide;
             let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
             if needs_mask {
                 mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
@@ -181,7 +152,7 @@ impl Attacher {
             if let Some(hide) = hide.as_ref().filter(|_| needs_hide) {
                 hide_plan = self.plan(hide, is_same_source, source, scan, Directory::hides)?;
             }
-            let there = match self.mode {
+            let bound = match self.mode {
                 Mode::Bind => Some(self.sys.stat(source)?),
                 Mode::Symlink => None,
             };
@@ -194,18 +165,15 @@ impl Attacher {
             if is_exchanged || (needs_note && !is_same_source) {
                 self.put_aside(&place, source, [Some(&mask), hide.as_ref()])?;
             }
-            let is_built = self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
+            let is_built = self.build(&mask, source, &mask_plan, &slot.pulse, Self::build_mask)?
                 && hide
                     .as_ref()
-                    .map_or(Ok(true), |hide| self.build(hide, &hide_plan, &slot.pulse, Self::build_hide))?;
+                    .map_or(Ok(true), |hide| self.build(hide, source, &hide_plan, &slot.pulse, Self::build_hide))?;
             if !is_built {
                 // It was there when we looked, and was taken away meanwhile.
                 continue;
             }
-            let fresh = match there {
-                Some(there) => self.ensure_bound(&home, &place, source, there)?,
-                None => self.ensure_linked(&place, source)?,
-            };
+            let fresh = self.ensure_leads(&home, &place, source, bound)?;
             slot.pins.fetch_add(1, Ordering::SeqCst);
             return Ok(Pin { slot: Arc::clone(&slot), fresh });
         }
@@ -222,37 +190,6 @@ impl Attacher {
         }
     }
 
-    /// Of which source the skeletons beside `place` were built. None: there are none.
-    fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
-        match self.sys.read_link(&place.with_extension("of")) {
-            Ok(of) => Ok(Some(of)),
-            Err(e) if e.errno == Errno::ENOENT => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// What was built for another source, a layer of another repository say, is put aside:
-    /// whoever uses it keeps it, and it goes with the snapshot's directory.
-    fn put_aside(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
-        if self.source_of(place)?.as_deref() == Some(source) {
-            // Another thread was faster.
-            return Ok(());
-        }
-        for skeleton in skeletons.into_iter().flatten() {
-            if self.lstat(skeleton)?.is_none() {
-                continue;
-            }
-            let aside = (0..).map(|n| skeleton.with_extension(format!("old-{n}")));
-            for aside in aside {
-                if self.lstat(&aside)?.is_none() {
-                    self.sys.rename(skeleton, &aside)?;
-                    break;
-                }
-            }
-        }
-        self.put_link(&place.with_extension("of"), source)
-    }
-
     /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked
     /// while nobody can attach the layer or begin to use it.
     pub fn release<E: From<Error>>(
@@ -266,10 +203,9 @@ impl Attacher {
             return Ok(Released::NotYet);
         }
         if decide()? == Release::Remove {
-            for form in [Form::Layer, Form::Flat] {
-                self.unmount_all(&self.places.root(id, form))?;
-            }
-            self.sys.remove_tree(&self.places.home(id))?;
+            let home = self.places.home(id);
+            self.unmount_home(&home)?;
+            self.sys.remove_tree(&home)?;
         }
         // Only we and the map hold the slot, and under the map's lock nobody else can begin
         // to: two threads never work on one layer in two slots.
@@ -296,213 +232,6 @@ impl Attacher {
             result => result,
         }
     }
-
-    /// Whether it had to be bound.
-    fn ensure_bound(&self, home: &Path, place: &Path, source: &Path, wanted: Status) -> Result<bool> {
-        for _ in 0..STACKED_MOUNTS {
-            match self.found(home, place, wanted)? {
-                Found::Attached => return Ok(false),
-                Found::Nothing => self.sys.create_dir(place, 0o755)?,
-                Found::Link => self.sys.remove_file(place)?,
-                Found::Other => {
-                    if self.unmount_one(place)? {
-                        continue;
-                    }
-                    if let Err(e) = self.sys.bind_read_only(source, place) {
-                        // The mount may be there and writable: that must not stay.
-                        let _ = self.unmount_all(place);
-                        return Err(e);
-                    }
-                    return Ok(true);
-                }
-            }
-        }
-        Err(tangled(place))
-    }
-
-    fn found(&self, home: &Path, place: &Path, wanted: Status) -> Result<Found> {
-        // Of a mount of something else nothing is asked: its server may hang.
-        if self.sys.mounted(place)?.is_some_and(|device| device != wanted.device) {
-            return Ok(Found::Other);
-        }
-        let there = match self.sys.lstat(place) {
-            Ok(there) => there,
-            Err(e) if e.errno == Errno::ENOENT => return Ok(Found::Nothing),
-            Err(e) if e.is_dead() => return Ok(Found::Other),
-            Err(e) => return Err(e),
-        };
-        if there.file_type == FileType::Symlink {
-            return Ok(Found::Link);
-        }
-        let Ok(file_system) = self.sys.statfs(place) else { return Ok(Found::Other) };
-        let home = self.sys.lstat(home)?;
-        // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
-        // layer that it publishes never changes, so there the device says enough.
-        let is_wanted = there.device == wanted.device
-            && (there.inode == wanted.inode || (file_system.fuse && there.device != home.device));
-        Ok(if is_wanted && file_system.read_only { Found::Attached } else { Found::Other })
-    }
-
-    /// Whether the link had to be made.
-    fn ensure_linked(&self, place: &Path, source: &Path) -> Result<bool> {
-        match self.sys.read_link(place) {
-            Ok(target) if target == source => return Ok(false),
-            Ok(_) => {}
-            Err(e) if e.errno == Errno::ENOENT => {}
-            // No link, but from a time when layers were bound.
-            Err(e) if e.errno == Errno::EINVAL => {
-                self.unmount_all(place)?;
-                self.sys.remove_dir(place)?;
-            }
-            Err(e) => return Err(e),
-        }
-        self.put_link(place, source)?;
-        Ok(true)
-    }
-
-    fn put_link(&self, link: &Path, target: &Path) -> Result<()> {
-        match self.sys.symlink(target, link) {
-            Err(e) if e.errno == Errno::EEXIST => {}
-            result => return result,
-        }
-        let new = beside(link);
-        match self.sys.remove_file(&new) {
-            Err(e) if e.errno != Errno::ENOENT => return Err(e),
-            _ => {}
-        }
-        self.sys.symlink(target, &new)?;
-        self.sys.rename(&new, link)
-    }
-
-    fn unmount_all(&self, target: &Path) -> Result<()> {
-        for _ in 0..STACKED_MOUNTS {
-            if !self.unmount_one(target)? {
-                return Ok(());
-            }
-        }
-        Err(tangled(target))
-    }
-
-    /// Whether something was mounted there. Asks the mount table and no file system. Somebody may have a file open in it: that one
-    /// keeps what it has, and nobody else gets it.
-    fn unmount_one(&self, target: &Path) -> Result<bool> {
-        match self.sys.unmount(target, Unmount::Plain) {
-            Ok(()) => Ok(true),
-            // Not a mount point (any more), or not there at all.
-            Err(e) if matches!(e.errno, Errno::EINVAL | Errno::ENOENT) => Ok(false),
-            Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(target, Unmount::Detach).map(|()| true),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// Reads what a skeleton at `place`, which is needed, is built of, unless it is there.
-    fn plan<'a>(
-        &self,
-        place: &Path,
-        is_same_source: bool,
-        source: &Path,
-        scan: &'a Scan,
-        wanted: impl Fn(&Directory) -> bool,
-    ) -> Result<Plan<'a>> {
-        let with_parents: HashSet<&Path> =
-            scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
-        if is_same_source && self.lstat(place)?.is_some() {
-            return Ok(Plan::IsThere);
-        }
-        let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
-        let planned = needed.map(|directory| {
-            alive();
-            let like = directory.like.as_deref().map_or_else(|| source.join(&directory.path), Path::to_owned);
-            let mut attributes = self.sys.attributes(&like)?;
-            if directory.path.as_os_str().is_empty() {
-                // containerd passes over what a layer says of its top.
-                attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
-            }
-            let copies = directory.copies.iter().map(|(name, from)| {
-                let content = self.sys.read_file(from, MOST_COPIED)?;
-                Ok(Copied { name, content, attributes: self.sys.attributes(from)? })
-            });
-            Ok(Planned { directory, attributes, copies: copies.collect::<Result<_>>()? })
-        });
-        Ok(Plan::Build(planned.collect::<Result<_>>()?))
-    }
-
-    /// Builds what was planned, unless it is there. False: it is needed, was there when the plan
-    /// was made, and is not any more.
-    fn build(
-        &self,
-        place: &Path,
-        plan: &Plan<'_>,
-        pulse: &Pulse,
-        fill: impl Fn(&Self, &Path, &Directory, &Pulse) -> Result<()>,
-    ) -> Result<bool> {
-        let planned = match plan {
-            Plan::NotNeeded => return Ok(true),
-            _ if self.lstat(place)?.is_some() => return Ok(true),
-            Plan::IsThere => return Ok(false),
-            Plan::Build(planned) => planned,
-        };
-        let new = beside(place);
-        self.sys.remove_tree(&new)?;
-        for Planned { directory, copies, .. } in planned {
-            let path = new.join(&directory.path);
-            self.sys.create_dir(&path, 0o755)?;
-            fill(self, &path, directory, pulse)?;
-            for copied in copies {
-                let at = path.join(copied.name);
-                self.sys.write_file(&at, &copied.content)?;
-                self.sys.set_attributes(&at, &copied.attributes)?;
-            }
-        }
-        // Children first: making an entry changes the time of its directory.
-        for Planned { directory, attributes, .. } in planned.iter().rev() {
-            pulse.beat();
-            self.sys.set_attributes(&new.join(&directory.path), attributes)?;
-        }
-        self.sys.rename(&new, place)?;
-        Ok(true)
-    }
-
-    fn build_mask(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
-        self.create_whiteouts(path, &directory.hidden, pulse)
-    }
-
-    fn build_hide(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
-        if directory.opaque {
-            self.sys.make_opaque(path)?;
-        }
-        self.create_whiteouts(path, &directory.deleted, pulse)
-    }
-
-    fn create_whiteouts(&self, path: &Path, names: &[OsString], pulse: &Pulse) -> Result<()> {
-        pulse.beat();
-        names.iter().try_for_each(|name| {
-            pulse.beat();
-            // The thread is not stuck in the repository either.
-            alive();
-            self.sys.create_whiteout(&path.join(name))
-        })
-    }
-}
-
-/// What the skeletons of a layer are for: what its mask hides, and whether it hides
-/// anything of the layers below.
-pub fn skeletons(scan: &Scan) -> (Mask, bool) {
-    let mut mask = Mask::default();
-    for directory in &scan.directories {
-        let is_top = directory.path.as_os_str().is_empty();
-        for name in &directory.hidden {
-            match CATALOG_MARKERS.iter().position(|marker| is_top && name == marker) {
-                Some(n) => mask.top_catalogs |= 1 << n,
-                None => mask.others = true,
-            }
-        }
-    }
-    (mask, scan.hides())
-}
-
-fn tangled(path: &Path) -> Error {
-    Error { call: "untangle the mounts on", path: path.to_owned(), errno: Errno::ELOOP }
 }
 
 /// Where a thing is built before it is renamed to `place`.

@@ -17,6 +17,9 @@ pub struct Places {
     snapshots: PathBuf,
 }
 
+/// Holds the bind mounts that places lead to: in `snapshots/<id>`, where there are any.
+pub const BOUND: &str = "bound";
+
 impl Places {
     pub fn new(snapshots: PathBuf) -> Self {
         Self { snapshots }
@@ -51,6 +54,10 @@ impl Places {
             Form::Layer => self.fs(id),
             Form::Flat => self.home(id).join("flat"),
         }
+    }
+
+    pub fn bound(&self, id: SnapshotId) -> PathBuf {
+        self.home(id).join(BOUND)
     }
 
     /// The skeleton above it: whiteouts for names nobody may see. The name of a layer's is

@@ -197,10 +197,11 @@ fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
         let Some(id) = name.to_str().and_then(SnapshotId::from_directory_name) else { continue };
         found.ids.push(id);
         let is_link = |path: &Path| sys.lstat(path).is_ok_and(|status| status.file_type == FileType::Symlink);
-        let is_attached = [Form::Layer, Form::Flat]
-            .map(|form| places.root(id, form))
-            .iter()
-            .any(|root| is_link(root) || is_link(&root.with_extension("of")));
+        let is_attached = sys.lstat(&places.bound(id)).is_ok()
+            || [Form::Layer, Form::Flat]
+                .map(|form| places.root(id, form))
+                .iter()
+                .any(|root| is_link(root) || is_link(&root.with_extension("of")));
         // A Go snapshotter's attachment has nothing beside it.
         if is_attached || mounts.contains(&places.fs(id)) {
             found.leftovers.push(id);

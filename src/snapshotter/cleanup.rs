@@ -4,13 +4,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::panic::resume_unwind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::{Error, Result, Snapshotter};
 use crate::attach::Released;
-use crate::overlay::Form;
 use crate::store::Lookup;
 use crate::types::SnapshotId;
 
@@ -43,6 +42,7 @@ impl Snapshotter {
                 turn
             }
         };
+        self.sources.attacher.unmount_retired();
         let mut cleaned = Cleaned::default();
         let mut left = Vec::new();
         let result = self.clean_list(cancelled, &mut cleaned, &mut left);
@@ -135,8 +135,9 @@ impl Snapshotter {
     /// Whether `id` needs no cleanup any more.
     fn clean(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
         let home = self.places.home(id);
-        let ours = [Form::Layer, Form::Flat].map(|form| self.places.root(id, form));
-        if let Some(foreign) = mounts.iter().find(|mount| !ours.contains(mount)) {
+        let (taken_over, bound) = (self.places.fs(id), self.places.bound(id));
+        let is_ours = |mount: &Path| mount == taken_over || mount.parent() == Some(&bound);
+        if let Some(foreign) = mounts.iter().find(|mount| !is_ours(mount)) {
             log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
             return false;
         }

@@ -234,7 +234,7 @@ impl World {
         fs::write(fs.join("dir/file"), "content").unwrap();
     }
 
-    /// As a restart of the machine, or another setting of `attach`, leaves them.
+    /// As a restart of the machine leaves them; and a Go snapshotter's, which had bound them at `fs`.
     fn lose_attachments(&self) {
         for point in Host.mounts_below(self.place.dir.path()).unwrap() {
             Host.unmount(&point, sys::Unmount::Plain).unwrap();
@@ -242,7 +242,8 @@ impl World {
         for entry in fs::read_dir(self.place.snapshots()).unwrap() {
             for name in ["fs", "flat"] {
                 let link = entry.as_ref().unwrap().path().join(name);
-                if fs::symlink_metadata(&link).is_ok_and(|status| status.is_symlink()) {
+                let leads_to = fs::read_link(&link);
+                if leads_to.is_ok_and(|target| target.is_absolute()) {
                     fs::remove_file(&link).unwrap();
                     fs::create_dir(&link).unwrap();
                 }

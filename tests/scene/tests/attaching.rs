@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
@@ -32,7 +33,10 @@ fn root_changing_the_way_of_attaching_works_on_what_is_there() {
         ));
         let c = d.snapshotter.client();
         assert_eq!(c.mounts("container").unwrap(), before);
-        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), mounts, "{config}");
+        eventually("mounts that nobody is led to go", || {
+            c.cleanup().unwrap();
+            mounts_below(&d.snapshotter.snapshots()).len() == mounts
+        });
         let at = d.sandbox.path("mnt");
         let mounted = Mounted::new(&before, &at).unwrap();
         assert_eq!(fs::read_to_string(at.join("dir/file-1")).unwrap(), "1");
@@ -66,27 +70,35 @@ fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
     let d = Alone::start("stale", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
-    let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
-    let fine = |what: &str| {
-        d.client.mounts("container").unwrap();
-        assert_eq!(fs::read_to_string(layer.join("dir/file-1")).unwrap(), "1", "{what}");
-        assert!(fs::write(layer.join("new"), "").is_err(), "{what}: the layer is writable");
-        assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 1, "{what}");
+    let layer = || match &mounts_below(&d.snapshotter.snapshots())[..] {
+        [layer] => layer.clone(),
+        mounts => panic!("the layer is attached once: {mounts:?}"),
     };
-    let path = layer.to_str().unwrap();
-    run("mount", ["-o", "remount,bind,rw", path]).ok();
+    let fine = |what: &str| {
+        let mounts = d.client.mounts("container").unwrap();
+        let lower = mounts[0].options.iter().find_map(|option| option.strip_prefix("lowerdir=")).unwrap();
+        let lower = Path::new(lower.split(':').next_back().unwrap());
+        assert_eq!(fs::read_to_string(lower.join("dir/file-1")).unwrap(), "1", "{what}");
+        assert!(fs::write(lower.join("new"), "").is_err(), "{what}: the layer is writable");
+        eventually(&format!("{what}: what was mounted before goes"), || {
+            d.client.cleanup().unwrap();
+            mounts_below(&d.snapshotter.snapshots()) == [lower.canonicalize().unwrap()]
+        });
+    };
+    run("mount", ["-o".as_ref(), "remount,bind,rw".as_ref(), layer().as_os_str()]).ok();
     fine("a crash came before read-only");
-    mount_tmpfs(layer, "size=1m");
+    mount_tmpfs(&layer(), "size=1m");
     fine("something else is mounted there");
-    mount_tmpfs(layer, "size=1m");
-    let open = fs::File::create(layer.join("in-use")).unwrap();
+    let busy = layer();
+    mount_tmpfs(&busy, "size=1m");
+    let open = fs::File::create(busy.join("in-use")).unwrap();
     fine("something else is mounted there and busy");
     drop(open);
-    run("umount", [path]).ok();
+    run("umount", [layer()]).ok();
     fine("nothing is mounted there");
     d.client.remove("container").unwrap();
     // Busy for a moment if another test's thread is just starting a process.
-    scene::process::eventually("the layer is detached", || {
+    eventually("the layer is detached", || {
         d.client.cleanup().unwrap();
         mounts_below(&d.snapshotter.snapshots()).is_empty()
     });

@@ -1,0 +1,182 @@
+//! The places where something published is attached: links, which lead to the published
+//! directory itself or, with `Mode::Bind`, to a read-only bind mount of it below `bound/`. To lead a
+//! place somewhere else is one rename, so a container that is mounted right then finds the one
+//! or the other, whole.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::{Attacher, beside};
+use crate::overlay::BOUND;
+use crate::sys::{Error, Result, Status, Unmount};
+
+/// More mounts than this on one directory are not ours to untangle.
+const STACKED_MOUNTS: usize = 16;
+/// Whoever followed a link before it was exchanged has arrived where it led by then. Without that
+/// time, a mount(2) under way found the bare mount point, or nothing, within a second of trying.
+const ARRIVED: Duration = Duration::from_secs(1);
+
+/// A mount point that no link leads to any more.
+pub(super) struct Retired {
+    since: Instant,
+    point: PathBuf,
+}
+
+impl Attacher {
+    /// Makes `place` in `home` lead to `source`, or to a mount of it if `bound` says what that
+    /// looks like. Whether there was anything to do.
+    pub(super) fn ensure_leads(&self, home: &Path, place: &Path, source: &Path, bound: Option<Status>) -> Result<bool> {
+        let old = match self.link_at(place) {
+            // A directory: where the Go snapshotter had bound it.
+            Err(e) if e.errno == Errno::EINVAL => {
+                self.unmount_all(place)?;
+                self.sys.remove_dir(place)?;
+                None
+            }
+            old => old?,
+        };
+        let old_point = old.as_ref().filter(|old| old.starts_with(BOUND)).map(|old| home.join(old));
+        match (bound, &old, &old_point) {
+            (None, Some(old), _) if old == source => return Ok(false),
+            (Some(wanted), _, Some(point)) if self.is_bound(point, wanted)? => return Ok(false),
+            _ => {}
+        }
+        let new_point = bound.map(|_| self.bind(home, source)).transpose()?;
+        if let Err(e) = self.put_link(place, new_point.as_deref().unwrap_or(source)) {
+            if let Some(unused) = new_point {
+                let _ = self.unbind(&home.join(unused));
+            }
+            return Err(e);
+        }
+        if let Some(point) = old_point {
+            self.retired.lock().push(Retired { since: Instant::now(), point });
+            self.unmount_retired();
+        }
+        Ok(true)
+    }
+
+    /// Binds `source`, read-only, at a point where nothing was; says where in `home` that is.
+    fn bind(&self, home: &Path, source: &Path) -> Result<PathBuf> {
+        self.ensure_directory(&home.join(BOUND), 0o700)?;
+        for n in 0_u64.. {
+            let name = Path::new(BOUND).join(n.to_string());
+            let point = home.join(&name);
+            match self.sys.create_dir(&point, 0o755) {
+                Err(e) if e.errno == Errno::EEXIST => continue,
+                result => result?,
+            }
+            if let Err(e) = self.sys.bind_read_only(source, &point) {
+                // The mount may be there and writable: that must not stay.
+                let _ = self.unbind(&point);
+                return Err(e);
+            }
+            return Ok(name);
+        }
+        Err(tangled(home))
+    }
+
+    /// Whether the layer is mounted there, read-only. It is not if its server died, if it was mounted
+    /// or published anew, or if a crash came before it was read-only.
+    fn is_bound(&self, point: &Path, wanted: Status) -> Result<bool> {
+        // Of a mount of something else nothing is asked: its server may hang.
+        if self.sys.mounted(point)? != Some(wanted.device) {
+            return Ok(false);
+        }
+        let there = match self.sys.lstat(point) {
+            Ok(there) => there,
+            Err(e) if e.is_dead() => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        let Ok(file_system) = self.sys.statfs(point) else { return Ok(false) };
+        // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
+        // layer that it publishes never changes, so there the device says enough.
+        Ok(file_system.read_only && (there.inode == wanted.inode || file_system.fuse))
+    }
+
+    /// Takes away mounts that no link has led to for a while.
+    pub fn unmount_retired(&self) {
+        let (due, left) = std::mem::take(&mut *self.retired.lock())
+            .into_iter()
+            .partition::<Vec<_>, _>(|retired| retired.since.elapsed() >= ARRIVED);
+        self.retired.lock().extend(left);
+        for retired in due {
+            if let Err(e) = self.unbind(&retired.point) {
+                log::warn!("{} stays until the next cleanup: {e}", retired.point.display());
+                self.retired.lock().push(retired);
+            }
+        }
+    }
+
+    /// The number is free for another mount when the directory is gone, and not before.
+    fn unbind(&self, point: &Path) -> Result<()> {
+        self.unmount_all(point)?;
+        match self.sys.remove_dir(point) {
+            Err(e) if e.errno != Errno::ENOENT => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Detaches all that is mounted in `home`: what the Go snapshotter had bound at its `fs`, and
+    /// what we have.
+    pub(super) fn unmount_home(&self, home: &Path) -> Result<()> {
+        self.unmount_all(&home.join("fs"))?;
+        let bound = home.join(BOUND);
+        match self.sys.read_dir(&bound) {
+            Ok(points) => points.iter().try_for_each(|(name, _)| self.unmount_all(&bound.join(name))),
+            Err(e) if e.errno == Errno::ENOENT => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn unmount_all(&self, target: &Path) -> Result<()> {
+        for _ in 0..STACKED_MOUNTS {
+            if !self.unmount_one(target)? {
+                return Ok(());
+            }
+        }
+        Err(tangled(target))
+    }
+
+    /// Whether something was mounted there. Asks the mount table and no file system. Somebody may
+    /// have a file open in it: that one keeps what it has, and nobody else gets it.
+    fn unmount_one(&self, target: &Path) -> Result<bool> {
+        match self.sys.unmount(target, Unmount::Plain) {
+            Ok(()) => Ok(true),
+            // Not a mount point (any more), or not there at all.
+            Err(e) if matches!(e.errno, Errno::EINVAL | Errno::ENOENT) => Ok(false),
+            Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(target, Unmount::Detach).map(|()| true),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Where a link leads, if there is one.
+    pub(super) fn link_at(&self, path: &Path) -> Result<Option<PathBuf>> {
+        match self.sys.read_link(path) {
+            Ok(target) => Ok(Some(target)),
+            Err(e) if e.errno == Errno::ENOENT => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// In one step, whatever link was there.
+    pub(super) fn put_link(&self, link: &Path, target: &Path) -> Result<()> {
+        match self.sys.symlink(target, link) {
+            Err(e) if e.errno == Errno::EEXIST => {}
+            result => return result,
+        }
+        let new = beside(link);
+        match self.sys.remove_file(&new) {
+            Err(e) if e.errno != Errno::ENOENT => return Err(e),
+            _ => {}
+        }
+        self.sys.symlink(target, &new)?;
+        self.sys.rename(&new, link)
+    }
+}
+
+fn tangled(path: &Path) -> Error {
+    Error { call: "untangle the mounts on", path: path.to_owned(), errno: Errno::ELOOP }
+}

@@ -1,0 +1,198 @@
+//! Skeletons: the directories that stand above and below an attached layer, with whiteouts for
+//! what nobody may see and for what the layer deletes. Each is built beside its place, of what
+//! one source says, and renamed into it; those of another source are put aside.
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::{Attacher, MOST_COPIED, beside};
+use crate::overlay::Mask;
+use crate::repository::lane::{Pulse, alive};
+use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
+use crate::sys::{Attributes, Result};
+
+/// A skeleton that is to be built, as far as the repository has a say in it.
+pub(super) enum Plan<'a> {
+    NotNeeded,
+    IsThere,
+    Build(Vec<Planned<'a>>),
+}
+
+pub(super) struct Planned<'a> {
+    directory: &'a Directory,
+    attributes: Attributes,
+    copies: Vec<Copied<'a>>,
+}
+
+pub(super) struct Copied<'a> {
+    name: &'a OsStr,
+    content: Vec<u8>,
+    attributes: Attributes,
+}
+
+impl Attacher {
+    /// Of which source the skeletons beside `place` were built. None: there are none.
+    pub(super) fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
+        self.link_at(&place.with_extension("of"))
+    }
+
+    /// What was built for another source, a layer of another repository say, is put aside with a
+    /// note of which: whoever uses it keeps it, and it is there when its source comes back.
+    pub(super) fn put_aside(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
+        let of = self.source_of(place)?;
+        if of.as_deref() == Some(source) {
+            // Another thread was faster.
+            return Ok(());
+        }
+        for skeleton in skeletons.into_iter().flatten() {
+            let (Some(of), Some(_)) = (&of, self.lstat(skeleton)?) else { continue };
+            for n in 0.. {
+                let (aside, note) = aside(skeleton, n);
+                if self.lstat(&aside)?.is_none() {
+                    self.put_link(&note, of)?;
+                    self.sys.rename(skeleton, &aside)?;
+                    break;
+                }
+            }
+        }
+        self.put_link(&place.with_extension("of"), source)
+    }
+
+    /// Whether a skeleton of this source had been put aside.
+    fn take_back(&self, skeleton: &Path, source: &Path) -> Result<bool> {
+        for n in 0.. {
+            let (aside, note) = aside(skeleton, n);
+            match self.link_at(&note)? {
+                None => break,
+                Some(of) if of == source => match self.sys.rename(&aside, skeleton) {
+                    Ok(()) => return Ok(true),
+                    // It was taken back before.
+                    Err(e) if e.errno == Errno::ENOENT => {}
+                    Err(e) => return Err(e),
+                },
+                Some(_) => {}
+            }
+        }
+        Ok(false)
+    }
+
+    /// Reads what a skeleton at `place`, which is needed, is built of, unless it is there.
+    pub(super) fn plan<'a>(
+        &self,
+        place: &Path,
+        is_same_source: bool,
+        source: &Path,
+        scan: &'a Scan,
+        wanted: impl Fn(&Directory) -> bool,
+    ) -> Result<Plan<'a>> {
+        let with_parents: HashSet<&Path> =
+            scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
+        if is_same_source && self.lstat(place)?.is_some() {
+            return Ok(Plan::IsThere);
+        }
+        let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
+        let planned = needed.map(|directory| {
+            alive();
+            let like = directory.like.as_deref().map_or_else(|| source.join(&directory.path), Path::to_owned);
+            let mut attributes = self.sys.attributes(&like)?;
+            if directory.path.as_os_str().is_empty() {
+                // containerd passes over what a layer says of its top.
+                attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
+            }
+            let copies = directory.copies.iter().map(|(name, from)| {
+                let content = self.sys.read_file(from, MOST_COPIED)?;
+                Ok(Copied { name, content, attributes: self.sys.attributes(from)? })
+            });
+            Ok(Planned { directory, attributes, copies: copies.collect::<Result<_>>()? })
+        });
+        Ok(Plan::Build(planned.collect::<Result<_>>()?))
+    }
+
+    /// Builds what was planned of `source`, unless it is there. False: it is needed, was there when
+    /// the plan was made, and is not any more.
+    pub(super) fn build(
+        &self,
+        place: &Path,
+        source: &Path,
+        plan: &Plan<'_>,
+        pulse: &Pulse,
+        fill: impl Fn(&Self, &Path, &Directory, &Pulse) -> Result<()>,
+    ) -> Result<bool> {
+        let planned = match plan {
+            Plan::NotNeeded => return Ok(true),
+            _ if self.lstat(place)?.is_some() => return Ok(true),
+            Plan::IsThere => return Ok(false),
+            Plan::Build(_) if self.take_back(place, source)? => return Ok(true),
+            Plan::Build(planned) => planned,
+        };
+        let new = beside(place);
+        self.sys.remove_tree(&new)?;
+        for Planned { directory, copies, .. } in planned {
+            let path = new.join(&directory.path);
+            self.sys.create_dir(&path, 0o755)?;
+            fill(self, &path, directory, pulse)?;
+            for copied in copies {
+                let at = path.join(copied.name);
+                self.sys.write_file(&at, &copied.content)?;
+                self.sys.set_attributes(&at, &copied.attributes)?;
+            }
+        }
+        // Children first: making an entry changes the time of its directory.
+        for Planned { directory, attributes, .. } in planned.iter().rev() {
+            pulse.beat();
+            self.sys.set_attributes(&new.join(&directory.path), attributes)?;
+        }
+        self.sys.rename(&new, place)?;
+        Ok(true)
+    }
+
+    pub(super) fn build_mask(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
+        self.create_whiteouts(path, &directory.hidden, pulse)
+    }
+
+    pub(super) fn build_hide(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
+        if directory.opaque {
+            self.sys.make_opaque(path)?;
+        }
+        self.create_whiteouts(path, &directory.deleted, pulse)
+    }
+
+    fn create_whiteouts(&self, path: &Path, names: &[OsString], pulse: &Pulse) -> Result<()> {
+        pulse.beat();
+        names.iter().try_for_each(|name| {
+            pulse.beat();
+            // The thread is not stuck in the repository either.
+            alive();
+            self.sys.create_whiteout(&path.join(name))
+        })
+    }
+}
+
+/// What the skeletons of a layer are for: what its mask hides, and whether it hides
+/// anything of the layers below.
+pub fn skeletons(scan: &Scan) -> (Mask, bool) {
+    let mut mask = Mask::default();
+    for directory in &scan.directories {
+        let is_top = directory.path.as_os_str().is_empty();
+        for name in &directory.hidden {
+            match CATALOG_MARKERS.iter().position(|marker| is_top && name == marker) {
+                Some(n) => mask.top_catalogs |= 1 << n,
+                None => mask.others = true,
+            }
+        }
+    }
+    (mask, scan.hides())
+}
+
+/// Where the n-th skeleton of another source is kept, and the note of which.
+fn aside(skeleton: &Path, n: usize) -> (PathBuf, PathBuf) {
+    let mut name = skeleton.as_os_str().to_owned();
+    name.push(format!("-old-{n}"));
+    let aside = PathBuf::from(name);
+    let note = aside.with_extension("of");
+    (aside, note)
+}
