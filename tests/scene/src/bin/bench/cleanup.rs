@@ -10,8 +10,9 @@ use scene::sandbox::Sandbox;
 
 use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, quantile, seconds};
-use crate::{Say, contestants, number_from, turns};
+use crate::{Say, contestants, turns};
 
 const ROUNDS: usize = 3;
 const FILES: usize = 20;
@@ -21,9 +22,9 @@ const PART: usize = 3;
 /// The calls that a cleanup is compared with are made for so long.
 const QUIET: Duration = Duration::from_secs(1);
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
-    let number = number_from("BENCH_CLEANUP", 3000);
-    let contestants = contestants(sandbox, "cleanup", None);
+pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
+    let number = settings.cleanup;
+    let contestants = contestants(sandbox, settings, "cleanup", None);
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Cleanup of {number} removed snapshots"), &names);
     group.note(

@@ -19,11 +19,14 @@ use scene::process::{Server, tool};
 use scene::snapshotter::Snapshotter;
 
 use crate::host::processor_seconds;
+use crate::settings::Settings;
 
 pub const OURS: &str = "cvmfs-snapshotter";
 pub const OVERLAYFS: &str = "overlayfs";
 pub const GO: &str = "go";
 pub const MEMORY: &str = "memory";
+pub const NAMES: [&str; 4] = [OURS, OVERLAYFS, GO, MEMORY];
+
 /// Why something could not be measured.
 pub type Trouble = String;
 
@@ -96,19 +99,16 @@ impl Contestant {
         contestant
     }
 
-    /// Those that `PEER_SOCKET` names.
-    pub fn foreign() -> Vec<Self> {
-        let named = std::env::var("PEER_SOCKET").unwrap_or_default();
-        let named = named.split(',').filter(|one| !one.trim().is_empty());
-        let one = |one: &str| {
-            let (name, socket) = one.trim().split_once('=').expect("PEER_SOCKET is name=path, and more after commas");
-            let stream = UnixStream::connect(socket).unwrap_or_else(|e| panic!("nobody listens on {socket}: {e}"));
+    /// Those that run already.
+    pub fn foreign(settings: &Settings) -> impl Iterator<Item = Self> {
+        settings.peers.iter().map(|(name, socket)| {
+            let stream = UnixStream::connect(socket);
+            let stream = stream.unwrap_or_else(|e| panic!("nobody listens on {} any more: {e}", socket.display()));
             let pid = getsockopt(&stream, PeerCredentials).ok().map(|peer| Pid::from_raw(peer.pid()));
             // systemd holds sockets for others.
             let pid = pid.filter(|pid| pid.as_raw() > 1);
-            Self { name: name.to_owned(), socket: socket.into(), process: Process::Foreign(pid) }
-        };
-        named.map(one).collect()
+            Self { name: name.clone(), socket: socket.clone(), process: Process::Foreign(pid) }
+        })
     }
 
     /// Starts what `stop` has ended; the result is how long it took to the first answer. None:

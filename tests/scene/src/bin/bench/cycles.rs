@@ -9,6 +9,7 @@ use scene::sandbox::Sandbox;
 use crate::contestant::{Contestant, Trouble, clients, prefix, trouble};
 use crate::host::{cores, processor_seconds};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, float, quantile};
 use crate::{Say, contestants, turns};
 
@@ -16,8 +17,8 @@ const CLIENTS: [usize; 3] = [1, 8, 32];
 const ROUNDS: usize = 3;
 const ROUND: Duration = Duration::from_secs(3);
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
-    let contestants = contestants(sandbox, "cycles", None);
+pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
+    let contestants = contestants(sandbox, settings, "cycles", None);
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new("Prepare, Mounts, Remove: durable cycles of clients that do nothing else", &names);
     for on_parent in [false, true] {

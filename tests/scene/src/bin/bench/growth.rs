@@ -11,8 +11,9 @@ use scene::sandbox::Sandbox;
 use crate::contestant::{Contestant, OURS, Trouble, clients, crowd, prefix, trouble};
 use crate::plot::Series;
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, float, sample, seconds};
-use crate::{Say, contestants, number_from, turns};
+use crate::{Say, contestants, turns};
 
 const SIZES: [usize; 4] = [100, 1000, 10_000, 100_000];
 const ROUNDS: usize = 3;
@@ -59,15 +60,14 @@ impl Samples {
 /// The calls that the drawing shows.
 const DRAWN: [&str; 6] = ["Stat", "List by reference", "Prepare", "Commit", "Remove", "attach of a layer"];
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
-    let up_to = number_from("BENCH_UP_TO", 100_000);
-    let peers_up_to = number_from("BENCH_PEERS_UP_TO", 10_000).min(up_to);
+pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
+    let Settings { up_to, peers_up_to, .. } = *settings;
     say.that("growth: publishing layers in a plain directory");
     let repository = Repository::plain(&sandbox.path("growth-cvmfs"));
     for chain in 0..up_to / DEPTH {
         publish(&repository, chain);
     }
-    let mut contestants = contestants(sandbox, "growth", Some(repository.dir()));
+    let mut contestants = contestants(sandbox, settings, "growth", Some(repository.dir()));
     let names: Vec<String> = contestants.iter().map(|c| c.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut group = Group::new("One call of one client, in a store of so many snapshots", &names);

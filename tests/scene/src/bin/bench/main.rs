@@ -10,23 +10,25 @@ mod plot;
 mod pull;
 mod report;
 mod scan;
+mod settings;
 mod size;
 mod start;
 mod stats;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Instant;
 
-use scene::process::cache;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use serde_json::json;
 
 use contestant::{Contestant, OURS};
 use report::Group;
+use settings::Settings;
 
-type Part = fn(&Sandbox, &Say) -> Group;
+type Part = fn(&Sandbox, &Settings, &Say) -> Group;
 
 /// What `BENCH_PARTS` names, and whether it is done without being named.
 const PARTS: [(&str, Part, bool); 7] = [
@@ -48,14 +50,19 @@ impl Say {
     }
 }
 
-fn main() {
-    let say = Say(Instant::now());
-    let wanted = std::env::var("BENCH_PARTS").ok();
-    let wanted: Option<Vec<&str>> = wanted.as_ref().map(|parts| parts.split(',').map(str::trim).collect());
-    if let Some(unknown) = wanted.iter().flatten().find(|&&part| PARTS.iter().all(|(name, ..)| *name != part)) {
-        let known = PARTS.map(|(name, ..)| name).join(", ");
-        panic!("BENCH_PARTS has {unknown:?}, and there are {known}");
+fn main() -> ExitCode {
+    match Settings::read() {
+        Ok(settings) => measure(&settings),
+        Err(why) => {
+            eprintln!("bench: {why}");
+            return ExitCode::from(2);
+        }
     }
+    ExitCode::SUCCESS
+}
+
+fn measure(settings: &Settings) {
+    let say = Say(Instant::now());
     let sandbox = Sandbox::enter("bench");
     let facts = host::describe(sandbox.dir());
     println!("{}", host::told(&facts));
@@ -64,22 +71,19 @@ fn main() {
     }
     println!("  median [lowest..highest of a few samples, or quartiles of many] (× how many times ours)\n");
     let mut groups = Vec::new();
-    for (name, run, by_default) in PARTS {
-        if !wanted.as_ref().map_or(by_default, |wanted| wanted.contains(&name)) {
-            continue;
-        }
-        let group = run(&sandbox, &say);
+    for (name, run, _) in PARTS.into_iter().filter(|(name, ..)| settings.parts.contains(name)) {
+        let group = run(&sandbox, settings, &say);
         println!("{}", group.table());
-        if let Some(path) = std::env::var_os("BENCH_PLOT").filter(|_| name == "growth") {
+        if let Some(path) = settings.plot.as_ref().filter(|_| name == "growth") {
             let drawing = plot::svg("What a call costs as the store grows", &growth::series(&group));
-            fs::write(&path, drawing).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
+            fs::write(path, drawing).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
         }
         groups.push(group.json());
     }
-    let path = std::env::var_os("BENCH_JSON").map_or_else(|| cache().join("bench.json"), PathBuf::from);
+    let path = &settings.json;
     let all =
         serde_json::to_string_pretty(&json!({ "machine": facts, "groups": groups })).expect("JSON can be written");
-    fs::write(&path, all + "\n").unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
+    fs::write(path, all + "\n").unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
     say.that(&format!("all numbers are in {}; removing what was measured with", path.display()));
     drop(sandbox);
     say.that("done");
@@ -87,7 +91,7 @@ fn main() {
 
 /// All that take part in calls on the socket, ours first, each with a state of its own. Without a
 /// repository they have an empty one.
-pub fn contestants(sandbox: &Sandbox, part: &str, repository: Option<&Path>) -> Vec<Contestant> {
+pub fn contestants(sandbox: &Sandbox, settings: &Settings, part: &str, repository: Option<&Path>) -> Vec<Contestant> {
     let dir = |name: &str| sandbox.path(&format!("{part}-{name}"));
     let empty = Repository::plain(&sandbox.path("nothing-published"));
     let repository = repository.unwrap_or(empty.dir());
@@ -96,17 +100,11 @@ pub fn contestants(sandbox: &Sandbox, part: &str, repository: Option<&Path>) -> 
         Contestant::overlayfs(&dir("overlayfs")),
         Contestant::go(&dir("go"), repository),
     ];
-    all.extend(Contestant::foreign());
+    all.extend(Contestant::foreign(settings));
     all
 }
 
 /// In which order so many take their turns in a round: nobody is always the first.
 pub fn turns(number: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..number).map(move |n| (n + round) % number)
-}
-
-/// A number from the environment.
-pub fn number_from(variable: &str, otherwise: usize) -> usize {
-    std::env::var(variable)
-        .map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{variable} is a number, not {text:?}")))
 }

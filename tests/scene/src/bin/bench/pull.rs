@@ -10,6 +10,7 @@ use scene::stage::PAUSE;
 
 use crate::contestant::{Contestant, GO, MEMORY, OURS, OVERLAYFS};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, float, seconds};
 use crate::{Say, turns};
 
@@ -19,7 +20,7 @@ const ROUNDS: usize = 6;
 const FILES: usize = 20;
 const FILE: usize = 4096;
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
+pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
     let columns = [OURS, MEMORY, GO, OVERLAYFS];
     let mut group = Group::new("Pull through the CRI of containerd 1.6, all layers published", &columns);
     group.note(format!(

@@ -11,6 +11,7 @@ use scene::sandbox::Sandbox;
 use crate::Say;
 use crate::contestant::{Contestant, OURS};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, float, seconds};
 
 const ENTRIES: [usize; 2] = [300_000, 1_000_000];
@@ -19,7 +20,7 @@ const NAMES: usize = 99;
 /// One directory in so many has a deletion in it.
 const MARKED: usize = 50;
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
+pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
     let columns = ["FUSE cold", "FUSE warm", "local"];
     let mut group = Group::new("Looking through a layer of so many entries, cvmfs-snapshotter", &columns);
     for entries in ENTRIES {

@@ -10,9 +10,10 @@ use scene::snapshotter::binary;
 use crate::Say;
 use crate::contestant::{GO, OURS};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, float};
 
-pub fn run(sandbox: &Sandbox, _: &Say) -> Group {
+pub fn run(sandbox: &Sandbox, _: &Settings, _: &Say) -> Group {
     let mut group = Group::new("Size of the program", &[OURS, GO]);
     for (name, path) in [(OURS, binary()), (GO, tool("gopeer"))] {
         let bare = sandbox.path("bare");

@@ -12,6 +12,7 @@ use scene::sandbox::Sandbox;
 
 use crate::contestant::{Contestant, GO, OVERLAYFS, Trouble, clients, prefix, trouble};
 use crate::report::{Group, Unit};
+use crate::settings::Settings;
 use crate::stats::{Cell, quantile, seconds};
 use crate::{Say, turns};
 
@@ -29,7 +30,7 @@ const WAYS: [(&str, &str); 3] = [
     ("ours, whole root", "attach = \"symlink\"\nrootfs = \"flat\""),
 ];
 
-pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
+pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     say.that(&format!("start: making and publishing an image of {LAYERS} layers"));
     let builder = Builder::new(&sandbox.path("start-images"));
     let image = image(&builder);
@@ -43,7 +44,7 @@ pub fn run(sandbox: &Sandbox, say: &Say) -> Group {
         .map(|(n, (name, config))| Contestant::ours(name, &dir(&n.to_string()), repository.dir(), config))
         .collect();
     contestants.extend([Contestant::go(&dir(GO), repository.dir()), Contestant::overlayfs(&dir(OVERLAYFS))]);
-    contestants.extend(Contestant::foreign());
+    contestants.extend(Contestant::foreign(settings));
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Prepare and Mounts of a container on {LAYERS} layers"), &names);
     group.note(format!(
