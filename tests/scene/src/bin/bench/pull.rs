@@ -16,7 +16,7 @@ use crate::{Say, turns};
 
 const LAYERS: [usize; 3] = [10, 40, 120];
 /// The first one, which nobody counts, fills caches.
-const ROUNDS: usize = 6;
+const ROUNDS: usize = 16;
 const FILES: usize = 20;
 const FILE: usize = 4096;
 
