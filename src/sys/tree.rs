@@ -5,12 +5,11 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use nix::dir::Dir;
+use nix::dir::{Dir, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat, renameat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -18,7 +17,7 @@ const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::
 
 /// Removes the tree at `path`. A mount point in it ends the removal with EBUSY.
 pub fn remove(path: &Path) -> Result<(), Errno> {
-    let top = match open(path, DIRECTORY, Mode::empty()) {
+    let mut top = match Dir::open(path, DIRECTORY, Mode::empty()) {
         Ok(top) => top,
         Err(Errno::ENOENT) => return Ok(()),
         Err(Errno::ENOTDIR | Errno::ELOOP) => return unlinkat(AT_FDCWD, path, UnlinkatFlags::NoRemoveDir),
@@ -28,9 +27,9 @@ pub fn remove(path: &Path) -> Result<(), Errno> {
     loop {
         // One entry that cannot be removed must not keep all the others.
         let mut refused = None;
-        let mut names = names(&top)?;
-        let (before, entries) = (hoisted, names.len());
-        names.retain(|name| match remove_entry(&top, name, &mut hoisted) {
+        let mut left = entries(&mut top)?;
+        let (before, found) = (hoisted, left.len());
+        left.retain(|entry| match remove_entry(&top, entry, &mut hoisted) {
             Ok(()) => false,
             Err(e) => {
                 refused.get_or_insert(e);
@@ -38,29 +37,33 @@ pub fn remove(path: &Path) -> Result<(), Errno> {
             }
         });
         match refused {
-            Some(e) if names.len() == entries && hoisted == before => return Err(e),
-            None if entries == 0 => break,
+            Some(e) if left.len() == found && hoisted == before => return Err(e),
+            None if hoisted == before => match unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir) {
+                // Somebody has added something meanwhile.
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) if found > 0 => {}
+                result => return result,
+            },
             _ => {}
         }
     }
-    unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir)
 }
 
 /// Removes an entry of `top`. The directories in it are first moved up into `top`, for a
 /// later round, so that depth costs neither stack nor descriptors.
-fn remove_entry(top: &OwnedFd, name: &CStr, hoisted: &mut u64) -> Result<(), Errno> {
-    if !remove_flat(top, name)? {
+fn remove_entry(top: &Dir, entry: &Entry, hoisted: &mut u64) -> Result<(), Errno> {
+    if !remove_flat(top, entry)? {
         return Ok(());
     }
+    let name = entry.name.as_c_str();
     // The kernel has just said ENOTEMPTY and not EBUSY: nothing is mounted here.
-    let directory = openat(top, name, DIRECTORY, Mode::empty())?;
+    let mut directory = Dir::openat(top, name, DIRECTORY, Mode::empty())?;
     if fstat(&directory)?.st_dev != fstat(top)?.st_dev {
         return Err(Errno::EBUSY);
     }
     let mut refused = None;
-    for name in names(&directory)? {
-        if let Err(e) = remove_flat(&directory, &name)
-            .and_then(|is_full| if is_full { hoist(&directory, &name, top, hoisted) } else { Ok(()) })
+    for entry in entries(&mut directory)? {
+        if let Err(e) = remove_flat(&directory, &entry)
+            .and_then(|is_full| if is_full { hoist(&directory, &entry.name, top, hoisted) } else { Ok(()) })
         {
             refused.get_or_insert(e);
         }
@@ -69,7 +72,7 @@ fn remove_entry(top: &OwnedFd, name: &CStr, hoisted: &mut u64) -> Result<(), Err
 }
 
 /// Moves the directory `name` up into `top`.
-fn hoist(directory: &OwnedFd, name: &CStr, top: &OwnedFd, hoisted: &mut u64) -> Result<(), Errno> {
+fn hoist(directory: &Dir, name: &CStr, top: &Dir, hoisted: &mut u64) -> Result<(), Errno> {
     loop {
         let up = CString::new(format!(".hoisted-{hoisted}")).unwrap_or_default();
         match renameat(directory, name, top, up.as_c_str()) {
@@ -85,15 +88,23 @@ fn hoist(directory: &OwnedFd, name: &CStr, top: &OwnedFd, hoisted: &mut u64) -> 
 }
 
 /// Removes a file or an empty directory; true if it is a directory with entries.
-fn remove_flat(parent: &OwnedFd, name: &CStr) -> Result<bool, Errno> {
-    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => return Ok(false),
-        Err(Errno::EISDIR) => {}
-        Err(e) => return Err(e),
+fn remove_flat(parent: &Dir, entry: &Entry) -> Result<bool, Errno> {
+    let name = entry.name.as_c_str();
+    if !entry.seems_directory {
+        match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => return Ok(false),
+            Err(Errno::EISDIR) => {}
+            Err(e) => return Err(e),
+        }
     }
     match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => Ok(false),
         Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(true),
+        // It was a directory when the names were read.
+        Err(Errno::ENOTDIR) => match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(false),
+            Err(e) => Err(e),
+        },
         Err(e) => Err(e),
     }
 }
@@ -104,19 +115,19 @@ pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64
     /// A directory that is being read: who it is, and what is still to be looked at.
     struct Level {
         identity: (u64, u64),
-        names: Vec<CString>,
+        entries: Vec<Entry>,
     }
-    let mut current = open(path, DIRECTORY, Mode::empty())?;
+    let mut current = Dir::open(path, DIRECTORY, Mode::empty())?;
     let status = fstat(&current)?;
     let device = status.st_dev;
     let mut seen = HashSet::from([identity(&status)]);
     let mut bytes = allocated(&status);
-    let mut levels = vec![Level { identity: identity(&status), names: names(&current)? }];
+    let mut levels = vec![Level { identity: identity(&status), entries: entries(&mut current)? }];
     while let Some(level) = levels.last_mut() {
-        let Some(name) = level.names.pop() else {
+        let Some(Entry { name, .. }) = level.entries.pop() else {
             levels.pop();
             if let Some(above) = levels.last() {
-                current = openat(&current, c"..", DIRECTORY, Mode::empty())?;
+                current = Dir::openat(&current, c"..", DIRECTORY, Mode::empty())?;
                 if identity(&fstat(&current)?) != above.identity {
                     // Moved away while we were in it: there is no way back to the rest.
                     break;
@@ -139,10 +150,10 @@ pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64
             if cancelled() {
                 return Err(Errno::ECANCELED);
             }
-            match openat(&current, name.as_c_str(), DIRECTORY, Mode::empty()) {
-                Ok(directory) => {
+            match Dir::openat(&current, name.as_c_str(), DIRECTORY, Mode::empty()) {
+                Ok(mut directory) => {
                     let identity = identity(&fstat(&directory)?);
-                    levels.push(Level { identity, names: names(&directory)? });
+                    levels.push(Level { identity, entries: entries(&mut directory)? });
                     current = directory;
                 }
                 // Removed, or made something else, since.
@@ -175,24 +186,30 @@ fn allocated(status: &FileStat) -> u64 {
     u64::try_from(status.st_blocks).unwrap_or(0).saturating_mul(512)
 }
 
+struct Entry {
+    name: CString,
+    /// As the directory has it, or had it. Not every file system says so.
+    seems_directory: bool,
+}
+
 /// The entries of an open directory, from its beginning, without `.` and `..`.
-fn names(directory: &OwnedFd) -> Result<Vec<CString>, Errno> {
-    // A description of its own: reading must not move the one that was handed in.
-    let mut reader = Dir::from_fd(openat(directory.as_fd(), c".", DIRECTORY, Mode::empty())?)?;
-    let mut names = Vec::new();
-    for entry in reader.iter() {
+fn entries(directory: &mut Dir) -> Result<Vec<Entry>, Errno> {
+    let mut entries = Vec::new();
+    for entry in directory.iter() {
         let entry = entry?;
         let name = entry.file_name();
         if name != c"." && name != c".." {
-            names.push(name.to_owned());
+            let seems_directory = entry.file_type() == Some(Type::Directory);
+            entries.push(Entry { name: name.to_owned(), seems_directory });
         }
     }
-    Ok(names)
+    Ok(entries)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::{open, openat};
     use std::fs;
     use std::os::unix::fs::symlink;
 
