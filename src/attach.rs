@@ -2,7 +2,8 @@
 //!
 //! Attaching is lazy, idempotent and safe from many threads: each snapshot has a slot with a
 //! lock, and whoever is about to use what is attached holds a pin on it until the store
-//! knows. Knows directories and mounts, not chains and not containerd. Presence is
+//! knows. Nothing that somebody was told to mount is exchanged: the same layer from another
+//! source is another edition. Knows directories and mounts, not chains and not containerd. Presence is
 //! completeness: whatever is made is made beside its place and renamed into it. `attach` asks the
 //! repository, so it runs on the repository's threads; `release` never does, not even where
 //! a mount of it hangs.
@@ -14,8 +15,8 @@ mod skeleton;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
@@ -23,7 +24,7 @@ use parking_lot::{Mutex, MutexGuard};
 use self::place::Retired;
 use self::skeleton::Plan;
 pub use self::skeleton::skeletons;
-use crate::overlay::{Form, Places};
+use crate::overlay::{Edition, Form, Places};
 use crate::repository::lane::{LOOK_UP, Pulse, alive};
 use crate::repository::scan::{Directory, Scan};
 use crate::sys::{Error, FileType, Result, Sys};
@@ -64,6 +65,9 @@ pub struct Attacher {
     sys: Arc<dyn Sys>,
     slots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
     retired: Mutex<Vec<Retired>>,
+    /// Never used for two mounts, not even by two processes: whoever takes an old one away must
+    /// not find a new one there.
+    next_point: AtomicU64,
 }
 
 #[derive(Default)]
@@ -96,6 +100,7 @@ impl Slot {
 /// Keeps a layer attached while it lives.
 pub struct Pin {
     slot: Arc<Slot>,
+    pub edition: Edition,
     /// It was attached just now.
     pub fresh: bool,
 }
@@ -124,33 +129,29 @@ pub enum Released {
 
 impl Attacher {
     pub fn new(places: Places, mode: Mode, sys: Arc<dyn Sys>) -> Self {
-        Self { places, mode, sys, slots: Mutex::default(), retired: Mutex::default() }
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let next_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
+        Self { places, mode, sys, slots: Mutex::default(), retired: Mutex::default(), next_point }
     }
 
     /// Attaches what `wanted` says, unless it is attached already.
     pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
         let Attach { id, form, source, scan, masked } = *wanted;
-        let (home, place) = (self.places.home(id), self.places.root(id, form));
-        let mask = self.places.mask(id, form);
-        let hide = (form == Form::Layer).then(|| self.places.hide(id));
-        let has_mask = scan.has_mask();
-        let needs_hide = hide.is_some() && scan.hides();
+        let home = self.places.home(id);
+        let needs_mask = masked && scan.has_mask();
+        let needs_hide = form == Form::Layer && scan.hides();
         for _ in 0..TRIES {
             // What the repository has to say is asked before the slot is locked: whoever hangs
             // there must not keep the slot.
-            let of = self.source_of(&place)?;
-            let is_same_source = of.as_deref() == Some(source);
-            // Skeletons of another source go with it, and the mask comes anew whether this
-            // chain uses it or not: another one may be about to be mounted with it.
-            let is_exchanged = of.is_some() && !is_same_source;
-            let needs_mask = has_mask && (masked || is_exchanged);
-            let needs_note = needs_mask || needs_hide;
+            let (edition, is_begun) = self.edition_of(id, form, source)?;
+            let place = self.places.root(id, form, edition);
+            let (mask, hide) = (self.places.mask(id, form, edition), self.places.hide(id, edition));
             let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
             if needs_mask {
-                mask_plan = self.plan(&mask, is_same_source, source, scan, Directory::has_mask)?;
+                mask_plan = self.plan(&mask, is_begun, source, scan, Directory::has_mask)?;
             }
-            if let Some(hide) = hide.as_ref().filter(|_| needs_hide) {
-                hide_plan = self.plan(hide, is_same_source, source, scan, Directory::hides)?;
+            if needs_hide {
+                hide_plan = self.plan(&hide, is_begun, source, scan, Directory::hides)?;
             }
             let bound = match self.mode {
                 Mode::Bind => Some(self.sys.stat(source)?),
@@ -161,23 +162,59 @@ impl Attacher {
                 self.replace(id, &slot);
                 continue;
             };
-            self.ensure_directory(&home, 0o700)?;
-            if is_exchanged || (needs_note && !is_same_source) {
-                self.put_aside(&place, source, [Some(&mask), hide.as_ref()])?;
+            if self.source_of(&place)?.is_some_and(|of| of != source) {
+                // Another thread was faster, with another source.
+                continue;
             }
-            let is_built = self.build(&mask, source, &mask_plan, &slot.pulse, Self::build_mask)?
-                && hide
-                    .as_ref()
-                    .map_or(Ok(true), |hide| self.build(hide, source, &hide_plan, &slot.pulse, Self::build_hide))?;
-            if !is_built {
+            self.ensure_directory(&home, 0o700)?;
+            if needs_mask || needs_hide || self.mode == Mode::Bind {
+                self.note_source(&place, source)?;
+            }
+            if !self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
+                || !self.build(&hide, &hide_plan, &slot.pulse, Self::build_hide)?
+            {
                 // It was there when we looked, and was taken away meanwhile.
                 continue;
             }
             let fresh = self.ensure_leads(&home, &place, source, bound)?;
             slot.pins.fetch_add(1, Ordering::SeqCst);
-            return Ok(Pin { slot: Arc::clone(&slot), fresh });
+            return Ok(Pin { slot: Arc::clone(&slot), edition, fresh });
         }
         Err(Error { call: "settle", path: home, errno: Errno::EAGAIN })
+    }
+
+    /// The edition that is of `source`, or else the next one; and whether it is there. There are
+    /// no more than repositories have the layer.
+    fn edition_of(&self, id: SnapshotId, form: Form, source: &Path) -> Result<(Edition, bool)> {
+        let mut edition = Edition(0);
+        loop {
+            match self.source_of(&self.places.root(id, form, edition))? {
+                None => return Ok((edition, false)),
+                Some(of) if of == source => return Ok((edition, true)),
+                Some(_) => edition.0 += 1,
+            }
+        }
+    }
+
+    /// Of which source the edition at `place` is: there is a note beside it, written before anything
+    /// else of it, or else it leads there. None: there is nothing of it.
+    fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
+        if let Some(noted) = self.link_at(&note(place))? {
+            return Ok(Some(noted));
+        }
+        match self.link_at(place) {
+            Ok(leads_to) => Ok(leads_to.filter(|target| target.is_absolute())),
+            // A directory: the Go snapshotter's.
+            Err(e) if e.errno == Errno::EINVAL => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn note_source(&self, place: &Path, source: &Path) -> Result<()> {
+        match self.link_at(&note(place))? {
+            Some(_) => Ok(()),
+            None => self.put_link(&note(place), source),
+        }
     }
 
     /// A thread that holds the slot hangs, in a bind mount of an old mount say: the next one gets
@@ -232,6 +269,10 @@ impl Attacher {
             result => result,
         }
     }
+}
+
+fn note(place: &Path) -> PathBuf {
+    place.with_extension("of")
 }
 
 /// Where a thing is built before it is renamed to `place`.

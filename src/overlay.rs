@@ -49,11 +49,11 @@ impl Places {
     }
 
     /// Where something published is attached.
-    pub fn root(&self, id: SnapshotId, form: Form) -> PathBuf {
-        match form {
-            Form::Layer => self.fs(id),
-            Form::Flat => self.home(id).join("flat"),
-        }
+    pub fn root(&self, id: SnapshotId, form: Form, edition: Edition) -> PathBuf {
+        self.home(id).join(match form {
+            Form::Layer => edition.of("fs"),
+            Form::Flat => edition.of("flat"),
+        })
     }
 
     pub fn bound(&self, id: SnapshotId) -> PathBuf {
@@ -62,16 +62,28 @@ impl Places {
 
     /// The skeleton above it: whiteouts for names nobody may see. The name of a layer's is
     /// short because up to 127 of them share one page of mount options.
-    pub fn mask(&self, id: SnapshotId, form: Form) -> PathBuf {
+    pub fn mask(&self, id: SnapshotId, form: Form, edition: Edition) -> PathBuf {
         self.home(id).join(match form {
-            Form::Layer => "m",
-            Form::Flat => "flat-mask",
+            Form::Layer => edition.of("m"),
+            Form::Flat => edition.of("flat-mask"),
         })
     }
 
     /// The skeleton below an attached layer: what the layer deletes from those below.
-    pub fn hide(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("h")
+    pub fn hide(&self, id: SnapshotId, edition: Edition) -> PathBuf {
+        self.home(id).join(edition.of("h"))
+    }
+}
+
+/// The same layer from another source, another repository say, is another edition, with places
+/// of its own: what somebody was told to mount stays as it was told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Edition(pub u32);
+
+impl Edition {
+    /// Of `name`. The first one, which is the only one of nearly every layer, has no number.
+    fn of(self, name: &str) -> String {
+        if self.0 == 0 { name.to_owned() } else { format!("{name}{}", self.0) }
     }
 }
 
@@ -101,6 +113,7 @@ pub enum Lower {
     Local(SnapshotId),
     Remote {
         id: SnapshotId,
+        edition: Edition,
         digest: Digest,
         mask: Mask,
         hides: bool,
@@ -108,6 +121,7 @@ pub enum Lower {
     /// Everything below, in one.
     Flat {
         id: SnapshotId,
+        edition: Edition,
         masked: bool,
     },
 }
@@ -148,24 +162,24 @@ fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
     let mut directories = Vec::new();
     let mut has_local = false;
     for (lower, shown) in chain.iter().zip(shown(chain)) {
-        let (id, form, hides) = match lower {
+        let (id, form, edition, hides) = match lower {
             Lower::Local(id) => {
                 has_local = true;
-                (*id, Form::Layer, false)
+                (*id, Form::Layer, Edition::default(), false)
             }
-            Lower::Remote { id, hides, .. } => (*id, Form::Layer, *hides),
-            Lower::Flat { id, .. } => (*id, Form::Flat, false),
+            Lower::Remote { id, edition, hides, .. } => (*id, Form::Layer, *edition, *hides),
+            Lower::Flat { id, edition, .. } => (*id, Form::Flat, *edition, false),
         };
         if shown == Shown::Not {
             continue;
         }
         if shown == Shown::Masked {
-            directories.push(places.mask(id, form));
+            directories.push(places.mask(id, form, edition));
             has_local = true;
         }
-        directories.push(places.root(id, form));
+        directories.push(places.root(id, form, edition));
         if hides {
-            directories.push(places.hide(id));
+            directories.push(places.hide(id, edition));
             has_local = true;
         }
     }
@@ -224,7 +238,11 @@ mod tests {
 
     fn remote(id: u64, digit: char, mask: Mask, hides: bool) -> Lower {
         let digest = Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap();
-        Lower::Remote { id: SnapshotId(id), digest, mask, hides }
+        Lower::Remote { id: SnapshotId(id), edition: Edition(0), digest, mask, hides }
+    }
+
+    fn flat(edition: u32, masked: bool) -> Lower {
+        Lower::Flat { id: SnapshotId(4), edition: Edition(edition), masked }
     }
 
     fn local(id: u64) -> Lower {
@@ -263,8 +281,9 @@ mod tests {
                 vec![remote(4, 'a', TOP, false), remote(3, 'b', TOP, false), remote(2, 'a', TOP, false), local(1)],
                 "4/m:4/fs:3/fs:1/fs",
             ),
-            (vec![Lower::Flat { id: SnapshotId(4), masked: true }], "4/flat-mask:4/flat"),
-            (vec![Lower::Flat { id: SnapshotId(4), masked: false }], "4/flat"),
+            (vec![flat(0, true)], "4/flat-mask:4/flat"),
+            (vec![flat(0, false)], "4/flat"),
+            (vec![flat(2, true)], "4/flat-mask2:4/flat2"),
         ] {
             assert_eq!(lower(&chain), expected);
         }
@@ -300,7 +319,7 @@ mod tests {
         let chain: Vec<Lower> = (0..127)
             .map(|n| {
                 let digest = Digest::parse(&format!("sha256:{n:064x}")).unwrap();
-                Lower::Remote { id: SnapshotId(999_000 + n), digest, mask: FULL, hides: true }
+                Lower::Remote { id: SnapshotId(999_000 + n), edition: Edition(0), digest, mask: FULL, hides: true }
             })
             .collect();
         // As containerd shortens it: relative to the directory of all snapshots.

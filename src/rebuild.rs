@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use self::containerd::Known;
 pub use self::report::Report;
 use crate::bolt::file;
-use crate::overlay::{Form, Places};
+use crate::overlay::{Edition, Form, Places};
 use crate::store::sidecar::Sidecar;
 use crate::store::{self, Store};
 use crate::sys::{self, FileType, Sys};
@@ -199,7 +199,7 @@ fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
         let is_link = |path: &Path| sys.lstat(path).is_ok_and(|status| status.file_type == FileType::Symlink);
         let is_attached = sys.lstat(&places.bound(id)).is_ok()
             || [Form::Layer, Form::Flat]
-                .map(|form| places.root(id, form))
+                .map(|form| places.root(id, form, Edition(0)))
                 .iter()
                 .any(|root| is_link(root) || is_link(&root.with_extension("of")));
         // A Go snapshotter's attachment has nothing beside it.

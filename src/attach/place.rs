@@ -4,14 +4,16 @@
 //! or the other, whole.
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::{Attacher, beside};
 use crate::overlay::BOUND;
-use crate::sys::{Error, Result, Status, Unmount};
+use crate::sys::{Error, FileType, Result, Status, Unmount};
 
 /// More mounts than this on one directory are not ours to untangle.
 const STACKED_MOUNTS: usize = 16;
@@ -51,8 +53,8 @@ impl Attacher {
             }
             return Err(e);
         }
-        if let Some(point) = old_point {
-            self.retired.lock().push(Retired { since: Instant::now(), point });
+        if old_point.is_some() {
+            self.retire(home);
             self.unmount_retired();
         }
         Ok(true)
@@ -61,21 +63,21 @@ impl Attacher {
     /// Binds `source`, read-only, at a point where nothing was; says where in `home` that is.
     fn bind(&self, home: &Path, source: &Path) -> Result<PathBuf> {
         self.ensure_directory(&home.join(BOUND), 0o700)?;
-        for n in 0_u64.. {
-            let name = Path::new(BOUND).join(n.to_string());
+        let (name, point) = loop {
+            let name = Path::new(BOUND).join(self.next_point.fetch_add(1, Ordering::Relaxed).to_string());
             let point = home.join(&name);
             match self.sys.create_dir(&point, 0o755) {
-                Err(e) if e.errno == Errno::EEXIST => continue,
-                result => result?,
+                // An earlier process's.
+                Err(e) if e.errno == Errno::EEXIST => {}
+                result => break result.map(|()| (name, point))?,
             }
-            if let Err(e) = self.sys.bind_read_only(source, &point) {
-                // The mount may be there and writable: that must not stay.
-                let _ = self.unbind(&point);
-                return Err(e);
-            }
-            return Ok(name);
+        };
+        if let Err(e) = self.sys.bind_read_only(source, &point) {
+            // The mount may be there and writable: that must not stay.
+            let _ = self.unbind(&point);
+            return Err(e);
         }
-        Err(tangled(home))
+        Ok(name)
     }
 
     /// Whether the layer is mounted there, read-only. It is not if its server died, if it was mounted
@@ -96,6 +98,34 @@ impl Attacher {
         Ok(file_system.read_only && (there.inode == wanted.inode || file_system.fuse))
     }
 
+    /// Remembers what in `home` nobody is led to, to be taken away in a while.
+    pub fn retire(&self, home: &Path) {
+        if let Err(e) = self.try_to_retire(home) {
+            log::warn!("mounts in {} stay until its layer is detached: {e}", home.display());
+        }
+    }
+
+    fn try_to_retire(&self, home: &Path) -> Result<()> {
+        let bound = home.join(BOUND);
+        let points = match self.sys.read_dir(&bound) {
+            Err(e) if e.errno == Errno::ENOENT => return Ok(()),
+            points => points?,
+        };
+        let mut led_to = HashSet::new();
+        for (name, file_type) in self.sys.read_dir(home)? {
+            if file_type == FileType::Symlink {
+                led_to.extend(self.link_at(&home.join(name))?.map(|target| home.join(target)));
+            }
+        }
+        let mut retired = self.retired.lock();
+        for point in points.into_iter().map(|(name, _)| bound.join(name)) {
+            if !led_to.contains(&point) && retired.iter().all(|one| one.point != point) {
+                retired.push(Retired { since: Instant::now(), point });
+            }
+        }
+        Ok(())
+    }
+
     /// Takes away mounts that no link has led to for a while.
     pub fn unmount_retired(&self) {
         let (due, left) = std::mem::take(&mut *self.retired.lock())
@@ -110,7 +140,6 @@ impl Attacher {
         }
     }
 
-    /// The number is free for another mount when the directory is gone, and not before.
     fn unbind(&self, point: &Path) -> Result<()> {
         self.unmount_all(point)?;
         match self.sys.remove_dir(point) {

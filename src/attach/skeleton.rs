@@ -1,13 +1,11 @@
 //! Skeletons: the directories that stand above and below an attached layer, with whiteouts for
-//! what nobody may see and for what the layer deletes. Each is built beside its place, of what
-//! one source says, and renamed into it; those of another source are put aside.
+//! what nobody may see and for what the layer deletes. Each is built beside its place and renamed
+//! into it.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
+use std::path::Path;
 
 use super::{Attacher, MOST_COPIED, beside};
 use crate::overlay::Mask;
@@ -35,63 +33,18 @@ pub(super) struct Copied<'a> {
 }
 
 impl Attacher {
-    /// Of which source the skeletons beside `place` were built. None: there are none.
-    pub(super) fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
-        self.link_at(&place.with_extension("of"))
-    }
-
-    /// What was built for another source, a layer of another repository say, is put aside with a
-    /// note of which: whoever uses it keeps it, and it is there when its source comes back.
-    pub(super) fn put_aside(&self, place: &Path, source: &Path, skeletons: [Option<&PathBuf>; 2]) -> Result<()> {
-        let of = self.source_of(place)?;
-        if of.as_deref() == Some(source) {
-            // Another thread was faster.
-            return Ok(());
-        }
-        for skeleton in skeletons.into_iter().flatten() {
-            let (Some(of), Some(_)) = (&of, self.lstat(skeleton)?) else { continue };
-            for n in 0.. {
-                let (aside, note) = aside(skeleton, n);
-                if self.lstat(&aside)?.is_none() {
-                    self.put_link(&note, of)?;
-                    self.sys.rename(skeleton, &aside)?;
-                    break;
-                }
-            }
-        }
-        self.put_link(&place.with_extension("of"), source)
-    }
-
-    /// Whether a skeleton of this source had been put aside.
-    fn take_back(&self, skeleton: &Path, source: &Path) -> Result<bool> {
-        for n in 0.. {
-            let (aside, note) = aside(skeleton, n);
-            match self.link_at(&note)? {
-                None => break,
-                Some(of) if of == source => match self.sys.rename(&aside, skeleton) {
-                    Ok(()) => return Ok(true),
-                    // It was taken back before.
-                    Err(e) if e.errno == Errno::ENOENT => {}
-                    Err(e) => return Err(e),
-                },
-                Some(_) => {}
-            }
-        }
-        Ok(false)
-    }
-
     /// Reads what a skeleton at `place`, which is needed, is built of, unless it is there.
     pub(super) fn plan<'a>(
         &self,
         place: &Path,
-        is_same_source: bool,
+        is_begun: bool,
         source: &Path,
         scan: &'a Scan,
         wanted: impl Fn(&Directory) -> bool,
     ) -> Result<Plan<'a>> {
         let with_parents: HashSet<&Path> =
             scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
-        if is_same_source && self.lstat(place)?.is_some() {
+        if is_begun && self.lstat(place)?.is_some() {
             return Ok(Plan::IsThere);
         }
         let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
@@ -112,12 +65,11 @@ impl Attacher {
         Ok(Plan::Build(planned.collect::<Result<_>>()?))
     }
 
-    /// Builds what was planned of `source`, unless it is there. False: it is needed, was there when
-    /// the plan was made, and is not any more.
+    /// Builds what was planned, unless it is there. False: it is needed, was there when the plan
+    /// was made, and is not any more.
     pub(super) fn build(
         &self,
         place: &Path,
-        source: &Path,
         plan: &Plan<'_>,
         pulse: &Pulse,
         fill: impl Fn(&Self, &Path, &Directory, &Pulse) -> Result<()>,
@@ -126,7 +78,6 @@ impl Attacher {
             Plan::NotNeeded => return Ok(true),
             _ if self.lstat(place)?.is_some() => return Ok(true),
             Plan::IsThere => return Ok(false),
-            Plan::Build(_) if self.take_back(place, source)? => return Ok(true),
             Plan::Build(planned) => planned,
         };
         let new = beside(place);
@@ -186,13 +137,4 @@ pub fn skeletons(scan: &Scan) -> (Mask, bool) {
         }
     }
     (mask, scan.hides())
-}
-
-/// Where the n-th skeleton of another source is kept, and the note of which.
-fn aside(skeleton: &Path, n: usize) -> (PathBuf, PathBuf) {
-    let mut name = skeleton.as_os_str().to_owned();
-    name.push(format!("-old-{n}"));
-    let aside = PathBuf::from(name);
-    let note = aside.with_extension("of");
-    (aside, note)
 }

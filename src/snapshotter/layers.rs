@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
-use crate::overlay::{self, Form, Lower, Shown};
+use crate::overlay::{self, Edition, Form, Lower, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Scan, Subject};
 use crate::repository::{Asked, Missing, Repository};
@@ -101,7 +101,7 @@ pub struct Piece {
 
 /// A piece in its place. It stays there while this lives.
 pub struct Attached {
-    _pin: Pin,
+    pub pin: Pin,
     pub scan: Arc<Scan>,
     masked: bool,
 }
@@ -218,7 +218,7 @@ impl Sources {
             .map(|(one, looking)| looking.walk(self, &one.subject, &one.repository, limits, Turn::Next));
         let walking: Vec<_> = walking.collect();
         let scans: Vec<_> = walking.into_iter().map(|walking| walking.result(limits)).collect();
-        let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| scan.as_deref().ok())));
+        let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
         let mut attached = Vec::with_capacity(wanted.len());
         for (tried, one) in self.attach_together(&wanted, scans, &masked, limits).into_iter().zip(&wanted) {
             attached.push(match tried {
@@ -227,14 +227,16 @@ impl Sources {
                 Ok(attached) => attached,
             });
         }
-        let lowers = lowers(chain, attached.iter().map(|attached| Some(&*attached.scan)));
+        let all = |attached: &[Attached]| lowers(chain, attached.iter().map(|one| Some((&*one.scan, one.pin.edition))));
         // A layer of another repository may hide less than the one that it stands in for.
-        for ((needs_mask, attached), one) in self::masked(chain, &lowers).into_iter().zip(&mut attached).zip(&wanted) {
+        let needed = self::masked(chain, &all(&attached));
+        for ((needs_mask, attached), one) in needed.into_iter().zip(&mut attached).zip(&wanted) {
             if needs_mask && !attached.masked {
                 *attached =
                     self.attach(&one.piece(true), &one.repository, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
+        let lowers = all(&attached);
         let mut attached = attached.into_iter();
         let attached = chain.iter().map(|snapshot| snapshot.layer.as_ref().and_then(|_| attached.next()));
         Ok(lowers.into_iter().zip(attached).collect())
@@ -356,7 +358,7 @@ impl Sources {
         if pin.fresh && piece.subject.extent != Extent::Layer {
             repository.notice_owners(&describe(&piece.subject), &top);
         }
-        Ok(Attached { _pin: pin, scan, masked })
+        Ok(Attached { pin, scan, masked })
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
@@ -420,12 +422,14 @@ impl Wanted<'_> {
 }
 
 /// What overlayfs is to see of `chain`; `scans` are of its published layers, None where one is not known.
-fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<&'s Scan>>) -> Vec<Lower> {
+fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Scan, Edition)>>) -> Vec<Lower> {
     let lower = |snapshot: &Snapshot| match &snapshot.layer {
         None => Lower::Local(snapshot.id),
         Some(layer) => {
-            let (mask, hides) = scans.next().flatten().map_or_else(Default::default, attach::skeletons);
-            Lower::Remote { id: snapshot.id, digest: layer.digest.clone(), mask, hides }
+            let known = scans.next().flatten();
+            let edition = known.map(|(_, edition)| edition).unwrap_or_default();
+            let (mask, hides) = known.map_or_else(Default::default, |(scan, _)| attach::skeletons(scan));
+            Lower::Remote { id: snapshot.id, edition, digest: layer.digest.clone(), mask, hides }
         }
     };
     chain.iter().map(lower).collect()

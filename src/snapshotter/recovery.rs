@@ -76,6 +76,8 @@ impl Snapshotter {
             match *id {
                 Some(id) if id >= self.store.first_id() || self.is_known(id)? => {
                     if self.store.read(|tx| needs_its_directory(tx, id))? {
+                        // What led elsewhere in the process before, whose memory of it is gone.
+                        self.sources.attacher.retire(&self.places.home(id));
                         continue;
                     }
                     if self.holds_unknown_files(id, &mounts)? {

@@ -191,8 +191,8 @@ impl Sources {
         // The layers can be had at once, so a first walk is not waited for as long as it may take.
         let limits = Limits { scans: Instant::now() + repository.timeout() / 4, ..Limits::of(repository) };
         let attached = self.attach(&piece, repository, limits)?;
-        let masked = attached.scan.has_mask();
-        Ok(vec![(Lower::Flat { id, masked }, Some(attached))])
+        let (edition, masked) = (attached.pin.edition, attached.scan.has_mask());
+        Ok(vec![(Lower::Flat { id, edition, masked }, Some(attached))])
     }
 
     /// Does ahead what the first container would wait for, as far as it is clear after this

@@ -318,7 +318,7 @@ fn root_a_mask_is_built_although_a_layer_above_would_have_had_one_in_another_rep
 /// A start that did not need a layer's mask led the layer to another repository, and left the mask of
 /// the first one to a container that was about to be mounted with it: a marker showed.
 #[test]
-fn root_a_mask_follows_its_layer_to_another_repository_whoever_leads_it_there() {
+fn root_a_mask_is_of_the_same_repository_as_its_layer_whoever_leads_it_elsewhere() {
     for mode in [Mode::Bind, Mode::Symlink] {
         let place = Place::new(mode);
         publish_third(&place, "cvmfs", true);
@@ -338,9 +338,11 @@ fn root_a_mask_follows_its_layer_to_another_repository_whoever_leads_it_there() 
         let mounts = s.prepare(wanted("container", &middle, &[])).unwrap();
         fs::rename(&away, &here).unwrap();
         s.prepare(wanted("another", &top, &[])).unwrap();
+        // It may be mounted only now: of whatever repository the layer is, the mask is of the same.
         let [mask, layer, ..] = lower(&mounts)[..] else { panic!("{mounts:?}") };
-        assert!(layer.join(".cvmfsautocatalog").exists(), "it is that of the first repository again");
-        for marker in [".cvmfscatalog", ".cvmfsautocatalog"] {
+        let is_there = |marker: &&str| layer.join(marker).exists();
+        assert!([".cvmfscatalog", ".cvmfsautocatalog"].iter().any(is_there));
+        for marker in [".cvmfscatalog", ".cvmfsautocatalog"].iter().filter(|marker| is_there(marker)) {
             let hidden = fs::symlink_metadata(mask.join(marker)).unwrap();
             assert_eq!((hidden.mode() & 0o170_000, hidden.rdev()), (0o020_000, 0), "{marker}");
         }
@@ -350,7 +352,7 @@ fn root_a_mask_follows_its_layer_to_another_repository_whoever_leads_it_there() 
 
 /// With each turn what had been built for the other repository was put aside, and stayed there.
 #[test]
-fn root_a_layer_that_goes_to_and_fro_between_repositories_leaves_one_skeleton_of_each() {
+fn root_a_layer_that_goes_to_and_fro_between_repositories_has_one_edition_of_each() {
     for mode in [Mode::Bind, Mode::Symlink] {
         let place = Place::new(mode);
         publish_third(&place, "cvmfs", true);
@@ -375,13 +377,114 @@ fn root_a_layer_that_goes_to_and_fro_between_repositories_leaves_one_skeleton_of
                 (true, attached.join(marker).exists()),
                 "turn {turn}"
             );
-            let names = || fs::read_dir(&home).unwrap().map(|entry| entry.unwrap().file_name());
-            let masks =
-                names().filter(|name| Path::new(name).extension().is_none() && name.as_encoded_bytes()[0] == b'm');
-            assert_eq!(masks.count(), 2, "{:?}", names().collect::<Vec<_>>());
+            let mut names: Vec<_> = fs::read_dir(&home).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            let both = ["fs", "fs.of", "fs1", "fs1.of", "m", "m1"];
+            let bound = if mode == Mode::Bind { Some("bound") } else { None };
+            let expected: Vec<&str> = bound.into_iter().chain(both).collect();
+            assert_eq!(names, expected, "turn {turn}");
         }
         remove_all(&place, &s);
     }
+}
+
+/// The mask of the one repository stood over the layer of the other for a moment, or was missing: a
+/// container that was mounted right then showed markers, or was not mounted at all.
+#[test]
+fn root_what_prepare_has_answered_can_be_mounted_while_the_layer_goes_to_and_fro() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        let place = Place::new(mode);
+        for (repository, own) in [("cvmfs", "one"), ("other", "two")] {
+            publish_third(&place, repository, true);
+            let top = place.layer_of(repository, 3);
+            fs::create_dir(top.join(own)).unwrap();
+            fs::write(top.join(own).join(".cvmfscatalog"), "").unwrap();
+        }
+        let store = Store::open(&place.dir.path().join("metadata.redb"), None).unwrap();
+        let s = place.with_repositories(&[("r", "cvmfs"), ("other", "other")], store, Arc::new(Host));
+        // Of the lowest layer, only the top would be looked at.
+        let bottom = pull(&s, 1, "");
+        let above = pull(&s, 3, &bottom);
+        let (here, away) = (place.layer(3), place.dir.path().join("away"));
+        let answer = parking_lot::Mutex::new(s.prepare(wanted("container", &above, &[])).unwrap());
+        std::thread::scope(|scope| {
+            let at = place.dir.path().join("at");
+            fs::create_dir(&at).unwrap();
+            let answer = &answer;
+            let container = scope.spawn(move || {
+                for _ in 0..400 {
+                    let mounts = answer.lock().clone();
+                    let lower = mounts[0].options.iter().find(|o| o.starts_with("lowerdir=")).unwrap().clone();
+                    match mount(Some("overlay"), &at, Some("overlay"), MsFlags::empty(), Some(lower.as_str())) {
+                        Ok(()) => {}
+                        // Its repository is away, and with links there is nothing behind them.
+                        Err(e) if mode == Mode::Symlink && e == Errno::ENOENT => continue,
+                        Err(e) => panic!("{mode:?}: {e}"),
+                    }
+                    let names: Vec<_> = ["one", "two"].iter().filter(|name| at.join(name).exists()).collect();
+                    let shows = names.iter().any(|name| at.join(name).join(".cvmfscatalog").exists());
+                    Host.unmount(&at, crate::sys::Unmount::Detach).unwrap();
+                    assert!(names.len() == 1 && !shows, "{mode:?}: {names:?}, a marker shows: {shows}");
+                }
+            });
+            for turn in 0.. {
+                if container.is_finished() && turn % 2 == 0 {
+                    break;
+                }
+                let (from, to) = if turn % 2 == 0 { (&here, &away) } else { (&away, &here) };
+                fs::rename(from, to).unwrap();
+                *answer.lock() = s.mounts(&key("container")).unwrap();
+            }
+        });
+        remove_all(&place, &s);
+    }
+}
+
+/// The number of an old mount point was used again for the next one, and the old one's end was the new
+/// one's as well.
+#[test]
+fn root_what_takes_an_old_mount_away_takes_no_new_one() {
+    let place = Place::new(Mode::Bind);
+    publish_third(&place, "cvmfs", false);
+    let other = place.dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("three"), "").unwrap();
+    let s = place.open(Arc::new(Host));
+    let name = pull(&s, 3, "");
+    s.prepare(wanted("first", &name, &[])).unwrap();
+    renameat2(AT_FDCWD, &place.layer(3), AT_FDCWD, &other, RenameFlags::RENAME_EXCHANGE).unwrap();
+    s.mounts(&key("first")).unwrap();
+    s.remove(&key("first")).unwrap();
+    s.cleanup(&|| false).unwrap();
+    assert_eq!(place.mounts(), 0, "nobody needs the layer");
+    let mounts = s.prepare(wanted("second", &name, &[])).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    s.cleanup(&|| false).unwrap();
+    assert!(lower(&mounts)[0].join("three").exists(), "its mount was taken for the old one");
+    remove_all(&place, &s);
+}
+
+/// What led elsewhere when a process ended, the next one does not know of.
+#[test]
+fn root_mounts_that_nobody_is_led_to_go_after_a_restart_as_well() {
+    let place = Place::new(Mode::Bind);
+    publish_third(&place, "cvmfs", false);
+    let other = place.dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("three"), "").unwrap();
+    let s = place.open(Arc::new(Host));
+    let name = pull(&s, 3, "");
+    s.prepare(wanted("container", &name, &[])).unwrap();
+    renameat2(AT_FDCWD, &place.layer(3), AT_FDCWD, &other, RenameFlags::RENAME_EXCHANGE).unwrap();
+    let mounts = s.mounts(&key("container")).unwrap();
+    drop(s);
+    let s = place.restart();
+    assert_eq!(place.mounts(), 2);
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    s.cleanup(&|| false).unwrap();
+    assert_eq!(place.mounts(), 1);
+    assert!(lower(&mounts)[0].join("three").exists());
+    remove_all(&place, &s);
 }
 
 /// With bind mounts, the old one was taken away before the new one was there: the container went
