@@ -50,7 +50,7 @@ pub fn describe(state: &Path) -> Value {
         "cvmfs-snapshotter": said(&binary().display().to_string(), &["--version"]),
         "binary": binary().display().to_string(),
         "sha256": said("sha256sum", &[&binary().display().to_string()]).split(' ').next(),
-        "commit": said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"]),
+        "checked out": said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"]),
         "containerd": said(&tool("containerd").display().to_string(), &["--version"]),
         "overlayfs": "containerd 2.2, plugins/snapshots/overlay",
         "go": "stargz-snapshotter 0.12.0, containerd 1.6.12, grpc 1.47.0",

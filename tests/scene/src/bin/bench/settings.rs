@@ -4,13 +4,17 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nix::unistd::{AccessFlags, access};
 use scene::process::cache;
+use scene::snapshotter::binary;
 
 use crate::PARTS;
 use crate::contestant::NAMES;
 
+const VARIABLES: [&str; 6] =
+    ["BENCH_PARTS", "BENCH_UP_TO", "BENCH_PEERS_UP_TO", "BENCH_CLEANUP", "BENCH_JSON", "BENCH_PLOT"];
 /// The smallest number of snapshots that anything is measured with.
 const FEWEST: usize = 100;
 
@@ -27,6 +31,9 @@ pub struct Settings {
 
 impl Settings {
     pub fn read() -> Result<Self, String> {
+        let set: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
+        check_names(set.iter().map(String::as_str))?;
+        check_daemon(&binary())?;
         Self::from(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
@@ -59,6 +66,24 @@ impl Settings {
             plot,
             peers: peers(variable("PEER_SOCKET").as_deref().unwrap_or_default())?,
         })
+    }
+}
+
+/// A slip in a name would go unnoticed.
+fn check_names<'a>(mut set: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    match set.find(|name| name.starts_with("BENCH_") && !VARIABLES.contains(name)) {
+        Some(unknown) => Err(format!("{unknown}: there is no such variable; there are {}", VARIABLES.join(", "))),
+        None => Ok(()),
+    }
+}
+
+fn check_daemon(path: &Path) -> Result<(), String> {
+    let said = Command::new(path).arg("--version").output();
+    let said = said.map_err(|e| format!("CVMFS_SNAPSHOTTER_BINARY: cannot run {}: {e}", path.display()))?;
+    if String::from_utf8_lossy(&said.stdout).starts_with("cvmfs-snapshotter ") {
+        Ok(())
+    } else {
+        Err(format!("CVMFS_SNAPSHOTTER_BINARY: {} is no cvmfs-snapshotter", path.display()))
     }
 }
 
@@ -139,6 +164,11 @@ mod tests {
         ] {
             let message = refused(name, value);
             assert!(message.starts_with(&format!("{name}: ")) && message.contains(told), "{message}");
+        }
+        let misspelt = check_names(["PATH", "BENCH_CLEANUP", "BENCH_CLENAUP"].into_iter());
+        assert!(misspelt.is_err_and(|message| message.starts_with("BENCH_CLENAUP: there is no such variable")));
+        for (path, told) in [("/nonexistent", "cannot run /nonexistent"), ("/bin/echo", "is no cvmfs-snapshotter")] {
+            assert!(check_daemon(Path::new(path)).is_err_and(|message| message.contains(told)), "{path}");
         }
         let both = [("BENCH_PARTS", "cycles"), ("BENCH_PLOT", "/dev/null")];
         assert!(read(&both).err().is_some_and(|message| message.starts_with("BENCH_PLOT: ")));
