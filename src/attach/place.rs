@@ -111,12 +111,7 @@ impl Attacher {
             Err(e) if e.errno == Errno::ENOENT => return Ok(()),
             points => points?,
         };
-        let mut led_to = HashSet::new();
-        for (name, file_type) in self.sys.read_dir(home)? {
-            if file_type == FileType::Symlink {
-                led_to.extend(self.link_at(&home.join(name))?.map(|target| home.join(target)));
-            }
-        }
+        let led_to = self.led_to(home)?;
         let mut retired = self.retired.lock();
         for point in points.into_iter().map(|(name, _)| bound.join(name)) {
             if !led_to.contains(&point) && retired.iter().all(|one| one.point != point) {
@@ -126,6 +121,19 @@ impl Attacher {
         Ok(())
     }
 
+    /// All that links in `home` lead to.
+    fn led_to(&self, home: &Path) -> Result<HashSet<PathBuf>> {
+        let entries = match self.sys.read_dir(home) {
+            Err(e) if e.errno == Errno::ENOENT => return Ok(HashSet::new()),
+            entries => entries?,
+        };
+        let mut led_to = HashSet::new();
+        for (name, _) in entries.into_iter().filter(|(_, file_type)| *file_type == FileType::Symlink) {
+            led_to.extend(self.link_at(&home.join(name))?.map(|target| home.join(target)));
+        }
+        Ok(led_to)
+    }
+
     /// Takes away mounts that no link has led to for a while.
     pub fn unmount_retired(&self) {
         let (due, left) = std::mem::take(&mut *self.retired.lock())
@@ -133,11 +141,17 @@ impl Attacher {
             .partition::<Vec<_>, _>(|retired| retired.since.elapsed() >= ARRIVED);
         self.retired.lock().extend(left);
         for retired in due {
-            if let Err(e) = self.unbind(&retired.point) {
+            if let Err(e) = self.unbind_retired(&retired.point) {
                 log::warn!("{} stays until the next cleanup: {e}", retired.point.display());
                 self.retired.lock().push(retired);
             }
         }
+    }
+
+    fn unbind_retired(&self, point: &Path) -> Result<()> {
+        let home = point.parent().and_then(Path::parent).unwrap_or(point);
+        // A thread that was thought to hang may have got on, and led somebody there after all.
+        if self.led_to(home)?.contains(point) { Ok(()) } else { self.unbind(point) }
     }
 
     fn unbind(&self, point: &Path) -> Result<()> {
