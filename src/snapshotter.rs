@@ -440,6 +440,8 @@ fn host_id_of_root(mapping: &str) -> Option<u32> {
 }
 
 #[cfg(test)]
+mod attaching;
+#[cfg(test)]
 mod crashes;
 #[cfg(test)]
 mod hostile;
