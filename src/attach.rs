@@ -162,12 +162,14 @@ impl Attacher {
                 self.replace(id, &slot);
                 continue;
             };
-            if self.source_of(&place)?.is_some_and(|of| of != source) {
+            let of = self.source_of(&place)?;
+            if of.as_deref().is_some_and(|of| of != source) {
                 // Another thread was faster, with another source.
                 continue;
             }
             self.ensure_directory(&home, 0o700)?;
-            if needs_mask || needs_hide || self.mode == Mode::Bind {
+            // A link to the layer itself tells as much; one to a mount does not.
+            if self.mode == Mode::Bind || (of.is_none() && (needs_mask || needs_hide)) {
                 self.note_source(&place, source)?;
             }
             if !self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?

@@ -48,6 +48,17 @@ fn exchange(place: &Place, other: &Path) {
     renameat2(AT_FDCWD, &place.layer(3), AT_FDCWD, other, RenameFlags::RENAME_EXCHANGE).unwrap();
 }
 
+/// A container on a layer that was published anew under it; also the layer's name, and the mounts.
+fn published_anew(place: &Place, container: &str) -> (Snapshotter, String, Vec<Mount>) {
+    let other = publish_two_forms(place);
+    let s = place.open(Arc::new(Host));
+    let name = pull(&s, 3, "");
+    s.prepare(wanted(container, &name, &[])).unwrap();
+    exchange(place, &other);
+    let mounts = s.mounts(&key(container)).unwrap();
+    (s, name, mounts)
+}
+
 #[test]
 fn root_a_mask_is_built_where_it_is_used_and_when() {
     for mode in [Mode::Bind, Mode::Symlink] {
@@ -225,12 +236,7 @@ fn root_what_prepare_has_answered_can_be_mounted_while_the_layer_goes_to_and_fro
 #[test]
 fn root_what_takes_an_old_mount_away_takes_no_new_one() {
     let place = Place::new(Mode::Bind);
-    let other = publish_two_forms(&place);
-    let s = place.open(Arc::new(Host));
-    let name = pull(&s, 3, "");
-    s.prepare(wanted("first", &name, &[])).unwrap();
-    exchange(&place, &other);
-    s.mounts(&key("first")).unwrap();
+    let (s, name, _) = published_anew(&place, "first");
     s.remove(&key("first")).unwrap();
     s.cleanup(&|| false).unwrap();
     assert_eq!(place.mounts(), 0, "nobody needs the layer");
@@ -245,12 +251,7 @@ fn root_what_takes_an_old_mount_away_takes_no_new_one() {
 #[test]
 fn root_mounts_that_nobody_is_led_to_go_after_a_restart_as_well() {
     let place = Place::new(Mode::Bind);
-    let other = publish_two_forms(&place);
-    let s = place.open(Arc::new(Host));
-    let name = pull(&s, 3, "");
-    s.prepare(wanted("container", &name, &[])).unwrap();
-    exchange(&place, &other);
-    let mounts = s.mounts(&key("container")).unwrap();
+    let (s, _, mounts) = published_anew(&place, "container");
     drop(s);
     let s = place.restart();
     assert_eq!(place.mounts(), 2);

@@ -426,9 +426,8 @@ fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Sc
     let lower = |snapshot: &Snapshot| match &snapshot.layer {
         None => Lower::Local(snapshot.id),
         Some(layer) => {
-            let known = scans.next().flatten();
-            let edition = known.map(|(_, edition)| edition).unwrap_or_default();
-            let (mask, hides) = known.map_or_else(Default::default, |(scan, _)| attach::skeletons(scan));
+            let known = scans.next().flatten().map(|(scan, edition)| (attach::skeletons(scan), edition));
+            let ((mask, hides), edition) = known.unwrap_or_default();
             Lower::Remote { id: snapshot.id, edition, digest: layer.digest.clone(), mask, hides }
         }
     };

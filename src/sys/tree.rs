@@ -89,23 +89,21 @@ fn hoist(directory: &Dir, name: &CStr, top: &Dir, hoisted: &mut u64) -> Result<(
 
 /// Removes a file or an empty directory; true if it is a directory with entries.
 fn remove_flat(parent: &Dir, entry: &Entry) -> Result<bool, Errno> {
-    let name = entry.name.as_c_str();
+    let unlink = |flag| match unlinkat(parent, entry.name.as_c_str(), flag) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(false),
+        Err(e) => Err(e),
+    };
     if !entry.seems_directory {
-        match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => return Ok(false),
+        match unlink(UnlinkatFlags::NoRemoveDir) {
             Err(Errno::EISDIR) => {}
-            Err(e) => return Err(e),
+            result => return result,
         }
     }
-    match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => Ok(false),
+    match unlink(UnlinkatFlags::RemoveDir) {
         Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(true),
         // It was a directory when the names were read.
-        Err(Errno::ENOTDIR) => match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(false),
-            Err(e) => Err(e),
-        },
-        Err(e) => Err(e),
+        Err(Errno::ENOTDIR) => unlink(UnlinkatFlags::NoRemoveDir),
+        result => result,
     }
 }
 
