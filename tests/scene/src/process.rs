@@ -29,7 +29,7 @@ pub fn tool(name: &str) -> PathBuf {
     ];
     places
         .into_iter()
-        .find(|p| p.exists())
+        .find(|p| p.is_file())
         .unwrap_or_else(|| panic!("{name} is missing: run \"make test\" or \"make demo\", which install it"))
 }
 
