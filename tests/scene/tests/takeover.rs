@@ -382,6 +382,8 @@ fn root_containerd_goes_on_with_what_was_taken_over() {
     command.arg("serve").arg(&home).arg(stage.snapshotter.socket());
     let mut go = Server::start(&mut command, &stage.sandbox.path("go.log"));
     go.wait_until("listen", || stage.snapshotter.socket().exists());
+    // It may have called while nobody was there, and waits before it calls again.
+    eventually("containerd finds the Go one", || stage.ours.snapshots().list(&[]).is_ok());
     let image = stage.shell_image("local:1", "x");
     let reference = stage.registry.push(&image);
     stage.ours.pull(&reference);
