@@ -15,6 +15,9 @@ fn main() {
         .input("proto/mount.proto")
         .input("proto/snapshots.proto")
         .input("proto/record.proto")
+        .input("proto/admin.proto")
+        .input("proto/health.proto")
+        .input("proto/containerd.proto")
         .cargo_out_dir("proto")
         .run_from_script();
     link_statically("libstdc++.a");

@@ -134,6 +134,10 @@ impl Attacher {
         Self { places, mode, sys, slots: Mutex::default(), retired: Mutex::default(), next_point }
     }
 
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// Attaches what `wanted` says, unless it is attached already.
     pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
         let Attach { id, form, source, scan, masked } = *wanted;

@@ -4,10 +4,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Arg, ArgAction, Command, builder::PathBufValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser};
 use log::LevelFilter;
 
-use crate::{config, logging, rebuild};
+use crate::{config, doctor, gc, logging, rebuild, status};
 
 pub const DEFAULT_ADDRESS: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 pub const DEFAULT_ROOT: &str = "/var/lib/containerd-cvmfs-grpc";
@@ -20,20 +20,35 @@ pub struct Arguments {
     /// None: not said on the command line.
     pub log_level: Option<LevelFilter>,
     pub root: PathBuf,
-    pub check_config: bool,
-    /// Instead of serving.
-    pub rebuild: Option<rebuild::Wanted>,
+    pub task: Task,
 }
 
-fn command() -> Command {
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Task {
+    Serve,
+    CheckConfig,
+    Rebuild(rebuild::Wanted),
+    Status(status::Wanted),
+    Doctor(doctor::Wanted),
+    Gc(gc::Wanted),
+    /// For the doctor, in a process of its own: it may never come back.
+    ProbeRepository(PathBuf),
+}
+
+/// Options and commands, for whoever writes about them.
+pub fn command() -> Command {
     let path = |name: &'static str, help: String| {
         Arg::new(name).long(name).value_name("PATH").value_parser(PathBufValueParser::new()).help(help)
     };
     Command::new("cvmfs-snapshotter")
         .version(env!("CARGO_PKG_VERSION"))
         .about("containerd snapshotter for image layers that are published, unpacked, in CernVM-FS")
-        .arg(path("address", format!("Unix socket to serve on [default: {DEFAULT_ADDRESS}]")))
-        .arg(path("config", format!("Configuration file [default: {}, if it exists]", config::DEFAULT_PATH)))
+        .arg(path("address", format!("Unix socket of the daemon [default: {DEFAULT_ADDRESS}]")).global(true))
+        .arg(
+            path("config", format!("Configuration file [default: {}, if it exists]", config::DEFAULT_PATH))
+                .global(true),
+        )
         .arg(
             Arg::new("log-level")
                 .long("log-level")
@@ -41,7 +56,7 @@ fn command() -> Command {
                 .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
                 .help("trace, debug, info, warn, error, fatal or panic [default: info]"),
         )
-        .arg(path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")))
+        .arg(path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")).global(true))
         .arg(
             Arg::new("check-config")
                 .long("check-config")
@@ -76,6 +91,42 @@ fn command() -> Command {
                 .requires("rebuild-metadata")
                 .help("For --rebuild-metadata: report as JSON"),
         )
+        .args_conflicts_with_subcommands(false)
+        .subcommand(
+            Command::new("status")
+                .about("Show images, where their files come from, who uses them, and how repositories are")
+                .arg(json())
+                .arg(flag("quick", "Do not measure what containers wrote")),
+        )
+        .subcommand(
+            Command::new("doctor")
+                .about("Look for what is wrong with this node, and say what to change")
+                .arg(json())
+                .arg(path("containerd", format!("Socket of containerd [default: {}]", doctor::SOCKETS.join(" or "))))
+                .arg(path(
+                    "containerd-config",
+                    format!("Configuration of containerd [default: {}]", doctor::CONFIGURATIONS.join(" or ")),
+                )),
+        )
+        .subcommand(
+            Command::new("gc")
+                .about("Remove at once what removed snapshots left")
+                .arg(json())
+                .arg(flag("dry-run", "Only show it")),
+        )
+        .subcommand(
+            Command::new("probe-repository")
+                .hide(true)
+                .arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new())),
+        )
+}
+
+fn json() -> Arg {
+    flag("json", "Print JSON")
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
 }
 
 /// Parses the arguments, the program's name first. The error also stands for `--help` and
@@ -88,13 +139,32 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         config: matches.remove_one("config"),
         log_level: matches.remove_one("log-level"),
         root: default_path(matches.remove_one("root"), DEFAULT_ROOT),
-        check_config: matches.get_flag("check-config"),
-        rebuild: matches.get_flag("rebuild-metadata").then(|| rebuild::Wanted {
+        task: task(&mut matches),
+    })
+}
+
+fn task(matches: &mut ArgMatches) -> Task {
+    match matches.remove_subcommand() {
+        Some((name, mut matches)) => match name.as_str() {
+            "status" => {
+                Task::Status(status::Wanted { json: matches.get_flag("json"), quick: matches.get_flag("quick") })
+            }
+            "probe-repository" => Task::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
+            "gc" => Task::Gc(gc::Wanted { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
+            _ => Task::Doctor(doctor::Wanted {
+                json: matches.get_flag("json"),
+                socket: matches.remove_one("containerd"),
+                configuration: matches.remove_one("containerd-config"),
+            }),
+        },
+        None if matches.get_flag("check-config") => Task::CheckConfig,
+        None if matches.get_flag("rebuild-metadata") => Task::Rebuild(rebuild::Wanted {
             containerd: rebuild::Containerd::from_argument(matches.remove_one("containerd-metadata")),
             snapshotter: matches.remove_one("snapshotter").unwrap_or_else(|| rebuild::DEFAULT_NAME.to_owned()),
             json: matches.get_flag("json"),
         }),
-    })
+        None => Task::Serve,
+    }
 }
 
 /// `-address` as Go writes flags, to `--address`. We have no bundles of one-letter flags.
@@ -135,7 +205,7 @@ mod tests {
         let arguments = parse("x").unwrap();
         assert_eq!(arguments.address, PathBuf::from("/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock"));
         assert_eq!(arguments.root, PathBuf::from("/var/lib/containerd-cvmfs-grpc"));
-        assert_eq!((arguments.config, arguments.log_level, arguments.check_config), (None, None, false));
+        assert_eq!((arguments.config, arguments.log_level, arguments.task), (None, None, Task::Serve));
     }
 
     #[test]

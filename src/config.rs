@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -38,6 +39,14 @@ pub struct Config {
     pub log_format: Format,
     /// None: what the command line says.
     pub log_level: Option<LevelFilter>,
+    /// Where metrics are served. None: nowhere.
+    pub metrics: Option<MetricsAddress>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
 }
 
 impl Default for Config {
@@ -52,6 +61,7 @@ impl Default for Config {
             allowed_uids: Vec::new(),
             log_format: Format::Json,
             log_level: None,
+            metrics: None,
         }
     }
 }
@@ -245,6 +255,14 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
         "log-level" => {
             let level = logging::parse_level(entry.string(logging::LEVELS)?);
             config.log_level = Some(level.map_or_else(|| entry.refuse(logging::LEVELS), Ok)?);
+        }
+        "metrics-address" => {
+            const ALLOWED: &str = "it is an IP address with a port, such as \"127.0.0.1:9812\", or an absolute path";
+            config.metrics = match entry.string(ALLOWED)? {
+                "" => None,
+                path if path.starts_with('/') => Some(MetricsAddress::Unix(PathBuf::from(path))),
+                address => Some(MetricsAddress::Tcp(address.parse().or_else(|_| entry.refuse(ALLOWED))?)),
+            };
         }
         _ => return Ok(false),
     }

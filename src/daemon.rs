@@ -17,9 +17,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::Arguments;
-use crate::config::{self, Config, Loaded};
+use crate::config::{self, Config, Loaded, MetricsAddress};
+use crate::metrics::{Gauges, METRICS, endpoint};
 use crate::overlay::Places;
-use crate::pool::{Drained, Pool};
+use crate::pool::{Drained, Entrance, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Late, Server, Waiters};
 use crate::snapshotter::{self, Found, Snapshotter, Ways};
@@ -183,13 +184,13 @@ impl Error {
 }
 
 /// Checks the configuration file and nothing else.
-fn check_config(arguments: &Arguments) -> Result<(), Error> {
+pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
     let loaded = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     if loaded.unknown.is_empty() { Ok(()) } else { Err(Error::UnknownKeys(loaded.unknown)) }
 }
 
 /// Makes the metadata anew, and says of what.
-fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(), Error> {
+pub fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(), Error> {
     let Loaded { config, .. } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     // A root that was mistyped must not be made.
     if !arguments.root.join(SNAPSHOTS).is_dir() {
@@ -204,17 +205,8 @@ fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(
     Ok(())
 }
 
-/// Does what the arguments ask for.
-pub fn run(arguments: &Arguments) -> Result<(), Error> {
-    match &arguments.rebuild {
-        _ if arguments.check_config => check_config(arguments),
-        Some(wanted) => rebuild_metadata(arguments, wanted),
-        None => run_server(arguments),
-    }
-}
-
 /// Serves until SIGTERM or SIGINT.
-fn run_server(arguments: &Arguments) -> Result<(), Error> {
+pub fn run(arguments: &Arguments) -> Result<(), Error> {
     let result = serve(arguments);
     logging::flush(LOG_LIMIT);
     result
@@ -270,8 +262,18 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     );
     snapshotter.look_at_repositories();
     clean_leftovers(Arc::clone(&snapshotter))?;
+    if let Some(address) = &config.metrics {
+        // Containers can start without.
+        match endpoint::serve(address, gauges(&snapshotter, &pools)) {
+            Ok(()) => log::info!("metrics are at {}", metrics_at(address)),
+            Err(e) => log::error!("{e}"),
+        }
+    }
     notify::ready(&format!("{} snapshots, from {}", found.snapshots, paths.join(", ")));
-    wait_for_stop(&signals, arguments);
+    if let Some(interval) = notify::watchdog_interval() {
+        show_life(interval, pools.workers.entrance())?;
+    }
+    wait_for_stop(&signals, arguments, level(arguments, &config));
     notify::stopping();
     stop(server, pools);
     snapshotter.close();
@@ -312,7 +314,7 @@ fn level(arguments: &Arguments, config: &Config) -> LevelFilter {
 
 fn block_signals() -> SigSet {
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
         signals.add(signal);
     }
     // Cannot fail: the set holds signals only.
@@ -332,27 +334,87 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn wait_for_stop(signals: &SigSet, arguments: &Arguments) {
+/// `level` is what the log began with.
+fn wait_for_stop(signals: &SigSet, arguments: &Arguments, mut level: LevelFilter) {
     loop {
         match signals.wait() {
             Ok(Signal::SIGTERM | Signal::SIGINT) => return,
-            Ok(Signal::SIGHUP) => reload(arguments),
+            Ok(Signal::SIGHUP) => level = reload(arguments).unwrap_or(level),
+            Ok(Signal::SIGUSR1) => change_level(log::max_level().increment_severity()),
+            Ok(Signal::SIGUSR2) => change_level(level),
             Ok(_) | Err(_) => {}
         }
     }
 }
 
+fn change_level(level: LevelFilter) {
+    logging::set_level(level);
+    // Whatever the level is: somebody waits for it.
+    log::error!("log level {level}");
+}
+
 /// SIGHUP: only the log level changes while the program runs.
-fn reload(arguments: &Arguments) {
+fn reload(arguments: &Arguments) -> Option<LevelFilter> {
     match config::load(arguments.config.as_deref()) {
         Ok(Loaded { config, .. }) => {
             // What somebody just wrote into the file wins over what the service was started with.
             let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
             logging::set_level(level);
             log::info!("log level {level}; other keys of the configuration need a restart");
+            Some(level)
         }
-        Err(e) => log::error!("nothing was changed: {e}"),
+        Err(e) => {
+            log::error!("nothing was changed: {e}");
+            None
+        }
     }
+}
+
+/// What a scrape finds now, without waiting for anybody.
+fn gauges(snapshotter: &Arc<Snapshotter>, pools: &Pools) -> impl Fn() -> Gauges + Send + 'static {
+    let snapshotter = Arc::clone(snapshotter);
+    let pools = pools.named();
+    move || {
+        let (snapshots, leftovers) = snapshotter.counts().unwrap_or_default();
+        Gauges {
+            pools: pools.iter().map(|(name, pool)| (*name, pool.state())).collect(),
+            repositories: snapshotter.health(),
+            snapshots,
+            leftovers,
+        }
+    }
+}
+
+fn metrics_at(address: &MetricsAddress) -> String {
+    match address {
+        MetricsAddress::Tcp(address) => format!("http://{address}/metrics"),
+        MetricsAddress::Unix(path) => path.display().to_string(),
+    }
+}
+
+/// Tells the service manager that a worker was free, four times in each of its intervals. Nothing
+/// that hangs in a repository keeps them all; a bug might.
+fn show_life(interval: Duration, workers: Entrance) -> Result<(), Error> {
+    let (free, was_free) = crossbeam_channel::bounded(1);
+    let work = move || {
+        loop {
+            let free = free.clone();
+            // Not in the queue of calls, which a flood may have filled.
+            workers.go_on(
+                || false,
+                || (),
+                move |_| {
+                    let _ = free.try_send(());
+                },
+            );
+            if was_free.recv().is_err() {
+                return;
+            }
+            notify::alive();
+            thread::sleep(interval / 4);
+        }
+    };
+    thread::Builder::new().name("watchdog".to_owned()).spawn(work).map(drop).map_err(Error::Threads)
 }
 
 /// Leaves every snapshot and every mount as it is.
@@ -393,6 +455,12 @@ impl Pools {
     fn waiters(&self) -> Waiters {
         let repositories = self.repositories.iter().map(Pool::entrance).collect();
         Waiters { pulls: self.pulls.entrance(), repositories }
+    }
+
+    /// For the metrics.
+    fn named(&self) -> Vec<(&'static str, Entrance)> {
+        let repositories = self.repositories.iter().map(|pool| ("start", pool.entrance()));
+        [("worker", self.workers.entrance()), ("pull", self.pulls.entrance())].into_iter().chain(repositories).collect()
     }
 
     /// In the order in which calls go through them.
@@ -523,6 +591,7 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
     let repositories = config
         .repositories
         .iter()
+        .inspect(|at| METRICS.expect(&at.name))
         .map(|at| Repository::new(at.name.clone(), at.path.clone(), config.repository_timeout, Arc::clone(&sys)))
         .collect();
     let overlay_options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };

@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
 
+use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 
-use cvmfs_snapshotter::{cli, daemon};
+use cvmfs_snapshotter::cli::{self, Task};
+use cvmfs_snapshotter::{admin, daemon, doctor, gc, status};
 
 fn main() -> ExitCode {
     let arguments = match cli::parse(std::env::args_os()) {
@@ -14,12 +16,30 @@ fn main() -> ExitCode {
             return if answer.use_stderr() { ExitCode::from(78) } else { ExitCode::SUCCESS };
         }
     };
-    match daemon::run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody may be listening; the exit code still says it.
-            let _ = writeln!(std::io::stderr(), "cvmfs-snapshotter: {error}");
-            ExitCode::from(error.exit_code())
+    let of_daemon =
+        |result: Result<(), daemon::Error>| result.map_or_else(|e| fail(&e, e.exit_code()), |()| ExitCode::SUCCESS);
+    let of_report = |result: admin::Result<String>| result.map_or_else(|e| fail(&e, 1), |text| print(&text, 0));
+    match &arguments.task {
+        Task::Serve => of_daemon(daemon::run(&arguments)),
+        Task::CheckConfig => of_daemon(daemon::check_config(&arguments)),
+        Task::Rebuild(wanted) => of_daemon(daemon::rebuild_metadata(&arguments, wanted)),
+        Task::Status(wanted) => of_report(status::run(&arguments.address, *wanted)),
+        Task::Gc(wanted) => of_report(gc::run(&arguments.address, *wanted)),
+        Task::Doctor(wanted) => {
+            let (text, code) = doctor::run(&arguments, wanted);
+            print(&text, code)
         }
+        Task::ProbeRepository(path) => print(&doctor::probe(path), 0),
     }
+}
+
+fn print(text: &str, code: u8) -> ExitCode {
+    // Nobody may be listening; the exit code still says it.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::from(code)
+}
+
+fn fail(error: &dyn Display, code: u8) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "cvmfs-snapshotter: {error}");
+    ExitCode::from(code)
 }

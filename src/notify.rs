@@ -25,6 +25,22 @@ pub fn stopping() {
     tell("STOPPING=1\nSTATUS=finishing the calls under way");
 }
 
+/// The daemon works. To be told within each `watchdog_interval`.
+pub fn alive() {
+    tell("WATCHDOG=1");
+}
+
+/// So long the manager waits for a sign of life before it kills the daemon. None: it does not.
+pub fn watchdog_interval() -> Option<Duration> {
+    interval(env::var("WATCHDOG_USEC").ok()?.as_str(), env::var("WATCHDOG_PID").ok().as_deref())
+}
+
+fn interval(microseconds: &str, pid: Option<&str>) -> Option<Duration> {
+    let is_for_us = pid.is_none_or(|pid| pid.parse() == Ok(std::process::id()));
+    let interval = Duration::from_micros(microseconds.parse().ok()?);
+    (is_for_us && !interval.is_zero()).then_some(interval)
+}
+
 fn tell(state: &str) {
     let Some(address) = env::var_os(VARIABLE) else { return };
     if let Err(e) = send(&address, state) {
@@ -67,6 +83,16 @@ mod tests {
         let manager = UnixDatagram::bind_addr(&address).unwrap();
         send(OsStr::new(&format!("@{name}")), "STOPPING=1").unwrap();
         assert_eq!(received(&manager), "STOPPING=1");
+    }
+
+    #[test]
+    fn a_watchdog_is_of_one_process() {
+        let own = std::process::id().to_string();
+        assert_eq!(interval("1500000", None), Some(Duration::from_millis(1500)));
+        assert_eq!(interval("1", Some(&own)), Some(Duration::from_micros(1)));
+        for (microseconds, pid) in [("1", Some("1")), ("0", None), ("", None), ("soon", Some(own.as_str()))] {
+            assert_eq!(interval(microseconds, pid), None, "{microseconds:?} {pid:?}");
+        }
     }
 
     #[test]

@@ -96,6 +96,15 @@ pub enum Form {
     Flat,
 }
 
+impl Form {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Layer => "layer",
+            Self::Flat => "flat",
+        }
+    }
+}
+
 /// What the mask of a layer hides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mask {

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, bounded, select_biased, unbounded};
 use parking_lot::{Condvar, Mutex};
 
+use crate::metrics::PoolState;
+
 /// Why a job has no result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -53,6 +55,7 @@ type Job = Box<dyn FnOnce(Option<Refusal>) + Send>;
 pub struct Entrance {
     jobs: Sender<Job>,
     limit: usize,
+    threads: usize,
     going_on: Sender<Job>,
     running: Arc<Running>,
 }
@@ -89,13 +92,14 @@ impl Pool {
         let (jobs, queued) = bounded::<Job>(queue);
         let (going_on, begun) = unbounded::<Job>();
         let running = Arc::new(Running::default());
-        let workers = (0..workers)
+        let threads = workers;
+        let workers = (0..threads)
             .map(|n| {
                 let queues = Queues { queued: queued.clone(), begun: begun.clone() };
                 thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&queues))
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { entrance: Entrance { jobs, limit: queue, going_on, running }, workers })
+        Ok(Self { entrance: Entrance { jobs, limit: queue, threads, going_on, running }, workers })
     }
 
     pub fn entrance(&self) -> Entrance {
@@ -180,6 +184,14 @@ impl Entrance {
             Err(TrySendError::Full(job)) => job(Some(Refusal::QueueFull { limit: self.limit })),
             Err(TrySendError::Disconnected(job)) => job(Some(Refusal::Stopping)),
         }
+    }
+
+    /// How it is at this moment.
+    pub fn state(&self) -> PoolState {
+        let waiting = self.jobs.len() + self.going_on.len();
+        let jobs = self.running.state.lock().jobs;
+        let busy = jobs.saturating_sub(waiting).min(self.threads);
+        PoolState { threads: self.threads, busy, waiting, room: self.limit }
     }
 
     /// As `submit`, for the next part of work of which a part is done: no queue is too full for

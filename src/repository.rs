@@ -27,6 +27,7 @@ use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
 use self::scan::{Extent, Subject};
+use crate::metrics::METRICS;
 use crate::sys::{self, FileType, Status, Sys};
 use crate::types::Digest;
 
@@ -44,6 +45,8 @@ const SCANS: (usize, usize) = (2, 6);
 const SLOW: u32 = 6;
 /// Entries that are looked at to see whose they are.
 const OWNED_ENTRIES: usize = 32;
+/// And layers.
+const OWNED_LAYERS: usize = 8;
 
 pub struct Repository {
     name: String,
@@ -197,6 +200,20 @@ impl Repository {
         self.mount.lock().health.is_hopeless()
     }
 
+    /// How it is: asked, and waited for within bounds.
+    pub fn condition(repository: &Arc<Self>) -> Result<Condition, Missing> {
+        let asked = Arc::clone(repository);
+        Self::ask(repository, move || {
+            probe(asked.sys.as_ref(), &asked.path).map_err(|why| asked.known(why))?;
+            Ok(Condition { owner: asked.owner_of_all() })
+        })?
+    }
+
+    /// Nobody has waited for it in vain, or a probe has succeeded since. It is not asked.
+    pub fn seems_well(&self) -> bool {
+        self.mount().health.sick().is_none()
+    }
+
     /// Asks whether it is there, without waiting, and says so if it is not.
     pub fn look(repository: &Arc<Self>) {
         let asked = Arc::clone(repository);
@@ -331,21 +348,35 @@ impl Repository {
         }
     }
 
+    /// User and group of some of what is at the top of an image.
+    fn owners_of(&self, top: &Path) -> Option<Vec<(u32, u32)>> {
+        let entries = self.sys.read_dir(top).ok()?;
+        let owner = |name| self.sys.lstat(&top.join(name)).ok().map(|status| (status.uid, status.gid));
+        entries.iter().take(OWNED_ENTRIES).map(|(name, _)| owner(name)).collect()
+    }
+
+    /// The one owner of some of its layers, if there is one and it is not root.
+    fn owner_of_all(&self) -> Option<(u32, u32)> {
+        let layers = self.path.join(LAYERS);
+        let mut owners = Vec::new();
+        for (two, _) in self.sys.read_dir(&layers).ok()?.into_iter().take(OWNED_LAYERS) {
+            alive();
+            let some = layers.join(two);
+            let (digest, _) = self.sys.read_dir(&some).ok()?.into_iter().next()?;
+            owners.append(&mut self.owners_of(&some.join(digest).join(LAYER_ROOT))?);
+        }
+        sole_owner(&owners)
+    }
+
     /// Says once if nothing at the top of an image belongs to root: the publisher dropped the
     /// owners, or the client shows one of its own. Nobody but the site's admin can mend that.
     pub fn notice_owners(&self, what: &str, top: &Path) {
         if self.owners_told.load(Ordering::Relaxed) {
             return;
         }
-        let Ok(entries) = self.sys.read_dir(top) else { return };
-        let owners: Option<Vec<_>> = entries
-            .iter()
-            .take(OWNED_ENTRIES)
-            .map(|(name, _)| self.sys.lstat(&top.join(name)).ok().map(|status| (status.uid, status.gid)))
-            .collect();
-        let Some([(uid, gid), others @ ..]) = owners.as_deref() else { return };
-        let is_one = *uid != 0 && !others.is_empty() && others.iter().all(|(other, _)| other == uid);
-        if is_one && !self.owners_told.swap(true, Ordering::Relaxed) {
+        if let Some((uid, gid)) = self.owners_of(top).as_deref().and_then(sole_owner)
+            && !self.owners_told.swap(true, Ordering::Relaxed)
+        {
             log::warn!(repository = self.name.as_str();
                 "everything in {what} of repository {} belongs to uid {uid}, gid {gid}: containers will see that \
                  instead of the owners of the image. Either the CernVM-FS client claims the files (set \
@@ -353,6 +384,20 @@ impl Repository {
                  and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);
         }
     }
+}
+
+/// The owner of all, if that is one, and not root.
+fn sole_owner(owners: &[(u32, u32)]) -> Option<(u32, u32)> {
+    let [first, others @ ..] = owners else { return None };
+    let is_one = first.0 != 0 && !others.is_empty() && others.iter().all(|(uid, _)| *uid == first.0);
+    is_one.then_some(*first)
+}
+
+/// Of a repository that can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// User and group of everything in it, as far as it was looked at, if that is not root.
+    pub owner: Option<(u32, u32)>,
 }
 
 /// Where a repository has the whole root of an image.
@@ -386,9 +431,12 @@ impl<T> Asked<T> {
     /// What the job brought, if the repository does not fall silent and it is done before `until`.
     pub fn wait(self, until: Instant) -> Result<T, Missing> {
         let Self { ticket, mount, repository } = self;
+        let since = Instant::now();
         // Where another wait has ended in vain, this one need not take as long.
         let patience = Patience { silence: repository.timeout, until };
-        ticket.wait(patience, || mount.health.is_hopeless()).map_err(|lost| match lost {
+        let result = ticket.wait(patience, || mount.health.is_hopeless());
+        METRICS.waited(&repository.name, since);
+        result.map_err(|lost| match lost {
             Lost::Silent => repository.no_answer_of(&mount),
             Lost::Late => Missing::Slow { limit: repository.timeout * SLOW },
             // Its own message is in the log. The fence of our caller answers the call.

@@ -5,6 +5,7 @@
 //! generated types stop in here.
 #![forbid(unsafe_code)]
 
+mod admin;
 pub(crate) mod convert;
 mod door;
 pub(crate) mod filters;
@@ -15,6 +16,7 @@ pub mod service;
 mod socket;
 mod status;
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
@@ -35,6 +37,7 @@ use self::socket::{Reach, SocketFile};
 use crate::pool::Entrance;
 use crate::snapshotter::Snapshotter;
 use crate::sys;
+use crate::types::Timestamp;
 
 /// What containerd itself allows a message to be, both ways.
 const MESSAGE_BYTES: i32 = 16 << 20;
@@ -71,6 +74,11 @@ pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<Bound> {
     socket::bind(address, if allowed_uids.is_empty() { Reach::Root } else { Reach::Everybody })
 }
 
+/// A socket on `path` that everybody may connect to.
+pub fn bind_for_all(path: &Path) -> Result<UnixListener> {
+    socket::bind(path, Reach::Everybody).map(|bound| bound.listener)
+}
+
 impl Server {
     /// Begins to serve root and `allowed_uids`. `pool` does the work, except for calls that a
     /// repository may keep waiting.
@@ -93,7 +101,7 @@ impl Server {
         let handlers = Handlers::new(snapshotter, pool, waiters, Arc::clone(&load));
         let mut grpc = ServerBuilder::new(environment)
             .channel_args(args)
-            .register_service(handlers.service())
+            .register_service(handlers.service(Timestamp::now()))
             .build()
             .map_err(Error::Transport)?;
         grpc.start();

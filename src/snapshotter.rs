@@ -9,6 +9,7 @@
 
 mod cleanup;
 mod error;
+pub mod inspect;
 mod layers;
 mod list;
 mod metadata;
@@ -19,8 +20,8 @@ mod scans;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -34,6 +35,7 @@ pub use self::metadata::LabelChange;
 pub use self::recovery::Found;
 use self::scans::Scans;
 use crate::attach::{Attacher, Mode};
+use crate::metrics::METRICS;
 use crate::overlay::{self, Lower, Places};
 use crate::repository::Repository;
 use crate::store::sidecar::Sidecar;
@@ -61,6 +63,8 @@ pub struct Snapshotter {
     cleaning: parking_lot::Mutex<()>,
     /// Another one waits for it to end.
     cleanup_waits: AtomicBool,
+    /// What the start found.
+    found: OnceLock<Found>,
 }
 
 /// A snapshot that a client wants made.
@@ -121,6 +125,7 @@ impl Snapshotter {
             overlay_options: ways.overlay_options,
             cleaning: parking_lot::Mutex::default(),
             cleanup_waits: AtomicBool::default(),
+            found: OnceLock::new(),
         })
     }
 
@@ -159,7 +164,10 @@ impl Snapshotter {
             let reference = reference.clone();
             match self.commit_remote(&wanted, &reference)? {
                 Ok(()) => return Err(Error::RemoteCommitted { reference }),
-                Err(why) => why.log(&wanted.key, &reference),
+                Err(why) => {
+                    METRICS.downloaded(why.reason());
+                    why.log(&wanted.key, &reference);
+                }
             }
         }
         self.create(Kind::Active, &wanted)
@@ -238,6 +246,7 @@ impl Snapshotter {
             Ok::<_, Error>(Ok(name))
         })?;
         Ok(committed.map(|name| {
+            METRICS.published(repository.name());
             if self.ahead.try_send(name).is_err() {
                 log::debug!("many layers were pulled; what their containers need is done when they need it");
             }

@@ -147,6 +147,7 @@ case $want in
 demo) demo_packages ;;
 test)
     packages strace systemd-container util-linux
+    unpack prometheus
     machine
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl

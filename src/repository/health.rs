@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::metrics::METRICS;
+
 /// Between two probes that failed.
 const PAUSE: Duration = Duration::from_secs(1);
 /// So long a call lets a probe try, before it is told that the repository does not answer.
@@ -104,6 +106,7 @@ impl Health {
             log::warn!(repository = self.shared.repository.as_str();
                 "repository {} does not answer: {why}; layers are downloaded and containers on its layers do not \
                  start until it does", self.shared.repository);
+            METRICS.fell_silent(&self.shared.repository);
             state.sick = Some(Sick { since: Instant::now(), why });
         }
         self.ensure_probe(&mut state);

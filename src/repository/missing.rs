@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::health::Sick;
 use super::{LAYERS, scan};
+use crate::metrics::Reason;
 use crate::sys;
 
 /// Why something cannot be had from a repository.
@@ -53,6 +54,24 @@ pub enum Missing {
 }
 
 impl Missing {
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NotPublished => Reason::NotPublished,
+            Self::NotMounted { .. } => Reason::NotMounted,
+            Self::NoAnswer { .. }
+            | Self::Slow { .. }
+            | Self::Sick(_)
+            | Self::Stuck { .. }
+            | Self::BeingScanned { .. } => Reason::NoAnswer,
+            Self::Unreadable(_) | Self::NotADirectory { .. } | Self::LeadsOut { .. } | Self::Unscannable(_) => {
+                Reason::Unreadable
+            }
+            Self::NotConfigured { instead } => {
+                instead.as_ref().map_or(Reason::NotPublished, |(_, missing)| missing.reason())
+            }
+        }
+    }
+
     /// It is not there, as opposed to: it cannot be had right now.
     pub fn is_gone(&self) -> bool {
         match self {

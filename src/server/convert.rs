@@ -6,10 +6,11 @@ use std::collections::HashMap;
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
+use crate::attach::Mode;
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots::{Info, Kind as WireKind, UpdateSnapshotRequest};
 use crate::snapshotter::{Error, LabelChange, Result, Wanted};
-use crate::types::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
+use crate::types::{Key, Kind, Labels, Mount, RootfsMode, Snapshot, Timestamp};
 
 pub fn wanted(key: &str, parent: &str, labels: HashMap<String, String>) -> Result<Wanted> {
     Ok(Wanted { key: Key::parse(key)?, parent: Key::parse_optional(parent)?, labels: labels.into_iter().collect() })
@@ -41,6 +42,23 @@ pub fn info(snapshot: Snapshot) -> Info {
         updated_at: MessageField::some(timestamp(snapshot.updated)),
         labels: snapshot.labels.into_iter().collect(),
         ..Info::default()
+    }
+}
+
+/// As in the configuration.
+pub fn attach(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Bind => "bind",
+        Mode::Symlink => "symlink",
+    }
+}
+
+/// As in the configuration.
+pub fn rootfs(mode: RootfsMode) -> &'static str {
+    match mode {
+        RootfsMode::Auto => "auto",
+        RootfsMode::Flat => "flat",
+        RootfsMode::Layers => "layers",
     }
 }
 

@@ -2,21 +2,23 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_channel::oneshot;
-use grpcio::{Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink};
+use grpcio::{Method, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink};
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
 use super::load::{Load, Overload};
 use super::{Late, convert, service, status};
+use crate::metrics::METRICS;
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
     MountsRequest, MountsResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, StatSnapshotResponse,
     UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
 use crate::snapshotter::{self, Asks, Snapshotter};
-use crate::types::Key;
+use crate::types::{Key, Timestamp};
 
 /// What every handler holds a copy of.
 #[derive(Clone)]
@@ -48,6 +50,8 @@ pub(super) enum Failure {
     Call(snapshotter::Error),
     Pool(Refusal),
     Load(Overload),
+    /// Health was asked for something that is not here.
+    UnknownService(String),
 }
 
 impl From<snapshotter::Error> for Failure {
@@ -72,8 +76,9 @@ impl Handlers {
         Self { snapshotter, pool, waiters: Arc::new(waiters), load }
     }
 
-    pub fn service(&self) -> Service {
-        let mut service = ServiceBuilder::new();
+    /// `started`: when the process was.
+    pub fn service(&self, started: Timestamp) -> Service {
+        let mut service = self.admin(ServiceBuilder::new(), started);
         let asks: Waits<PrepareSnapshotRequest> = |s, request| s.asks_for_prepare(&request.parent, &request.labels);
         service = self.unary(service, &service::PREPARE, Some(asks), |s, request, _| {
             let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
@@ -129,7 +134,7 @@ impl Handlers {
 
     /// Adds a method that is answered once. `work` runs on a worker, or on a waiter if the call
     /// `waits`; it gets a function that says whether the caller has given up.
-    fn unary<Q, R, F>(
+    pub(super) fn unary<Q, R, F>(
         &self,
         service: ServiceBuilder,
         method: &Method<Q, R>,
@@ -141,34 +146,55 @@ impl Handlers {
         R: Send + 'static,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> snapshotter::Result<R> + Clone + Send + 'static,
     {
+        self.unary_at_once(service, method, waits, move |late, request, cancelled| {
+            Ok(work(late.wait(), request, cancelled)?)
+        })
+    }
+
+    /// As `unary`, and before the start is over.
+    pub(super) fn unary_at_once<Q, R, F>(
+        &self,
+        service: ServiceBuilder,
+        method: &Method<Q, R>,
+        waits: Option<Waits<Q>>,
+        work: F,
+    ) -> ServiceBuilder
+    where
+        Q: Message,
+        R: Send + 'static,
+        F: Fn(&Late, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
+    {
         let handlers = self.clone();
         let name = method.name;
         service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
-            let deadline = context.deadline();
+            let (deadline, since) = (context.deadline(), Instant::now());
             let burden = match handlers.load.take(request.compute_size()) {
                 Ok(burden) => burden,
                 Err(overload) => {
-                    let answer = sink.fail(log_and_status(name, &Failure::Load(overload)));
+                    let answer = sink.fail(failed(name, since, &Failure::Load(overload)));
                     return context.spawn(async move { drop(answer.await) });
                 }
             };
             let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), Arc::clone(&handlers.waiters));
             let (started, sending) = oneshot::channel();
-            let answer = move |result: Result<snapshotter::Result<R>, Refusal>| {
+            let answer = move |result: Result<Outcome<R>, Refusal>| {
                 let was_worked_on = result.is_ok();
-                let result = result.map_err(Failure::Pool).and_then(|result| result.map_err(Failure::Call));
+                let result = result.map_err(Failure::Pool).flatten();
                 // A refusal may be said on gRPC's own thread, which must not wait.
                 let turn = was_worked_on.then(|| burden.answer());
                 // Sending starts here, on the worker, without another change of threads.
                 let answer = match result {
-                    Ok(response) => sink.success(response),
-                    Err(failure) => sink.fail(log_and_status(name, &failure)),
+                    Ok(response) => {
+                        METRICS.called(name, status::name(RpcStatusCode::OK), since);
+                        sink.success(response)
+                    }
+                    Err(failure) => sink.fail(failed(name, since, &failure)),
                 };
                 drop(started.send((answer, turn, burden)));
             };
             let run = {
                 let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
-                move |request| work(snapshotter.wait(), request, &|| deadline.exceeded())
+                move |request| work(&snapshotter, request, &|| deadline.exceeded())
             };
             let run_here = run.clone();
             handlers.pool.submit(
@@ -176,7 +202,7 @@ impl Handlers {
                 move || match waits.map_or(Ok(None), |waits| waits(snapshotter.wait(), &request)) {
                     Ok(Some(asks)) => Step::PassOn(asks, request),
                     Ok(None) => Step::Done(run_here(request)),
-                    Err(e) => Step::Done(Err(e)),
+                    Err(e) => Step::Done(Err(e.into())),
                 },
                 move |step| match step {
                     Ok(Step::PassOn(asks, request)) => {
@@ -200,12 +226,19 @@ impl Handlers {
 
 /// What a worker did with a call.
 enum Step<Q, R> {
-    Done(snapshotter::Result<R>),
+    Done(Outcome<R>),
     PassOn(Asks, Q),
 }
 
+/// The status for a failure, counted.
+pub(super) fn failed(method: &str, since: Instant, failure: &Failure) -> RpcStatus {
+    let status = log_and_status(method, failure);
+    METRICS.called(method, status::name(status.code()), since);
+    status
+}
+
 /// The status for a failure, and a line in the log if it shows a fault of this program or host.
-pub(super) fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
+fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
     use snapshotter::Error;
     match failure {
         Failure::Call(error) => {
@@ -230,5 +263,6 @@ pub(super) fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
             log::warn!(method = method; "{overload}");
             status::of_overload(*overload)
         }
+        Failure::UnknownService(name) => status::of_unknown_service(name),
     }
 }

@@ -6,16 +6,18 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_channel::oneshot;
 use futures_util::SinkExt;
-use grpcio::{Deadline, RpcContext, ServerStreamingSink, WriteFlags};
+use grpcio::{Deadline, RpcContext, RpcStatusCode, ServerStreamingSink, WriteFlags};
 use protobuf::Message;
 
 use super::filters::Filters;
-use super::handlers::{Failure, Handlers, Outcome, log_and_status};
+use super::handlers::{Failure, Handlers, Outcome, failed};
 use super::load::{Burden, Sending};
-use super::{convert, service};
+use super::{convert, service, status};
+use crate::metrics::METRICS;
 use crate::proto::snapshots::{ListSnapshotsRequest, ListSnapshotsResponse};
 use crate::snapshotter::{self, CHUNK_BYTES, Rest, Snapshotter};
 use crate::types::Snapshot;
@@ -47,7 +49,7 @@ impl Handlers {
         request: ListSnapshotsRequest,
         mut sink: ServerStreamingSink<ListSnapshotsResponse>,
     ) {
-        let deadline = context.deadline();
+        let (deadline, since) = (context.deadline(), Instant::now());
         let mut answered = self.begin_list(deadline, request);
         let handlers = self.clone();
         context.spawn(async move {
@@ -55,24 +57,25 @@ impl Handlers {
             loop {
                 let Part { found, sending, listing, rest } = match answered.await {
                     Ok(Ok(part)) => part,
-                    Ok(Err(failure)) => return drop(sink.fail(log_and_status(service::LIST.name, &failure)).await),
+                    Ok(Err(failure)) => return drop(sink.fail(failed(service::LIST.name, since, &failure)).await),
                     Err(oneshot::Canceled) => return,
                 };
                 let mut found = found.into_iter();
                 while let Some(batch) = next_batch(&mut found) {
                     sent += batch.info.len();
                     if sink.send((batch, WriteFlags::default())).await.is_err() {
-                        return log_abandoned(sent);
+                        return abandoned(since, sent);
                     }
                 }
                 let Some(rest) = rest else {
+                    METRICS.called(service::LIST.name, status::name(RpcStatusCode::OK), since);
                     drop(sink.close().await);
                     return drop((sending, listing));
                 };
                 drop(sending);
                 // Nothing may have been sent: this asks whether the client is there at all.
                 if sink.flush().await.is_err() {
-                    return log_abandoned(sent);
+                    return abandoned(since, sent);
                 }
                 answered = handlers.go_on_with_list(deadline, listing, rest);
             }
@@ -150,6 +153,7 @@ fn next_batch(found: &mut impl Iterator<Item = Snapshot>) -> Option<ListSnapshot
     (!batch.info.is_empty()).then_some(batch)
 }
 
-fn log_abandoned(sent: usize) {
+fn abandoned(since: Instant, sent: usize) {
+    METRICS.called(service::LIST.name, status::name(RpcStatusCode::CANCELLED), since);
     log::debug!(method = service::LIST.name; "the client went away, {sent} snapshots were sent to it");
 }

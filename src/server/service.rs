@@ -1,10 +1,14 @@
-//! The ten methods of `containerd.services.snapshots.v1.Snapshots`, as a table: grpcio needs
-//! no more to serve them, and tests need no more to call them.
+//! The ten methods of `containerd.services.snapshots.v1.Snapshots`, and those for the admin, as
+//! tables: grpcio needs no more to serve them, and clients need no more to call them.
 #![forbid(unsafe_code)]
 
 use grpcio::{Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::well_known_types::empty::Empty;
 
+use crate::proto::admin::{
+    DescribeRequest, DescribeResponse, LeftoversRequest, LeftoversResponse, SnapshotsRequest, SnapshotsResponse,
+};
+use crate::proto::health::{HealthCheckRequest, HealthCheckResponse};
 use crate::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse,
     PrepareSnapshotRequest, PrepareSnapshotResponse, RemoveSnapshotRequest, StatSnapshotRequest, StatSnapshotResponse,
@@ -13,10 +17,10 @@ use crate::proto::snapshots::{
 };
 
 macro_rules! methods {
-    ($($constant:ident $kind:ident $name:literal $request:ty => $response:ty;)*) => {
+    ($service:literal $($constant:ident $kind:ident $name:literal $request:ty => $response:ty;)*) => {
         $(pub const $constant: Method<$request, $response> = Method {
             ty: MethodType::$kind,
-            name: concat!("/containerd.services.snapshots.v1.Snapshots/", $name),
+            name: concat!("/", $service, "/", $name),
             req_mar: Marshaller { ser: pb_ser, de: pb_de },
             resp_mar: Marshaller { ser: pb_ser, de: pb_de },
         };)*
@@ -24,6 +28,7 @@ macro_rules! methods {
 }
 
 methods! {
+    "containerd.services.snapshots.v1.Snapshots"
     PREPARE Unary "Prepare" PrepareSnapshotRequest => PrepareSnapshotResponse;
     VIEW Unary "View" ViewSnapshotRequest => ViewSnapshotResponse;
     MOUNTS Unary "Mounts" MountsRequest => MountsResponse;
@@ -34,4 +39,16 @@ methods! {
     LIST ServerStreaming "List" ListSnapshotsRequest => ListSnapshotsResponse;
     USAGE Unary "Usage" UsageRequest => UsageResponse;
     CLEANUP Unary "Cleanup" CleanupRequest => Empty;
+}
+
+methods! {
+    "cvmfs_snapshotter.admin.Admin"
+    DESCRIBE Unary "Describe" DescribeRequest => DescribeResponse;
+    SNAPSHOTS Unary "Snapshots" SnapshotsRequest => SnapshotsResponse;
+    LEFTOVERS Unary "Leftovers" LeftoversRequest => LeftoversResponse;
+}
+
+methods! {
+    "grpc.health.v1.Health"
+    HEALTH_CHECK Unary "Check" HealthCheckRequest => HealthCheckResponse;
 }

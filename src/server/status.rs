@@ -6,6 +6,7 @@ use grpcio::{RpcStatus, RpcStatusCode};
 use super::load::Overload;
 use crate::pool::Refusal;
 use crate::snapshotter::Error;
+use crate::types::Quoted;
 
 pub fn of_error(error: &Error) -> RpcStatus {
     RpcStatus::with_message(code(error), error.to_string())
@@ -40,6 +41,29 @@ pub fn of_refusal(refusal: &Refusal) -> RpcStatus {
         Refusal::Panicked(_) => RpcStatusCode::INTERNAL,
     };
     RpcStatus::with_message(code, refusal.to_string())
+}
+
+pub fn of_unknown_service(name: &str) -> RpcStatus {
+    let message = format!("there is no service or repository {} here", Quoted(name));
+    RpcStatus::with_message(RpcStatusCode::NOT_FOUND, message)
+}
+
+/// As gRPC's documentation writes it.
+pub fn name(code: RpcStatusCode) -> &'static str {
+    match code {
+        RpcStatusCode::OK => "OK",
+        RpcStatusCode::CANCELLED => "CANCELLED",
+        RpcStatusCode::INVALID_ARGUMENT => "INVALID_ARGUMENT",
+        RpcStatusCode::DEADLINE_EXCEEDED => "DEADLINE_EXCEEDED",
+        RpcStatusCode::NOT_FOUND => "NOT_FOUND",
+        RpcStatusCode::ALREADY_EXISTS => "ALREADY_EXISTS",
+        RpcStatusCode::RESOURCE_EXHAUSTED => "RESOURCE_EXHAUSTED",
+        RpcStatusCode::FAILED_PRECONDITION => "FAILED_PRECONDITION",
+        RpcStatusCode::UNAVAILABLE => "UNAVAILABLE",
+        RpcStatusCode::INTERNAL => "INTERNAL",
+        // There is no other that this program answers with.
+        _ => "UNKNOWN",
+    }
 }
 
 pub fn of_overload(overload: Overload) -> RpcStatus {
@@ -84,6 +108,7 @@ mod tests {
         ] {
             let status = of_error(&error);
             assert_eq!(status.code(), expected, "{error:?}");
+            assert_ne!(name(status.code()), "UNKNOWN", "{error:?}");
             // containerd gives FailedPrecondition with these endings another type.
             assert!(!status.message().ends_with(": conflict") && !status.message().ends_with(": not modified"));
         }

@@ -10,6 +10,7 @@ use std::thread;
 
 use super::{Error, Result, Snapshotter};
 use crate::attach::Released;
+use crate::metrics::METRICS;
 use crate::store::Lookup;
 use crate::types::SnapshotId;
 
@@ -51,6 +52,7 @@ impl Snapshotter {
             self.store.write_to_free(|tx| tx.schedule_cleanup(&left).map_err(Error::from))?;
         }
         self.store.restore_reserve();
+        METRICS.cleaned(cleaned.done, cleaned.left);
         result.map(|()| cleaned)
     }
 

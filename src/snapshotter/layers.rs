@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
+use crate::metrics::{METRICS, Reason};
 use crate::overlay::{self, Edition, Form, Lower, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Extent, Scan, Subject};
@@ -41,6 +42,21 @@ pub enum Fallback {
 }
 
 impl Fallback {
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NoDigest => Reason::NoDigest,
+            Self::BadDigest { .. } => Reason::BadDigest,
+            Self::NameTooLong | Self::NameTaken { .. } => Reason::Name,
+            // What is odd about one of them says more than that another one does not have it.
+            Self::Missing { why, .. } => {
+                let reasons = why.iter().map(|(_, missing)| missing.reason());
+                reasons
+                    .reduce(|one, other| if one == Reason::NotPublished { other } else { one })
+                    .unwrap_or(Reason::NotPublished)
+            }
+        }
+    }
+
     /// One line for each layer that is downloaded.
     pub fn log(&self, key: &Key, reference: &str) {
         let key = key.to_string();
@@ -349,12 +365,16 @@ impl Sources {
             // Gone while we were at it?
             // Or another thread hangs in it, and keeps this one from attaching.
             let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::EAGAIN;
+            METRICS.attached(form.as_str(), "failed");
             if of_repository || repository.top(&piece.subject).is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {
                 Trouble::Own(Error::System(e))
             }
         })?;
+        if pin.fresh {
+            METRICS.attached(form.as_str(), "attached");
+        }
         if pin.fresh && piece.subject.extent != Extent::Layer {
             repository.notice_owners(&describe(&piece.subject), &top);
         }

@@ -31,8 +31,8 @@ pub struct Chunk {
 /// Snapshots that a List has not looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rest {
-    next: SnapshotId,
-    last: SnapshotId,
+    pub next: SnapshotId,
+    pub last: SnapshotId,
 }
 
 impl Snapshotter {

@@ -65,6 +65,7 @@ impl Snapshotter {
         if !leftovers.is_empty() {
             self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;
         }
+        let _ = self.found.set(found.clone());
         Ok(found)
     }
 

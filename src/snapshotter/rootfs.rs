@@ -236,7 +236,7 @@ impl Sources {
     }
 }
 
-fn flat_subject(flat: &Flat) -> Subject {
+pub fn flat_subject(flat: &Flat) -> Subject {
     Subject { extent: Extent::Flat, digest: flat.config.clone(), repository: flat.repository.clone() }
 }
 

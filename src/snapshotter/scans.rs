@@ -13,6 +13,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 
 use super::{Error, Result};
+use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
 use crate::repository::scan::{self, Progress, Scan, Subject};
 use crate::repository::{Missing, Repository};
@@ -131,6 +132,7 @@ impl Shared {
             self.finish(key, walk, Ok(known));
             return;
         }
+        let since = Instant::now();
         let result = match scan::scan(self.sys.as_ref(), top, subject.extent, &walk.progress) {
             Ok(found) => {
                 if let Err(e) = self.store.write(|tx| tx.put_scan(subject, &found).map_err(Error::from)) {
@@ -141,6 +143,7 @@ impl Shared {
             Err(scan::Error::System(e)) => Err(repository.unreadable(e)),
             Err(e) => Err(Missing::Unscannable(e)),
         };
+        METRICS.scanned(if result.is_ok() { "done" } else { "failed" }, since);
         if let Err(why) = &result {
             log::debug!("{} will be looked through when it is needed: {why}", subject.digest);
         }

@@ -12,12 +12,14 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use redb::{ReadableDatabase, StorageError, WriteTransaction};
 
 use super::transaction::META;
 use super::{Error, For, Opened, Result, Store, Write};
+use crate::metrics::METRICS;
 
 /// In `META`: the number of the last transaction of several writes that reached the disk.
 const LAST_GROUP: &str = "last_group";
@@ -215,11 +217,15 @@ impl Store {
             turn.number += 1;
             turn.number
         });
+        let since = Instant::now();
         let result = match number {
             _ if !changed => transaction.abort().map_err(redb::Error::from),
             None => transaction.commit().map_err(redb::Error::from),
             Some(number) => commit_numbered(transaction, number),
         };
+        if changed && result.is_ok() {
+            METRICS.committed(members as u64, since);
+        }
         let end = match result {
             Ok(()) => End::Durable,
             Err(cause) => {

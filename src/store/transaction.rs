@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-use redb::{ReadTransaction, ReadableTable, TableDefinition, Value, WriteTransaction};
+use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, Value, WriteTransaction};
 
 use super::{Error, Result, record};
 use crate::repository::scan::{Extent, Scan, Subject};
@@ -189,6 +189,26 @@ pub trait Lookup {
         let table = self.table(CLEANUP)?;
         let row = table.last().map_err(|e| self.error(e))?;
         Ok(row.map(|(id, _)| SnapshotId(id.value())))
+    }
+
+    /// Ids on the list for cleanup from `next` on, so many at most, and the first that is left.
+    fn scheduled(&self, next: SnapshotId, most: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
+        let mut ids = Vec::new();
+        for row in self.table(CLEANUP)?.range(next.0..).map_err(|e| self.error(e))? {
+            let (id, _) = row.map_err(|e| self.error(e))?;
+            if ids.len() == most {
+                return Ok((ids, Some(SnapshotId(id.value()))));
+            }
+            ids.push(SnapshotId(id.value()));
+        }
+        Ok((ids, None))
+    }
+
+    /// How many snapshots there are, and ids on the list for cleanup.
+    fn counts(&self) -> Result<(u64, u64)> {
+        let snapshots = self.table(IDS)?.len().map_err(|e| self.error(e))?;
+        let scheduled = self.table(CLEANUP)?.len().map_err(|e| self.error(e))?;
+        Ok((snapshots, scheduled))
     }
 
     /// Whether `id` is on the list for cleanup.

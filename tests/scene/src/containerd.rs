@@ -71,6 +71,10 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
         self.dir.join("c.sock")
     }
 
+    pub fn configuration(&self) -> PathBuf {
+        self.dir.join("config.toml")
+    }
+
     /// Where the content store and the snapshots lie.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")

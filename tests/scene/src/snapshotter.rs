@@ -1,5 +1,6 @@
 //! The snapshotter under test, as a process.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::Signal;
 
 use crate::client::Client;
-use crate::process::Server;
+use crate::process::{Output, Server, run};
 
 /// The binary that was built beside this one.
 pub fn binary() -> PathBuf {
@@ -96,6 +97,15 @@ impl Snapshotter {
         command.arg("--address").arg(self.socket()).arg("--root").arg(self.root());
         command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", level]);
         command
+    }
+
+    /// One of the admin's commands.
+    pub fn admin(&self, arguments: &[&str]) -> Output {
+        let (socket, root, config) = (self.socket(), self.root(), self.dir.join("config.toml"));
+        let mut all: Vec<&OsStr> = ["--address".as_ref(), socket.as_ref(), "--root".as_ref(), root.as_ref()].to_vec();
+        all.extend::<[&OsStr; 2]>(["--config".as_ref(), config.as_ref()]);
+        all.extend(arguments.iter().map(|argument| -> &OsStr { argument.as_ref() }));
+        run(binary(), all)
     }
 
     pub fn socket(&self) -> PathBuf {

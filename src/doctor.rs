@@ -1,0 +1,138 @@
+//! `cvmfs-snapshotter doctor`: looks at the node, the daemon, the repositories and containerd, and says
+//! for whatever is wrong what it means and what to change. Changes nothing.
+//!
+//! Each check has a name that stays, for scripts. What cannot be looked at is said, and is no
+//! reason to end: a doctor comes when things are broken.
+#![forbid(unsafe_code)]
+
+pub mod configuration;
+mod containerd;
+mod images;
+mod judge;
+mod node;
+mod repositories;
+mod service;
+mod systemd;
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+pub use self::repositories::probe;
+use crate::cli::Arguments;
+use crate::table::{Progress, printable};
+
+/// Where containerd listens, its own and the one of k3s.
+pub const SOCKETS: [&str; 2] = ["/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"];
+/// And where their configurations are.
+pub const CONFIGURATIONS: [&str; 2] =
+    ["/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"];
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub json: bool,
+    pub socket: Option<PathBuf>,
+    pub configuration: Option<PathBuf>,
+}
+
+/// How bad something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    Good,
+    /// To know, and nothing to do.
+    Note,
+    /// It works, and not as it could; or it could not be looked at.
+    Warning,
+    /// Pulls or containers suffer.
+    Problem,
+}
+
+impl State {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Note => "note",
+            Self::Warning => "warning",
+            Self::Problem => "problem",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its name, which stays.
+    pub check: &'static str,
+    pub state: State,
+    pub what: String,
+    /// What to change.
+    pub remedy: Option<String>,
+}
+
+impl Finding {
+    pub fn good(check: &'static str, what: impl Into<String>) -> Self {
+        Self { check, state: State::Good, what: what.into(), remedy: None }
+    }
+
+    pub fn note(check: &'static str, what: impl Into<String>) -> Self {
+        Self { check, state: State::Note, what: what.into(), remedy: None }
+    }
+
+    pub fn warning(check: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, state: State::Warning, what: what.into(), remedy: Some(remedy.into()) }
+    }
+
+    pub fn problem(check: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, state: State::Problem, what: what.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// What was found, and the exit code: as monitoring systems have it, 0 is good, 1 a warning, 2 a
+/// problem.
+pub fn run(arguments: &Arguments, wanted: &Wanted) -> (String, u8) {
+    let progress = Progress::new();
+    progress.say("looking at the node");
+    let (mut findings, config) = node::look(arguments);
+    progress.say("asking the daemon and the repositories");
+    let daemon = service::look(arguments, config.as_ref(), &mut findings);
+    progress.say("asking containerd");
+    containerd::look(arguments, wanted, daemon.as_ref(), &progress, &mut findings);
+    drop(progress);
+    let worst = findings.iter().map(|finding| finding.state).max().unwrap_or(State::Good);
+    let text = if wanted.json { as_json(&findings, worst) } else { as_text(&findings) };
+    let code = match worst {
+        State::Good | State::Note => 0,
+        State::Warning => 1,
+        State::Problem => 2,
+    };
+    (text, code)
+}
+
+fn as_json(findings: &[Finding], worst: State) -> String {
+    let findings = findings
+        .iter()
+        .map(|one| json!({"check": one.check, "state": one.state.as_str(), "what": one.what, "remedy": one.remedy}));
+    let report = json!({"state": worst.as_str(), "findings": findings.collect::<Vec<_>>()});
+    format!("{report:#}\n")
+}
+
+fn as_text(findings: &[Finding]) -> String {
+    const INDENT: usize = 9;
+    let mut text = String::new();
+    // Writing into memory cannot fail.
+    for one in findings {
+        let _ = writeln!(text, "{:<INDENT$}{:<24}{}", one.state.as_str(), one.check, printable(&one.what));
+        for line in one.remedy.iter().flat_map(|remedy| remedy.lines()) {
+            let _ = writeln!(text, "{:INDENT$}  | {}", "", printable(line));
+        }
+    }
+    let count = |state| findings.iter().filter(|one| one.state == state).count();
+    let _ = writeln!(
+        text,
+        "{} problems, {} warnings, {} checks are good",
+        count(State::Problem),
+        count(State::Warning),
+        count(State::Good)
+    );
+    text
+}

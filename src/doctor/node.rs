@@ -1,0 +1,162 @@
+//! The node without anybody's help: kernel, state root, our configuration.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::geteuid;
+
+use super::Finding;
+use crate::cli::Arguments;
+use crate::config::{self, Config, Loaded};
+use crate::sys;
+use crate::table::size;
+
+/// A state root with less room than one part in so many is told.
+const LITTLE_ROOM: u64 = 20;
+/// Keys of containerd's own configuration, which old documentation had in this file.
+const CONTAINERDS: [&str; 5] = ["version", "plugins", "proxy_plugins", "root", "state"];
+
+/// And the configuration, if there is one that can be used.
+pub fn look(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
+    let mut findings = Vec::new();
+    if !geteuid().is_root() {
+        findings.push(Finding::warning(
+            "node.user",
+            "this is not root: much cannot be looked at",
+            "run it as root: sudo cvmfs-snapshotter doctor",
+        ));
+    }
+    findings.push(overlayfs());
+    findings.append(&mut state_root(&arguments.root));
+    let (mut about_file, config) = configuration(arguments.config.as_deref());
+    findings.append(&mut about_file);
+    (findings, config)
+}
+
+fn overlayfs() -> Finding {
+    const CHECK: &str = "node.overlayfs";
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+    let is_loaded =
+        fs::read_to_string("/proc/filesystems").is_ok_and(|all| all.lines().any(|line| line.ends_with("\toverlay")));
+    let module = format!("/lib/modules/{release}/kernel/fs/overlayfs");
+    if is_loaded {
+        Finding::good(CHECK, format!("the kernel, {release}, has overlayfs"))
+    } else if Path::new(&module).exists() {
+        Finding::note(
+            CHECK,
+            format!("overlayfs is a module of the kernel, {release}, that the first container will load"),
+        )
+    } else {
+        Finding::problem(
+            CHECK,
+            format!("the kernel, {release}, does not know overlayfs, and {module} is missing"),
+            "modprobe overlay; if that fails, boot the kernel whose modules are installed",
+        )
+    }
+}
+
+fn state_root(root: &Path) -> Vec<Finding> {
+    const CHECK: &str = "node.state-root";
+    let shown = root.display();
+    let Ok(real) = root.canonicalize() else {
+        return vec![Finding::note(
+            CHECK,
+            format!("the state root {shown} is not there yet: the first start makes it"),
+        )];
+    };
+    let mut findings = Vec::new();
+    if let Ok(found) = statfs(&real) {
+        let bad =
+            [(NFS_SUPER_MAGIC, "NFS"), (OVERLAYFS_SUPER_MAGIC, "an overlay"), (FUSE_SUPER_MAGIC, "a FUSE file system")];
+        let kind = |(magic, name): (FsType, &'static str)| (found.filesystem_type() == magic).then_some(name);
+        if let Some(name) = bad.into_iter().find_map(kind) {
+            findings.push(Finding::problem(
+                CHECK,
+                format!("the state root {shown} is on {name}: overlayfs cannot write there"),
+                "put the state root on a local disk (--root)",
+            ));
+        }
+    }
+    let is_empty = fs::read_dir(&real).is_ok_and(|mut entries| entries.next().is_none());
+    if !is_empty && matches!(sys::tells_types(&real), Ok(false)) {
+        findings.push(Finding::problem(
+            CHECK,
+            format!("the file system of {shown} does not tell the types of directory entries (d_type)"),
+            "put the state root on another one, or make it anew: XFS with -n ftype=1, ext4 with -O filetype",
+        ));
+    }
+    if let Ok(found) = statvfs(&real) {
+        let flags = [(FsFlags::ST_NOEXEC, "noexec"), (FsFlags::ST_NOSUID, "nosuid"), (FsFlags::ST_NODEV, "nodev")];
+        let set: Vec<&str> =
+            flags.into_iter().filter(|(flag, _)| found.flags().contains(*flag)).map(|(_, name)| name).collect();
+        if !set.is_empty() {
+            findings.push(Finding::warning(
+                CHECK,
+                format!("the state root {shown} is mounted {}: so is what containers install and make", set.join(", ")),
+                format!("mount it without: mount -o remount,exec,suid,dev {}", mount_point(&real).display()),
+            ));
+        }
+        findings.push(room(&real, &found));
+    }
+    if findings.is_empty() {
+        findings.push(Finding::warning(CHECK, format!("{shown} cannot be looked at"), "run this as root"));
+    }
+    findings
+}
+
+fn room(root: &Path, found: &nix::sys::statvfs::Statvfs) -> Finding {
+    const CHECK: &str = "node.disk";
+    let (free, all) = (found.blocks_available() * found.fragment_size(), found.blocks() * found.fragment_size());
+    let (free_files, files) = (found.files_available(), found.files());
+    let is_full = free < all / LITTLE_ROOM || (files > 0 && free_files < files / LITTLE_ROOM);
+    let said =
+        format!("{} of {} and {free_files} of {files} inodes are free for {}", size(free), size(all), root.display());
+    if is_full {
+        Finding::warning(
+            CHECK,
+            said,
+            "see what takes it: cvmfs-snapshotter status; remove images and containers, then cvmfs-snapshotter gc",
+        )
+    } else {
+        Finding::good(CHECK, said)
+    }
+}
+
+/// Where the file system of `path` is mounted, as far as device numbers tell.
+fn mount_point(path: &Path) -> PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| fs::metadata(path).ok().map(|status| status.dev());
+    let own = device(path);
+    path.ancestors().take_while(|above| device(above) == own).last().unwrap_or(path).to_owned()
+}
+
+fn configuration(path: Option<&Path>) -> (Vec<Finding>, Option<Config>) {
+    const CHECK: &str = "config.file";
+    let file = path.unwrap_or(Path::new(config::DEFAULT_PATH)).display().to_string();
+    let Loaded { config, unknown } = match config::load(path) {
+        Ok(loaded) => loaded,
+        Err(e) => {
+            let remedy = "correct that line; cvmfs-snapshotter --check-config tells when it is good";
+            return (vec![Finding::problem(CHECK, e.to_string(), remedy)], None);
+        }
+    };
+    let mut findings: Vec<Finding> = unknown
+        .iter()
+        .map(|unknown| {
+            let remedy = if CONTAINERDS.contains(&unknown.key.as_str()) {
+                "it is one of containerd's: move it to /etc/containerd/config.toml"
+            } else {
+                "remove it or correct its spelling"
+            };
+            Finding::warning(CHECK, format!("{file}, {unknown}"), remedy)
+        })
+        .collect();
+    if findings.is_empty() {
+        let is_there = if Path::new(&file).exists() { "is good" } else { "is not there: the defaults hold" };
+        findings.push(Finding::good(CHECK, format!("{file} {is_there}")));
+    }
+    (findings, Some(config))
+}

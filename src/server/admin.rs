@@ -1,0 +1,151 @@
+//! What `cvmfs-snapshotter status`, `doctor` and `gc` ask, and gRPC's question after our health.
+#![forbid(unsafe_code)]
+
+use grpcio::ServiceBuilder;
+use protobuf::{EnumOrUnknown, MessageField};
+
+use super::handlers::{Failure, Handlers};
+use super::{convert, service};
+use crate::metrics::METRICS;
+use crate::proto::admin::{
+    DescribeResponse, Found, Leftover, LeftoversResponse, Owner, Pulls, Repository, Snapshot, SnapshotsResponse,
+    leftover, snapshot,
+};
+use crate::proto::health::HealthCheckResponse;
+use crate::proto::health::health_check_response::ServingStatus;
+use crate::repository::Missing;
+use crate::snapshotter::inspect::{Ask, Inspected, Of};
+use crate::snapshotter::{Asks, Rest, Snapshotter};
+use crate::types::{Kind, LABEL_IMAGE_REF, Rootfs, SnapshotId, Timestamp};
+
+/// What gRPC's health protocol calls the service that containerd uses.
+const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
+
+impl Handlers {
+    pub(super) fn admin(&self, mut service: ServiceBuilder, started: Timestamp) -> ServiceBuilder {
+        service = self.unary(service, &service::DESCRIBE, Some(|_, _| Ok(Some(Asks::All))), move |s, _, _| {
+            Ok(describe(s, started))
+        });
+        service = self.unary(
+            service,
+            &service::SNAPSHOTS,
+            Some(|_, request| Ok(request.ask_repositories.then_some(Asks::All))),
+            |s, request, _| {
+                let rest = (request.next > 0)
+                    .then_some(Rest { next: SnapshotId(request.next), last: SnapshotId(request.last) });
+                let ask = if request.ask_repositories { Ask::Repositories } else { Ask::Nobody };
+                let (inspected, rest) = s.inspect(rest, ask)?;
+                Ok(SnapshotsResponse {
+                    snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
+                    next: rest.map_or(0, |rest| rest.next.0),
+                    last: rest.map_or(0, |rest| rest.last.0),
+                    ..SnapshotsResponse::default()
+                })
+            },
+        );
+        service = self.unary(service, &service::LEFTOVERS, None, |s, request, _| {
+            let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
+            let leftovers = leftovers.into_iter().map(|one| Leftover {
+                path: one.path.display().to_string(),
+                what: EnumOrUnknown::new(match one.of {
+                    Of::Removed => leftover::What::REMOVED,
+                    Of::Detached => leftover::What::DETACHED,
+                }),
+                ..Leftover::default()
+            });
+            Ok(LeftoversResponse {
+                leftovers: leftovers.collect(),
+                next: next.map_or(0, |id| id.0),
+                ..LeftoversResponse::default()
+            })
+        });
+        // Not after the start: that it is not over is an answer.
+        self.unary_at_once(service, &service::HEALTH_CHECK, None, |late, request, _| {
+            let serving = match late.get() {
+                None => false,
+                Some(snapshotter) => is_well(snapshotter, &request.service)
+                    .ok_or_else(|| Failure::UnknownService(request.service.clone()))?,
+            };
+            let status = if serving { ServingStatus::SERVING } else { ServingStatus::NOT_SERVING };
+            Ok(HealthCheckResponse { status: EnumOrUnknown::new(status), ..HealthCheckResponse::default() })
+        })
+    }
+}
+
+/// None: there is no such service. That this runs says that a worker was free.
+fn is_well(snapshotter: &Snapshotter, service: &str) -> Option<bool> {
+    match service {
+        "" | SNAPSHOTS => Some(true),
+        name => snapshotter.health().into_iter().find(|(repository, _)| repository == name).map(|(_, well)| well),
+    }
+}
+
+fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
+    let setup = snapshotter.setup();
+    let conditions = snapshotter.conditions();
+    let repositories = conditions.iter().map(|(repository, condition)| {
+        let owner = condition.as_ref().ok().and_then(|condition| condition.owner);
+        Repository {
+            name: repository.name().to_owned(),
+            path: repository.path().display().to_string(),
+            trouble: condition.as_ref().err().map(Missing::to_string).unwrap_or_default(),
+            owner: owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() }).into(),
+            ..Repository::default()
+        }
+    });
+    DescribeResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        started: started.0,
+        snapshots: setup.snapshots.display().to_string(),
+        attach: convert::attach(setup.attach).to_owned(),
+        rootfs: convert::rootfs(setup.rootfs).to_owned(),
+        repositories: repositories.collect(),
+        found: MessageField::some(Found {
+            unknown: setup.found.unknown.len() as u64,
+            foreign: setup.found.foreign as u64,
+            ..Found::default()
+        }),
+        pulls: MessageField::some(pulls(conditions.iter().map(|(repository, _)| repository.name()))),
+        ..DescribeResponse::default()
+    }
+}
+
+fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
+    let counted = METRICS.pulls(repositories);
+    Pulls {
+        published: counted.published,
+        not_published: counted.not_published,
+        unnamed: counted.unnamed,
+        failed: counted.failed,
+        ..Pulls::default()
+    }
+}
+
+fn inspected_snapshot(one: Inspected) -> Snapshot {
+    let Inspected { snapshot, rootfs, trouble, flat_trouble } = one;
+    let (digest, repository) =
+        snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
+    Snapshot {
+        id: snapshot.id.0,
+        key: snapshot.key.as_str().to_owned(),
+        parent: snapshot.parent.map_or_else(String::new, |parent| parent.as_str().to_owned()),
+        kind: EnumOrUnknown::new(match snapshot.kind {
+            Kind::View => snapshot::Kind::VIEW,
+            Kind::Active => snapshot::Kind::ACTIVE,
+            Kind::Committed => snapshot::Kind::COMMITTED,
+        }),
+        created: snapshot.created.0,
+        image: snapshot.labels.get(LABEL_IMAGE_REF).cloned().unwrap_or_default(),
+        digest,
+        repository,
+        below: EnumOrUnknown::new(match rootfs {
+            None => snapshot::Below::UNDECIDED,
+            Some(Rootfs::Layers) => snapshot::Below::LAYERS,
+            Some(Rootfs::Flat(_)) => snapshot::Below::FLAT,
+        }),
+        trouble: trouble.unwrap_or_default(),
+        flat_trouble: flat_trouble.unwrap_or_default(),
+        ..Snapshot::default()
+    }
+}

@@ -1,0 +1,364 @@
+//! What a status says, from what the daemon answered. Pure.
+//!
+//! A snapshotter knows snapshots and no images: an image is shown for each committed snapshot that
+//! ends a chain, or that a container stands on, under the reference that was pulled, if containerd
+//! said it.
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::proto::admin::snapshot::{Below, Kind};
+use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
+use crate::table::{age, size, table};
+use crate::types::Timestamp;
+
+const NANOS: i64 = 1_000_000_000;
+
+/// Where the files of an image come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// All its layers are published.
+    Lazy,
+    /// Some were downloaded.
+    Mixed,
+    /// All were.
+    Local,
+}
+
+impl Source {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Lazy => "lazy",
+            Self::Mixed => "mixed",
+            Self::Local => "local",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The reference that was pulled.
+    pub reference: Option<String>,
+    /// Of the uppermost snapshot.
+    pub key: String,
+    pub layers: usize,
+    pub published: usize,
+    pub source: Source,
+    /// "flat" or "layers", once a container needed it.
+    pub below: Option<&'static str>,
+    /// Why no container can start on it.
+    pub broken: Option<String>,
+    /// Keys of the snapshots of containers, and of views, on it.
+    pub users: Vec<String>,
+    /// Bytes of its downloaded layers on this node's disk; others may share them.
+    pub bytes: u64,
+    /// Nanoseconds since 1970.
+    pub created: i64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Report {
+    daemon: DescribeResponse,
+    pub images: Vec<Image>,
+    /// What containers wrote: key and bytes.
+    containers: Vec<(String, Option<u64>)>,
+    snapshots: usize,
+    leftovers: usize,
+    now: i64,
+}
+
+pub fn is_committed(one: &Snapshot) -> bool {
+    one.kind.enum_value() == Ok(Kind::COMMITTED)
+}
+
+impl Report {
+    /// `usages`: bytes, by the ids of snapshots.
+    pub fn new(
+        daemon: &DescribeResponse,
+        snapshots: &[Snapshot],
+        usages: &HashMap<u64, u64>,
+        leftovers: usize,
+    ) -> Self {
+        let by_key: HashMap<&str, &Snapshot> = snapshots.iter().map(|one| (one.key.as_str(), one)).collect();
+        let mut users: HashMap<&str, Vec<String>> = HashMap::new();
+        let mut has_layer_above = HashSet::new();
+        for one in snapshots.iter().filter(|one| !one.parent.is_empty()) {
+            if is_committed(one) {
+                has_layer_above.insert(one.parent.as_str());
+            } else {
+                users.entry(&one.parent).or_default().push(one.key.clone());
+            }
+        }
+        let is_image = |one: &&Snapshot| {
+            let key = one.key.as_str();
+            is_committed(one) && (!has_layer_above.contains(key) || users.contains_key(key))
+        };
+        let mut images: Vec<Image> = snapshots
+            .iter()
+            .filter(is_image)
+            .map(|top| image(top, &by_key, usages, users.get(top.key.as_str()).cloned().unwrap_or_default()))
+            .collect();
+        images.sort_by(|a, b| (&a.reference, &a.key).cmp(&(&b.reference, &b.key)));
+        let writable = snapshots.iter().filter(|one| one.kind.enum_value() == Ok(Kind::ACTIVE));
+        let mut containers: Vec<_> = writable.map(|one| (one.key.clone(), usages.get(&one.id).copied())).collect();
+        containers.sort();
+        Self {
+            daemon: daemon.clone(),
+            images,
+            containers,
+            snapshots: snapshots.len(),
+            leftovers,
+            now: Timestamp::now().0,
+        }
+    }
+
+    pub fn json(&self) -> String {
+        let daemon = &self.daemon;
+        let repositories = daemon.repositories.iter().map(|one| {
+            json!({
+                "name": one.name,
+                "path": one.path,
+                "answers": one.trouble.is_empty(),
+                "trouble": none_if_empty(&one.trouble),
+                "everything_belongs_to": one.owner.as_ref().map(|owner| json!({"uid": owner.uid, "gid": owner.gid})),
+            })
+        });
+        let images = self.images.iter().map(|one| {
+            json!({
+                "image": one.reference,
+                "snapshot": one.key,
+                "layers": one.layers,
+                "published": one.published,
+                "source": one.source.as_str(),
+                "below": one.below,
+                "broken": one.broken,
+                "used_by": one.users,
+                "bytes": one.bytes,
+                "created": one.created / NANOS,
+            })
+        });
+        let containers = self.containers.iter().map(|(key, bytes)| json!({"snapshot": key, "bytes": bytes}));
+        let pulls = &daemon.pulls;
+        let report = json!({
+            "daemon": {
+                "version": daemon.version,
+                "pid": daemon.pid,
+                "started": daemon.started / NANOS,
+                "snapshots": daemon.snapshots,
+                "attach": daemon.attach,
+                "rootfs": daemon.rootfs,
+            },
+            "repositories": repositories.collect::<Vec<Value>>(),
+            "images": images.collect::<Vec<Value>>(),
+            "containers": containers.collect::<Vec<Value>>(),
+            "snapshots": self.snapshots,
+            "leftovers": self.leftovers,
+            "layers_pulled_since_start": {
+                "published": pulls.published,
+                "not_published": pulls.not_published,
+                "without_digest": pulls.unnamed,
+                "failed": pulls.failed,
+            },
+        });
+        format!("{report:#}\n")
+    }
+
+    pub fn text(&self) -> String {
+        let daemon = &self.daemon;
+        let pulls = &daemon.pulls;
+        let mut text = String::new();
+        // Writing into memory cannot fail.
+        let _ = writeln!(
+            text,
+            "cvmfs-snapshotter {}, process {}, for {}: {} snapshots in {}",
+            daemon.version,
+            daemon.pid,
+            self.since(daemon.started),
+            self.snapshots,
+            daemon.snapshots
+        );
+        let downloaded = pulls.not_published + pulls.unnamed + pulls.failed;
+        let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded", pulls.published);
+        text.push('\n');
+        text.push_str(&table(&self.repositories()));
+        text.push('\n');
+        text.push_str(&table(&self.image_rows()));
+        for one in &self.images {
+            if let Some(why) = &one.broken {
+                let _ = writeln!(text, "broken: {}: {why}", crate::table::printable(name(one)));
+            }
+        }
+        let written: u64 = self.containers.iter().filter_map(|(_, bytes)| *bytes).sum();
+        let _ = writeln!(
+            text,
+            "\n{} containers wrote {}; {} directories wait for a cleanup (cvmfs-snapshotter gc)",
+            self.containers.len(),
+            if self.containers.iter().any(|(_, bytes)| bytes.is_none()) {
+                format!("{} or more", size(written))
+            } else {
+                size(written)
+            },
+            self.leftovers
+        );
+        text
+    }
+
+    fn since(&self, then: i64) -> String {
+        age(u64::try_from((self.now - then) / NANOS).unwrap_or(0))
+    }
+
+    fn repositories(&self) -> Vec<Vec<String>> {
+        let row = |one: &Repository| {
+            let health = if one.trouble.is_empty() { "answers" } else { one.trouble.as_str() };
+            vec![one.name.clone(), one.path.clone(), health.to_owned()]
+        };
+        [["REPOSITORY", "AT", "HEALTH"].map(str::to_owned).to_vec()]
+            .into_iter()
+            .chain(self.daemon.repositories.iter().map(row))
+            .collect()
+    }
+
+    fn image_rows(&self) -> Vec<Vec<String>> {
+        let head = ["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "STANDS ON", "USED BY", "ON DISK", "AGE"];
+        let row = |one: &Image| {
+            let source = if one.broken.is_some() { "broken" } else { one.source.as_str() };
+            vec![
+                name(one).to_owned(),
+                one.layers.to_string(),
+                one.published.to_string(),
+                source.to_owned(),
+                one.below.unwrap_or("-").to_owned(),
+                one.users.len().to_string(),
+                size(one.bytes),
+                self.since(one.created),
+            ]
+        };
+        [head.map(str::to_owned).to_vec()].into_iter().chain(self.images.iter().map(row)).collect()
+    }
+}
+
+fn name(image: &Image) -> &str {
+    image.reference.as_deref().unwrap_or(&image.key)
+}
+
+fn none_if_empty(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn image(
+    top: &Snapshot,
+    by_key: &HashMap<&str, &Snapshot>,
+    usages: &HashMap<u64, u64>,
+    mut users: Vec<String>,
+) -> Image {
+    users.sort();
+    let mut chain = vec![top];
+    while let Some(parent) = chain.last().and_then(|one| by_key.get(one.parent.as_str())) {
+        chain.push(parent);
+    }
+    let published = chain.iter().filter(|one| !one.digest.is_empty()).count();
+    let below = match top.below.enum_value_or_default() {
+        Below::UNDECIDED => None,
+        Below::LAYERS => Some("layers"),
+        Below::FLAT => Some("flat"),
+    };
+    let of_layers = chain.iter().map(|one| one.trouble.as_str()).find(|trouble| !trouble.is_empty());
+    // The whole root, where there is one, does without the layers, and they without it.
+    let broken = if below == Some("flat") && top.flat_trouble.is_empty() { None } else { of_layers };
+    Image {
+        reference: none_if_empty(&top.image).map(str::to_owned),
+        key: top.key.clone(),
+        layers: chain.len(),
+        published,
+        source: match published {
+            0 => Source::Local,
+            all if all == chain.len() => Source::Lazy,
+            _ => Source::Mixed,
+        },
+        below,
+        broken: broken.map(str::to_owned),
+        users,
+        bytes: chain.iter().filter_map(|one| usages.get(&one.id)).sum(),
+        created: top.created,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protobuf::EnumOrUnknown;
+
+    use super::*;
+
+    fn snapshot(id: u64, key: &str, parent: &str, kind: Kind, digest: &str) -> Snapshot {
+        Snapshot {
+            id,
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            kind: EnumOrUnknown::new(kind),
+            digest: digest.to_owned(),
+            ..Snapshot::default()
+        }
+    }
+
+    fn report(snapshots: &[Snapshot]) -> Report {
+        let usages = snapshots.iter().map(|one| (one.id, 1000 * one.id));
+        let local: HashSet<u64> = snapshots.iter().filter(|one| one.digest.is_empty()).map(|one| one.id).collect();
+        let usages = usages.filter(|(id, _)| local.contains(id)).collect();
+        Report::new(&DescribeResponse::new(), snapshots, &usages, 2)
+    }
+
+    #[test]
+    fn an_image_is_what_ends_a_chain_or_what_a_container_stands_on() {
+        let mut all = vec![
+            snapshot(1, "base", "", Kind::COMMITTED, "sha256:1"),
+            snapshot(2, "middle", "base", Kind::COMMITTED, "sha256:2"),
+            snapshot(3, "top", "middle", Kind::COMMITTED, ""),
+            snapshot(4, "container", "middle", Kind::ACTIVE, ""),
+            snapshot(5, "view", "middle", Kind::VIEW, ""),
+            snapshot(6, "alone", "", Kind::COMMITTED, ""),
+            snapshot(7, "unpacking", "top", Kind::ACTIVE, ""),
+        ];
+        all[2].image = "example.org/a:1".to_owned();
+        let report = report(&all);
+        let found: Vec<_> = report
+            .images
+            .iter()
+            .map(|i| (i.key.as_str(), i.layers, i.published, i.source, i.users.len(), i.bytes))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("alone", 1, 0, Source::Local, 0, 6000),
+                ("middle", 2, 2, Source::Lazy, 2, 0),
+                ("top", 3, 2, Source::Mixed, 1, 3000),
+            ]
+        );
+        assert_eq!(report.images[1].users, ["container", "view"]);
+        let text = report.text();
+        assert!(text.contains("\nexample.org/a:1 "), "{text}");
+        assert!(text.contains("2 containers wrote 11.0 kB; 2 directories"), "{text}");
+        let json: Value = serde_json::from_str(&report.json()).unwrap();
+        assert_eq!(json["images"][2]["source"], "mixed");
+        assert_eq!(json["images"][1]["used_by"], json!(["container", "view"]));
+        assert_eq!(json["containers"][0], json!({"snapshot": "container", "bytes": 4000}));
+    }
+
+    #[test]
+    fn an_image_is_broken_only_if_neither_its_root_nor_its_layers_can_be_had() {
+        let image = |below, trouble: &str, flat_trouble: &str| {
+            let mut below_it = snapshot(1, "base", "", Kind::COMMITTED, "sha256:1");
+            below_it.trouble = trouble.to_owned();
+            let mut top = snapshot(2, "top", "base", Kind::COMMITTED, "sha256:2");
+            (top.below, top.flat_trouble) = (EnumOrUnknown::new(below), flat_trouble.to_owned());
+            report(&[below_it, top]).images[0].broken.clone()
+        };
+        assert_eq!(image(Below::LAYERS, "", ""), None);
+        assert_eq!(image(Below::LAYERS, "gone", ""), Some("gone".to_owned()));
+        assert_eq!(image(Below::FLAT, "gone", ""), None);
+        assert_eq!(image(Below::FLAT, "", "gone"), None);
+        assert_eq!(image(Below::FLAT, "gone", "gone"), Some("gone".to_owned()));
+    }
+}

@@ -1,0 +1,441 @@
+//! What an admin has: status, doctor, gc, metrics, health, the level of the log. With the real
+//! containerd, registry and FUSE mounts.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use cvmfs_snapshotter::proto::health::HealthCheckRequest;
+use cvmfs_snapshotter::proto::health::health_check_response::ServingStatus;
+use cvmfs_snapshotter::server::service;
+use cvmfs_testbed::client::Mount;
+use grpcio::{CallOption, RpcStatusCode};
+use nix::sys::signal::Signal;
+use scene::client::{call, connect, labels};
+use scene::process::{Output, eventually, run, tool};
+use scene::snapshotter::binary;
+use scene::stage::{PAUSE, Stage};
+use serde_json::Value;
+
+fn json(output: Output) -> Value {
+    let text = output.stdout;
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{}", output.stderr))
+}
+
+fn status(stage: &Stage) -> Value {
+    let output = stage.snapshotter.admin(&["status", "--json"]);
+    assert!(output.status.success(), "{}", output.stderr);
+    json(output)
+}
+
+/// The image of this reference.
+fn image<'s>(status: &'s Value, reference: &str) -> &'s Value {
+    let images = status["images"].as_array().expect("images are a list");
+    images.iter().find(|one| one["image"] == reference).unwrap_or_else(|| panic!("no {reference} in {status:#}"))
+}
+
+#[test]
+fn root_status_tells_where_images_come_from_and_who_uses_them() {
+    let stage = Stage::set("status", "");
+    let (lazy, local) = (stage.shell_image("lazy:1", "a"), stage.shell_image("local:1", "b"));
+    stage.repository.publish_layers(&local.layers[..1]);
+    let (lazy, local) = (stage.publish_and_push(&lazy), stage.registry.push(&local));
+    stage.ours.pull(&lazy);
+    stage.ours.pull(&local);
+    let before = status(&stage);
+    assert_eq!(image(&before, &lazy)["source"], "lazy");
+    assert_eq!(image(&before, &lazy)["bytes"], 0);
+    assert_eq!(image(&before, &local)["source"], "mixed");
+    assert_eq!(image(&before, &local)["layers"], 3);
+    assert!(image(&before, &local)["bytes"].as_u64().expect("bytes are a number") > 0);
+    assert_eq!(before["layers_pulled_since_start"]["published"], 4);
+    assert_eq!(before["repositories"][0]["answers"], true);
+
+    stage.ours.start_container(&lazy, "c", &["/bin/sh", "-c", "cat /bin/busybox > /big; sleep 1000"]);
+    eventually("the status counts what the container wrote", || {
+        let now = status(&stage);
+        let written = now["containers"][0]["bytes"].as_u64().expect("bytes are a number");
+        written > fs::metadata(tool("busybox")).expect("busybox is there").len() / 2
+    });
+    let now = status(&stage);
+    assert_eq!(image(&now, &lazy)["used_by"].as_array().map(Vec::len), Some(1));
+    assert_eq!(image(&now, &lazy)["below"], "layers");
+    assert_eq!(json(stage.snapshotter.admin(&["status", "--json", "--quick"]))["containers"][0]["bytes"], Value::Null);
+
+    // What a layer is withdrawn from is broken, and only that.
+    let digest = image(&now, &lazy)["snapshot"].as_str().expect("a key is a text").to_owned();
+    let listed = stage.snapshotter.client().list(&[]).expect("snapshots can be listed");
+    let top = listed.iter().find(|one| one.name == digest).expect("it is listed");
+    let digest = &top.labels["containerd.io/snapshot/cri.layer-digest"];
+    stage.repository.withdraw(digest);
+    let now = status(&stage);
+    let why = image(&now, &lazy)["broken"].as_str().expect("it is broken").to_owned();
+    assert!(why.contains("does not have it"), "{why}");
+    assert_eq!(image(&now, &local)["broken"], Value::Null);
+    let table = stage.snapshotter.admin(&["status"]).ok();
+    assert!(table.contains(&format!("broken: {lazy}: ")) && table.contains("REPOSITORY"), "{table}");
+    stage.ours.end_container("c");
+}
+
+#[test]
+fn root_gc_shows_and_removes_what_nothing_needs() {
+    let stage = Stage::with("gc", "", scene::publisher::Repository::plain);
+    let client = stage.snapshotter.client();
+    for key in ["a", "b"] {
+        client.prepare(key, "", &[]).expect("a snapshot can be made");
+    }
+    let home = stage.snapshotter.snapshots();
+    let of = |n: usize| home.join(&stage.snapshot_dirs()[n]);
+    fs::write(of(0).join("fs/file"), vec![1; 1 << 20]).expect("a file can be written");
+    let gone = of(0);
+    client.remove("a").expect("a snapshot can be removed");
+    let shown = json(stage.snapshotter.admin(&["gc", "--dry-run", "--json"]));
+    assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(1), "{shown:#}");
+    assert_eq!(shown["leftovers"][0]["path"], gone.display().to_string());
+    assert!(shown["bytes"].as_u64().expect("bytes are a number") >= 1 << 20, "{shown:#}");
+    assert!(gone.exists(), "a dry run removes nothing");
+    let said = stage.snapshotter.admin(&["gc"]).ok();
+    assert!(said.contains("1 directories with 1.") && said.contains("were removed"), "{said}");
+    assert!(!gone.exists());
+    assert_eq!(stage.snapshot_dirs().len(), 1, "what is somebody's stays");
+    assert!(stage.snapshotter.admin(&["gc", "--dry-run"]).ok().starts_with("0 directories"));
+}
+
+/// The doctor's findings of this check, and the exit code.
+fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
+    let (socket, file) = (stage.ours.socket(), stage.ours.configuration());
+    let with = ["--containerd", &socket.display().to_string(), "--containerd-config", &file.display().to_string()];
+    let output = stage.snapshotter.admin(&[&["doctor", "--json"], &with[..]].concat());
+    let code = output.status.code().expect("the doctor ends by itself");
+    let report = json(output);
+    let all = report["findings"].as_array().expect("findings are a list");
+    let found: Vec<Value> = all.iter().filter(|one| one["check"] == check).cloned().collect();
+    assert!(!found.is_empty() || check.is_empty(), "no {check} in {report:#}");
+    // What is wrong comes with what to do.
+    for one in all {
+        let is_fault = ["warning", "problem"].contains(&one["state"].as_str().expect("a state is a text"));
+        assert_eq!(is_fault, one["remedy"].is_string(), "{one}");
+    }
+    (if check.is_empty() { all.clone() } else { found }, code)
+}
+
+#[track_caller]
+fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
+    let (found, code) = findings(stage, check);
+    let is_it = |one: &Value| {
+        let text = format!("{} {}", one["what"], one["remedy"]);
+        one["state"] == state && words.split('|').all(|word| text.contains(word))
+    };
+    assert!(found.iter().any(is_it), "no {state} with {words:?} in {found:#?}");
+    let expected = match state {
+        "problem" => 2,
+        "warning" => 1,
+        _ => 0,
+    };
+    assert!(code >= expected, "{code} for a {state}");
+}
+
+#[test]
+fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
+    let stage = Stage::set("good", "");
+    let image = stage.shell_image("good:1", "a");
+    let reference = stage.publish_and_push(&image);
+    stage.ours.pull(&reference);
+    let (all, code) = findings(&stage, "");
+    let faults: Vec<&Value> =
+        all.iter().filter(|one| ["warning", "problem"].contains(&one["state"].as_str().unwrap_or(""))).collect();
+    assert!(faults.is_empty() && code == 0, "{code}: {faults:#?}");
+    let checks: Vec<&str> = all.iter().filter_map(|one| one["check"].as_str()).collect();
+    for check in [
+        "node.overlayfs",
+        "node.disk",
+        "config.file",
+        "daemon.running",
+        "repository.answers",
+        "state.images",
+        "containerd.running",
+        "containerd.plugin",
+        "containerd.snapshotter",
+        "containerd.annotations",
+        "images.other-snapshotter",
+    ] {
+        assert!(checks.contains(&check), "{check} is missing in {checks:?}");
+    }
+}
+
+#[test]
+fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() {
+    let stage = Stage::with("sick", "", scene::publisher::Repository::plain);
+    let file = stage.ours.configuration();
+    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
+    let with = |from: &str, to: &str| {
+        assert!(good.contains(from), "{from} is not in {good}");
+        fs::write(&file, good.replace(from, to)).expect("containerd's configuration can be written");
+    };
+    with("disable_snapshot_annotations = false", "");
+    assert_finds(
+        &stage,
+        "containerd.annotations",
+        "problem",
+        "every layer is downloaded|disable_snapshot_annotations = false",
+    );
+    with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.cvmfs]");
+    assert_finds(
+        &stage,
+        "containerd.plugin",
+        "problem",
+        "[proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs]",
+    );
+    with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.stargz]");
+    assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
+    with("/run/s.sock", "/run/other.sock");
+    assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
+    with("version = 2", "version = = 2");
+    assert_finds(&stage, "containerd.config", "problem", "line 1");
+    with("snapshotter = \"cvmfs-snapshotter\"", "snapshotter = \"overlayfs\"");
+    assert_finds(&stage, "containerd.snapshotter", "note", "use overlayfs");
+    fs::write(&file, &good).expect("containerd's configuration can be written");
+
+    // The pull that went wrong because of it.
+    let refused = stage.snapshotter.client().prepare("extract-1 x", "", &[("containerd.io/snapshot.ref", "sha256:1")]);
+    refused.expect("it is an ordinary snapshot");
+    assert_finds(&stage, "pulls.annotations", "problem", "1 layers were downloaded|ctr images pull");
+}
+
+#[test]
+fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
+    let stage = Stage::with("before", "", scene::publisher::Repository::plain);
+    let (image, pause) = (stage.shell_image("before:1", "a"), stage.shell_image(PAUSE, "p"));
+    let (reference, pause) = (stage.publish_and_push(&image), stage.publish_and_push(&pause));
+    for one in [&reference, &pause] {
+        stage.ours.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", one]).ok();
+    }
+    assert_finds(
+        &stage,
+        "images.other-snapshotter",
+        "warning",
+        &format!("{reference} was pulled with overlayfs|crictl pull"),
+    );
+    assert_finds(&stage, "images.pause", "problem", &format!("{pause} is there for overlayfs only"));
+    stage.ours.remove(&reference);
+    stage.ours.remove(&pause);
+    stage.ours.pull(&reference);
+    stage.ours.pull(&pause);
+    assert_finds(&stage, "images.other-snapshotter", "good", "all");
+}
+
+#[test]
+fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configuration_apart() {
+    let mut stage = Stage::set("apart", "");
+    let image = stage.shell_image("apart:1", "a");
+    let reference = stage.publish_and_push(&image);
+    stage.ours.pull(&reference);
+    stage.repository.withdraw(&image.layers[1].digest);
+    assert_finds(
+        &stage,
+        "state.images",
+        "problem",
+        &format!("no container can start on {reference}|does not have it|crictl pull"),
+    );
+
+    let config = stage.sandbox.path("s/config.toml");
+    let good = fs::read_to_string(&config).expect("the configuration can be read");
+    fs::write(&config, format!("{good}version = 2\nrootsf = \"flat\"\n")).expect("the configuration can be written");
+    assert_finds(&stage, "config.in-use", "warning", "restart");
+    assert_finds(&stage, "config.file", "warning", "version|/etc/containerd/config.toml");
+    assert_finds(&stage, "config.file", "warning", "rootsf|spelling");
+    fs::write(&config, format!("{good}rootfs = 3\n")).expect("the configuration can be written");
+    assert_finds(&stage, "config.file", "problem", "rootfs = 3 is not possible");
+    fs::write(&config, &good).expect("the configuration can be written");
+
+    stage.repository.with_client(Mount::kill);
+    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
+    assert_finds(&stage, "daemon.running", "good", "runs as process");
+    // Nobody asks a daemon that is not there.
+    stage.snapshotter.end(Signal::SIGTERM);
+    assert_finds(&stage, "daemon.running", "problem", "systemctl enable --now cvmfs-snapshotter");
+    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
+    for command in ["status", "gc"] {
+        let output = stage.snapshotter.admin(&[command]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            output.stderr.contains("no daemon serves") && output.stderr.contains("systemctl start"),
+            "{}",
+            output.stderr
+        );
+    }
+}
+
+#[test]
+fn root_a_doctor_is_not_kept_by_a_repository_that_hangs() {
+    let stage = Stage::set("hangs", "repository-timeout = 2");
+    stage.repository.command("hang all");
+    assert_finds(&stage, "repository.answers", "problem", "did not answer within 2 s");
+    // As if there were no daemon to ask.
+    let config = stage.sandbox.path("s/config.toml").display().to_string();
+    let alone = run(binary(), ["doctor", "--json", "--address", "/nobody/there.sock", "--config", &config]);
+    stage.repository.command("normal");
+    assert_eq!(alone.status.code(), Some(2));
+    let report = json(alone);
+    let all = report["findings"].as_array().expect("findings are a list");
+    let found = all.iter().find(|one| one["check"] == "repository.answers").expect("it is looked at");
+    assert!(found["what"].as_str().is_some_and(|what| what.contains("did not answer within")), "{found}");
+}
+
+#[test]
+fn root_health_is_asked_for_the_service_and_for_each_repository() {
+    let stage = Stage::set("health", "repository-timeout = 1");
+    let grpc = grpcio::Client::new(connect(&stage.snapshotter.socket()));
+    let check = |name: &str| {
+        let request = HealthCheckRequest { service: name.to_owned(), ..HealthCheckRequest::default() };
+        let answer = call(&grpc, &service::HEALTH_CHECK, &request, CallOption::default());
+        answer.map(|answer| answer.status.enum_value_or_default()).map_err(|status| status.code())
+    };
+    for name in ["", "containerd.services.snapshots.v1.Snapshots", "scene.test"] {
+        assert_eq!(check(name), Ok(ServingStatus::SERVING), "{name}");
+    }
+    assert_eq!(check("elsewhere.test"), Err(RpcStatusCode::NOT_FOUND));
+    stage.repository.command("hang all");
+    let pull = labels(&[
+        ("containerd.io/snapshot.ref", "sha256:1"),
+        ("containerd.io/snapshot/cri.layer-digest", &format!("sha256:{}", "1".repeat(64))),
+    ]);
+    let pull: Vec<(&str, &str)> = pull.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    stage.snapshotter.client().prepare("extract-1 x", "", &pull).expect("it is downloaded then");
+    assert_eq!(check("scene.test"), Ok(ServingStatus::NOT_SERVING));
+    assert_eq!(check(""), Ok(ServingStatus::SERVING), "others are served");
+    stage.repository.command("normal");
+    eventually("the repository is well again", || check("scene.test") == Ok(ServingStatus::SERVING));
+}
+
+fn scrape(socket: &Path) -> String {
+    let mut stream = UnixStream::connect(socket).expect("metrics are served");
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text\r\n\r\n")
+        .expect("they can be asked for");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("they are text");
+    answer.split_once("\r\n\r\n").expect("an answer has a head").1.to_owned()
+}
+
+/// The value of a sample that is a whole number.
+fn sample(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix("cvmfs_snapshotter_")?.strip_prefix(name));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {name} in {text}"))
+}
+
+#[test]
+fn root_metrics_count_what_happens_and_prometheus_likes_them() {
+    let dir = PathBuf::from(format!("/run/scene-metrics-{}", std::process::id()));
+    let socket = dir.join("m.sock");
+    let mut stage = Stage::set("metrics", &format!("metrics-address = {socket:?}"));
+    let before = scrape(&socket);
+    assert_eq!(sample(&before, "layers_published_total{repository=\"scene.test\"}"), 0);
+    assert_eq!(sample(&before, "layers_downloaded_total{reason=\"no_digest\"}"), 0);
+    let (image, local) = (stage.shell_image("metrics:1", "a"), stage.shell_image("metrics:2", "b"));
+    let reference = stage.publish_and_push(&image);
+    stage.ours.pull(&reference);
+    stage.ours.pull(&stage.registry.push(&local));
+    stage.ours.run(&reference, "c", &["/bin/true"]).ok();
+    let after = scrape(&socket);
+    for (name, expected) in [
+        ("layers_published_total{repository=\"scene.test\"}", 3),
+        ("layers_downloaded_total{reason=\"not_published\"}", 3),
+        ("layers_downloaded_total{reason=\"no_digest\"}", 0),
+        ("attachments_total{form=\"layer\",result=\"attached\"}", 3),
+        ("call_duration_seconds_count{method=\"Prepare\",code=\"ALREADY_EXISTS\"}", 3),
+        ("repository_up{repository=\"scene.test\"}", 1),
+        ("repository_outages_total{repository=\"scene.test\"}", 0),
+        ("pool_threads{pool=\"worker\"}", 32),
+    ] {
+        assert_eq!(sample(&after, name), expected, "{name}");
+    }
+    assert!(sample(&after, "store_writes_total") >= sample(&after, "store_commit_duration_seconds_count"));
+    assert!(sample(&after, "repository_wait_seconds_count{repository=\"scene.test\"}") > 0);
+    assert!(sample(&after, "scan_duration_seconds_count{result=\"done\"}") >= 3);
+    assert!(sample(&after, "resident_memory_bytes") > 1_000_000);
+    // And the container's, until containerd has removed it.
+    assert!(sample(&after, "snapshots") >= 6);
+
+    stage.repository.with_client(Mount::kill);
+    assert!(stage.ours.cri().try_pull(&reference).is_ok(), "it is there already");
+    let broken = stage.snapshotter.client().prepare("x", &listed_top(&stage, &image.chain_ids[2]), &[]);
+    assert!(broken.is_err());
+    let after = scrape(&socket);
+    assert_eq!(sample(&after, "repository_up{repository=\"scene.test\"}"), 0);
+    assert_eq!(sample(&after, "repository_outages_total{repository=\"scene.test\"}"), 1);
+    promtool(&stage, &after);
+    stage.snapshotter.end(Signal::SIGTERM);
+    let _ = fs::remove_dir_all(dir);
+}
+
+/// The key of the snapshot that stands for this chain.
+fn listed_top(stage: &Stage, chain: &str) -> String {
+    let all = stage.snapshotter.client().list(&[]).expect("snapshots can be listed");
+    let top = all.iter().find(|one| one.labels.get("containerd.io/snapshot.ref").is_some_and(|found| found == chain));
+    top.expect("the chain is there").name.clone()
+}
+
+/// Prometheus' own opinion of what it is given, and of the rules that are packaged.
+fn promtool(stage: &Stage, metrics: &str) {
+    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
+    let rules = run(
+        tool("promtool"),
+        ["check".as_ref(), "rules".as_ref(), packaging.join("prometheus-alerts.yaml").as_os_str()],
+    );
+    assert!(rules.status.success(), "{}{}", rules.stdout, rules.stderr);
+    let file = stage.sandbox.path("metrics");
+    // The older form, which is what promtool reads: counters under the names of their samples.
+    let counter = |line: &str| {
+        let mut words = line.splitn(4, ' ');
+        let (Some("#"), Some(kind @ ("TYPE" | "HELP")), Some(name), Some(rest)) =
+            (words.next(), words.next(), words.next(), words.next())
+        else {
+            return line.to_owned();
+        };
+        let is_counter = metrics.contains(&format!("# TYPE {name} counter\n"));
+        format!("# {kind} {name}{} {rest}", if is_counter { "_total" } else { "" })
+    };
+    let lines: Vec<String> =
+        metrics.lines().filter(|line| !line.starts_with("# UNIT") && *line != "# EOF").map(counter).collect();
+    fs::write(&file, lines.join("\n") + "\n").expect("metrics can be written");
+    let command = format!("{} check metrics <{}", tool("promtool").display(), file.display());
+    let lint = run("sh", ["-c", &command]);
+    assert!(lint.status.success() && lint.stderr.is_empty(), "{}{}", lint.stdout, lint.stderr);
+    // Whatever the rules and the dashboard ask for is there.
+    let known = |name: &str| metrics.lines().any(|line| line.starts_with(name));
+    for file in ["prometheus-alerts.yaml", "grafana-dashboard.json"] {
+        let text = fs::read_to_string(packaging.join(file)).expect("a packaged file can be read");
+        for (at, _) in text.match_indices("cvmfs_snapshotter_") {
+            let name: String = text[at..].chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+            assert!(known(&name), "{file} asks for {name}");
+        }
+    }
+}
+
+#[test]
+fn root_the_log_says_more_and_less_by_signal() {
+    let stage = Stage::with("level", "", scene::publisher::Repository::plain);
+    let mut snapshotter = stage.snapshotter;
+    snapshotter.end(Signal::SIGTERM);
+    let mut command = snapshotter.command_that_logs("info");
+    let mut server = scene::process::Server::start(&mut command, &stage.sandbox.path("log"));
+    let socket = snapshotter.socket();
+    server.wait_until("listen", || UnixStream::connect(&socket).is_ok());
+    let said = |server: &scene::process::Server, words: &str| eventually(words, || server.log().contains(words));
+    let stat = |key: &str| drop(scene::client::Client::connect(&socket).stat(key));
+    stat("quiet");
+    server.signal(Signal::SIGUSR1);
+    said(&server, "log level DEBUG");
+    stat("loud");
+    said(&server, "loud");
+    server.signal(Signal::SIGUSR1);
+    said(&server, "log level TRACE");
+    server.signal(Signal::SIGUSR2);
+    said(&server, "log level INFO");
+    stat("silent");
+    server.end(Signal::SIGTERM);
+    let log = server.log();
+    assert!(!log.contains("quiet") && !log.contains("silent"), "{log}");
+}
