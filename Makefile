@@ -4,6 +4,7 @@
 #   make build    the daemon and the programs of the tests
 #   make demo     pull and run a real image through the snapshotter, next to a normal pull
 #   make test     every test
+#   make test-matrix   every version of containerd, or those of CONTAINERD_VERSIONS="1.7 2.1"
 #   make storm    hundreds of kills while containerd and others work, by hand
 #   make random   a thousand cases of random operations, by hand
 #   make bench    what calls, pulls and container starts cost, beside other snapshotters (20 min)
@@ -11,7 +12,7 @@
 #   make fuzz     whatever reads what others wrote, guided by coverage, FUZZ_SECONDS for each target
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
-# demo, bench, storm, random and test need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
+# demo, bench, storm, random and the tests need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
 
 # What is downloaded and built stays here; remove the folder to start afresh.
 export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
@@ -29,7 +30,8 @@ fuzz_cache := $(CVMFS_SNAPSHOTTER_CACHE)/fuzz
 # Named, so that the flags are not those of build scripts.
 host := $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: help build demo bench bench-plot test storm random test-unit test-testbed test-suite test-scene fuzz lint advisories
+.PHONY: help build demo bench bench-plot test test-matrix storm random \
+	test-unit test-testbed test-suite test-scene fuzz lint advisories
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,6 +77,14 @@ test-suite:
 # starts several servers, so the number of tests at once is kept low.
 test-scene:
 	cargo test --locked --no-fail-fast --package scene -- --test-threads 2
+
+# What `make test` does with two versions of containerd, with all of them. The first run builds three
+# of them, a few minutes for each on two cores.
+test-matrix: build
+	tests/setup.sh test
+	tests/setup.sh containerds $(CONTAINERD_VERSIONS)
+	CONTAINERD_VERSIONS="$${CONTAINERD_VERSIONS:-1.6 1.7 2.1 2.2 2.3 2.4}" \
+		cargo test --locked --package scene --test matrix -- --test-threads 2
 
 # The long forms of two tests; STORM_SEED and PROPTEST_RNG_SEED repeat a run.
 storm: build

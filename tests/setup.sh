@@ -2,6 +2,7 @@
 # Installs what `make` targets need beyond a Rust toolchain, on Debian 12, as root.
 #
 #   tests/setup.sh build|demo|test|bench|lint
+#   tests/setup.sh containerds [VERSION...]      1.6 1.7 2.1 2.2 2.3 2.4 where none is named
 #
 # Says what it does. Build tools come from Debian and are installed; containerd, runc and
 # the registry are only unpacked into the cache folder, so that a containerd of the system
@@ -10,7 +11,8 @@ set -euo pipefail
 
 cache=${CVMFS_SNAPSHOTTER_CACHE:?set by the Makefile}
 tools=$cache/tools
-want=${1:?build, demo, test, bench or lint}
+want=${1:?build, demo, test, bench, lint or containerds}
+shift
 here=$(cd "$(dirname "$0")" && pwd)
 export DEBIAN_FRONTEND=noninteractive
 
@@ -90,8 +92,132 @@ go_build() {
     (cd "$module" && "$tools/go" build -o "$tools/$program" "$package") || die "cannot build $program from its Go module"
 }
 
+# What one version needs is missing: the others can be tested all the same, but not in CI.
+unavailable() {
+    [ -z "${CI:-}" ] || die "$*"
+    say "NOT AVAILABLE: $*"
+    return 1
+}
+
+# Each containerd in a folder of its own, with the shim, ctr and runc that belong to it.
+containerd_folder() { printf '%s' "$tools/containerd/$1/bin"; }
+
+link_programs() {
+    local bin=$1 from=$2 p
+    mkdir -p "$bin"
+    for p in containerd ctr containerd-shim-runc-v2; do
+        ln -sfn "$from/usr/bin/$p" "$bin/$p"
+    done
+    ln -sfn "$from/usr/sbin/runc" "$bin/runc"
+}
+
+# Gives a version the runc of this Debian.
+own_runc() {
+    unpack runc
+    ln -sfn ../../../debian/usr/sbin/runc "$(containerd_folder "$1")/runc"
+}
+
+# A runc from a newer suite may be linked to a newer C library than this Debian has.
+fit_runc() {
+    "$(containerd_folder "$1")/runc" --version >/dev/null 2>&1 && return
+    say "the runc that came with containerd $1 does not run here: it gets the one of this Debian"
+    own_runc "$1"
+}
+
+# The one of this Debian.
+containerd_of_this_debian() {
+    unpack containerd runc
+    link_programs "$(containerd_folder "$1")" ../../../debian
+}
+
+# The one of another suite, from the mirror that this system uses, with an apt that has sources,
+# lists and packages of its own: the system's are neither read nor changed.
+containerd_of_suite() {
+    local minor=$1 suite=$2 home=$tools/containerd/$1 apt=$cache/apt/$2 mirror version
+    [ -e "$home/.complete" ] && { fit_runc "$minor"; return; }
+    packages debian-archive-keyring
+    update
+    # shellcheck disable=SC2016 # that is how apt names a field
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' \
+        "Codename: $(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)" | head -1)
+    [ -n "$mirror" ] ||
+        unavailable "containerd $minor: the sources of apt name no mirror of this Debian" || return 0
+    say "fetching containerd $minor and its runc from $suite ($mirror)"
+    rm -rf "$apt" "$home"
+    mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/debs" "$home"
+    : >"$apt/status"
+    # Proxies and the like stay as they are; what the system does after an update is not ours to start.
+    apt-config dump | grep -vE '^(APT::Update|DPkg)::(Pre|Post)-Invoke|^Acquire::IndexTargets|^Dir::' >"$apt/apt.conf"
+    cat >>"$apt/apt.conf" <<EOF
+Dir::State "$apt";
+Dir::State::lists "$apt/lists";
+Dir::State::status "$apt/status";
+Dir::Cache "$apt";
+Dir::Cache::archives "$apt/archives";
+Dir::Etc::sourcelist "$apt/sources.list";
+Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::parts "/dev/null";
+Dir::Etc::main "/dev/null";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
+Acquire::Languages "none";
+APT::Sandbox::User "root";
+EOF
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$apt/sources.list"
+    export APT_CONFIG=$apt/apt.conf
+    if ! apt-get update -qq >"$cache/apt.log" 2>&1; then
+        unset APT_CONFIG
+        tail -5 "$cache/apt.log" >&2
+        unavailable "containerd $minor: $mirror does not serve $suite, see $cache/apt.log" || return 0
+    fi
+    version=$(apt-cache show --no-all-versions containerd | sed -n 's/^Version: //p' || true)
+    case $version in
+    "$minor".*) (cd "$apt/debs" && apt-get download -qq containerd runc) >"$cache/apt.log" 2>&1 || version= ;;
+    esac
+    unset APT_CONFIG
+    case $version in
+    "$minor".*) ;;
+    '') unavailable "containerd $minor: it cannot be downloaded from $suite, see $cache/apt.log" || return 0 ;;
+    *)
+        unavailable "containerd $minor: Debian's $suite has moved on to $version; name another suite in tests/setup.sh" ||
+            return 0
+        ;;
+    esac
+    for deb in "$apt"/debs/*.deb; do dpkg -x "$deb" "$home"; done
+    link_programs "$home/bin" ..
+    fit_runc "$minor"
+    rm -rf "$apt"
+    touch "$home/.complete"
+}
+
+# One that Debian does not have yet, built from its Go module, with Debian's runc.
+containerd_of_module() {
+    local minor=$1 p
+    mkdir -p "$(containerd_folder "$minor")"
+    go_program
+    for p in containerd ctr containerd-shim-runc-v2; do
+        (go_build "containerd/$minor/bin/$p" "$here/tools/containerd/$minor" \
+            "github.com/containerd/containerd/v2/cmd/$p") ||
+            unavailable "containerd $minor: see above" || return 0
+    done
+    own_runc "$minor"
+}
+
+containerds() {
+    local minor
+    for minor; do
+        case $minor in
+        1.6) containerd_of_this_debian "$minor" ;;
+        1.7) containerd_of_suite "$minor" trixie ;;
+        2.1) containerd_of_suite "$minor" forky ;;
+        2.2 | 2.3 | 2.4) containerd_of_module "$minor" ;;
+        *) die "containerd $minor is none of 1.6 1.7 2.1 2.2 2.3 2.4" ;;
+        esac
+    done
+}
+
 case $want in
-build | demo | test | bench | lint)
+build | demo | test | bench | lint | containerds)
     packages ca-certificates cmake g++ make
     ;;
 *) die "unknown target $want" ;;
@@ -100,6 +226,7 @@ case $want in
 demo | test | bench)
     packages e2fsprogs findutils gzip libseccomp2 libxml2 mount openssl procps tar
     unpack autofs busybox-static containerd docker-registry runc
+    containerds 1.6
     ;;
 esac
 # The ready one on PyPI is too old to read what today's cargo says.
@@ -152,6 +279,13 @@ test)
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
     go_build gostate "$here/tools/gostate" .
+    # The other versions: make test-matrix.
+    read -ra versions <<<"${CONTAINERD_VERSIONS:-1.6 2.3}"
+    containerds "${versions[@]}"
+    ;;
+containerds)
+    [ $# -gt 0 ] || set -- 1.6 1.7 2.1 2.2 2.3 2.4
+    containerds "$@"
     ;;
 bench)
     packages util-linux

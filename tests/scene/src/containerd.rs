@@ -1,4 +1,4 @@
-//! Debian's containerd with its own root, state and socket, and the ways to talk to it.
+//! A containerd with its own root, state and socket, and the ways to talk to it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,20 @@ use nix::sys::signal::Signal;
 use crate::client::Client;
 use crate::cri::Cri;
 use crate::image::Image;
-use crate::process::{Output, Server, run, tool};
+use crate::machine::STATE;
+use crate::process::{Output, Server, run, run_on, tool};
+use crate::release::{Configuration, Release, Way};
 use crate::rootfs::Mounted;
+use crate::snapshotter::Snapshotter;
 
 /// The namespace of the CRI.
 pub const NAMESPACE: &str = "k8s.io";
+/// The name of our plugin.
+pub const OURS: &str = "cvmfs-snapshotter";
 
 pub struct Containerd {
     dir: PathBuf,
+    release: Release,
     snapshotter: &'static str,
     server: Server,
 }
@@ -24,38 +30,64 @@ pub struct Containerd {
 impl Containerd {
     /// With containerd's own overlayfs as the snapshotter of the CRI.
     pub fn with_overlayfs(dir: &Path, pause_image: &str) -> Self {
-        Self::start(dir, "overlayfs", pause_image, "")
+        Self::normal(dir, Release::V1_6, pause_image)
+    }
+
+    /// As `with_overlayfs`, of another version.
+    pub fn normal(dir: &Path, release: Release, pause_image: &str) -> Self {
+        let main = if release < Release::V2_1 { "version = 2\n" } else { "version = 3\n" };
+        let configuration = Configuration { main: main.to_owned(), conf_d: None };
+        Self::start(dir, release, "overlayfs", pause_image, configuration)
     }
 
     /// With ours, behind `socket`.
     pub fn with_snapshotter(dir: &Path, pause_image: &str, socket: &Path) -> Self {
-        let proxy = format!("[proxy_plugins.cvmfs-snapshotter]\n  type = \"snapshot\"\n  address = {socket:?}\n");
-        Self::start(dir, "cvmfs-snapshotter", pause_image, &proxy)
+        let configuration = Way::Client1.configuration(socket, Path::new(STATE));
+        Self::start(dir, Release::V1_6, OURS, pause_image, configuration)
     }
 
-    fn start(dir: &Path, snapshotter: &'static str, pause_image: &str, proxy: &str) -> Self {
-        fs::create_dir_all(dir).expect("containerd's directory can be made");
-        let socket = dir.join("c.sock");
+    /// With ours, configured as the documentation says.
+    pub fn of(dir: &Path, release: Release, way: Way, pause_image: &str, snapshotter: &Snapshotter) -> Self {
+        let configuration = way.configuration(&snapshotter.socket(), &snapshotter.root());
+        Self::start(dir, release, OURS, pause_image, configuration)
+    }
+
+    fn start(
+        dir: &Path,
+        release: Release,
+        snapshotter: &'static str,
+        pause_image: &str,
+        configuration: Configuration,
+    ) -> Self {
+        fs::create_dir_all(dir.join("conf.d")).expect("containerd's directory can be made");
+        let imports = match configuration.conf_d {
+            None => String::new(),
+            Some(text) => {
+                fs::write(dir.join("conf.d/ours.toml"), text).expect("a file can be written");
+                format!("imports = [{:?}]\n", dir.join("conf.d/*.toml"))
+            }
+        };
+        // Around the file of a user: what stands before any table, and tables of our own.
         let config = format!(
-            "version = 2
-root = {root:?}
+            "root = {root:?}
 state = {state:?}
 oom_score = 0
 disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]
+{imports}{main}
 [grpc]
   address = {socket:?}
-[plugins.\"io.containerd.grpc.v1.cri\"]
-  sandbox_image = \"{pause_image}\"
-  restrict_oom_score_adj = true
-[plugins.\"io.containerd.grpc.v1.cri\".containerd]
-  snapshotter = \"{snapshotter}\"
-  disable_snapshot_annotations = false
-{proxy}",
+[plugins.\"io.containerd.internal.v1.opt\"]
+  path = {opt:?}
+{cri}",
             root = dir.join("root"),
             state = dir.join("state"),
+            main = configuration.main,
+            socket = dir.join("c.sock"),
+            opt = dir.join("opt"),
+            cri = cri_tables(configuration.main.contains("version = 2"), pause_image),
         );
         fs::write(dir.join("config.toml"), config).expect("containerd's configuration can be written");
-        Self { dir: dir.to_owned(), snapshotter, server: serve(dir) }
+        Self { dir: dir.to_owned(), release, snapshotter, server: serve(dir, release) }
     }
 
     /// Ends the daemon; its containers run on.
@@ -64,7 +96,7 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
     }
 
     pub fn start_again(&mut self) {
-        self.server = serve(&self.dir);
+        self.server = serve(&self.dir, self.release);
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -91,7 +123,7 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
     pub fn ctr(&self, arguments: &[&str]) -> Output {
         let socket = self.socket().display().to_string();
         let first = ["--address", &socket, "--namespace", NAMESPACE];
-        run(tool("ctr"), first.iter().chain(arguments))
+        run_on(&self.release.search_path(), self.release.program("ctr"), first.iter().chain(arguments))
     }
 
     /// nerdctl with its state in our directory.
@@ -215,10 +247,35 @@ impl Drop for Containerd {
     }
 }
 
-fn serve(dir: &Path) -> Server {
-    let mut command = Command::new(tool("containerd"));
-    let mut server = Server::start(command.arg("--config").arg(dir.join("config.toml")), &dir.join("log"));
-    let (ctr, socket) = (tool("ctr"), dir.join("c.sock"));
+/// What tests need of the CRI beside what a user writes.
+fn cri_tables(version_2: bool, pause_image: &str) -> String {
+    if version_2 {
+        return format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]
+  sandbox_image = \"{pause_image}\"
+  restrict_oom_score_adj = true
+[plugins.\"io.containerd.nri.v1.nri\"]
+  disable = true
+"
+        );
+    }
+    // The socket of NRI is one for the whole machine.
+    format!(
+        "[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = \"{pause_image}\"
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
+"
+    )
+}
+
+fn serve(dir: &Path, release: Release) -> Server {
+    let (mut command, path) = (Command::new(release.program("containerd")), release.search_path());
+    command.arg("--config").arg(dir.join("config.toml"));
+    let mut server = Server::start_on(&path, &mut command, &dir.join("log"));
+    let (ctr, socket) = (release.program("ctr"), dir.join("c.sock"));
     server.wait_until("answer", || {
         socket.exists() && run(&ctr, ["--address", &socket.display().to_string(), "version"]).status.success()
     });

@@ -9,9 +9,9 @@ use protobuf::EnumOrUnknown;
 use crate::client::{self, Answer};
 use crate::proto::cri::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, CreateContainerResponse, Empty, ExecSyncRequest,
-    ExecSyncResponse, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxRequest, PullImageRequest, PullImageResponse, RemoveImageRequest,
-    RunPodSandboxRequest, RunPodSandboxResponse, StartContainerRequest,
+    ExecSyncResponse, ImageFsInfoResponse, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxRequest, PullImageRequest,
+    PullImageResponse, RemoveImageRequest, RunPodSandboxRequest, RunPodSandboxResponse, StartContainerRequest,
 };
 
 macro_rules! methods {
@@ -28,6 +28,7 @@ macro_rules! methods {
 methods! {
     PULL_IMAGE "ImageService/PullImage" PullImageRequest => PullImageResponse;
     REMOVE_IMAGE "ImageService/RemoveImage" RemoveImageRequest => Empty;
+    IMAGE_FS_INFO "ImageService/ImageFsInfo" Empty => ImageFsInfoResponse;
     RUN_POD "RuntimeService/RunPodSandbox" RunPodSandboxRequest => RunPodSandboxResponse;
     STOP_POD "RuntimeService/StopPodSandbox" PodSandboxRequest => Empty;
     REMOVE_POD "RuntimeService/RemovePodSandbox" PodSandboxRequest => Empty;
@@ -83,6 +84,13 @@ impl Cri {
     #[track_caller]
     pub fn remove(&self, reference: &str) {
         self.try_remove(reference).unwrap_or_else(|status| panic!("cannot remove {reference}: {}", status.message()));
+    }
+
+    /// Where the file systems of images are: the kubelet reads their size there.
+    #[track_caller]
+    pub fn image_file_systems(&self) -> Vec<String> {
+        let answer = self.call(&IMAGE_FS_INFO, &Empty::default());
+        answer.image_filesystems.into_iter().map(|usage| usage.fs_id.unwrap_or_default().mountpoint).collect()
     }
 
     /// Runs a pod on the host's network. `name` must be unique on the machine.

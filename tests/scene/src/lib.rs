@@ -16,6 +16,7 @@ pub mod machine;
 pub mod process;
 pub mod publisher;
 pub mod registry;
+pub mod release;
 pub mod rootfs;
 pub mod sandbox;
 pub mod snapshotter;

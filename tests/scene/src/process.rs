@@ -57,10 +57,19 @@ impl Output {
 }
 
 pub fn run<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = S>) -> Output {
+    run_on(&search_path(), program, arguments)
+}
+
+/// As `run`, with another search path.
+pub fn run_on<S: AsRef<OsStr>>(
+    path: &str,
+    program: impl AsRef<OsStr>,
+    arguments: impl IntoIterator<Item = S>,
+) -> Output {
     let program = program.as_ref();
     let output = Command::new(program)
         .args(arguments)
-        .env("PATH", search_path())
+        .env("PATH", path)
         .stdin(Stdio::null())
         .output()
         .unwrap_or_else(|e| panic!("cannot run {}: {e}", program.display()));
@@ -79,9 +88,14 @@ pub struct Server {
 
 impl Server {
     pub fn start(command: &mut Command, log: &Path) -> Self {
+        Self::start_on(&search_path(), command, log)
+    }
+
+    /// As `start`, with another search path.
+    pub fn start_on(path: &str, command: &mut Command, log: &Path) -> Self {
         let file = File::options().create(true).append(true).open(log).expect("a log file can be opened");
         let child = command
-            .env("PATH", search_path())
+            .env("PATH", path)
             .stdout(file.try_clone().expect("a log file can be shared"))
             .stderr(file)
             .spawn()

@@ -10,6 +10,7 @@ use crate::image::{Blob, Builder, Image, Layer};
 use crate::process::tool;
 use crate::publisher::Repository;
 use crate::registry::Registry;
+use crate::release::{Release, Way};
 use crate::sandbox::Sandbox;
 use crate::snapshotter::Snapshotter;
 
@@ -35,14 +36,25 @@ impl Stage {
 
     /// With a repository that `publisher` makes in a directory.
     pub fn with(name: &str, config: &str, publisher: impl FnOnce(&Path) -> Repository) -> Self {
+        Self::of(name, config, Release::V1_6, Way::Client1, publisher)
+    }
+
+    /// With another version of containerd, configured in this way.
+    pub fn of(
+        name: &str,
+        config: &str,
+        release: Release,
+        way: Way,
+        publisher: impl FnOnce(&Path) -> Repository,
+    ) -> Self {
         let sandbox = Sandbox::enter(name);
         let builder = Builder::new(&sandbox.path("images"));
         let registry = Registry::start(&sandbox.path("registry"));
         let repository = publisher(&sandbox.path("cvmfs"));
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         let pause = registry.reference(PAUSE);
-        let ours = Containerd::with_snapshotter(&sandbox.path("o"), &pause, &snapshotter.socket());
-        let normal = Containerd::with_overlayfs(&sandbox.path("n"), &pause);
+        let ours = Containerd::of(&sandbox.path("o"), release, way, &pause, &snapshotter);
+        let normal = Containerd::normal(&sandbox.path("n"), release, &pause);
         Self { normal, ours, snapshotter, registry, repository, builder, sandbox }
     }
 

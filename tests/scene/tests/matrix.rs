@@ -1,0 +1,248 @@
+//! Every version of containerd, configured as docs/containerd.md says, by the clients that people
+//! use: Kubernetes, ctr and nerdctl. `CONTAINERD_VERSIONS` says which of them, see `make test-matrix`.
+
+use std::time::Instant;
+
+use scene::containerd::{OURS, Writable};
+use scene::image::{Image, Layer};
+use scene::process::{eventually, run};
+use scene::publisher::Repository;
+use scene::registry::Fetched;
+use scene::release::{Release, Way};
+use scene::sandbox::mounts_below;
+use scene::stage::{PAUSE, Stage};
+use scene::tell::tell;
+
+macro_rules! matrix {
+    ($($module:ident $release:ident;)*) => {
+        $(mod $module {
+            use scene::release::{Release, Way};
+
+            const RELEASE: Release = Release::$release;
+
+            #[test]
+            fn root_kubernetes_pulls_runs_and_removes_in_every_way_that_is_documented() {
+                super::on(RELEASE, "Kubernetes", &RELEASE.ways(), super::kubernetes);
+            }
+
+            #[test]
+            fn root_ctr_pulls_runs_and_removes() {
+                super::on(RELEASE, "ctr", &[RELEASE.best_way()], super::ctr);
+            }
+
+            #[test]
+            fn root_nerdctl_pulls_runs_commits_and_removes() {
+                let drop_in = RELEASE.has_conf_d().then_some(Way::ConfD);
+                let ways: Vec<Way> = [RELEASE.best_way()].into_iter().chain(drop_in).collect();
+                super::on(RELEASE, "nerdctl", &ways, super::nerdctl);
+            }
+
+            #[test]
+            fn root_pulls_at_the_same_time_of_images_that_share_layers_come_out_right() {
+                let way = if RELEASE.has_conf_d() { Way::ManyUnpacks } else { RELEASE.best_way() };
+                super::on(RELEASE, "pulls at the same time", &[way], super::at_the_same_time);
+            }
+        })*
+    };
+}
+
+matrix! {
+    containerd_1_6 V1_6;
+    containerd_1_7 V1_7;
+    containerd_2_1 V2_1;
+    containerd_2_2 V2_2;
+    containerd_2_3 V2_3;
+    containerd_2_4 V2_4;
+}
+
+fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&Stage, Release)) {
+    if !release.is_wanted() {
+        return;
+    }
+    for &way in ways {
+        let start = Instant::now();
+        let stage = Stage::of(what, "", release, way, Repository::mounted);
+        check(&stage, release);
+        assert_all_is_given_back(&stage);
+        let seconds = start.elapsed().as_secs_f64();
+        tell(format_args!("containerd {} ({way:?}), {what}: {seconds:.1} s", release.version()));
+    }
+}
+
+/// No image and no container is left, so nothing of them may be.
+#[track_caller]
+fn assert_all_is_given_back(stage: &Stage) {
+    let client = stage.snapshotter.client();
+    let left = || -> Vec<String> {
+        client.list(&[]).expect("snapshots can be listed").into_iter().map(|info| info.name).collect()
+    };
+    eventually("every snapshot and its directory are gone", || {
+        stage.ours.collect_garbage();
+        left().is_empty() && stage.snapshot_dirs().is_empty()
+    });
+    assert_eq!(mounts_below(&stage.snapshotter.root()), Vec::<std::path::PathBuf>::new());
+}
+
+/// Pushes an image of which so many layers are published; the result is its reference.
+fn push(stage: &Stage, image: &Image, published: usize) -> String {
+    stage.repository.publish_layers(&image.layers[..published]);
+    stage.registry.push(image)
+}
+
+/// The layers of `image` that were fetched since `before`.
+fn fetched(stage: &Stage, before: &Fetched, image: &Image) -> usize {
+    stage.registry.fetched().since(before).layers_of(image)
+}
+
+/// Reads, sees what is deleted as deleted, and writes.
+const PROGRAM: &str = "cat /data/text; ls /data; echo new > /data/new; cat /data/new";
+
+fn said(text: &str) -> String {
+    format!("{text}text\ntop\nnew\n")
+}
+
+#[track_caller]
+fn assert_as_a_normal_pull(stage: &Stage, image: &Image, reference: &str, how: &[Writable]) {
+    stage.normal.pull(reference);
+    for &writable in how {
+        let comparison = stage.compare(image, writable);
+        assert!(comparison.entries > 1, "nothing was compared");
+        assert_eq!(comparison.differences, Vec::<String>::new(), "{} ({writable:?})", image.name);
+    }
+}
+
+fn kubernetes(stage: &Stage, release: Release) {
+    let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
+    let mut references = vec![stage.publish_and_push(&pause)];
+    let cri = stage.ours.cri();
+    let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
+    for (name, published) in [("published", 3), ("partly", 1), ("unpublished", 0)] {
+        let image = stage.shell_image(&format!("{name}:1"), name);
+        let reference = push(stage, &image, published);
+        let before = stage.registry.fetched();
+        cri.pull(&reference);
+        assert_eq!(fetched(stage, &before, &image), 3 - published, "layers of the {name} image that were fetched");
+        let pod = cri.run_pod(&format!("{unique}-{name}"), &reference, &["/bin/sleep", "1000"]);
+        assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", PROGRAM]), said(name));
+        cri.remove_pod(&pod);
+        assert_as_a_normal_pull(stage, &image, &reference, &[Writable::No, Writable::Yes]);
+        references.push(reference);
+    }
+    assert_eq!(stage.registry.fetched().layers_of(&pause), 0, "the image of the pod itself is published too");
+    let place = if release.has_exports() {
+        stage.snapshotter.root()
+    } else {
+        // A guess of containerd's, where nothing is.
+        stage.ours.root().join("io.containerd.snapshotter.v1.cvmfs-snapshotter")
+    };
+    assert_eq!(cri.image_file_systems(), [place.display().to_string()], "where the kubelet looks for the size");
+    for reference in references {
+        cri.remove(&reference);
+    }
+}
+
+fn ctr(stage: &Stage, release: Release) {
+    // In the namespace of Kubernetes the CRI gives an image more names, and those stay.
+    let ctr = |arguments: &[&str]| stage.ours.ctr(&[&["--namespace", "default"], arguments].concat());
+    let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
+    for (name, published) in [("published", 3), ("partly", 1), ("unpublished", 0)] {
+        let image = stage.shell_image(&format!("{name}:1"), name);
+        let reference = push(stage, &image, published);
+        let before = stage.registry.fetched();
+        ctr(&["images", "pull", "--plain-http", "--snapshotter", OURS, &reference]).ok();
+        // Before there was the transfer service, ctr never asked for layers that need not be fetched.
+        let expected = if release.has_transfer() { 3 - published } else { 3 };
+        assert_eq!(fetched(stage, &before, &image), expected, "layers of the {name} image that were fetched");
+        let id = format!("{unique}-{name}");
+        let run = ["run", "--rm", "--snapshotter", OURS, &reference, &id, "/bin/sh", "-c", PROGRAM];
+        assert_eq!(ctr(&run).ok(), said(name));
+        let list = ctr(&["snapshots", "--snapshotter", OURS, "ls"]).ok();
+        assert_eq!(list.lines().filter(|line| line.contains("Committed")).count(), 3, "{list}");
+        ctr(&["images", "rm", "--sync", &reference]).ok();
+        assert_all_is_given_back(stage);
+    }
+}
+
+fn nerdctl(stage: &Stage, _: Release) {
+    let nerdctl = |arguments: &[&str]| stage.ours.nerdctl(arguments);
+    for (name, published) in [("published", 3), ("partly", 1)] {
+        let image = stage.shell_image(&format!("{name}:1"), name);
+        let reference = push(stage, &image, published);
+        let before = stage.registry.fetched();
+        nerdctl(&["pull", &reference]).ok();
+        assert_eq!(fetched(stage, &before, &image), 3 - published, "layers of the {name} image that were fetched");
+        let run = ["run", "--net", "none", "--rm", &reference, "/bin/sh", "-c", PROGRAM];
+        assert_eq!(nerdctl(&run).ok(), said(name));
+        let program = format!("{PROGRAM}; rm /data/top; sleep 1000");
+        nerdctl(&["run", "--net", "none", "--detach", "--name", name, &reference, "/bin/sh", "-c", &program]).ok();
+        eventually("the container has written", || {
+            !nerdctl(&["exec", name, "/bin/ls", "/data"]).stdout.contains("top")
+        });
+        let committed = format!("committed-{name}:1");
+        nerdctl(&["commit", name, &committed]).ok();
+        nerdctl(&["rm", "--force", name]).ok();
+        let run = ["run", "--net", "none", "--rm", &committed, "/bin/sh", "-c", "cat /data/text /data/new; ls /data"];
+        assert_eq!(nerdctl(&run).ok(), format!("{name}new\nnew\ntext\n"));
+        assert_eq!(fetched(stage, &before, &image), 3 - published, "a commit fetches nothing");
+        nerdctl(&["rmi", &committed, &reference]).ok();
+        assert_all_is_given_back(stage);
+    }
+}
+
+fn at_the_same_time(stage: &Stage, release: Release) {
+    let layer = |name: String| {
+        stage.builder.layer(|l| {
+            for file in 0..200 {
+                l.file(format!("shared/{file}"), &name).file(format!("{name}/{file}"), &name);
+            }
+        })
+    };
+    for published in [0, 2] {
+        let base = stage.base_layer();
+        let [first, second, third] = ["a", "b", "c"].map(|name| layer(format!("{name}{published}")));
+        let stacks: [&[&Layer]; 4] = [
+            &[&base, &first, &second, &third],
+            &[&base, &first, &second],
+            &[&base, &first, &third, &second],
+            &[&base, &second, &first],
+        ];
+        let images: Vec<(Image, String)> = stacks
+            .iter()
+            .enumerate()
+            .map(|(n, stack)| {
+                let stack: Vec<Layer> = stack.iter().map(|&l| l.clone()).collect();
+                let image = stage.builder.image(&format!("together-{published}-{n}:1"), &stack, &[]);
+                let reference = push(stage, &image, published);
+                (image, reference)
+            })
+            .collect();
+        std::thread::scope(|scope| {
+            for (_, reference) in &images {
+                let cri = stage.ours.cri();
+                scope.spawn(move || cri.pull(reference));
+            }
+        });
+        for (image, reference) in &images {
+            assert_as_a_normal_pull(stage, image, reference, &[Writable::No]);
+        }
+        let cri = stage.ours.cri();
+        for (_, reference) in &images {
+            cri.remove(reference);
+        }
+        assert_all_is_given_back(stage);
+    }
+    let one_by_one = stage.ours.log().contains("unpacking will be sequential");
+    assert_eq!(one_by_one, release.has_conf_d(), "2.2 and later could do otherwise, and say that they do not");
+}
+
+/// A node whose main file came from `containerd config default` reads the file of our packages.
+#[test]
+fn from_2_2_on_the_default_configuration_includes_the_folder_of_our_packages_file() {
+    for release in [Release::V1_6, Release::V1_7, Release::V2_1, Release::V2_2, Release::V2_3, Release::V2_4] {
+        if release.is_wanted() {
+            let default = run(release.program("containerd"), ["config", "default"]).ok();
+            let includes = default.contains("/etc/containerd/conf.d/*.toml");
+            assert_eq!(includes, release.has_conf_d(), "containerd {}", release.version());
+        }
+    }
+}
