@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::containerd::OURS;
 use crate::machine::{SOCKET, STATE};
 use crate::process::{cache, run};
 
@@ -111,6 +112,8 @@ pub enum Way {
     /// As `Transfer`; where containerd can unpack several layers of an image at the same time, it
     /// may, but for a snapshotter that does not say it takes layers without their parents.
     ManyUnpacks,
+    /// Nothing but the plugin, under the name that nerdctl's own page has for it.
+    OtherName,
 }
 
 /// A main file of containerd, and what its folder `conf.d` holds.
@@ -137,15 +140,20 @@ impl Way {
                 let many = "[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 4\n";
                 snippet("transfer.toml") + many
             }
-            Self::ConfD => {
-                let whole = snippet("transfer.toml");
-                let (main, _) = whole.split_once("[proxy_plugins").expect("a snippet registers the plugin");
-                main.to_owned()
+            Self::ConfD => parted(&snippet("transfer.toml")).0.to_owned(),
+            Self::OtherName => {
+                let plugin = parted(&snippet("client-1.toml")).1.replace(OURS, "cvmfs");
+                format!("version = 2\n{plugin}")
             }
         };
         let conf_d = (self == Self::ConfD).then(|| place(read("packaging/containerd-conf.d.toml")));
         Configuration { main, conf_d }
     }
+}
+
+/// A snippet up to the registration of the plugin, and from there.
+fn parted(snippet: &str) -> (&str, &str) {
+    snippet.split_at(snippet.find("[proxy_plugins").expect("a snippet registers the plugin"))
 }
 
 /// A file of this checkout.

@@ -1,6 +1,7 @@
 //! Every version of containerd, configured as docs/containerd.md says, by the clients that people
 //! use: Kubernetes, ctr and nerdctl. `CONTAINERD_VERSIONS` says which of them, see `make test-matrix`.
 
+use std::fs;
 use std::time::Instant;
 
 use scene::containerd::{OURS, Writable};
@@ -8,8 +9,8 @@ use scene::image::{Image, Layer};
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::registry::Fetched;
-use scene::release::{Release, Way};
-use scene::sandbox::mounts_below;
+use scene::release::{Release, Way, read};
+use scene::sandbox::{Sandbox, mounts_below};
 use scene::stage::{PAUSE, Stage};
 use scene::tell::tell;
 
@@ -55,14 +56,14 @@ matrix! {
     containerd_2_4 V2_4;
 }
 
-fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&Stage, Release)) {
+fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&Stage, Release, Way)) {
     if !release.is_wanted() {
         return;
     }
     for &way in ways {
         let start = Instant::now();
         let stage = Stage::of(what, "", release, way, Repository::mounted);
-        check(&stage, release);
+        check(&stage, release, way);
         assert_all_is_given_back(&stage);
         let seconds = start.elapsed().as_secs_f64();
         tell(format_args!("containerd {} ({way:?}), {what}: {seconds:.1} s", release.version()));
@@ -111,12 +112,15 @@ fn assert_as_a_normal_pull(stage: &Stage, image: &Image, reference: &str, how: &
     }
 }
 
-fn kubernetes(stage: &Stage, release: Release) {
+fn kubernetes(stage: &Stage, release: Release, way: Way) {
+    // What differs between the ways is who asks for a layer.
+    let thorough = way == release.best_way();
     let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
     let mut references = vec![stage.publish_and_push(&pause)];
     let cri = stage.ours.cri();
     let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
-    for (name, published) in [("published", 3), ("partly", 1), ("unpublished", 0)] {
+    let images = [("published", 3), ("partly", 1), ("unpublished", 0)];
+    for (name, published) in images.into_iter().take(if thorough { 3 } else { 2 }) {
         let image = stage.shell_image(&format!("{name}:1"), name);
         let reference = push(stage, &image, published);
         let before = stage.registry.fetched();
@@ -125,7 +129,9 @@ fn kubernetes(stage: &Stage, release: Release) {
         let pod = cri.run_pod(&format!("{unique}-{name}"), &reference, &["/bin/sleep", "1000"]);
         assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", PROGRAM]), said(name));
         cri.remove_pod(&pod);
-        assert_as_a_normal_pull(stage, &image, &reference, &[Writable::No, Writable::Yes]);
+        if thorough {
+            assert_as_a_normal_pull(stage, &image, &reference, &[Writable::No, Writable::Yes]);
+        }
         references.push(reference);
     }
     assert_eq!(stage.registry.fetched().layers_of(&pause), 0, "the image of the pod itself is published too");
@@ -141,7 +147,7 @@ fn kubernetes(stage: &Stage, release: Release) {
     }
 }
 
-fn ctr(stage: &Stage, release: Release) {
+fn ctr(stage: &Stage, release: Release, _: Way) {
     // In the namespace of Kubernetes the CRI gives an image more names, and those stay.
     let ctr = |arguments: &[&str]| stage.ours.ctr(&[&["--namespace", "default"], arguments].concat());
     let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
@@ -163,7 +169,7 @@ fn ctr(stage: &Stage, release: Release) {
     }
 }
 
-fn nerdctl(stage: &Stage, _: Release) {
+fn nerdctl(stage: &Stage, _: Release, _: Way) {
     let nerdctl = |arguments: &[&str]| stage.ours.nerdctl(arguments);
     for (name, published) in [("published", 3), ("partly", 1)] {
         let image = stage.shell_image(&format!("{name}:1"), name);
@@ -189,7 +195,7 @@ fn nerdctl(stage: &Stage, _: Release) {
     }
 }
 
-fn at_the_same_time(stage: &Stage, release: Release) {
+fn at_the_same_time(stage: &Stage, release: Release, _: Way) {
     let layer = |name: String| {
         stage.builder.layer(|l| {
             for file in 0..200 {
@@ -235,14 +241,52 @@ fn at_the_same_time(stage: &Stage, release: Release) {
     assert_eq!(one_by_one, release.has_conf_d(), "2.2 and later could do otherwise, and say that they do not");
 }
 
-/// A node whose main file came from `containerd config default` reads the file of our packages.
+/// A node whose main file came from `containerd config default` reads the file of our packages;
+/// another one reads it if its main file says so.
 #[test]
-fn from_2_2_on_the_default_configuration_includes_the_folder_of_our_packages_file() {
+fn root_from_2_2_on_the_default_configuration_includes_the_folder_of_our_packages_file() {
+    let sandbox = Sandbox::enter("conf.d");
+    let [upper, work] = ["upper", "work"].map(|name| sandbox.make_dir(name).display().to_string());
+    let stacked = format!("lowerdir=/etc,upperdir={upper},workdir={work}");
+    // Ours alone, as is this mount namespace.
+    run("mount", ["-t", "overlay", "etc", "-o", &stacked, "/etc"]).ok();
+    fs::create_dir_all("/etc/containerd/conf.d").expect("a directory can be made");
+    let file = read("packaging/containerd-conf.d.toml");
+    fs::write("/etc/containerd/conf.d/cvmfs-snapshotter.toml", file).expect("a file can be written");
     for release in [Release::V1_6, Release::V1_7, Release::V2_1, Release::V2_2, Release::V2_3, Release::V2_4] {
-        if release.is_wanted() {
-            let default = run(release.program("containerd"), ["config", "default"]).ok();
-            let includes = default.contains("/etc/containerd/conf.d/*.toml");
-            assert_eq!(includes, release.has_conf_d(), "containerd {}", release.version());
+        if !release.is_wanted() {
+            continue;
+        }
+        let containerd = release.program("containerd");
+        let default = run(&containerd, ["config", "default"]).ok();
+        let imports = "imports = [\"/etc/containerd/conf.d/*.toml\"]\n";
+        let mut mains = vec![(default, release.has_conf_d()), ("version = 2\n".to_owned(), false)];
+        if release.has_conf_d() {
+            let old = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"of:2\"\n";
+            let new = "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = \"of:3\"\n";
+            mains.extend([old, new].map(|main| (format!("{imports}{main}"), true)));
+        }
+        for (main, includes) in mains {
+            fs::write("/etc/containerd/config.toml", &main).expect("a file can be written");
+            let dump = run(&containerd, ["config", "dump"]).ok();
+            assert_eq!(dump.contains("[proxy_plugins.cvmfs-snapshotter]"), includes, "{}:\n{main}", release.version());
+            // The main file counts as it did before.
+            for image in ["of:2", "of:3"].into_iter().filter(|image| main.contains(image)) {
+                assert!(dump.contains(image), "{}: no {image} in\n{dump}", release.version());
+            }
         }
     }
+}
+
+/// nerdctl's own page on this snapshotter registers it as `cvmfs`, and calls it by another name.
+#[test]
+fn root_registered_under_the_name_of_nerdctls_page_it_is_not_found_or_everything_is_downloaded() {
+    let stage = Stage::of("other name", "", Release::V1_6, Way::OtherName, Repository::mounted);
+    let image = stage.shell_image("named:1", "x");
+    let reference = push(&stage, &image, 3);
+    let refused = stage.ours.nerdctl(&["pull", &reference]);
+    assert!(!refused.status.success() && refused.stderr.contains("cvmfs-snapshotter"), "{}", refused.stderr);
+    let before = stage.registry.fetched();
+    stage.ours.nerdctl(&["--snapshotter", "cvmfs", "pull", &reference]).ok();
+    assert_eq!(fetched(&stage, &before, &image), 3);
 }
