@@ -16,7 +16,7 @@ fn blocks(page: &str) -> Vec<String> {
             None if line == "```toml" => block = Some(String::new()),
             None => {}
             Some(_) if line == "```" => blocks.extend(block.take()),
-            Some(text) => *text += &format!("{line}\n"),
+            Some(text) => text.extend([line, "\n"]),
         }
     }
     assert!(block.is_none(), "a block does not end");
