@@ -34,9 +34,11 @@ fn link_statically(library: &str) {
         return;
     }
     let compiler = var_os(of_target).or_else(|| var_os("CXX")).unwrap_or_else(|| "c++".into());
-    // It says the bare name if it has no such file, and other compilers say other things.
+    // It says the bare name if it has no such file, and other compilers say other things. Zig's, which links
+    // a library of its own, names this machine's, and fails.
     let said = Command::new(compiler).arg(format!("-print-file-name={library}")).output();
-    let found = said.map(|said| PathBuf::from(String::from_utf8_lossy(&said.stdout).trim())).unwrap_or_default();
+    let said = said.ok().filter(|said| said.status.success()).map(|said| said.stdout).unwrap_or_default();
+    let found = PathBuf::from(String::from_utf8_lossy(&said).trim());
     if !found.is_absolute() || !found.is_file() {
         return;
     }
