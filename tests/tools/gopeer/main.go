@@ -2,7 +2,8 @@
 //
 //	gopeer bind REPOSITORY ROOT SOCKET   the engine of the Go cvmfs-snapshotter: the remote
 //	                                     snapshotter of stargz, and a file system that binds what
-//	                                     REPOSITORY publishes unpacked
+//	                                     REPOSITORY publishes unpacked. As the Go daemon does, it
+//	                                     empties its snapshots when it is stopped normally
 //	gopeer memory SOCKET                 remembers snapshots and does nothing: what is left of a
 //	                                     pull is containerd's own work
 package main
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 
@@ -72,6 +74,13 @@ func main() {
 		snapshotter, err := remote.NewSnapshotter(context.Background(), arguments[2], published(arguments[1]),
 			remote.AsynchronousRemove)
 		check(err)
+		stop := make(chan os.Signal, 1)
+		signal.Notify(stop, unix.SIGINT, unix.SIGTERM)
+		go func() {
+			<-stop
+			check(snapshotter.Close())
+			os.Exit(0)
+		}()
 		serve(snapshotter, arguments[3])
 	case len(arguments) == 2 && arguments[0] == "memory":
 		serve(&memory{all: map[string]snapshots.Info{}}, arguments[1])
