@@ -10,6 +10,8 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
+use crate::process::tool;
+
 /// Bytes with a digest, in a file.
 #[derive(Clone, Debug)]
 pub struct Blob {
@@ -63,6 +65,17 @@ impl Builder {
         let layer = self.pack(&stage.top);
         fs::remove_dir_all(&stage.top).expect("a stage can be removed");
         layer
+    }
+
+    /// A layer that can run a shell.
+    pub fn shell_layer(&self) -> Layer {
+        self.layer(|l| {
+            l.file("bin/busybox", fs::read(tool("busybox")).expect("busybox can be read")).mode("bin/busybox", 0o755);
+            for name in ["sh", "ls", "cat", "mkdir", "true", "chmod", "chown", "sleep"] {
+                l.symlink("busybox", &format!("bin/{name}"));
+            }
+            l.dir("tmp").dir("etc").dir("proc").dir("sys").dir("dev").dir("run");
+        })
     }
 
     /// A layer of the tree below `top`.

@@ -1,5 +1,5 @@
 //! A machine that a systemd has booted, in a container: the daemon stands there as a package
-//! would put it, with the units of `packaging/`.
+//! would put it, with the units of `packaging/`; or it has none, for tests of the packages.
 //!
 //! Its processes share our network, so a registry on loopback is the same one. Its files and
 //! sockets are reached through `/proc/<its first process>/root`.
@@ -27,7 +27,14 @@ pub const STATE: &str = "/var/lib/containerd-cvmfs-grpc";
 pub const SOCKET: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 /// Debian's containerd and runc.
 const PROGRAMS: &str = "/opt/debian";
+/// A machine without the daemon has this host's programs here: both are the same Debian.
+pub const HOST: &str = "/opt/host";
 const UNITS: &str = "/etc/systemd/system";
+/// As `SOCKET`.
+pub const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]
+  type = \"snapshot\"
+  address = \"/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock\"
+";
 
 /// Dropped, it is switched off.
 pub struct Machine {
@@ -41,6 +48,28 @@ impl Machine {
     /// Boots a machine with `repository` mounted. None: this host cannot, and says why; in CI
     /// that is a failure.
     pub fn boot(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
+        let machine = Self::boot_with(sandbox, repository, &[], |root| {
+            furnish(root);
+            furnish_containerd(root, "", PROXY);
+        })?;
+        // As the installation of a package ends.
+        machine.run(&["systemctl", "enable", "--now", "--quiet", SERVICE]).ok();
+        Some(machine)
+    }
+
+    /// Boots a machine that has a containerd, which reads `conf.d`, and no daemon yet.
+    pub fn boot_without_daemon(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
+        let imports = "imports = [\"/etc/containerd/conf.d/*.toml\"]";
+        Self::boot_with(sandbox, repository, &[("/usr", HOST)], |root| furnish_containerd(root, imports, ""))
+    }
+
+    /// `shown` are folders of this host that it can read.
+    fn boot_with(
+        sandbox: &Sandbox,
+        repository: &Path,
+        shown: &[(&str, &str)],
+        furnish: impl FnOnce(&Path),
+    ) -> Option<Self> {
         if let Some(reason) = obstacle() {
             assert!(std::env::var_os("CI").is_none(), "no machine can be booted: {reason}");
             eprintln!("\n======== SKIPPED: no machine can be booted: {reason} ========\n");
@@ -67,6 +96,7 @@ impl Machine {
         command.args(["--capability=all", "--system-call-filter=@mount @keyring bpf", "--link-journal=no"]);
         command.arg(format!("--machine={name}")).arg("--directory").arg(&root);
         command.args(bound.iter().map(|(from, to)| format!("--bind={}:{to}", from.display())));
+        command.args(shown.iter().map(|(from, to)| format!("--bind-ro={from}:{to}")));
         let mut nspawn = Server::start(&mut command, &sandbox.path("machine.log"));
         let (pid, mut init) = (nspawn.pid(), None);
         nspawn.wait_until("start a first process", || {
@@ -82,8 +112,6 @@ impl Machine {
         // anew sees that it may now.
         let writable = "for g in /sys/fs/cgroup/*/; do mount -o remount,rw,bind $g; done; systemctl daemon-reexec";
         machine.run(&["sh", "-c", writable]).ok();
-        // As the installation of a package ends.
-        machine.run(&["systemctl", "enable", "--now", "--quiet", SERVICE]).ok();
         Some(machine)
     }
 
@@ -170,34 +198,38 @@ fn tree() -> PathBuf {
     cache().join("machine/bookworm")
 }
 
-/// What a package, and Debian's containerd, put into a machine.
+/// Where something can be put.
+fn place(root: &Path, path: &str) -> PathBuf {
+    let path = root.join(path.trim_start_matches('/'));
+    fs::create_dir_all(path.parent().expect("a file has a directory")).expect("a directory can be made");
+    path
+}
+
+/// What a package puts into a machine.
 fn furnish(root: &Path) {
-    let place = |path: &str| {
-        let path = root.join(path.trim_start_matches('/'));
-        fs::create_dir_all(path.parent().expect("a file has a directory")).expect("a directory can be made");
-        path
-    };
-    let write = |path: &str, text: &str| fs::write(place(path), text).expect("a file can be written");
-    fs::copy(binary(), place("/usr/sbin/cvmfs-snapshotter")).expect("the daemon can be installed");
+    fs::copy(binary(), place(root, "/usr/bin/cvmfs-snapshotter")).expect("the daemon can be installed");
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     for unit in [SERVICE, "cvmfs-snapshotter.socket"] {
-        let to = place(&format!("/usr/lib/systemd/system/{unit}"));
+        let to = place(root, &format!("/usr/lib/systemd/system/{unit}"));
         fs::copy(packaging.join(unit), &to).expect("a unit can be installed");
         fs::set_permissions(&to, fs::Permissions::from_mode(0o644)).expect("a mode can be set");
     }
     configure(root, "");
+}
+
+/// Debian's containerd. `imports` is of its configuration, and so is `proxy`, which tells it of the daemon.
+fn furnish_containerd(root: &Path, imports: &str, proxy: &str) {
+    let write = |path: &str, text: &str| fs::write(place(root, path), text).expect("a file can be written");
     write(
         "/etc/containerd/config.toml",
         &format!(
             "version = 2
+{imports}
 disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]
 [plugins.\"io.containerd.grpc.v1.cri\".containerd]
   snapshotter = \"cvmfs-snapshotter\"
   disable_snapshot_annotations = false
-[proxy_plugins.cvmfs-snapshotter]
-  type = \"snapshot\"
-  address = \"{SOCKET}\"
-"
+{proxy}"
         ),
     );
     // As Debian's, from another folder.

@@ -19,7 +19,7 @@ use scene::containerd::{NAMESPACE, Writable};
 use scene::cri::Cri;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
-use scene::process::{eventually, tool};
+use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
@@ -53,18 +53,7 @@ fn image(builder: &Builder, name: &str) -> Image {
         l.xattr("team", "user.note", b"ours").delete("gone");
         l.dir("opaque").opaque("opaque").file("opaque/new", "new").mode("opaque", 0o3771).owner("opaque", 5, 6);
     });
-    builder.image(name, &[shell(builder), lower, upper], &[])
-}
-
-/// A layer that can run a shell.
-fn shell(builder: &Builder) -> scene::image::Layer {
-    builder.layer(|l| {
-        l.file("bin/busybox", fs::read(tool("busybox")).expect("busybox can be read")).mode("bin/busybox", 0o755);
-        for name in ["sh", "ls", "cat", "mkdir", "true", "chmod", "chown", "sleep"] {
-            l.symlink("busybox", &format!("bin/{name}"));
-        }
-        l.dir("tmp").dir("etc").dir("proc").dir("sys").dir("dev").dir("run");
-    })
+    builder.image(name, &[builder.shell_layer(), lower, upper], &[])
 }
 
 /// Lines of the service's journal that say that something went wrong.
@@ -346,11 +335,11 @@ fn root_what_the_unit_does_not_grant_is_refused() {
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
     let unit = fs::read_to_string(machine.path("/usr/lib/systemd/system/cvmfs-snapshotter.service"));
     let unit = unit.expect("the unit is installed");
-    fs::copy(beside("attempts"), machine.path("/usr/sbin/attempts")).expect("a program can be installed");
+    fs::copy(beside("attempts"), machine.path("/usr/bin/attempts")).expect("a program can be installed");
     let try_under = |name: &str, settings: &str| -> BTreeMap<String, String> {
         let dir = format!("{STATE}/{name}");
         fs::create_dir(machine.path(&dir)).expect("a directory can be made");
-        let program = format!("/usr/sbin/attempts {dir}");
+        let program = format!("/usr/bin/attempts {dir}");
         let text = format!("[Service]\n{settings}\nType=oneshot\nExecStart={program}\nRestart=no\n");
         machine.write(&format!("/etc/systemd/system/{name}.service"), &text);
         machine.run(&["systemctl", "daemon-reload"]).ok();
