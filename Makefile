@@ -10,14 +10,18 @@
 #   make bench    what calls, pulls and container starts cost, beside other snapshotters (20 min)
 #   make bench-plot   draws docs/growth.svg: what a call costs as the store grows
 #   make fuzz     whatever reads what others wrote, guided by coverage, FUZZ_SECONDS for each target
+#   make package  RPM and DEB packages for x86_64 and aarch64 (half an hour; PACKAGE_ARCH=x86_64 for one)
+#   make test-packages   the tests of packages, on what "make package" made
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
-# demo, bench, storm, random and the tests need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
+# demo, bench, package, storm, random and the tests need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
 
 # What is downloaded and built stays here; remove the folder to start afresh.
 export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
 export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
 export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
+# Of the program that is there anyway, for the tests.
+export CVMFS_SNAPSHOTTER_PACKAGES ?= $(CARGO_TARGET_DIR)/packages-dev
 tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 
 FUZZ_SECONDS ?= 300
@@ -30,7 +34,7 @@ fuzz_cache := $(CVMFS_SNAPSHOTTER_CACHE)/fuzz
 # Named, so that the flags are not those of build scripts.
 host := $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: help build demo bench bench-plot test test-matrix storm random \
+.PHONY: help build demo bench bench-plot test test-matrix storm random package test-packages \
 	test-unit test-testbed test-suite test-scene fuzz lint advisories
 
 help:
@@ -60,6 +64,7 @@ bench-plot:
 test: build
 	tests/setup.sh test
 	cargo build --locked --package cvmfs-testbed --features cvmfs-crate
+	PACKAGE_BINARY="$(CVMFS_SNAPSHOTTER_BINARY)" PACKAGE_FOLDER="$(CVMFS_SNAPSHOTTER_PACKAGES)" packaging/build.sh
 	$(MAKE) test-unit test-testbed test-suite test-scene
 
 test-unit:
@@ -85,6 +90,18 @@ test-matrix: build
 	tests/setup.sh containerds $(CONTAINERD_VERSIONS)
 	CONTAINERD_VERSIONS="$${CONTAINERD_VERSIONS:-1.6 1.7 2.1 2.2 2.3 2.4}" \
 		cargo test --locked --package scene --test matrix -- --test-threads 2
+
+# Results are in $(CARGO_TARGET_DIR)/packages.
+package:
+	tests/setup.sh build
+	tests/setup.sh package
+	packaging/build.sh
+
+# One machine's architecture only: its packages are installed.
+test-packages: build
+	tests/setup.sh test
+	CVMFS_SNAPSHOTTER_PACKAGES="$(CARGO_TARGET_DIR)/packages" \
+		cargo test --locked --package scene --test packages -- --test-threads 2
 
 # The long forms of two tests; STORM_SEED and PROPTEST_RNG_SEED repeat a run.
 storm: build
@@ -113,7 +130,7 @@ lint:
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
 	cargo clippy --package cvmfs-snapshotter --lib --no-default-features --features fuzz --locked -- --deny warnings
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
-	shellcheck tests/setup.sh .ci/run
+	shellcheck tests/setup.sh .ci/run packaging/build.sh packaging/replace-go-unit packaging/deb/p*
 	"$(tools)/cargo/bin/cargo-deny" --locked check bans licenses sources
 	"$(tools)/cargo/bin/cargo-deny" --locked --manifest-path tests/fuzz/Cargo.toml --config deny.toml \
 		check bans licenses sources

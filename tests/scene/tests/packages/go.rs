@@ -1,0 +1,86 @@
+//! A node on which the Go snapshotter runs, installed by hand: a package takes its place.
+//!
+//! Its engine is the real one, and as the real daemon it empties its snapshots on SIGTERM; so a
+//! scriptlet that stopped it would be seen.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use scene::machine::{PROXY, SERVICE, SOCKET, STATE};
+use scene::process::{eventually, tool};
+
+use crate::node::{CONFIG, Node};
+use crate::{DEB, RPM, folder, one};
+
+/// As it is on such a node.
+const CONFIGURATION: &str = "repository = \"scene.test\"\n";
+const PROGRAM: &str = "/usr/bin/cvmfs_snapshotter";
+
+/// A node that runs the Go snapshotter, whose unit lies in `folder`.
+fn node(name: &str, folder: &str) -> Option<Node> {
+    let node = Node::start(name)?;
+    let machine = &node.machine;
+    let program = machine.path(PROGRAM);
+    fs::copy(tool("gopeer"), &program).expect("a program can be installed");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("a mode can be set");
+    machine.write(
+        &format!("{folder}/{SERVICE}"),
+        &format!(
+            "[Unit]
+Description=CVMFS Snapshotter
+After=network.target
+Before=containerd.service
+[Service]
+Type=simple
+ExecStartPre=/bin/mkdir -p {STATE}/snapshotter /run/containerd-cvmfs-grpc
+ExecStart={PROGRAM} bind /cvmfs/scene.test {STATE}/snapshotter {SOCKET}
+Restart=always
+RestartSec=1
+[Install]
+WantedBy=multi-user.target
+"
+        ),
+    );
+    machine.write(CONFIG, CONFIGURATION);
+    machine.write("/etc/containerd/conf.d/by-hand.toml", &format!("version = 2\n{PROXY}"));
+    node.shell(&format!("systemctl daemon-reload; systemctl enable --now {SERVICE}")).ok();
+    eventually("the Go snapshotter serves", || machine.path(SOCKET).exists());
+    machine.restart("containerd.service");
+    Some(node)
+}
+
+/// What is true after the package was installed, which said `said`.
+#[track_caller]
+fn assert_replaced(node: &Node, pid: &str, said: &str) {
+    let machine = &node.machine;
+    assert!(said.contains(&format!("killing process {pid}")), "{said}");
+    node.assert_serves();
+    assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), CONFIGURATION);
+    assert!(machine.property(SERVICE, "FragmentPath").ends_with(&format!("/lib/systemd/system/{SERVICE}")));
+    let journal = machine.journal(SERVICE);
+    assert!(journal.contains("took over") && journal.contains("0 have lost their files"), "{journal}");
+    assert_eq!(node.shell("cat /proc/[0-9]*/comm | grep cvmfs_ || true").stdout, "");
+}
+
+#[test]
+fn root_a_deb_takes_the_place_of_a_go_snapshotter_whose_unit_lies_in_etc() {
+    let Some(node) = node("go-deb", "/etc/systemd/system") else { return };
+    let running = node.run_container();
+    let pid = node.machine.property(SERVICE, "MainPID");
+    // Else dpkg asks whether the file that somebody wrote stays.
+    let said = node.dpkg(&format!("--force-confold --install {}", node.give(&one(&folder(), DEB))));
+    assert!(said.contains(&format!("/etc/systemd/system/{SERVICE}.go-saved")), "{said}");
+    assert!(node.machine.path(&format!("/etc/systemd/system/{SERVICE}.go-saved")).exists());
+    assert_replaced(&node, &pid, &said);
+    node.assert_nothing_is_lost(&running);
+}
+
+#[test]
+fn root_an_rpm_takes_the_place_of_a_go_snapshotter_whose_unit_it_overwrites() {
+    let Some(node) = node("go-rpm", "/usr/lib/systemd/system") else { return };
+    let running = node.run_container();
+    let pid = node.machine.property(SERVICE, "MainPID");
+    let said = node.rpm(&format!("--install --nodeps {}", node.give(&one(&folder(), RPM))));
+    assert_replaced(&node, &pid, &said);
+    node.assert_nothing_is_lost(&running);
+}

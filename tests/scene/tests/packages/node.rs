@@ -1,0 +1,222 @@
+//! A node with containerd, a registry and a repository, on which packages are installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use scene::client::Client;
+use scene::containerd::NAMESPACE;
+use scene::cri::Cri;
+use scene::image::Builder;
+use scene::machine::{HOST, Machine, SERVICE, STATE};
+use scene::process::{Output, eventually};
+use scene::publisher::Repository;
+use scene::registry::Registry;
+use scene::sandbox::Sandbox;
+
+pub const SOCKET_UNIT: &str = "cvmfs-snapshotter.socket";
+pub const CONFIG: &str = "/etc/containerd-cvmfs-grpc/config.toml";
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
+const SNAPSHOTTER: &str = "--snapshotter=cvmfs-snapshotter";
+
+/// Fields are dropped in order: the machine before what it uses, the sandbox last.
+pub struct Node {
+    pub machine: Machine,
+    pub registry: Registry,
+    pub repository: Repository,
+    pub builder: Builder,
+    pub sandbox: Sandbox,
+}
+
+/// A container that writes, and what there was when it had begun.
+pub struct Running {
+    /// The image that it runs, of which one layer is published, and one that is published whole.
+    references: [String; 2],
+    snapshots: String,
+}
+
+impl Node {
+    pub fn start(name: &str) -> Option<Self> {
+        let sandbox = Sandbox::enter(name);
+        let builder = Builder::new(&sandbox.path("images"));
+        let registry = Registry::start(&sandbox.path("registry"));
+        let repository = Repository::mounted(&sandbox.path("cvmfs"));
+        let machine = Machine::boot_without_daemon(&sandbox, repository.dir())?;
+        Some(Self { machine, registry, repository, builder, sandbox })
+    }
+
+    /// Runs a program as an administrator's shell would.
+    pub fn shell(&self, line: &str) -> Output {
+        let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+        self.machine.run(&["env", path, "DEBIAN_FRONTEND=noninteractive", "sh", "-c", &format!("{line} 2>&1")])
+    }
+
+    /// A copy of a file of ours in the machine.
+    pub fn give(&self, file: &Path) -> String {
+        let to = format!("/root/{}", file.file_name().expect("a file has a name").to_string_lossy());
+        fs::copy(file, self.machine.path(&to)).expect("a file can be copied");
+        to
+    }
+
+    /// What dpkg said.
+    #[track_caller]
+    pub fn dpkg(&self, arguments: &str) -> String {
+        self.shell(&format!("dpkg {arguments} </dev/null")).ok()
+    }
+
+    /// What rpm said. It is this host's: the machine has none, and so no package that ours needs.
+    #[track_caller]
+    pub fn rpm(&self, arguments: &str) -> String {
+        let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
+        let rpm = format!(
+            "RPM_CONFIGDIR={HOST}/lib/rpm {libraries}/ld-linux-x86-64.so.2 --library-path {libraries} {HOST}/bin/rpm \
+             --dbpath=/var/lib/rpm"
+        );
+        self.shell(&format!("{rpm} {arguments}")).ok()
+    }
+
+    /// The configuration that belongs to the machine's repository, as an administrator writes it.
+    pub fn configure(&self, more: &str) {
+        let path = self.machine.path(CONFIG);
+        let text = fs::read_to_string(&path).expect("the configuration is installed");
+        fs::write(path, format!("{text}repository = \"scene.test\"\n{more}\n")).expect("it can be changed");
+    }
+
+    #[track_caller]
+    pub fn assert_serves(&self) {
+        for unit in [SERVICE, SOCKET_UNIT] {
+            let state = ["ActiveState", "UnitFileState"].map(|name| self.machine.property(unit, name));
+            assert_eq!(state, ["active", "enabled"], "{unit}\n{}", self.machine.journal(unit));
+        }
+        let program = self.machine.path(&format!("/proc/{}/exe", self.machine.property(SERVICE, "MainPID")));
+        assert_eq!(fs::read_link(program).expect("it runs"), Path::new("/usr/bin/cvmfs-snapshotter"));
+    }
+
+    pub fn ctr(&self, arguments: &[&str]) -> Output {
+        self.machine.ctr(&[&["--namespace", NAMESPACE], arguments].concat())
+    }
+
+    pub fn snapshots(&self) -> String {
+        // containerd waits a little before it connects again.
+        let mut listed = String::new();
+        eventually("snapshots can be listed", || {
+            let output = self.ctr(&["snapshots", SNAPSHOTTER, "ls"]);
+            listed = output.stdout;
+            output.status.success()
+        });
+        listed
+    }
+
+    /// Pulls two images, and starts a container that counts in a file of its own.
+    #[track_caller]
+    pub fn run_container(&self) -> Running {
+        let references = ["mixed", "published"].map(|name| {
+            let own = self.builder.layer(|l| {
+                l.file("data/name", name);
+            });
+            let image = self.builder.image(&format!("{name}:1"), &[self.builder.shell_layer(), own], &[]);
+            let published = if name == "mixed" { 1 } else { 2 };
+            self.repository.publish_layers(&image.layers[..published]);
+            let reference = self.registry.push(&image);
+            let before = self.registry.fetched();
+            Cri::connect(&self.machine.path(CONTAINERD)).pull(&reference);
+            let fetched = self.registry.fetched().since(&before).layers_of(&image);
+            assert_eq!(fetched, 2 - published, "layers of {name} that were downloaded");
+            reference
+        });
+        let program = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; sleep 0.05; done";
+        self.ctr(&["run", "--detach", SNAPSHOTTER, &references[0], "counter", "/bin/sh", "-c", program]).ok();
+        eventually("the container counts", || self.count() > 0);
+        Running { references, snapshots: self.snapshots() }
+    }
+
+    /// How far the container has counted.
+    fn count(&self) -> u64 {
+        let tasks = self.ctr(&["tasks", "ls"]).ok();
+        let words = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let task = words.into_iter().find(|words| words[0] == "counter").expect("the container runs");
+        let file = self.machine.path(&format!("/proc/{}/root/tmp/count", task[1]));
+        fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+
+    #[track_caller]
+    pub fn assert_counts(&self) {
+        let before = self.count();
+        eventually("the container counts on", || self.count() > before);
+    }
+
+    /// The container lives and writes, every snapshot is there, and both images still start.
+    #[track_caller]
+    pub fn assert_nothing_is_lost(&self, running: &Running) {
+        self.assert_counts();
+        assert_eq!(self.snapshots(), running.snapshots);
+        for reference in &running.references {
+            let mut said = String::new();
+            eventually("a container starts", || {
+                let output = self.ctr(&["run", "--rm", SNAPSHOTTER, reference, "again", "/bin/cat", "/data/name"]);
+                said = output.stdout;
+                output.status.success()
+            });
+            assert!(reference.contains(said.trim()) && !said.is_empty(), "{reference} said {said:?}");
+        }
+        assert_eq!(self.snapshots(), running.snapshots);
+    }
+
+    /// The names and contents below the state root that no start of the daemon changes.
+    pub fn state(&self) -> Vec<PathBuf> {
+        let home = self.machine.path(&format!("{STATE}/snapshotter/snapshots"));
+        let mut found = Vec::new();
+        let mut unread = vec![home];
+        while let Some(directory) = unread.pop() {
+            for entry in fs::read_dir(&directory).expect("a directory can be read") {
+                let entry = entry.expect("an entry can be read");
+                if entry.file_type().expect("an entry has a type").is_dir() {
+                    unread.push(entry.path());
+                }
+                found.push(entry.path());
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Calls of containerd while `work` is done: how many there were, and which failed.
+    pub fn calls_during(&self, work: impl FnOnce()) -> (usize, Vec<String>) {
+        let (over, calls, failures) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let socket = self.machine.path(CONTAINERD);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let client = Client::of_containerd(&socket, NAMESPACE, "cvmfs-snapshotter");
+                for n in 0.. {
+                    if over.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let key = format!("call-{n}");
+                    let answers = [
+                        client.prepare(&key, "", &[("containerd.io/gc.root", "scene")]).map(drop),
+                        client.usage(&key).map(drop),
+                        client.remove(&key),
+                    ];
+                    calls.fetch_add(answers.len(), Ordering::SeqCst);
+                    let failed = answers.into_iter().filter_map(Result::err);
+                    failures.lock().expect("nobody panicked").extend(failed.map(|s| format!("{key}: {}", s.message())));
+                    thread::sleep(Duration::from_millis(2));
+                }
+            });
+            eventually("calls begin", || calls.load(Ordering::SeqCst) > 20);
+            work();
+            let before = calls.load(Ordering::SeqCst);
+            eventually("calls go on", || calls.load(Ordering::SeqCst) > before + 20);
+            over.store(true, Ordering::SeqCst);
+        });
+        (calls.into_inner(), failures.into_inner().expect("nobody panicked"))
+    }
+
+    /// The unit's place in time: the same if it was neither stopped nor started meanwhile.
+    pub fn since(&self, unit: &str) -> String {
+        self.machine.property(unit, "ActiveEnterTimestampMonotonic")
+    }
+}
