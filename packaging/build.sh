@@ -27,7 +27,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cargo metadata --locked --format-version 1 >"$work/metadata.json"
 version=$(jq -r ".packages[] | select(.name == \"$name\") | .version" "$work/metadata.json")
-# The same sources give the same packages.
+# The same program gives the same packages, byte by byte.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)}
 export SOURCE_DATE_EPOCH
 

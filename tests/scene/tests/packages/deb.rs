@@ -80,19 +80,11 @@ fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_lo
     node.assert_counts();
 }
 
-/// What was stopped when a package was removed stays stopped where nobody can start services.
 #[test]
 fn root_a_deb_is_installed_where_no_systemd_runs() {
     let Some(node) = Node::start("deb-image") else { return };
     let deb = node.give(&one(&folder(), DEB));
-    // As in the making of an image.
-    node.shell("mount -t tmpfs none /run/systemd").ok();
-    node.dpkg(&format!("--install {deb}"));
-    node.shell("umount /run/systemd").ok();
-    for unit in [SERVICE, SOCKET_UNIT] {
-        let state = ["ActiveState", "UnitFileState"].map(|name| node.machine.property(unit, name));
-        assert_eq!(state, ["inactive", "enabled"], "{unit}");
-    }
+    node.assert_installs_without_systemd(|| node.dpkg(&format!("--install {deb}")));
 }
 
 fn check_units(node: &Node) {

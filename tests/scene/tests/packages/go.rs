@@ -5,9 +5,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 
+use nix::sys::signal::Signal;
+use scene::client::Client;
 use scene::machine::{PROXY, SERVICE, SOCKET, STATE};
-use scene::process::{eventually, tool};
+use scene::process::{Server, eventually, tool};
+use scene::sandbox::Sandbox;
+use scene::stage::names;
 
 use crate::node::{CONFIG, Node};
 use crate::{DEB, RPM, folder, one};
@@ -60,6 +65,24 @@ fn assert_replaced(node: &Node, pid: &str, said: &str) {
     let journal = machine.journal(SERVICE);
     assert!(journal.contains("took over") && journal.contains("0 have lost their files"), "{journal}");
     assert_eq!(node.shell("cat /proc/[0-9]*/comm | grep cvmfs_ || true").stdout, "");
+}
+
+/// What the other tests would see if a scriptlet stopped it.
+#[test]
+fn root_the_go_snapshotter_empties_its_snapshots_when_it_is_stopped_normally() {
+    for (signal, left) in [(Signal::SIGKILL, 1), (Signal::SIGTERM, 0)] {
+        let sandbox = Sandbox::enter("go");
+        let [repository, root] = ["repository", "root"].map(|name| sandbox.make_dir(name));
+        let socket = sandbox.path("socket");
+        let mut server = Server::start(
+            Command::new(tool("gopeer")).arg("bind").args([&repository, &root, &socket]),
+            &sandbox.path("log"),
+        );
+        server.wait_until("serve", || socket.exists());
+        Client::connect(&socket).prepare("container", "", &[]).expect("it makes a snapshot");
+        server.end(signal);
+        assert_eq!(names(&root.join("snapshots")).len(), left, "{signal}");
+    }
 }
 
 #[test]

@@ -95,6 +95,18 @@ impl Node {
         assert_eq!(fs::read_link(program).expect("it runs"), Path::new("/usr/bin/cvmfs-snapshotter"));
     }
 
+    /// As an image is made: what is installed is enabled, and nothing is started.
+    #[track_caller]
+    pub fn assert_installs_without_systemd(&self, install: impl FnOnce() -> String) {
+        self.shell("mount -t tmpfs none /run/systemd").ok();
+        let said = install();
+        self.shell("umount /run/systemd && systemctl daemon-reload").ok();
+        for unit in [SERVICE, SOCKET_UNIT] {
+            let state = ["ActiveState", "UnitFileState"].map(|name| self.machine.property(unit, name));
+            assert_eq!(state, ["inactive", "enabled"], "{unit}: {said}");
+        }
+    }
+
     pub fn ctr(&self, arguments: &[&str]) -> Output {
         self.machine.ctr(&[&["--namespace", NAMESPACE], arguments].concat())
     }

@@ -62,3 +62,10 @@ fn root_an_rpm_is_installed_upgraded_and_erased_under_a_container_that_loses_not
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
 }
+
+#[test]
+fn root_an_rpm_is_installed_where_no_systemd_runs() {
+    let Some(node) = Node::start("rpm-image") else { return };
+    let rpm = node.give(&one(&folder(), RPM));
+    node.assert_installs_without_systemd(|| node.rpm(&format!("--install --nodeps {rpm}")));
+}
