@@ -7,10 +7,22 @@ use scene::process::run;
 
 use crate::{all, folder};
 
-/// A file of a package: its mode as `ls` writes it, and owner and group.
+/// By name: the mode as `ls` writes it, and owner and group.
 type Files = BTreeMap<String, (String, String)>;
 
-fn packages() -> Vec<(String, Files)> {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Deb,
+    Rpm,
+}
+
+struct Package {
+    kind: Kind,
+    path: String,
+    files: Files,
+}
+
+fn packages() -> Vec<Package> {
     let debs = all(&folder(), ".deb").into_iter().map(|path| {
         // drwxr-xr-x root/root 0 2026-11-26 21:15 ./etc/
         let list = run("dpkg-deb", [Path::new("--contents"), &path]).ok();
@@ -19,7 +31,7 @@ fn packages() -> Vec<(String, Files)> {
             let name = words[5].trim_start_matches('.').trim_end_matches('/');
             (name.to_owned(), (words[0].to_owned(), words[1].to_owned()))
         });
-        (path, files.filter(|(name, _)| !name.is_empty()).collect())
+        (Kind::Deb, path, files.filter(|(name, _)| !name.is_empty()).collect())
     });
     let rpms = all(&folder(), ".rpm").into_iter().map(|path| {
         let format = "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES}\n]";
@@ -28,16 +40,17 @@ fn packages() -> Vec<(String, Files)> {
             let words: Vec<&str> = line.split_whitespace().collect();
             (words[2].to_owned(), (words[0].to_owned(), words[1].to_owned()))
         });
-        (path, files.collect())
+        (Kind::Rpm, path, files.collect())
     });
-    let all: Vec<(String, Files)> = debs.chain(rpms).map(|(path, files)| (path.display().to_string(), files)).collect();
+    let all: Vec<Package> =
+        debs.chain(rpms).map(|(kind, path, files)| Package { kind, path: path.display().to_string(), files }).collect();
     assert!(all.len() >= 2, "no packages in {}", folder().display());
     all
 }
 
 #[test]
 fn every_installed_file_has_a_sane_mode_and_belongs_to_root() {
-    for (package, files) in packages() {
+    for Package { path, files, .. } in packages() {
         for (file, (mode, owner)) in &files {
             let program = ["/usr/bin/cvmfs-snapshotter", "/usr/libexec/cvmfs-snapshotter/replace-go-unit"];
             let sane = match &mode[..1] {
@@ -46,15 +59,15 @@ fn every_installed_file_has_a_sane_mode_and_belongs_to_root() {
                 _ if program.contains(&file.as_str()) => "-rwxr-xr-x",
                 _ => "-rw-r--r--",
             };
-            assert_eq!((mode.as_str(), owner.as_str()), (sane, "root/root"), "{file} of {package}");
+            assert_eq!((mode.as_str(), owner.as_str()), (sane, "root/root"), "{file} of {path}");
         }
     }
 }
 
 #[test]
 fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
-    for (package, files) in packages() {
-        let licences = if package.ends_with(".deb") { "/usr/share/doc" } else { "/usr/share/licenses" };
+    for Package { kind, path, files } in packages() {
+        let licences = if kind == Kind::Deb { "/usr/share/doc" } else { "/usr/share/licenses" };
         let file_name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
         let here = |folder: &str, end: &str, to: &str, more: &str| {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
@@ -82,7 +95,7 @@ fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
         wanted.extend(here("docs", ".8", "/usr/share/man/man8", ".gz"));
         wanted.extend(here("docs", ".md", "/usr/share/doc/cvmfs-snapshotter/docs", ""));
         for file in wanted {
-            assert!(files.contains_key(&file), "{file} is missing in {package}");
+            assert!(files.contains_key(&file), "{file} is missing in {path}");
         }
     }
 }
@@ -90,19 +103,19 @@ fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
 /// An administrator's changes are kept because packages say which files are configuration.
 #[test]
 fn whatever_is_in_etc_is_kept_when_an_administrator_changed_it() {
-    for (package, files) in packages() {
+    for Package { kind, path, files } in packages() {
         let in_etc = files.iter().filter(|(file, (mode, _))| file.starts_with("/etc/") && mode.starts_with('-'));
         let in_etc: BTreeSet<String> = in_etc.map(|(file, _)| file.clone()).collect();
-        let kept = if package.ends_with(".deb") {
-            run("dpkg-deb", ["--info", &package, "conffiles"]).ok()
+        let kept = if kind == Kind::Deb {
+            run("dpkg-deb", ["--info", &path, "conffiles"]).ok()
         } else {
             // 1: configuration; 16: not replaced.
             let format = "[%{FILEFLAGS} %{FILENAMES}\n]";
-            let list = run("rpm", ["-qp", "--queryformat", format, &package]).ok();
-            list.lines().filter_map(|line| line.strip_prefix("17 ")).map(|file| format!("{file}\n")).collect()
+            let list = run("rpm", ["-qp", "--queryformat", format, &path]).ok();
+            list.lines().filter_map(|line| line.strip_prefix("17 ")).collect::<Vec<_>>().join("\n")
         };
-        assert_eq!(kept.lines().map(str::to_owned).collect::<BTreeSet<_>>(), in_etc, "{package}");
-        assert_eq!(in_etc.len(), 2, "{package}");
+        assert_eq!(kept.lines().map(str::to_owned).collect::<BTreeSet<_>>(), in_etc, "{path}");
+        assert_eq!(in_etc.len(), 2, "{path}");
     }
 }
 
