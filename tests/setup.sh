@@ -284,13 +284,13 @@ demo_packages() {
 case $want in
 demo) demo_packages ;;
 test)
-    packages strace systemd-container util-linux
-    unpack prometheus
     packages binutils jq lintian rpm rpmlint strace systemd-container util-linux
+    unpack prometheus
     machine
     go_program
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
     go_build gostate "$here/tools/gostate" .
+    go_build gopeer "$here/tools/gopeer" .
     # The other versions: make test-matrix.
     read -ra versions <<<"${CONTAINERD_VERSIONS:-1.6 2.3}"
     containerds "${versions[@]}"
@@ -298,7 +298,6 @@ test)
 containerds)
     [ $# -gt 0 ] || set -- 1.6 1.7 2.1 2.2 2.3 2.4
     containerds "$@"
-    go_build gopeer "$here/tools/gopeer" .
     ;;
 package)
     packages binutils jq libc6-arm64-cross qemu-user-static rpm
