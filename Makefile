@@ -12,6 +12,7 @@
 #   make fuzz     whatever reads what others wrote, guided by coverage, FUZZ_SECONDS for each target
 #   make package  RPM and DEB packages for x86_64 and aarch64 (half an hour; PACKAGE_ARCH=x86_64 for one)
 #   make test-packages   the tests of packages, on what "make package" made
+#   make manual   the manual pages in docs, of what the program takes
 #   make lint     formatting, clippy, shellcheck, dependencies
 #
 # demo, bench, package, storm, random and the tests need root on Debian 12 and a Rust toolchain; tests/setup.sh installs the rest.
@@ -34,7 +35,7 @@ fuzz_cache := $(CVMFS_SNAPSHOTTER_CACHE)/fuzz
 # Named, so that the flags are not those of build scripts.
 host := $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: help build demo bench bench-plot test test-matrix storm random package test-packages \
+.PHONY: help build demo bench bench-plot test test-matrix storm random package test-packages manual \
 	test-unit test-testbed test-suite test-scene fuzz lint advisories
 
 help:
@@ -68,7 +69,7 @@ test: build
 	$(MAKE) test-unit test-testbed test-suite test-scene
 
 test-unit:
-	cargo test --locked --package cvmfs-snapshotter
+	cargo test --locked --package cvmfs-snapshotter --package pages
 
 # The publisher and the FUSE clients that the other tests stand on, against the source trees.
 test-testbed:
@@ -96,6 +97,10 @@ package:
 	tests/setup.sh build
 	tests/setup.sh package
 	packaging/build.sh
+
+# docs/*.8, of the program's options and packaging/pages/sections; a test compares them.
+manual:
+	cargo run --locked --package pages -- manual docs
 
 # One machine's architecture only: its packages are installed.
 test-packages: build

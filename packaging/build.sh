@@ -156,7 +156,7 @@ stage() {
     done
     ln -s $name.8.gz "$to/usr/share/man/man8/cvmfs_snapshotter.8.gz"
     mkdir "$work/completions"
-    "$pages" "$work/completions"
+    "$pages" completions "$work/completions"
     install -D -m 644 "$work/completions/$name.bash" "$to/usr/share/bash-completion/completions/$name"
     install -D -m 644 "$work/completions/$name.fish" "$to/usr/share/fish/vendor_completions.d/$name.fish"
     install -D -m 644 -t "$to/usr/share/zsh/site-functions" "$work/completions/_$name"

@@ -7,10 +7,15 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser};
 use log::LevelFilter;
 
-use crate::{config, doctor, gc, logging, rebuild, status};
+use crate::{config, logging, rebuild};
 
 pub const DEFAULT_ADDRESS: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 pub const DEFAULT_ROOT: &str = "/var/lib/containerd-cvmfs-grpc";
+/// Where containerd listens, its own and the one of k3s.
+pub const CONTAINERD_SOCKETS: [&str; 2] = ["/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"];
+/// And where their configurations are.
+pub const CONTAINERD_CONFIGURATIONS: [&str; 2] =
+    ["/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arguments {
@@ -29,11 +34,33 @@ pub enum Task {
     Serve,
     CheckConfig,
     Rebuild(rebuild::Wanted),
-    Status(status::Wanted),
-    Doctor(doctor::Wanted),
-    Gc(gc::Wanted),
+    Status(Status),
+    Doctor(Doctor),
+    Gc(Gc),
     /// For the doctor, in a process of its own: it may never come back.
     ProbeRepository(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    pub json: bool,
+    /// What containers wrote is not measured.
+    pub quick: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doctor {
+    pub json: bool,
+    /// Of containerd; None: where it usually is.
+    pub socket: Option<PathBuf>,
+    pub configuration: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gc {
+    /// Only show it.
+    pub dry_run: bool,
+    pub json: bool,
 }
 
 /// Options and commands, for whoever writes about them.
@@ -44,7 +71,14 @@ pub fn command() -> Command {
     Command::new("cvmfs-snapshotter")
         .version(env!("CARGO_PKG_VERSION"))
         .about("containerd snapshotter for image layers that are published, unpacked, in CernVM-FS")
-        .arg(path("address", format!("Unix socket of the daemon [default: {DEFAULT_ADDRESS}]")).global(true))
+        .arg(
+            path("address", format!("Unix socket of the daemon [default: {DEFAULT_ADDRESS}]")).global(true).long_help(format!(
+                "Unix socket of the daemon, an absolute path without %, # and ?. A missing directory is made for root \
+                 alone, one that others could write to is refused; the socket has mode 0600. A socket that a dead process \
+                 left is replaced, one that is served is not. Of no account if systemd holds the socket. \
+                 [default: {DEFAULT_ADDRESS}]"
+            )),
+        )
         .arg(
             path("config", format!("Configuration file [default: {}, if it exists]", config::DEFAULT_PATH))
                 .global(true),
@@ -54,21 +88,39 @@ pub fn command() -> Command {
                 .long("log-level")
                 .value_name("LEVEL")
                 .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
-                .help("trace, debug, info, warn, error, fatal or panic [default: info]"),
+                .help("trace, debug, info, warn, error, fatal or panic [default: info]")
+                .long_help(
+                    "trace, debug, info, warn, error, fatal or panic; the last two mean error. \
+                     [default: log-level of the configuration, or info]",
+                ),
         )
-        .arg(path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")).global(true))
+        .arg(
+            path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")).global(true).long_help(
+                format!("Directory for metadata and snapshots; one daemon uses it at a time. [default: {DEFAULT_ROOT}]"),
+            ),
+        )
         .arg(
             Arg::new("check-config")
                 .long("check-config")
                 .action(ArgAction::SetTrue)
-                .help("Check the configuration file, unknown keys included, and exit"),
+                .help("Check the configuration file, unknown keys included, and exit")
+                .long_help(
+                    "Check the configuration file and exit: 0 if it is good, 78 if a value is wrong or a key is unknown.",
+                ),
         )
         .arg(
             Arg::new("rebuild-metadata")
                 .long("rebuild-metadata")
                 .action(ArgAction::SetTrue)
                 .conflicts_with("check-config")
-                .help("Make damaged metadata anew from the directories and containerd's metadata, and exit"),
+                .help("Make damaged metadata anew from the directories and containerd's metadata, and exit")
+                .long_help(
+                    "Make metadata that is damaged or gone anew, print what came back and what did not, and exit. The daemon \
+                     and containerd must be stopped; containers run on. Of local snapshots it reads the records beside their \
+                     files; which of them hold, and what was published, containerd's metadata says. What contradicts itself \
+                     is left out and its directory left alone. The old file is kept as metadata.redb.damaged-<n>. Metadata \
+                     that is sound is not touched.",
+                ),
         )
         .arg(
             path(
@@ -91,26 +143,44 @@ pub fn command() -> Command {
                 .requires("rebuild-metadata")
                 .help("For --rebuild-metadata: report as JSON"),
         )
-        .args_conflicts_with_subcommands(false)
         .subcommand(
             Command::new("status")
                 .about("Show images, where their files come from, who uses them, and how repositories are")
+                .long_about(
+                    "Show, of the running daemon: its repositories and whether they answer; images (the ends of chains of \
+                     layers, and what containers stand on) with their layers, how many of these are published, where their \
+                     files come from (lazy: all are published; mixed; local: all were downloaded; broken: no container can \
+                     start on it, with the reason), what containers stand on (layers, or the flat root file system that the \
+                     repository has of the image), how many containers use it, and what it takes on disk. Exit status: 0, or \
+                     1 if no daemon can be asked.",
+                )
                 .arg(json())
                 .arg(flag("quick", "Do not measure what containers wrote")),
         )
         .subcommand(
             Command::new("doctor")
                 .about("Look for what is wrong with this node, and say what to change")
+                .long_about(
+                    "Look at the node, the configuration, the daemon, repositories, images and containerd, and print for \
+                     whatever is wrong what it means and what to change. Changes nothing. Each check has a name that stays; \
+                     they are explained in admin.md of the documentation. Exit status: 0 all is good, 1 there are warnings, \
+                     2 there are problems.",
+                )
                 .arg(json())
-                .arg(path("containerd", format!("Socket of containerd [default: {}]", doctor::SOCKETS.join(" or "))))
+                .arg(path("containerd", format!("Socket of containerd [default: {}]", CONTAINERD_SOCKETS.join(" or "))))
                 .arg(path(
                     "containerd-config",
-                    format!("Configuration of containerd [default: {}]", doctor::CONFIGURATIONS.join(" or ")),
+                    format!("Configuration of containerd [default: {}]", CONTAINERD_CONFIGURATIONS.join(" or ")),
                 )),
         )
         .subcommand(
             Command::new("gc")
                 .about("Remove at once what removed snapshots left")
+                .long_about(
+                    "Remove what nothing needs any more: directories of removed snapshots, and places of published layers \
+                     that no container stands on. containerd has it done after each of its own garbage collections; this does \
+                     it at once. Exit status: 0, or 1 if no daemon can be asked.",
+                )
                 .arg(json())
                 .arg(flag("dry-run", "Only show it")),
         )
@@ -146,12 +216,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
 fn task(matches: &mut ArgMatches) -> Task {
     match matches.remove_subcommand() {
         Some((name, mut matches)) => match name.as_str() {
-            "status" => {
-                Task::Status(status::Wanted { json: matches.get_flag("json"), quick: matches.get_flag("quick") })
-            }
+            "status" => Task::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
             "probe-repository" => Task::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
-            "gc" => Task::Gc(gc::Wanted { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
-            _ => Task::Doctor(doctor::Wanted {
+            "gc" => Task::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
+            _ => Task::Doctor(Doctor {
                 json: matches.get_flag("json"),
                 socket: matches.remove_one("containerd"),
                 configuration: matches.remove_one("containerd-config"),

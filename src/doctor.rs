@@ -15,26 +15,12 @@ mod service;
 mod systemd;
 
 use std::fmt::Write;
-use std::path::PathBuf;
 
 use serde_json::json;
 
 pub use self::repositories::probe;
-use crate::cli::Arguments;
+use crate::cli::{self, Arguments};
 use crate::table::{Progress, printable};
-
-/// Where containerd listens, its own and the one of k3s.
-pub const SOCKETS: [&str; 2] = ["/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"];
-/// And where their configurations are.
-pub const CONFIGURATIONS: [&str; 2] =
-    ["/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"];
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    pub json: bool,
-    pub socket: Option<PathBuf>,
-    pub configuration: Option<PathBuf>,
-}
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,7 +75,7 @@ impl Finding {
 
 /// What was found, and the exit code: as monitoring systems have it, 0 is good, 1 a warning, 2 a
 /// problem.
-pub fn run(arguments: &Arguments, wanted: &Wanted) -> (String, u8) {
+pub fn run(arguments: &Arguments, wanted: &cli::Doctor) -> (String, u8) {
     let progress = Progress::new();
     progress.say("looking at the node");
     let (mut findings, config) = node::look(arguments);
@@ -135,4 +121,30 @@ fn as_text(findings: &[Finding]) -> String {
         count(State::Good)
     );
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_documentation_explains_every_check_and_no_other() {
+        let rooms = [
+            include_str!("doctor/containerd.rs"),
+            include_str!("doctor/images.rs"),
+            include_str!("doctor/judge.rs").split("#[cfg(test)]").next().unwrap(),
+            include_str!("doctor/node.rs"),
+            include_str!("doctor/service.rs"),
+            include_str!("doctor/systemd.rs"),
+        ];
+        let areas = ["node", "config", "daemon", "repository", "state", "containerd", "images", "pulls"];
+        let is_check = |text: &&str| {
+            let word = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
+            text.split_once('.').is_some_and(|(area, name)| areas.contains(&area) && word(name))
+        };
+        let checks: BTreeSet<&str> = rooms.iter().flat_map(|room| room.split('"')).filter(is_check).collect();
+        let rows =
+            include_str!("../docs/admin.md").lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+        assert_eq!(checks, rows.collect());
+    }
 }

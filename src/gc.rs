@@ -9,16 +9,10 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use crate::admin::{self, Daemon};
+use crate::cli::Gc;
 use crate::proto::admin::leftover::What;
 use crate::sys::{Host, Sys};
 use crate::table::{self, Progress};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// Only show it.
-    pub dry_run: bool,
-    pub json: bool,
-}
 
 /// Something that nothing needs.
 struct Found {
@@ -29,7 +23,7 @@ struct Found {
 }
 
 /// The report.
-pub fn run(address: &Path, wanted: Wanted) -> admin::Result<String> {
+pub fn run(address: &Path, wanted: Gc) -> admin::Result<String> {
     let daemon = Daemon::connect(address)?;
     let found = look(&daemon)?;
     let left: Option<HashSet<PathBuf>> = if wanted.dry_run {

@@ -5,7 +5,6 @@
 pub mod admin;
 pub mod attach;
 pub mod bolt;
-#[cfg(feature = "server")]
 pub mod cli;
 pub mod config;
 #[cfg(feature = "server")]

@@ -9,23 +9,17 @@ use std::path::Path;
 
 pub use self::report::Report;
 use crate::admin::{self, Daemon};
+use crate::cli::Status;
 use crate::proto::admin::Snapshot;
 use crate::table::Progress;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    pub json: bool,
-    /// What containers wrote is not measured.
-    pub quick: bool,
-}
-
 /// The report.
-pub fn run(address: &Path, wanted: Wanted) -> admin::Result<String> {
+pub fn run(address: &Path, wanted: Status) -> admin::Result<String> {
     let report = look(address, wanted)?;
     Ok(if wanted.json { report.json() } else { report.text() })
 }
 
-fn look(address: &Path, wanted: Wanted) -> admin::Result<Report> {
+fn look(address: &Path, wanted: Status) -> admin::Result<Report> {
     let progress = Progress::new();
     progress.say("asking the daemon");
     let daemon = Daemon::connect(address)?;
@@ -40,7 +34,7 @@ fn look(address: &Path, wanted: Wanted) -> admin::Result<Report> {
 fn measure(
     daemon: &Daemon,
     snapshots: &[Snapshot],
-    wanted: Wanted,
+    wanted: Status,
     progress: &Progress,
 ) -> admin::Result<HashMap<u64, u64>> {
     let is_wanted = |one: &&Snapshot| one.digest.is_empty() && (report::is_committed(one) || !wanted.quick);

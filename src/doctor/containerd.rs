@@ -8,9 +8,9 @@ use protobuf::well_known_types::empty::Empty;
 
 use super::configuration;
 use super::judge::{Place, Version, judge};
-use super::{CONFIGURATIONS, Finding, SOCKETS, Wanted, images};
+use super::{Finding, images};
 use crate::admin::{Error, Peer};
-use crate::cli::Arguments;
+use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
 use crate::proto::admin::DescribeResponse;
 use crate::proto::containerd::{
     InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, Plugin, PluginsRequest, PluginsResponse,
@@ -44,7 +44,7 @@ struct Node {
 }
 
 /// Those that an admin names, or else those that are there.
-fn nodes(wanted: &Wanted) -> Vec<Node> {
+fn nodes(wanted: &Doctor) -> Vec<Node> {
     if wanted.socket.is_some() || wanted.configuration.is_some() {
         let or_default = |path: &Option<PathBuf>, default: &str| path.clone().unwrap_or_else(|| PathBuf::from(default));
         return vec![Node {
@@ -58,7 +58,7 @@ fn nodes(wanted: &Wanted) -> Vec<Node> {
 
 pub fn look(
     arguments: &Arguments,
-    wanted: &Wanted,
+    wanted: &Doctor,
     daemon: Option<&DescribeResponse>,
     progress: &Progress,
     findings: &mut Vec<Finding>,

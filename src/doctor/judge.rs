@@ -278,6 +278,7 @@ fn annotations(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli;
     use crate::doctor::State;
 
     const PLACE: Place<'_> = Place { address: "/run/s.sock", root: "/var/lib/s" };
@@ -304,14 +305,24 @@ mod tests {
 
     #[test]
     fn the_configurations_of_the_documentation_are_good() {
-        for (version, parts) in [
-            ("1.6.20", &[CRI_1, SAYS, PROXY][..]),
-            ("1.7.24", &[CRI_1, SAYS, PROXY, EXPORTS]),
-            ("2.0.7", &[CRI_2, SAYS, PROXY, EXPORTS]),
-            ("v2.1.9", &[CRI_2, SAYS, PROXY, EXPORTS]),
-            ("2.3.6", &[CRI_2, UNPACK, PROXY, EXPORTS, REMOTE]),
+        let place = Place { address: cli::DEFAULT_ADDRESS, root: cli::DEFAULT_ROOT };
+        let client_1 = include_str!("../../docs/containerd/client-1.toml");
+        let client_2 = include_str!("../../docs/containerd/client-2.toml");
+        let transfer = include_str!("../../docs/containerd/transfer.toml");
+        for (version, file) in [
+            ("1.6.20~ds1", client_1),
+            ("1.7.24", client_1),
+            ("2.0.7", client_2),
+            ("v2.1.9", client_2),
+            ("2.1.9", transfer),
+            ("2.3.6", transfer),
+            ("2.4.2", transfer),
         ] {
-            assert_eq!(faults(version, parts), [], "{version}");
+            let mut found = Configuration::default();
+            found.add(Path::new("c"), file).unwrap();
+            let findings = judge(Version::parse(version).unwrap(), &found, &place, "c");
+            let faults: Vec<_> = findings.iter().filter(|one| one.state >= State::Warning).collect();
+            assert!(faults.is_empty(), "{version}: {faults:?}");
         }
     }
 

@@ -1,25 +1,116 @@
-//! Writes what packages make of the command line into a folder: shell completions, under the names
-//! that the shells look for.
+//! Writes what packages make of the command line: shell completions, under the names that the
+//! shells look for, and the manual pages in `docs/`.
+//!
+//!     pages completions FOLDER
+//!     pages manual docs
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap_complete::{Shell, generate_to};
+use clap_mangen::Man;
 use cvmfs_snapshotter::cli;
 
 const PROGRAM: &str = "cvmfs-snapshotter";
+/// As their pages are called.
+const COMMANDS: [&str; 3] = ["cvmfs-snapshotter-status", "cvmfs-snapshotter-doctor", "cvmfs-snapshotter-gc"];
+const MANUAL: &str = "System Administration";
+/// What options and commands do not say: written by hand, between and behind what they say.
+const DESCRIPTION: &str = include_str!("../sections/description");
+const REST: &str = include_str!("../sections/rest");
 
 fn main() -> ExitCode {
-    let Some(folder) = std::env::args_os().nth(1).map(PathBuf::from) else {
-        eprintln!("usage: pages FOLDER");
-        return ExitCode::from(2);
+    let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
+    let done = match arguments.as_slice() {
+        [what, folder] if what == Path::new("completions") => completions(folder),
+        [what, folder] if what == Path::new("manual") => {
+            manual().and_then(|pages| pages.into_iter().try_for_each(|(name, text)| fs::write(folder.join(name), text)))
+        }
+        _ => {
+            eprintln!("usage: pages completions|manual FOLDER");
+            return ExitCode::from(2);
+        }
     };
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        if let Err(e) = generate_to(shell, &mut cli::command(), PROGRAM, &folder) {
-            eprintln!("pages: cannot write the completions of {shell} into {}: {e}", folder.display());
-            return ExitCode::FAILURE;
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("pages: cannot write: {e}");
+            ExitCode::FAILURE
         }
     }
-    ExitCode::SUCCESS
+}
+
+fn completions(folder: &Path) -> io::Result<()> {
+    let shells = [Shell::Bash, Shell::Zsh, Shell::Fish];
+    shells.into_iter().try_for_each(|shell| generate_to(shell, &mut cli::command(), PROGRAM, folder).map(drop))
+}
+
+/// The manual pages by the names of their files: one of the daemon, and one of each command.
+fn manual() -> io::Result<Vec<(String, Vec<u8>)>> {
+    let source = format!("{PROGRAM} {}", env!("CARGO_PKG_VERSION"));
+    let mut command = cli::command().disable_help_subcommand(true);
+    // Gives commands the options that all have.
+    command.build();
+    let mut pages = Vec::new();
+    for name in COMMANDS {
+        let of_command = command.find_subcommand(name.trim_start_matches("cvmfs-snapshotter-"));
+        let of_command = of_command.expect("the program has the command").clone();
+        let page = Man::new(of_command.name(name).display_name(name).disable_help_flag(true));
+        let page = page.section("8").date("").source(&source).manual(MANUAL);
+        let mut text = Vec::new();
+        page.render_title(&mut text)?;
+        page.render_name_section(&mut text)?;
+        page.render_synopsis_section(&mut text)?;
+        page.render_description_section(&mut text)?;
+        page.render_options_section(&mut text)?;
+        text.extend_from_slice(b".SH SEE ALSO\n.BR cvmfs-snapshotter (8)\n");
+        pages.push((format!("{name}.8"), text));
+    }
+    let page = Man::new(command).section("8").date("").source(&source).manual(MANUAL);
+    let mut text = Vec::new();
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    text.extend_from_slice(DESCRIPTION.as_bytes());
+    page.render_options_section(&mut text)?;
+    text.extend_from_slice(b".PP\nOptions may be written with one dash or two.\n");
+    page.render_subcommands_section(&mut text)?;
+    text.extend_from_slice(REST.as_bytes());
+    pages.push((format!("{PROGRAM}.8"), text));
+    Ok(pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_manual_pages_say_what_the_program_takes() {
+        for (name, text) in manual().unwrap() {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(&name);
+            let there = fs::read(&path).unwrap_or_default();
+            let is_same = there == text;
+            assert!(is_same, "docs/{name} is not what the program's options make of it: run make manual");
+        }
+    }
+
+    #[test]
+    fn each_command_has_a_page() {
+        let command = cli::command();
+        let names: Vec<&str> =
+            command.get_subcommands().filter(|one| !one.is_hide_set()).map(|one| one.get_name()).collect();
+        assert_eq!(names, COMMANDS.map(|name| name.trim_start_matches("cvmfs-snapshotter-")));
+    }
+
+    #[test]
+    fn the_manual_explains_every_key_of_the_configuration() {
+        let file = include_str!("../../config.toml");
+        let keys = file.lines().filter_map(|line| line.strip_prefix('#')?.split_once(" = ")).map(|(key, _)| key);
+        for key in keys.filter(|key| key.chars().all(|c| c.is_ascii_lowercase() || c == '-')) {
+            assert!(REST.contains(&format!("\n.B {key}\n")), "{key} is not in the manual");
+        }
+    }
 }
