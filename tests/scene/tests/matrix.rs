@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::Instant;
 
-use scene::containerd::{OURS, Writable};
+use scene::containerd::{Containerd, OURS, Writable};
 use scene::image::{Image, Layer};
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
@@ -43,6 +43,11 @@ macro_rules! matrix {
                 let way = if RELEASE.has_conf_d() { Way::ManyUnpacks } else { RELEASE.best_way() };
                 super::on(RELEASE, "pulls at the same time", &[way], super::at_the_same_time);
             }
+
+            #[test]
+            fn root_an_image_that_was_pulled_before_the_switch_runs_after_it() {
+                super::on(RELEASE, "the switch", &RELEASE.ways()[..1], super::switch);
+            }
         })*
     };
 }
@@ -56,14 +61,14 @@ matrix! {
     containerd_2_4 V2_4;
 }
 
-fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&Stage, Release, Way)) {
+fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Release, Way)) {
     if !release.is_wanted() {
         return;
     }
     for &way in ways {
         let start = Instant::now();
-        let stage = Stage::of(what, "", release, way, Repository::mounted);
-        check(&stage, release, way);
+        let mut stage = Stage::of(what, "", release, way, Repository::mounted);
+        check(&mut stage, release, way);
         assert_all_is_given_back(&stage);
         let seconds = start.elapsed().as_secs_f64();
         tell(format_args!("containerd {} ({way:?}), {what}: {seconds:.1} s", release.version()));
@@ -112,7 +117,7 @@ fn assert_as_a_normal_pull(stage: &Stage, image: &Image, reference: &str, how: &
     }
 }
 
-fn kubernetes(stage: &Stage, release: Release, way: Way) {
+fn kubernetes(stage: &mut Stage, release: Release, way: Way) {
     // What differs between the ways is who asks for a layer.
     let thorough = way == release.best_way();
     let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
@@ -147,7 +152,32 @@ fn kubernetes(stage: &Stage, release: Release, way: Way) {
     }
 }
 
-fn ctr(stage: &Stage, release: Release, _: Way) {
+/// The kubelet does not pull an image again that containerd has; containerd itself makes the
+/// snapshots that the new snapshotter lacks, when a container is to start.
+fn switch(stage: &mut Stage, release: Release, way: Way) {
+    let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
+    let pause = stage.publish_and_push(&pause);
+    let image = stage.shell_image("before:1", "before");
+    let reference = stage.publish_and_push(&image);
+    stage.normal.pull(&reference);
+    stage.normal.end();
+    stage.ours = Containerd::of(&stage.sandbox.path("n"), release, way, &pause, &stage.snapshotter);
+    let cri = stage.ours.cri();
+    let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
+    let pod = cri.run_pod(&unique, &reference, &["/bin/sleep", "1000"]);
+    assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", PROGRAM]), said("before"));
+    let remote = ["labels.\"containerd.io/snapshot/remote\""];
+    let remote = stage.snapshotter.client().list(&remote).expect("a good filter");
+    let is_ours = |name: &str| image.chain_ids.iter().any(|id| name.ends_with(id));
+    let of_image = remote.iter().filter(|info| is_ours(&info.name)).count();
+    tell(format_args!("containerd {}: {of_image} of 3 layers need no copy", release.version()));
+    cri.remove_pod(&pod);
+    for reference in [reference, pause] {
+        cri.remove(&reference);
+    }
+}
+
+fn ctr(stage: &mut Stage, release: Release, _: Way) {
     // In the namespace of Kubernetes the CRI gives an image more names, and those stay.
     let ctr = |arguments: &[&str]| stage.ours.ctr(&[&["--namespace", "default"], arguments].concat());
     let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
@@ -169,7 +199,7 @@ fn ctr(stage: &Stage, release: Release, _: Way) {
     }
 }
 
-fn nerdctl(stage: &Stage, _: Release, _: Way) {
+fn nerdctl(stage: &mut Stage, _: Release, _: Way) {
     let nerdctl = |arguments: &[&str]| stage.ours.nerdctl(arguments);
     for (name, published) in [("published", 3), ("partly", 1)] {
         let image = stage.shell_image(&format!("{name}:1"), name);
@@ -195,7 +225,7 @@ fn nerdctl(stage: &Stage, _: Release, _: Way) {
     }
 }
 
-fn at_the_same_time(stage: &Stage, release: Release, _: Way) {
+fn at_the_same_time(stage: &mut Stage, release: Release, _: Way) {
     let layer = |name: String| {
         stage.builder.layer(|l| {
             for file in 0..200 {
