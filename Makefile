@@ -46,6 +46,7 @@ build:
 	tests/setup.sh build
 	cargo build --workspace --locked
 
+# DEMO_PICTURE=docs/demo.svg draws what was measured.
 demo: build
 	tests/setup.sh demo
 	"$(CARGO_TARGET_DIR)/debug/demo"

@@ -65,130 +65,138 @@ pub struct Gc {
 
 /// Options and commands, for whoever writes about them.
 pub fn command() -> Command {
-    let path = |name: &'static str, help: String| {
-        Arg::new(name).long(name).value_name("PATH").value_parser(PathBufValueParser::new()).help(help)
-    };
     Command::new("cvmfs-snapshotter")
         .version(env!("CARGO_PKG_VERSION"))
         .about("containerd snapshotter for image layers that are published, unpacked, in CernVM-FS")
-        .arg(
-            path("address", format!("Unix socket of the daemon [default: {DEFAULT_ADDRESS}]")).global(true).long_help(format!(
-                "Unix socket of the daemon, an absolute path without %, # and ?. A missing directory is made for root \
-                 alone, one that others could write to is refused; the socket has mode 0600. A socket that a dead process \
-                 left is replaced, one that is served is not. Of no account if systemd holds the socket. \
-                 [default: {DEFAULT_ADDRESS}]"
-            )),
-        )
-        .arg(
-            path("config", format!("Configuration file [default: {}, if it exists]", config::DEFAULT_PATH))
-                .global(true),
-        )
-        .arg(
-            Arg::new("log-level")
-                .long("log-level")
-                .value_name("LEVEL")
-                .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
-                .help("trace, debug, info, warn, error, fatal or panic [default: info]")
-                .long_help(
-                    "trace, debug, info, warn, error, fatal or panic; the last two mean error. \
-                     [default: log-level of the configuration, or info]",
-                ),
-        )
-        .arg(
-            path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")).global(true).long_help(
-                format!("Directory for metadata and snapshots; one daemon uses it at a time. [default: {DEFAULT_ROOT}]"),
-            ),
-        )
-        .arg(
-            Arg::new("check-config")
-                .long("check-config")
-                .action(ArgAction::SetTrue)
-                .help("Check the configuration file, unknown keys included, and exit")
-                .long_help(
-                    "Check the configuration file and exit: 0 if it is good, 78 if a value is wrong or a key is unknown.",
-                ),
-        )
-        .arg(
-            Arg::new("rebuild-metadata")
-                .long("rebuild-metadata")
-                .action(ArgAction::SetTrue)
-                .conflicts_with("check-config")
-                .help("Make damaged metadata anew from the directories and containerd's metadata, and exit")
-                .long_help(
-                    "Make metadata that is damaged or gone anew, print what came back and what did not, and exit. The daemon \
-                     and containerd must be stopped; containers run on. Of local snapshots it reads the records beside their \
-                     files; which of them hold, and what was published, containerd's metadata says. What contradicts itself \
-                     is left out and its directory left alone. The old file is kept as metadata.redb.damaged-<n>. Metadata \
-                     that is sound is not touched.",
-                ),
-        )
-        .arg(
-            path(
-                "containerd-metadata",
-                format!("For --rebuild-metadata; \"none\" is without [default: {}]", rebuild::DEFAULT_CONTAINERD),
-            )
-            .requires("rebuild-metadata"),
-        )
-        .arg(
-            Arg::new("snapshotter")
-                .long("snapshotter")
-                .value_name("NAME")
-                .requires("rebuild-metadata")
-                .help(format!("For --rebuild-metadata: what containerd calls us [default: {}]", rebuild::DEFAULT_NAME)),
-        )
-        .arg(
-            Arg::new("json")
-                .long("json")
-                .action(ArgAction::SetTrue)
-                .requires("rebuild-metadata")
-                .help("For --rebuild-metadata: report as JSON"),
-        )
-        .subcommand(
-            Command::new("status")
-                .about("Show images, where their files come from, who uses them, and how repositories are")
-                .long_about(
-                    "Show, of the running daemon: its repositories and whether they answer; images (the ends of chains of \
-                     layers, and what containers stand on) with their layers, how many of these are published, where their \
-                     files come from (lazy: all are published; mixed; local: all were downloaded; broken: no container can \
-                     start on it, with the reason), what containers stand on (layers, or the flat root file system that the \
-                     repository has of the image), how many containers use it, and what it takes on disk. Exit status: 0, or \
-                     1 if no daemon can be asked.",
-                )
-                .arg(json())
-                .arg(flag("quick", "Do not measure what containers wrote")),
-        )
-        .subcommand(
-            Command::new("doctor")
-                .about("Look for what is wrong with this node, and say what to change")
-                .long_about(
-                    "Look at the node, the configuration, the daemon, repositories, images and containerd, and print for \
-                     whatever is wrong what it means and what to change. Changes nothing. Each check has a name that stays; \
-                     they are explained in admin.md of the documentation. Exit status: 0 all is good, 1 there are warnings, \
-                     2 there are problems.",
-                )
-                .arg(json())
-                .arg(path("containerd", format!("Socket of containerd [default: {}]", CONTAINERD_SOCKETS.join(" or "))))
-                .arg(path(
-                    "containerd-config",
-                    format!("Configuration of containerd [default: {}]", CONTAINERD_CONFIGURATIONS.join(" or ")),
-                )),
-        )
-        .subcommand(
-            Command::new("gc")
-                .about("Remove at once what removed snapshots left")
-                .long_about(
-                    "Remove what nothing needs any more: directories of removed snapshots, and places of published layers \
-                     that no container stands on. containerd has it done after each of its own garbage collections; this does \
-                     it at once. Exit status: 0, or 1 if no daemon can be asked.",
-                )
-                .arg(json())
-                .arg(flag("dry-run", "Only show it")),
-        )
+        .args(options())
+        .args(other_tasks())
+        .subcommands([status(), doctor(), gc()])
         .subcommand(
             Command::new("probe-repository")
                 .hide(true)
                 .arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new())),
         )
+}
+
+fn path(name: &'static str, help: String) -> Arg {
+    Arg::new(name).long(name).value_name("PATH").value_parser(PathBufValueParser::new()).help(help)
+}
+
+fn options() -> [Arg; 4] {
+    [
+        path("address", format!("Unix socket of the daemon [default: {DEFAULT_ADDRESS}]")).global(true).long_help(
+            format!(
+                "Unix socket of the daemon, an absolute path without %, # and ?. A missing directory is \
+                made for root alone, one that others could write to is refused; the socket has mode \
+                0600. A socket that a dead process left is replaced, one that is served is not. Of no \
+                account if systemd holds the socket. [default: {DEFAULT_ADDRESS}]"
+            ),
+        ),
+        path("config", format!("Configuration file [default: {}, if it exists]", config::DEFAULT_PATH)).global(true),
+        Arg::new("log-level")
+            .long("log-level")
+            .value_name("LEVEL")
+            .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
+            .help("trace, debug, info, warn, error, fatal or panic [default: info]")
+            .long_help(
+                "trace, debug, info, warn, error, fatal or panic; the last two mean error. [default: \
+                log-level of the configuration, or info]",
+            ),
+        path("root", format!("Directory for metadata and snapshots [default: {DEFAULT_ROOT}]")).global(true).long_help(
+            format!(
+                "Directory for metadata and snapshots; one daemon uses it at a time. [default: \
+                {DEFAULT_ROOT}]"
+            ),
+        ),
+    ]
+}
+
+/// What is done instead of serving, and what belongs to that.
+fn other_tasks() -> [Arg; 5] {
+    [
+        Arg::new("check-config")
+            .long("check-config")
+            .action(ArgAction::SetTrue)
+            .help("Check the configuration file, unknown keys included, and exit")
+            .long_help(
+                "Check the configuration file and exit: 0 if it is good, 78 if a value is wrong or a key \
+                is unknown.",
+            ),
+        Arg::new("rebuild-metadata")
+            .long("rebuild-metadata")
+            .action(ArgAction::SetTrue)
+            .conflicts_with("check-config")
+            .help("Make damaged metadata anew from the directories and containerd's metadata, and exit")
+            .long_help(
+                "Make metadata that is damaged or gone anew, print what came back and what did not, and \
+                exit. The daemon and containerd must be stopped; containers run on. Of local snapshots \
+                it reads the records beside their files; which of them hold, and what was published, \
+                containerd's metadata says. What contradicts itself is left out and its directory left \
+                alone. The old file is kept as metadata.redb.damaged-<n>. Metadata that is sound is not \
+                touched.",
+            ),
+        path(
+            "containerd-metadata",
+            format!("For --rebuild-metadata; \"none\" is without [default: {}]", rebuild::DEFAULT_CONTAINERD),
+        )
+        .requires("rebuild-metadata"),
+        Arg::new("snapshotter")
+            .long("snapshotter")
+            .value_name("NAME")
+            .requires("rebuild-metadata")
+            .help(format!("For --rebuild-metadata: what containerd calls us [default: {}]", rebuild::DEFAULT_NAME)),
+        Arg::new("json")
+            .long("json")
+            .action(ArgAction::SetTrue)
+            .requires("rebuild-metadata")
+            .help("For --rebuild-metadata: report as JSON"),
+    ]
+}
+
+fn status() -> Command {
+    Command::new("status")
+        .about("Show images, where their files come from, who uses them, and how repositories are")
+        .long_about(
+            "Show, of the running daemon: its repositories and whether they answer; images (the ends \
+            of chains of layers, and what containers stand on) with their layers, how many of these \
+            are published, where their files come from (lazy: all are published; mixed; local: all \
+            were downloaded; broken: no container can start on it, with the reason), what containers \
+            stand on (layers, or the flat root file system that the repository has of the image), \
+            how many containers use it, and what it takes on disk. Exit status: 0, or 1 if no daemon \
+            can be asked.",
+        )
+        .arg(json())
+        .arg(flag("quick", "Do not measure what containers wrote"))
+}
+
+fn doctor() -> Command {
+    Command::new("doctor")
+        .about("Look for what is wrong with this node, and say what to change")
+        .long_about(
+            "Look at the node, the configuration, the daemon, repositories, images and containerd, \
+            and print for whatever is wrong what it means and what to change. Changes nothing. Each \
+            check has a name that stays; they are explained in admin.md of the documentation. Exit \
+            status: 0 all is good, 1 there are warnings, 2 there are problems.",
+        )
+        .arg(json())
+        .arg(path("containerd", format!("Socket of containerd [default: {}]", CONTAINERD_SOCKETS.join(" or "))))
+        .arg(path(
+            "containerd-config",
+            format!("Configuration of containerd [default: {}]", CONTAINERD_CONFIGURATIONS.join(" or ")),
+        ))
+}
+
+fn gc() -> Command {
+    Command::new("gc")
+        .about("Remove at once what removed snapshots left")
+        .long_about(
+            "Remove what nothing needs any more: directories of removed snapshots, and places of \
+            published layers that no container stands on. containerd has it done after each of its \
+            own garbage collections; this does it at once. Exit status: 0, or 1 if no daemon can be \
+            asked.",
+        )
+        .arg(json())
+        .arg(flag("dry-run", "Only show it"))
 }
 
 fn json() -> Arg {

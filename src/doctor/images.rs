@@ -1,5 +1,5 @@
 //! Images that containerd has, and not for this snapshotter: pulled before the switch, or with
-//! another one. Pods on them fail, or download everything when they start.
+//! another one. Their next containers copy every layer, published or not.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -60,16 +60,19 @@ pub fn look(
     let mut findings = Vec::new();
     let pause = configuration.and_then(|one| one.pause_image.as_deref());
     if let Some((name, other)) = others.iter().find(|(name, _)| Some(name.as_str()) == pause) {
-        findings.push(Finding::problem(
+        findings.push(Finding::warning(
             "images.pause",
-            format!("the pause image {name} is there for {other} only: no pod starts, or not without a download"),
+            format!("the pause image {name} is there for {other} only: containerd unpacks it for each first pod, or no pod starts"),
             format!("crictl rmi {name} && crictl pull {name}"),
         ));
     }
     for (name, other) in others.iter().take(NAMED) {
         findings.push(Finding::warning(
             CHECK,
-            format!("{name} was pulled with {other}, and Kubernetes uses {NAME} now: its pods fail, or download it when they start"),
+            format!(
+                "{name} was pulled with {other}, and Kubernetes uses {NAME} now: its next container makes a whole copy of every \
+                 layer, or does not start if containerd has discarded the blobs"
+            ),
             format!("once no container uses it: crictl rmi {name} && crictl pull {name}"),
         ));
     }

@@ -119,7 +119,8 @@ fn plugin<'c>(
 ) -> Option<&'c Proxy> {
     const CHECK: &str = "containerd.plugin";
     let block = format!("[proxy_plugins.{NAME}]\n  type = \"snapshot\"\n  address = \"{}\"", place.address);
-    let named = found.proxies.iter().find(|proxy| proxy.name == NAME);
+    // Half of a table that was given another name says nothing.
+    let named = found.proxies.iter().find(|proxy| proxy.name == NAME && !proxy.address.is_empty());
     let ours = found.proxies.iter().find(|proxy| proxy.address == place.address);
     match (named, ours) {
         (Some(proxy), _) if proxy.address == place.address => {

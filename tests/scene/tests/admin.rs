@@ -187,7 +187,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
         "problem",
         "[proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs]",
     );
-    with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.stargz]");
+    with("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.stargz");
     assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
     with("/run/s.sock", "/run/other.sock");
     assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
@@ -217,7 +217,7 @@ fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
         "warning",
         &format!("{reference} was pulled with overlayfs|crictl pull"),
     );
-    assert_finds(&stage, "images.pause", "problem", &format!("{pause} is there for overlayfs only"));
+    assert_finds(&stage, "images.pause", "warning", &format!("{pause} is there for overlayfs only"));
     stage.ours.remove(&reference);
     stage.ours.remove(&pause);
     stage.ours.pull(&reference);

@@ -483,3 +483,60 @@ fn beside(name: &str) -> PathBuf {
     let found = own.ancestors().map(|dir| dir.join(name)).find(|path| path.is_file());
     found.unwrap_or_else(|| panic!("{name} is built first: cargo build --workspace"))
 }
+
+/// A daemon that is there and does nothing is worse than none.
+#[test]
+fn root_a_service_that_hangs_is_killed_and_started_again_and_one_that_idles_is_not() {
+    let sandbox = Sandbox::enter("watchdog");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    assert_ne!(machine.property(SERVICE, "WatchdogUSec"), "0", "the unit has a watchdog");
+    machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\n");
+    machine.restart(SERVICE);
+    let pid = || machine.property(SERVICE, "MainPID");
+    let first = pid();
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(pid(), first, "it idles, and lives");
+    machine.run(&["kill", "-STOP", &first]).ok();
+    eventually("systemd starts it again", || ![first.as_str(), "0"].contains(&pid().as_str()));
+    let journal = machine.journal(SERVICE);
+    assert!(journal.contains("Watchdog timeout"), "{journal}");
+    machine.client().stat("key").expect_err("it answers: there is no such snapshot");
+}
+
+/// What the doctor says of this check.
+fn diagnosis(machine: &Machine, check: &str) -> (String, Option<i32>) {
+    let output = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]);
+    let of_check = |line: &&str| line.split_whitespace().nth(1) == Some(check);
+    let found: Vec<&str> = output.stdout.lines().filter(of_check).collect();
+    assert!(!found.is_empty() || check.is_empty(), "no {check} in {}{}", output.stdout, output.stderr);
+    (if check.is_empty() { output.stdout } else { found.join("\n") }, output.status.code())
+}
+
+#[test]
+fn root_the_doctor_knows_what_keeps_a_service_from_running() {
+    let sandbox = Sandbox::enter("doctor");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    machine.restart("containerd.service");
+    let (all, code) = diagnosis(&machine, "");
+    assert_eq!(code, Some(0), "a node as the packages leave it is good:\n{all}");
+    scene::tell::tell(format_args!("the doctor of a good node:\n{all}"));
+
+    machine.run(&["systemctl", "disable", "--quiet", "cvmfs-snapshotter.socket"]).ok();
+    let (said, code) = diagnosis(&machine, "daemon.enabled");
+    assert!(said.starts_with("warning") && code == Some(1), "{said}");
+    machine.run(&["systemctl", "enable", "--quiet", SERVICE]).ok();
+
+    machine.write("/etc/systemd/system/cvmfs-snapshotter.service", "[Service]\nExecStart=/opt/go/cvmfs_snapshotter\n");
+    assert!(diagnosis(&machine, "daemon.unit").0.contains("/opt/go/cvmfs_snapshotter"));
+    fs::remove_file(machine.path("/etc/systemd/system/cvmfs-snapshotter.service")).expect("it can be removed");
+
+    configure(&machine.path("/"), "rootfs = 3");
+    machine.run(&["systemctl", "daemon-reload"]).ok();
+    machine.run(&["systemctl", "stop", "cvmfs-snapshotter.socket", SERVICE]).ok();
+    assert!(!machine.run(&["systemctl", "start", SERVICE]).status.success());
+    let (said, code) = diagnosis(&machine, "daemon.running");
+    assert!(said.contains("Its last words: ") && said.contains("rootfs = 3 is not possible"), "{said}");
+    assert_eq!(code, Some(2));
+}

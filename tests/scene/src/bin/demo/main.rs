@@ -2,11 +2,14 @@
 //! cvmfs-snapshotter, from a CernVM-FS repository that is mounted by a FUSE client; a container
 //! computes something; the root file systems are compared.
 
+mod picture;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use self::picture::Group;
 use nix::sys::stat::SFlag;
 use scene::containerd::{Containerd, Writable};
 use scene::image::{Image, Layer};
@@ -51,6 +54,10 @@ fn main() -> ExitCode {
     let flat = measure(&stage, &flat_side, &[&auto], &image, &reference);
     say(&format!("a container answered: {}", flat.answer.trim()));
     print_table([&normal, &layers, &flat]);
+    if let Some(file) = std::env::var_os("DEMO_PICTURE") {
+        fs::write(&file, draw([&normal, &layers, &flat], &image)).expect("the picture can be written");
+        say(&format!("drew {}", file.display()));
+    }
 
     say("comparing the root file systems: type, mode, owner, mtime, links, xattrs, content");
     let mut differences = 0;
@@ -201,6 +208,22 @@ fn measure(
 fn disk_use(dir: &Path) -> u64 {
     let output = run("du", ["--summarize", "--block-size=1", "--one-file-system", &dir.display().to_string()]).ok();
     output.split('\t').next().and_then(|bytes| bytes.parse().ok()).expect("du prints a number")
+}
+
+fn draw(sides: [&Measured; 3], image: &Image) -> String {
+    #[allow(clippy::cast_precision_loss)]
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let size: u64 = image.layers.iter().map(|layer| layer.size).sum();
+    let title = format!("An image of {} layers, {:.0} MB: make demo", image.layers.len(), megabytes(size));
+    let group = |name, unit, of: &dyn Fn(&Measured) -> f64| Group { name, unit, values: sides.map(of) };
+    let groups = [
+        group("pull", "s", &|m| m.pull_seconds),
+        group("fetched from the registry", "MB", &|m| megabytes(m.fetched.bytes)),
+        group("on disk after the pull", "MB", &|m| megabytes(m.disk_bytes)),
+        group("first start of a program", "s", &|m| m.start_seconds[0]),
+        group("the same again", "s", &|m| m.start_seconds[1]),
+    ];
+    picture::svg(&title, &groups)
 }
 
 fn print_table(sides: [&Measured; 3]) {
