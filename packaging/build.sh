@@ -37,9 +37,9 @@ export SOURCE_DATE_EPOCH
 build() {
     local arch=$1 target=$1-unknown-linux-gnu
     say "building $name for $target, glibc $oldest_glibc (the C core of gRPC alone takes ten minutes on two cores)"
-    # The clang of this zig stops at something that this Abseil does. What would be stripped is not made.
+    # clang of this zig stops at something that this Abseil does.
     env "CXXFLAGS_${target//-/_}=-Wno-missing-template-arg-list-after-template-kw" \
-        CARGO_PROFILE_RELEASE_DEBUG=false CARGO_PROFILE_RELEASE_STRIP=symbols PATH="$tools/cargo/bin:$tools/python/bin:$PATH" \
+        CARGO_PROFILE_RELEASE_STRIP=symbols PATH="$tools/cargo/bin:$tools/python/bin:$PATH" \
         cargo zigbuild --locked --release --package $name --bin $name --target "$target.$oldest_glibc"
     binary=$CARGO_TARGET_DIR/$target/release/$name
 }
