@@ -6,6 +6,7 @@ mod deb;
 mod go;
 mod node;
 mod rpm;
+mod symlink_only;
 
 use std::fs;
 use std::path::{Path, PathBuf};

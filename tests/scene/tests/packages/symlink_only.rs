@@ -1,0 +1,76 @@
+//! The drop-in that gives the service a mount namespace of its own.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use scene::machine::{HOST, SERVICE};
+use scene::process::eventually;
+
+use crate::node::{CONFIG, Node};
+use crate::{DEB, folder, one};
+
+/// What `systemd-analyze security` may say of the unit with it, in tenths.
+const EXPOSURE: &str = "26";
+
+/// What comes up in the host's namespace must come up in that one, above all what the automounter mounts
+/// because the daemon asks for it; and a repository that hangs must not keep it from being made.
+#[test]
+fn root_with_a_namespace_of_its_own_the_service_sees_what_autofs_mounts_and_loses_nothing() {
+    let Some(node) = Node::start("symlink-only") else { return };
+    let machine = &node.machine;
+    node.dpkg(&format!("--install {}", node.give(&one(&folder(), DEB))));
+    start_automounter(&node);
+    node.configure("absolute-mountpoint = \"/auto/scene.test\"");
+    // As the file itself says.
+    let to = format!("/etc/systemd/system/{SERVICE}.d/symlink-only.conf");
+    node.shell(&format!("install -D -m 644 /usr/share/doc/cvmfs-snapshotter/symlink-only.conf {to}")).ok();
+    node.shell("systemctl daemon-reload").ok();
+    machine.restart(SERVICE);
+    let pid = machine.property(SERVICE, "MainPID");
+    let namespace = |pid: &str| fs::read_link(machine.path(&format!("/proc/{pid}/ns/mnt"))).expect("it has one");
+    assert_ne!(namespace(&pid), namespace("1"));
+    machine.restart("containerd.service");
+    machine.write("/root/ready", "");
+    // The automounter remembers for a second that there was nothing.
+    thread::sleep(Duration::from_secs(2));
+    let running = node.run_container();
+    node.assert_nothing_is_lost(&running);
+    // Somebody else unmounts it: the next question brings it back, in both namespaces.
+    node.shell("umount --lazy /auto/scene.test").ok();
+    node.assert_nothing_is_lost(&running);
+    node.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
+    machine.restart(SERVICE);
+    node.repository.with_client(|mount| mount.signal(Signal::SIGCONT));
+    node.assert_nothing_is_lost(&running);
+    let analyze = "systemd-analyze security --no-pager";
+    let security = node.shell(&format!("{analyze} {SERVICE}")).stdout;
+    println!("{}", security.lines().last().unwrap_or_default());
+    let exposure = security.split("exposure level for").nth(1).unwrap_or_default().to_owned();
+    let tenths: String = exposure.split(' ').nth(2).unwrap_or_default().replace('.', "");
+    assert!(tenths.parse::<u32>().is_ok_and(|tenths| tenths <= EXPOSURE.parse().unwrap_or(0)), "{exposure}");
+    // What it would bind, containerd would not see.
+    let configured = fs::read_to_string(machine.path(CONFIG)).expect("it is there");
+    fs::write(machine.path(CONFIG), format!("{configured}attach = \"bind\"\n")).expect("it can be changed");
+    assert!(!machine.run(&["systemctl", "restart", SERVICE]).status.success());
+}
+
+/// The automounter in the machine, as sites mount `/cvmfs`. It finds the repository once there is a file
+/// `/root/ready`.
+fn start_automounter(node: &Node) {
+    let machine = &node.machine;
+    let map = "#!/bin/sh\n[ \"$1\" = scene.test ] && [ -e /root/ready ] && echo '-fstype=bind :/cvmfs/scene.test'\n";
+    machine.write("/root/map", map);
+    fs::set_permissions(machine.path("/root/map"), fs::Permissions::from_mode(0o755)).expect("a mode can be set");
+    machine.write("/root/master", "/auto program:/root/map --timeout=600 --negative-timeout=1\n");
+    let (own, libraries) = ("/opt/debian/lib/x86_64-linux-gnu", format!("{HOST}/lib/x86_64-linux-gnu"));
+    // It looks for its modules in one place only.
+    node.shell(&format!("mkdir /auto && ln -s {own}/autofs /usr/lib/x86_64-linux-gnu/autofs")).ok();
+    let program =
+        format!("{libraries}/ld-linux-x86-64.so.2 --library-path {own}:{libraries} /opt/debian/sbin/automount");
+    let arguments = "--foreground --dont-check-daemon --pid-file /run/automount.pid /root/master";
+    node.shell(&format!("systemd-run --unit=automounter {program} {arguments}")).ok();
+    eventually("the automounter is there", || node.shell("grep ' /auto autofs ' /proc/mounts").status.success());
+}
