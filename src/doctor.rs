@@ -107,7 +107,7 @@ fn as_text(findings: &[Finding]) -> String {
     let mut text = String::new();
     // Writing into memory cannot fail.
     for one in findings {
-        let _ = writeln!(text, "{:<INDENT$}{:<24}{}", one.state.as_str(), one.check, printable(&one.what));
+        let _ = writeln!(text, "{:<INDENT$}{:<26}{}", one.state.as_str(), one.check, printable(&one.what));
         for line in one.remedy.iter().flat_map(|remedy| remedy.lines()) {
             let _ = writeln!(text, "{:INDENT$}  | {}", "", printable(line));
         }

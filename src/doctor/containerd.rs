@@ -164,19 +164,24 @@ fn not_running(socket: &Path, e: &Error) -> Finding {
     Finding::problem(CHECK, what, "systemctl status containerd; or say where it is: --containerd SOCKET")
 }
 
-/// What the daemon mounts must be seen by containerd, and what autofs mounts by both.
+/// What the daemon mounts must be seen by containerd; with links it mounts nothing.
 fn mount_namespace(containerd: &Peer, daemon: &DescribeResponse) -> Option<Finding> {
+    const CHECK: &str = "daemon.namespace";
     let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     if namespace(containerd.process()?)? == namespace(daemon.pid)? {
         return None;
     }
-    Some(Finding::warning(
-        "daemon.namespace",
-        "the daemon and containerd have different mount namespaces: containerd may not see layers (with attach = \"bind\"), \
-         and the daemon not what autofs mounts later",
-        "find the line that makes one (PrivateTmp, ProtectSystem, …) in \"systemctl cat cvmfs-snapshotter containerd\", and \
-         remove it; see docs/privileges.md",
-    ))
+    let what = "the daemon has a mount namespace of its own";
+    Some(if daemon.attach == "bind" {
+        Finding::problem(
+            CHECK,
+            format!("{what}: containerd does not see the layers that it binds"),
+            "remove the line that makes it (PrivateTmp, ProtectSystem, …: systemctl cat cvmfs-snapshotter), or set attach = \
+             \"symlink\"; see docs/privileges.md",
+        )
+    } else {
+        Finding::note(CHECK, format!("{what}, which does no harm with attach = \"symlink\""))
+    })
 }
 
 /// Where blobs lie, if containerd says it.

@@ -100,8 +100,8 @@ mod tests {
     #[test]
     fn each_command_has_a_page() {
         let command = cli::command();
-        let names: Vec<&str> =
-            command.get_subcommands().filter_map(|one| (!one.is_hide_set()).then(|| one.get_name())).collect();
+        let shown = command.get_subcommands().filter(|one| !one.is_hide_set());
+        let names: Vec<String> = shown.map(|one| one.get_name().to_owned()).collect();
         assert_eq!(names, COMMANDS.map(|name| name.trim_start_matches("cvmfs-snapshotter-")));
     }
 

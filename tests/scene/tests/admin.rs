@@ -102,6 +102,23 @@ fn root_gc_shows_and_removes_what_nothing_needs() {
     assert!(stage.snapshotter.admin(&["gc", "--dry-run"]).ok().starts_with("0 directories"));
 }
 
+#[test]
+fn root_status_pages_through_any_number_of_snapshots() {
+    const COUNT: usize = 2_300;
+    let stage = Stage::with("pages", "", scene::publisher::Repository::plain);
+    let client = stage.snapshotter.client();
+    for n in 0..COUNT {
+        client.prepare(&format!("key-{n}"), "", &[]).expect("a snapshot can be made");
+    }
+    let shown = json(stage.snapshotter.admin(&["status", "--json", "--quick"]));
+    assert_eq!((&shown["snapshots"], shown["containers"].as_array().map(Vec::len)), (&COUNT.into(), Some(COUNT)));
+    for n in 0..COUNT {
+        client.remove(&format!("key-{n}")).expect("a snapshot can be removed");
+    }
+    let shown = json(stage.snapshotter.admin(&["gc", "--dry-run", "--json"]));
+    assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(COUNT));
+}
+
 /// The doctor's findings of this check, and the exit code.
 fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
     let (socket, file) = (stage.ours.socket(), stage.ours.configuration());

@@ -497,7 +497,7 @@ fn root_a_service_that_hangs_is_killed_and_started_again_and_one_that_idles_is_n
     let first = pid();
     thread::sleep(Duration::from_secs(5));
     assert_eq!(pid(), first, "it idles, and lives");
-    machine.run(&["kill", "-STOP", &first]).ok();
+    machine.run(&["systemctl", "kill", "--signal=SIGSTOP", SERVICE]).ok();
     eventually("systemd starts it again", || ![first.as_str(), "0"].contains(&pid().as_str()));
     let journal = machine.journal(SERVICE);
     assert!(journal.contains("Watchdog timeout"), "{journal}");

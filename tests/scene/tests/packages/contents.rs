@@ -85,7 +85,10 @@ fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
             "/usr/share/fish/vendor_completions.d/cvmfs-snapshotter.fish",
             "/usr/share/zsh/site-functions/_cvmfs-snapshotter",
             "/usr/share/doc/cvmfs-snapshotter/README.md",
+            "/usr/share/doc/cvmfs-snapshotter/SECURITY.md",
             "/usr/share/doc/cvmfs-snapshotter/symlink-only.conf",
+            "/usr/share/doc/cvmfs-snapshotter/packaging/prometheus-alerts.yaml",
+            "/usr/share/doc/cvmfs-snapshotter/packaging/grafana-dashboard.json",
         ]
         .map(str::to_owned)
         .into();
