@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::containerd::OURS;
 use crate::machine::{SOCKET, STATE};
 use crate::process::{cache, run};
+use crate::tell::tell;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Release {
@@ -44,7 +45,7 @@ impl Release {
         if !there {
             let remedy = format!("containerd {0} is missing: tests/setup.sh containerds {0}", self.minor());
             assert!(std::env::var_os("CI").is_none(), "{remedy}");
-            eprintln!("\n======== SKIPPED: {remedy} ========\n");
+            tell(format_args!("\n======== SKIPPED: {remedy} ========\n"));
         }
         there
     }

@@ -170,7 +170,8 @@ fn switch(stage: &mut Stage, release: Release, way: Way) {
     let remote = stage.snapshotter.client().list(&remote).expect("a good filter");
     let is_ours = |name: &str| image.chain_ids.iter().any(|id| name.ends_with(id));
     let of_image = remote.iter().filter(|info| is_ours(&info.name)).count();
-    tell(format_args!("containerd {}: {of_image} of 3 layers need no copy", release.version()));
+    // From 2.2 on containerd asks for layers even then, if it pulls by its client.
+    assert_eq!(of_image, if release.has_conf_d() { 3 } else { 0 }, "layers that were not copied");
     cri.remove_pod(&pod);
     for reference in [reference, pause] {
         cri.remove(&reference);
