@@ -17,24 +17,27 @@ use crate::proto::containerd::{
     VersionResponse,
 };
 use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::server::service::methods;
 use crate::table::Progress;
 
-macro_rules! methods {
-    ($($constant:ident $name:literal $request:ty => $response:ty;)*) => {
-        $(pub const $constant: Method<$request, $response> = Method {
-            ty: MethodType::Unary,
-            name: concat!("/containerd.services.", $name),
-            req_mar: Marshaller { ser: pb_ser, de: pb_de },
-            resp_mar: Marshaller { ser: pb_ser, de: pb_de },
-        };)*
-    };
+methods! {
+    "containerd.services.version.v1.Version"
+    VERSION Unary "Version" Empty => VersionResponse;
 }
 
 methods! {
-    VERSION "version.v1.Version/Version" Empty => VersionResponse;
-    PLUGINS "introspection.v1.Introspection/Plugins" PluginsRequest => PluginsResponse;
-    IMAGES "images.v1.Images/List" ListImagesRequest => ListImagesResponse;
-    CONTENT "content.v1.Content/Info" InfoRequest => InfoResponse;
+    "containerd.services.introspection.v1.Introspection"
+    PLUGINS Unary "Plugins" PluginsRequest => PluginsResponse;
+}
+
+methods! {
+    "containerd.services.images.v1.Images"
+    IMAGES Unary "List" ListImagesRequest => ListImagesResponse;
+}
+
+methods! {
+    "containerd.services.content.v1.Content"
+    CONTENT Unary "Info" InfoRequest => InfoResponse;
 }
 
 /// One containerd: where it listens and what it was told.

@@ -27,6 +27,8 @@ macro_rules! methods {
     };
 }
 
+pub(crate) use methods;
+
 methods! {
     "containerd.services.snapshots.v1.Snapshots"
     PREPARE Unary "Prepare" PrepareSnapshotRequest => PrepareSnapshotResponse;
