@@ -10,7 +10,7 @@
 #   make bench    what calls, pulls and container starts cost, beside other snapshotters (20 min)
 #   make bench-plot   draws docs/growth.svg: what a call costs as the store grows
 #   make fuzz     whatever reads what others wrote, guided by coverage, FUZZ_SECONDS for each target
-#   make package  RPM and DEB packages for x86_64 and aarch64 (half an hour; PACKAGE_ARCH=x86_64 for one)
+#   make package  RPM and DEB packages for x86_64 and aarch64 (the C core is built for each; PACKAGE_ARCH=x86_64 for one)
 #   make test-packages   the tests of packages, on what "make package" made
 #   make manual   the manual pages in docs, of what the program takes
 #   make lint     formatting, clippy, shellcheck, dependencies

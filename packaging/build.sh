@@ -36,7 +36,7 @@ export SOURCE_DATE_EPOCH
 # Zig's C and C++ compiler brings the headers and stubs of any glibc, and a libc++ to link in.
 build() {
     local arch=$1 target=$1-unknown-linux-gnu
-    say "building $name for $target, glibc $oldest_glibc (the C core of gRPC alone takes ten minutes on two cores)"
+    say "building $name for $target, glibc $oldest_glibc, with the C core of gRPC, which takes long"
     # clang of this zig stops at something that this Abseil does.
     env "CXXFLAGS_${target//-/_}=-Wno-missing-template-arg-list-after-template-kw" \
         CARGO_PROFILE_RELEASE_STRIP=symbols PATH="$tools/cargo/bin:$tools/python/bin:$PATH" \
