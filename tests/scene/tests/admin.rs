@@ -73,6 +73,7 @@ fn root_status_tells_where_images_come_from_and_who_uses_them() {
     let why = image(&now, &lazy)["broken"].as_str().expect("it is broken").to_owned();
     assert!(why.contains("does not have it"), "{why}");
     assert_eq!(image(&now, &local)["broken"], Value::Null);
+    show(&stage, "status");
     let table = stage.snapshotter.admin(&["status"]).ok();
     assert!(table.contains(&format!("broken: {lazy}: ")) && table.contains("REPOSITORY"), "{table}");
     stage.ours.end_container("c");
@@ -119,6 +120,22 @@ fn root_status_pages_through_any_number_of_snapshots() {
     assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(COUNT));
 }
 
+/// With `SCENE_SHOW`, what a person sees of a command.
+fn show(stage: &Stage, command: &str) {
+    if std::env::var_os("SCENE_SHOW").is_some() {
+        let (socket, file) =
+            (stage.ours.socket().display().to_string(), stage.ours.configuration().display().to_string());
+        let of_containerd = ["--containerd", &socket, "--containerd-config", &file];
+        let more: &[&str] = if command == "doctor" { &of_containerd } else { &[] };
+        let output = stage.snapshotter.admin(&[&[command], more].concat());
+        let code = output.status.code().unwrap_or(-1);
+        scene::tell::tell(format_args!(
+            "# cvmfs-snapshotter {command}\n{}{}exit code {code}\n",
+            output.stdout, output.stderr
+        ));
+    }
+}
+
 /// The doctor's findings of this check, and the exit code.
 fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
     let (socket, file) = (stage.ours.socket(), stage.ours.configuration());
@@ -163,6 +180,7 @@ fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
     let faults: Vec<&Value> =
         all.iter().filter(|one| ["warning", "problem"].contains(&one["state"].as_str().unwrap_or(""))).collect();
     assert!(faults.is_empty() && code == 0, "{code}: {faults:#?}");
+    show(&stage, "doctor");
     let checks: Vec<&str> = all.iter().filter_map(|one| one["check"].as_str()).collect();
     for check in [
         "node.overlayfs",
@@ -197,6 +215,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
         "problem",
         "every layer is downloaded|disable_snapshot_annotations = false",
     );
+    show(&stage, "doctor");
     with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.cvmfs]");
     assert_finds(
         &stage,
@@ -206,6 +225,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
     );
     with("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.stargz");
     assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
+    show(&stage, "doctor");
     with("/run/s.sock", "/run/other.sock");
     assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
     with("version = 2", "version = = 2");
@@ -235,6 +255,7 @@ fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
         &format!("{reference} was pulled with overlayfs|crictl pull"),
     );
     assert_finds(&stage, "images.pause", "warning", &format!("{pause} is there for overlayfs only"));
+    show(&stage, "doctor");
     stage.ours.remove(&reference);
     stage.ours.remove(&pause);
     stage.ours.pull(&reference);
@@ -269,9 +290,11 @@ fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configurat
     stage.repository.with_client(Mount::kill);
     assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
     assert_finds(&stage, "daemon.running", "good", "runs as process");
+    show(&stage, "doctor");
     // Nobody asks a daemon that is not there.
     stage.snapshotter.end(Signal::SIGTERM);
     assert_finds(&stage, "daemon.running", "problem", "systemctl enable --now cvmfs-snapshotter");
+    show(&stage, "doctor");
     assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
     for command in ["status", "gc"] {
         let output = stage.snapshotter.admin(&[command]);

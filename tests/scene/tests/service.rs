@@ -491,7 +491,7 @@ fn root_a_service_that_hangs_is_killed_and_started_again_and_one_that_idles_is_n
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
     assert_ne!(machine.property(SERVICE, "WatchdogUSec"), "0", "the unit has a watchdog");
-    machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\n");
+    machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\n");
     machine.restart(SERVICE);
     let pid = || machine.property(SERVICE, "MainPID");
     let first = pid();
