@@ -229,7 +229,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
     with("/run/s.sock", "/run/other.sock");
     assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
     with("version = 2", "version = = 2");
-    assert_finds(&stage, "containerd.config", "problem", "line 1");
+    assert_finds(&stage, "containerd.config", "problem", "not TOML");
     with("snapshotter = \"cvmfs-snapshotter\"", "snapshotter = \"overlayfs\"");
     assert_finds(&stage, "containerd.snapshotter", "note", "use overlayfs");
     fs::write(&file, &good).expect("containerd's configuration can be written");

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -540,3 +542,34 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     assert!(said.contains("Its last words: ") && said.contains("rootfs = 3 is not possible"), "{said}");
     assert_eq!(code, Some(2));
 }
+
+#[test]
+fn root_metrics_are_served_under_the_unit_on_a_socket_and_with_a_line_more_on_an_address() {
+    let sandbox = Sandbox::enter("metrics");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let scrape = |mut stream: Box<dyn ReadWrite>| {
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").expect("metrics can be asked for");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("metrics are text");
+        assert!(answer.contains("\ncvmfs_snapshotter_build_info"), "{answer}");
+    };
+    let root = machine.path("/");
+    configure(&root, "metrics-address = \"/run/cvmfs-snapshotter-metrics.sock\"");
+    machine.restart(SERVICE);
+    let socket = machine.path("/run/cvmfs-snapshotter-metrics.sock");
+    scrape(Box::new(UnixStream::connect(socket).expect("the socket is served")));
+
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free");
+    configure(&root, &format!("metrics-address = \"{free}\""));
+    machine.restart(SERVICE);
+    let journal = machine.journal(SERVICE);
+    assert!(journal.contains("RestrictAddressFamilies=AF_INET AF_INET6"), "the log has the remedy: {journal}");
+    machine.client().stat("key").expect_err("it serves containerd all the same");
+    machine.drop_in(SERVICE, "metrics", "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\n");
+    machine.restart(SERVICE);
+    scrape(Box::new(TcpStream::connect(free).expect("the address is served")));
+}
+
+trait ReadWrite: Read + Write {}
+impl<T: Read + Write> ReadWrite for T {}
