@@ -56,7 +56,7 @@ impl fmt::Display for Error {
                  that was not restarted",
                 address.display()
             ),
-            Self::Call { method, code, message } => write!(f, "the daemon cannot answer {method}: {code}: {message}"),
+            Self::Call { method, code, message } => write!(f, "no answer to {method}: {code}: {message}"),
         }
     }
 }

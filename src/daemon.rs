@@ -349,8 +349,9 @@ fn wait_for_stop(signals: &SigSet, arguments: &Arguments, mut level: LevelFilter
 
 fn change_level(level: LevelFilter) {
     logging::set_level(level);
-    // Whatever the level is: somebody waits for it.
-    log::error!("log level {level}");
+    // Somebody waits for it, so it is said at any level; at the usual ones it is no alarm.
+    let as_what = level.to_level().map_or(log::Level::Error, |most| most.min(log::Level::Info));
+    log::log!(as_what, "log level {level}");
 }
 
 /// SIGHUP: only the log level changes while the program runs.

@@ -5,6 +5,7 @@
 //! reason to end: a doctor comes when things are broken.
 #![forbid(unsafe_code)]
 
+mod child;
 pub mod configuration;
 mod containerd;
 mod images;
@@ -16,6 +17,7 @@ mod systemd;
 
 use std::fmt::Write;
 
+use nix::unistd::geteuid;
 use serde_json::json;
 
 pub use self::repositories::probe;
@@ -73,9 +75,17 @@ impl Finding {
     }
 }
 
+/// What monitoring systems know as: it could not be looked at.
+const UNKNOWN: u8 = 3;
+
 /// What was found, and the exit code: as monitoring systems have it, 0 is good, 1 a warning, 2 a
 /// problem.
 pub fn run(arguments: &Arguments, wanted: &cli::Doctor) -> (String, u8) {
+    if !geteuid().is_root() {
+        let remedy = "run it as root: sudo cvmfs-snapshotter doctor";
+        let findings = [Finding::warning("node.user", "this is not root: nothing can be said of this node", remedy)];
+        return (if wanted.json { as_json(&findings, State::Warning) } else { as_text(&findings) }, UNKNOWN);
+    }
     let progress = Progress::new();
     progress.say("looking at the node");
     let (mut findings, config) = node::look(arguments);
@@ -130,6 +140,7 @@ mod tests {
     #[test]
     fn the_documentation_explains_every_check_and_no_other() {
         let rooms = [
+            include_str!("doctor.rs").split("#[cfg(test)]").next().unwrap(),
             include_str!("doctor/containerd.rs"),
             include_str!("doctor/images.rs"),
             include_str!("doctor/judge.rs").split("#[cfg(test)]").next().unwrap(),

@@ -34,9 +34,11 @@ fn main() -> ExitCode {
 }
 
 fn print(text: &str, code: u8) -> ExitCode {
-    // Nobody may be listening; the exit code still says it.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    ExitCode::from(code)
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => fail(&format!("cannot write the report: {e}"), 1),
+        // Nobody may be listening any more; the exit code still says it.
+        Ok(()) | Err(_) => ExitCode::from(code),
+    }
 }
 
 fn fail(error: &dyn Display, code: u8) -> ExitCode {

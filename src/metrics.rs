@@ -323,11 +323,7 @@ impl GaugeFamilies {
             ("pool_busy", "Threads that are at work, by pool", &all.busy),
             ("pool_waiting", "Calls that wait for a thread, by pool", &all.waiting),
             ("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool", &all.room),
-            (
-                "repository_up",
-                "Whether the repository answers, by repository. It is 1 until somebody waited in vain",
-                &all.up,
-            ),
+            ("repository_up", "Whether the repository is mounted and answers, by repository", &all.up),
         ] {
             registry.register(name, help, family.clone());
         }

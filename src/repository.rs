@@ -13,6 +13,7 @@ pub mod lane;
 pub mod manifest;
 mod missing;
 pub mod scan;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
 use self::scan::{Extent, Subject};
+use self::watch::Watch;
 use crate::metrics::METRICS;
 use crate::sys::{self, FileType, Status, Sys};
 use crate::types::Digest;
@@ -56,6 +58,7 @@ pub struct Repository {
     mount: Mutex<Arc<Mount>>,
     /// Somebody was told that the owners of files are lost.
     owners_told: AtomicBool,
+    watch: Watch,
 }
 
 /// What belongs to one mount of the repository.
@@ -93,7 +96,7 @@ impl Repository {
     /// A wait for its answers takes `timeout` at most.
     pub fn new(name: String, path: PathBuf, timeout: Duration, sys: Arc<dyn Sys>) -> Self {
         let mount = Mutex::new(Arc::new(Mount::new(0, &name, &path, timeout, &sys)));
-        Self { name, path, timeout, sys, mount, owners_told: AtomicBool::new(false) }
+        Self { name, path, timeout, sys, mount, owners_told: AtomicBool::new(false), watch: Watch::default() }
     }
 
     pub fn name(&self) -> &str {
@@ -204,14 +207,26 @@ impl Repository {
     pub fn condition(repository: &Arc<Self>) -> Result<Condition, Missing> {
         let asked = Arc::clone(repository);
         Self::ask(repository, move || {
-            probe(asked.sys.as_ref(), &asked.path).map_err(|why| asked.known(why))?;
+            let probed = probe(asked.sys.as_ref(), &asked.path);
+            asked.watch.saw(probed.is_ok());
+            probed.map_err(|why| asked.known(why))?;
             Ok(Condition { owner: asked.owner_of_all() })
         })?
     }
 
-    /// Nobody has waited for it in vain, or a probe has succeeded since. It is not asked.
-    pub fn seems_well(&self) -> bool {
-        self.mount().health.sick().is_none()
+    /// Whether it can be used, as far as that is known: not older than a quarter of a minute, if
+    /// somebody asks that often. Waits for nothing; a look goes on in the background.
+    pub fn seems_well(repository: &Arc<Self>) -> bool {
+        let mount = repository.mount();
+        let is_sick = mount.health.sick().is_some();
+        if !is_sick && repository.watch.wants_a_look() {
+            let asked = Arc::clone(repository);
+            let look = move || asked.watch.saw(probe(asked.sys.as_ref(), &asked.path).is_ok());
+            if mount.calls.run(Turn::Last, Pulse::default(), Box::new(look)).is_err() {
+                repository.watch.saw(false);
+            }
+        }
+        !is_sick && repository.watch.can_be_used(repository.timeout)
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.

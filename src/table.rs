@@ -6,15 +6,16 @@ use std::io::{IsTerminal, Write as _};
 
 /// Columns as wide as their widest cell; the last one as it comes.
 pub fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|n| width(n).unwrap_or(0)).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             // Writing into memory cannot fail.
-            let _ = write!(line, "{:<width$}  ", printable(cell));
+            let _ = write!(line, "{cell:<width$}  ");
         }
         text.push_str(line.trim_end());
         text.push('\n');
@@ -22,9 +23,23 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Clients choose keys and references, and a terminal obeys what it is sent.
+/// Clients choose keys and references, and a terminal obeys what it is sent: also what has no
+/// width, or turns the direction of writing.
 pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    let is_odd = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+    };
+    text.chars().map(|c| if is_odd(c) { '?' } else { c }).collect()
+}
+
+/// One cell: no text makes all rows wider than a screen.
+fn cell(text: &str) -> String {
+    const MOST: usize = 100;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", printable(&text[..end])),
+        None => printable(text),
+    }
 }
 
 /// Bytes in units of 1000, as `docker` and `nerdctl` show them.

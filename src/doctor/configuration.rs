@@ -30,6 +30,8 @@ pub struct Proxy {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {
     pub files: Vec<PathBuf>,
+    /// The first of them has a list of imports.
+    pub has_imports: bool,
     pub proxies: Vec<Proxy>,
     /// Of the CRI.
     pub snapshotter: Option<String>,
@@ -120,6 +122,7 @@ impl Configuration {
         })?;
         let table = table.get_ref();
         self.files.push(path.to_owned());
+        self.has_imports |= self.files.len() == 1 && at(table, &["imports"]).is_some();
         for (name, one) in
             at(table, &["proxy_plugins"]).and_then(DeValue::as_table).into_iter().flat_map(|all| all.iter())
         {

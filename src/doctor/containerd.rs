@@ -1,14 +1,16 @@
 //! The containerds on this node, asked over their sockets, beside what their configurations say.
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use grpcio::{Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::well_known_types::empty::Empty;
 
-use super::configuration;
-use super::judge::{Place, Version, judge};
-use super::{Finding, images};
+use super::configuration::{self, Configuration};
+use super::judge::{Place, RESTART, Version, judge};
+use super::{Finding, State, child, images};
 use crate::admin::{Error, Peer};
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
 use crate::proto::admin::DescribeResponse;
@@ -39,6 +41,9 @@ methods! {
     "containerd.services.content.v1.Content"
     CONTENT Unary "Info" InfoRequest => InfoResponse;
 }
+
+/// For containerd to say what it made of its configuration.
+const DUMP_LIMIT: Duration = Duration::from_secs(10);
 
 /// One containerd: where it listens and what it was told.
 struct Node {
@@ -74,8 +79,38 @@ pub fn look(
             "say where it is: --containerd SOCKET --containerd-config FILE",
         ));
     }
-    for node in nodes {
-        look_at(&node, arguments, daemon, progress, findings);
+    let mut of_each: Vec<Vec<Finding>> = Vec::new();
+    for node in &nodes {
+        let mut found = Vec::new();
+        look_at(node, arguments, daemon, progress, &mut found);
+        of_each.push(found);
+    }
+    // Docker's beside k3s's: one that has nothing to do with us is no problem if another one has.
+    let is_strange =
+        |found: &[Finding]| found.iter().any(|one| one.check == "containerd.plugin" && one.state > State::Good);
+    let all_strange = of_each.iter().all(|found| is_strange(found));
+    for (node, found) in nodes.iter().zip(of_each) {
+        if is_strange(&found) && !all_strange {
+            let what = format!("the containerd at {} does not use this snapshotter", node.socket.display());
+            findings.push(Finding::note("containerd.plugin", what));
+        } else {
+            findings.extend(found.into_iter().map(|one| node.as_it_is_restarted(one)));
+        }
+    }
+}
+
+impl Node {
+    fn is_of_k3s(&self) -> bool {
+        self.file == Path::new(CONFIGURATIONS[1])
+    }
+
+    /// k3s starts its containerd itself.
+    fn as_it_is_restarted(&self, finding: Finding) -> Finding {
+        if !self.is_of_k3s() {
+            return finding;
+        }
+        let remedy = finding.remedy.map(|remedy| remedy.replace(RESTART, "systemctl restart k3s (or k3s-agent)"));
+        Finding { remedy, ..finding }
     }
 }
 
@@ -91,62 +126,140 @@ fn look_at(
         let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
         Ok((peer, version, plugins))
     });
-    let version = match &asked {
-        Ok((_, text, _)) => {
+    let (version, process) = match &asked {
+        Ok((peer, text, _)) => {
             findings.push(Finding::good(
                 "containerd.running",
                 format!("containerd {text} runs, at {}", node.socket.display()),
             ));
-            Version::parse(text)
+            (Version::parse(text), peer.process())
         }
         Err(e) => {
             findings.push(not_running(&node.socket, e));
-            None
+            (None, None)
         }
     };
     let address = arguments.address.display().to_string();
     let root = arguments.root.display().to_string();
     let place = Place { address: &address, root: &root };
     let file = edited(&node.file);
-    let configuration = match configuration::read(&node.file) {
-        Ok(configuration) => Some(configuration),
-        Err(configuration::Error::Unreadable { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
-            findings.push(Finding::note(
-                "containerd.config",
-                format!("{} is not there: containerd's defaults hold", node.file.display()),
-            ));
-            Some(configuration::Configuration::default())
-        }
-        Err(e) => {
-            findings.push(Finding::problem(
-                "containerd.config",
-                e.to_string(),
-                "correct that file; containerd does not start with it either",
-            ));
-            None
-        }
-    };
+    let configuration = read(node, process, &file, findings);
     if let Some(configuration) = &configuration {
         // Without its version: by the rules of those that are most in use.
         findings.append(&mut judge(version.unwrap_or(Version(1, 7, 24)), configuration, &place, &file));
     }
     let Ok((peer, _, plugins)) = asked else { return };
-    let configured = configuration
-        .as_ref()
-        .is_some_and(|all| all.proxies.iter().any(|proxy| proxy.name == NAME && proxy.address == address));
-    let loaded = plugins.iter().any(|plugin| plugin.type_ == "io.containerd.snapshotter.v1" && plugin.id == NAME);
-    if configured && !loaded {
-        findings.push(Finding::problem(
-            "containerd.restarted",
-            format!("{file} names {NAME}, and the containerd that runs does not know it"),
-            "systemctl restart containerd; containers run on",
-        ));
-    }
+    findings.append(&mut in_error(&plugins));
+    findings.extend(process.and_then(|process| not_restarted(process, node, configuration.as_ref())));
     findings.extend(daemon.and_then(|daemon| mount_namespace(&peer, daemon)));
+    let loaded = plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
     if loaded && daemon.is_some() {
         let content = content_store(&plugins);
         findings.append(&mut images::look(&peer, content.as_deref(), configuration.as_ref(), progress));
     }
+}
+
+/// What the file says, and what containerd makes of it: older formats, imports and keys that it
+/// passes over are its own business, so it is asked.
+fn read(node: &Node, process: Option<u32>, file: &str, findings: &mut Vec<Finding>) -> Option<Configuration> {
+    const CHECK: &str = "containerd.config";
+    let said = match configuration::read(&node.file) {
+        Ok(said) => said,
+        Err(configuration::Error::Unreadable { path, cause })
+            if cause.kind() == std::io::ErrorKind::NotFound && path == node.file =>
+        {
+            findings.push(Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display())));
+            return Some(Configuration::default());
+        }
+        Err(e) => {
+            findings.push(Finding::problem(
+                CHECK,
+                e.to_string(),
+                "correct that file; containerd does not start with it either",
+            ));
+            return None;
+        }
+    };
+    // The program that runs is the version that reads it.
+    let program = process.map_or_else(|| "containerd".into(), |pid| OsString::from(format!("/proc/{pid}/exe")));
+    let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
+    let Some(dump) = child::ask(&program, &arguments, DUMP_LIMIT) else { return Some(said) };
+    if !dump.success {
+        let why = dump.stderr.lines().last().unwrap_or_default().trim();
+        findings.push(Finding::problem(
+            CHECK,
+            format!("containerd refuses its configuration: {why}"),
+            format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
+        ));
+        return None;
+    }
+    let mut effective = Configuration::default();
+    if effective.add(&node.file, &dump.stdout).is_err() {
+        return Some(said);
+    }
+    effective.files.clone_from(&said.files);
+    effective.has_imports = said.has_imports;
+    // It is what containerd uses, whatever it was read from.
+    effective.is_of_version_1 = false;
+    if said.snapshotter.as_deref() == Some(NAME) && effective.snapshotter.as_deref() != Some(NAME) {
+        let used = effective.snapshotter.as_deref().unwrap_or("its own");
+        findings.push(Finding::problem(
+            CHECK,
+            format!("containerd passes over the snapshotter that {file} names, and uses {used}"),
+            "its first line must be version = 2 (containerd 1) or version = 3 (2.0 and later), and the tables those of that \
+             version; docs/containerd.md has whole files. containerd config dump shows what it made of it",
+        ));
+    }
+    Some(effective)
+}
+
+/// When a process began, and a little later: the kernel counts from the second in which it booted.
+fn began(process: u32) -> Option<SystemTime> {
+    // What the kernel tells programs, on every architecture.
+    const TICKS: u64 = 100;
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name in brackets may hold anything; the time is the 20th behind it.
+    let ticks: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+    let all = std::fs::read_to_string("/proc/stat").ok()?;
+    let booted: u64 = all.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
+    Some(UNIX_EPOCH + Duration::from_secs(booted + ticks / TICKS + 2))
+}
+
+fn is_ours(plugin: &Plugin) -> bool {
+    plugin.type_ == "io.containerd.snapshotter.v1" && plugin.id == NAME
+}
+
+/// Parts of containerd that did not start, of those that matter here.
+fn in_error(plugins: &[Plugin]) -> Vec<Finding> {
+    let matters = |plugin: &&Plugin| {
+        let kind = format!("{}.{}", plugin.type_, plugin.id);
+        is_ours(plugin)
+            || ["grpc.v1.cri", "cri.v1.images", "cri.v1.runtime", "transfer.v1.local"]
+                .iter()
+                .any(|end| kind.ends_with(end))
+    };
+    let fault = |plugin: &Plugin| {
+        let why = &plugin.init_err.as_ref()?.message;
+        Some(Finding::problem(
+            "containerd.parts",
+            format!("{}.{} of containerd did not start: {why}", plugin.type_, plugin.id),
+            format!("correct what it complains about in containerd's configuration, then {RESTART}"),
+        ))
+    };
+    plugins.iter().filter(matters).filter_map(fault).collect()
+}
+
+/// Its configuration was changed after it had been read.
+fn not_restarted(process: u32, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
+    let changed = |path: &Path| std::fs::metadata(path).and_then(|status| status.modified()).ok();
+    let started = began(process)?;
+    let files = configuration.map_or_else(|| vec![node.file.clone()], |one| one.files.clone());
+    let newer = files.into_iter().find(|file| changed(file).is_some_and(|changed| changed > started))?;
+    Some(Finding::problem(
+        "containerd.restarted",
+        format!("{} was changed after containerd had read it", newer.display()),
+        format!("{RESTART}; containers run on"),
+    ))
 }
 
 /// The file that an admin changes: k3s makes its own anew from a template.

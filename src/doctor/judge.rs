@@ -45,6 +45,9 @@ impl Version {
 /// What our package installs; containerd reads it where its own file imports it.
 const REGISTRATION: &str = "/etc/containerd/conf.d/cvmfs-snapshotter.toml";
 
+/// What makes containerd read its configuration.
+pub const RESTART: &str = "systemctl restart containerd";
+
 /// Where we are, as containerd has to be told.
 #[derive(Clone, Debug)]
 pub struct Place<'a> {
@@ -79,7 +82,7 @@ pub fn judge(version: Version, found: &Configuration, place: &Place<'_>, file: &
             "containerd.snapshotter",
             format!(
                 "Kubernetes' containers use {other} as snapshotter; only who names {NAME} gets it (nerdctl --snapshotter). \
-                 To change that, in {file}: [plugins.{}] snapshotter = \"{NAME}\"",
+                 To change that, in {file}, table [plugins.{}]: snapshotter = \"{NAME}\"",
                 table(version)
             ),
         ));
@@ -121,9 +124,11 @@ fn plugin<'c>(
     let block = format!("[proxy_plugins.{NAME}]\n  type = \"snapshot\"\n  address = \"{}\"", place.address);
     // Half of a table that was given another name says nothing.
     let named = found.proxies.iter().find(|proxy| proxy.name == NAME && !proxy.address.is_empty());
-    let ours = found.proxies.iter().find(|proxy| proxy.address == place.address);
+    // containerd 2 takes it for an address as well.
+    let is_here = |proxy: &Proxy| proxy.address.trim_start_matches("unix://") == place.address;
+    let ours = found.proxies.iter().find(|proxy| is_here(proxy));
     match (named, ours) {
-        (Some(proxy), _) if proxy.address == place.address => {
+        (Some(proxy), _) if is_here(proxy) => {
             findings.push(Finding::good(CHECK, format!("{NAME} is a proxy plugin of containerd")));
             Some(proxy)
         }
@@ -132,7 +137,7 @@ fn plugin<'c>(
                 CHECK,
                 format!("containerd looks for {NAME} at {:?}, and the daemon is at {}", proxy.address, place.address),
                 format!(
-                    "in {file}: [proxy_plugins.{NAME}] address = \"{}\", then systemctl restart containerd",
+                    "in {file}, table [proxy_plugins.{NAME}]: address = \"{}\", then systemctl restart containerd",
                     place.address
                 ),
             ));
@@ -147,14 +152,16 @@ fn plugin<'c>(
             None
         }
         (None, None) => {
-            let lines = if Path::new(REGISTRATION).exists()
-                && !found.files.iter().any(|file| file == Path::new(REGISTRATION))
-            {
-                format!(
-                    "at the top of {file}, for {REGISTRATION} to be read: imports = [\"/etc/containerd/conf.d/*.toml\"]"
-                )
-            } else {
-                format!("add to {file}:\n{block}")
+            let is_installed =
+                Path::new(REGISTRATION).exists() && !found.files.iter().any(|file| file == Path::new(REGISTRATION));
+            let lines = match (is_installed, found.has_imports) {
+                (true, true) => format!(
+                    "add \"/etc/containerd/conf.d/*.toml\" to the list of imports in {file}, for {REGISTRATION} to be read"
+                ),
+                (true, false) => format!(
+                    "as the first line of {file}, for {REGISTRATION} to be read: imports = [\"/etc/containerd/conf.d/*.toml\"]"
+                ),
+                (false, _) => format!("add to {file}:\n{block}"),
             };
             findings.push(Finding::problem(
                 CHECK,
@@ -172,11 +179,11 @@ fn exports(version: Version, proxy: &Proxy, place: &Place<'_>, file: &str, findi
         return;
     }
     let remedy = format!(
-        "in {file}: [proxy_plugins.{NAME}.exports] root = \"{}\", then systemctl restart containerd",
+        "in {file}, table [proxy_plugins.{NAME}.exports]: root = \"{}\", then systemctl restart containerd",
         place.root
     );
     match proxy.exports.get("root") {
-        Some(root) if root == place.root => findings.push(Finding::good(CHECK, "kubelet sees the disk of the snapshots")),
+        Some(root) if Path::new(root) == Path::new(place.root) => findings.push(Finding::good(CHECK, "kubelet sees the disk of the snapshots")),
         Some(root) => findings.push(Finding::warning(
             CHECK,
             format!("kubelet is told that snapshots are in {root:?}, and they are in {}", place.root),
@@ -231,7 +238,7 @@ fn annotations(
                 CHECK,
                 "containerd does not say which layers Kubernetes pulls: every layer is downloaded",
                 format!(
-                    "in {file}: [plugins.{}] disable_snapshot_annotations = false, then systemctl restart containerd",
+                    "in {file}, table [plugins.{}]: disable_snapshot_annotations = false, then systemctl restart containerd",
                     table(version)
                 ),
             ));
@@ -240,7 +247,14 @@ fn annotations(
     }
     let mut missing = Vec::new();
     if proxy.exports.get("enable_remote_snapshot_annotations").map(String::as_str) != Some("true") {
-        missing.push(format!("[proxy_plugins.{NAME}.exports]\n  enable_remote_snapshot_annotations = \"true\""));
+        // A table must not be written twice.
+        let table = format!("[proxy_plugins.{NAME}.exports]");
+        let line = "enable_remote_snapshot_annotations = \"true\"";
+        missing.push(if proxy.exports.is_empty() {
+            format!("{table}\n  {line}")
+        } else {
+            format!("inside the table {table} that is there:\n  {line}")
+        });
     }
     let unpacks = found.unpack.as_ref().is_some_and(|all| all.iter().any(|one| one == NAME));
     if !unpacks {

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
-use nix::unistd::geteuid;
 
 use super::Finding;
 use crate::cli::Arguments;
@@ -22,13 +21,6 @@ const CONTAINERDS: [&str; 5] = ["version", "plugins", "proxy_plugins", "root", "
 /// And the configuration, if there is one that can be used.
 pub fn look(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     let mut findings = Vec::new();
-    if !geteuid().is_root() {
-        findings.push(Finding::warning(
-            "node.user",
-            "this is not root: much cannot be looked at",
-            "run it as root: sudo cvmfs-snapshotter doctor",
-        ));
-    }
     findings.push(overlayfs());
     findings.append(&mut state_root(&arguments.root));
     let (mut about_file, config) = configuration(arguments.config.as_deref());
@@ -89,6 +81,16 @@ fn state_root(root: &Path) -> Vec<Finding> {
         ));
     }
     if let Ok(found) = statvfs(&real) {
+        if found.flags().contains(FsFlags::ST_RDONLY) {
+            findings.push(Finding::problem(
+                CHECK,
+                format!("the file system of the state root {shown} is read-only: nothing can be pulled or started"),
+                format!(
+                    "see why (dmesg: a disk with errors is often mounted so), then mount -o remount,rw {}",
+                    mount_point(&real).display()
+                ),
+            ));
+        }
         let flags = [(FsFlags::ST_NOEXEC, "noexec"), (FsFlags::ST_NOSUID, "nosuid"), (FsFlags::ST_NODEV, "nodev")];
         let set: Vec<&str> =
             flags.into_iter().filter(|(flag, _)| found.flags().contains(*flag)).map(|(_, name)| name).collect();

@@ -2,13 +2,11 @@
 //! hangs in it may not even be killed.
 #![forbid(unsafe_code)]
 
-use std::io::Read;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::child;
 use crate::config::RepositoryAt;
 use crate::proto::admin::{Owner, Repository as Described};
 use crate::repository::{Condition, Repository};
@@ -52,26 +50,10 @@ pub fn look(at: &RepositoryAt) -> Described {
 }
 
 fn ask(path: &Path) -> Result<String, String> {
-    let failed = |e: std::io::Error| format!("it cannot be looked at: {e}");
-    let own = std::env::current_exe().map_err(failed)?;
-    let mut child = Command::new(own)
-        .args(["probe-repository"])
-        .arg(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(failed)?;
-    let until = Instant::now() + LIMIT + Duration::from_secs(1);
-    while child.try_wait().map_err(failed)?.is_none() {
-        if Instant::now() >= until {
-            // It may be beyond killing. Nobody waits for it.
-            let _ = child.kill();
-            return Err(format!("it did not answer within {} s", LIMIT.as_secs()));
-        }
-        thread::sleep(Duration::from_millis(20));
+    let own = std::env::current_exe().map_err(|e| format!("it cannot be looked at: {e}"))?;
+    let arguments = ["probe-repository".as_ref(), path.as_os_str()];
+    match child::ask(own.as_os_str(), &arguments, LIMIT + Duration::from_secs(1)) {
+        Some(said) => Ok(said.stdout),
+        None => Err(format!("it did not answer within {} s", LIMIT.as_secs())),
     }
-    let mut said = String::new();
-    child.stdout.take().map_or(Ok(0), |mut stdout| stdout.read_to_string(&mut said)).map_err(failed)?;
-    Ok(said)
 }

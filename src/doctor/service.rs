@@ -2,15 +2,18 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::{Finding, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
 use crate::cli::Arguments;
-use crate::config::{self, Config};
+use crate::config::{self, Config, MetricsAddress};
 use crate::proto::admin::{DescribeResponse, Repository};
 use crate::status::Report;
+use crate::takeover::losses::shell;
 use crate::types::Timestamp;
 
 /// So many of something are named, the others counted.
@@ -31,12 +34,16 @@ pub fn look(arguments: &Arguments, config: Option<&Config>, findings: &mut Vec<F
         }
     };
     findings.push(running(&described));
-    findings.extend(not_restarted(arguments, &described));
+    // A restart with a file that is wrong would end it.
+    if config.is_some() {
+        findings.extend(not_restarted(arguments, &described));
+    }
     for one in &described.repositories {
         findings.append(&mut repository(one));
     }
     findings.append(&mut snapshots(&daemon, &described));
     findings.extend(pulls(&described));
+    findings.extend(config.and_then(|config| config.metrics.as_ref()).and_then(metrics));
     Some(described)
 }
 
@@ -53,7 +60,8 @@ fn not_running(e: &Error) -> Finding {
         Error::NotRunning { .. } => Finding::problem(
             CHECK,
             format!("{e}{}", last_words()),
-            "systemctl enable --now cvmfs-snapshotter; what keeps it from starting: journalctl -u cvmfs-snapshotter -n 20",
+            "systemctl enable --now cvmfs-snapshotter; if it runs and only its socket is gone: systemctl restart \
+             cvmfs-snapshotter.socket; what keeps it from starting: journalctl -u cvmfs-snapshotter -n 20",
         ),
         Error::Call { .. } => Finding::problem(
             CHECK,
@@ -129,18 +137,26 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
     };
     match look() {
         Err(e) => {
-            findings.push(Finding::warning(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50"));
+            findings.push(Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50"));
         }
         Ok(report) => {
+            let is_away = described.repositories.iter().any(|one| !one.trouble.is_empty());
             let broken: Vec<_> =
                 report.images.iter().filter_map(|image| Some((image, image.broken.as_ref()?))).collect();
             for (image, why) in broken.iter().take(NAMED) {
                 let name = image.reference.as_deref().unwrap_or(&image.key);
-                findings.push(Finding::problem(
-                    CHECK,
-                    format!("no container can start on {name}: {why}"),
-                    format!("make the layer available again (a repository in \"repositories\" that has it will do), or remove the image and pull it anew: crictl rmi {name} && crictl pull {name}"),
-                ));
+                let anew = match &image.reference {
+                    _ if is_away => "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned(),
+                    Some(reference) => format!(
+                        "make it available again (any repository in \"repositories\" that has it will do), or remove the image and \
+                         pull it anew: crictl rmi {0} && crictl pull {0}",
+                        shell(reference)
+                    ),
+                    None => "make it available again (any repository in \"repositories\" that has it will do), or remove the image \
+                             that uses it and pull it anew"
+                        .to_owned(),
+                };
+                findings.push(Finding::problem(CHECK, format!("no container can start on {name}: {why}"), anew));
             }
             if broken.len() > NAMED {
                 findings.push(Finding::problem(
@@ -175,6 +191,21 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
     findings
 }
 
+/// The daemon serves containers without.
+fn metrics(address: &MetricsAddress) -> Option<Finding> {
+    let (at, answers) = match address {
+        MetricsAddress::Tcp(at) => (at.to_string(), TcpStream::connect_timeout(at, Duration::from_secs(2)).map(drop)),
+        MetricsAddress::Unix(at) => (at.display().to_string(), UnixStream::connect(at).map(drop)),
+    };
+    let why = answers.err()?;
+    Some(Finding::warning(
+        "config.metrics",
+        format!("no metrics are served at {at}: {why}"),
+        "journalctl -u cvmfs-snapshotter says why. For an IP address the unit needs a line more: systemctl edit \
+         cvmfs-snapshotter, [Service] RestrictAddressFamilies=AF_INET AF_INET6; then systemctl restart cvmfs-snapshotter",
+    ))
+}
+
 /// Pulls that did not say what they want.
 fn pulls(described: &DescribeResponse) -> Option<Finding> {
     let pulls = &described.pulls;
@@ -184,7 +215,7 @@ fn pulls(described: &DescribeResponse) -> Option<Finding> {
             "pulls.annotations",
             format!("{} layers were downloaded in {hours} h because containerd did not say which layers they are", pulls.unnamed),
             "the checks of containerd below name the line to change. \"ctr images pull\" of containerd 1.x never says it: use \
-             crictl pull or nerdctl pull",
+             crictl pull or nerdctl pull. The count begins anew when the daemon does: systemctl restart cvmfs-snapshotter",
         )
     })
 }

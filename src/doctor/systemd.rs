@@ -3,20 +3,20 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use super::Finding;
+use super::{Finding, child};
 
 const SERVICE: &str = "cvmfs-snapshotter.service";
 const SOCKET: &str = "cvmfs-snapshotter.socket";
-/// Where a unit that was made by hand lies, before those of packages.
-const UNIT_BY_HAND: &str = "/etc/systemd/system/cvmfs-snapshotter.service";
+/// Where units that were made by hand lie, before those of packages.
+const BY_HAND: [&str; 2] = ["/etc/systemd/system", "/usr/local/lib/systemd/system"];
 /// How a program that cannot go on begins its last line.
 const LAST_WORDS: &str = "cvmfs-snapshotter: ";
+const LIMIT: Duration = Duration::from_secs(10);
 
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    child::ask(program.as_ref(), arguments, LIMIT).map(|said| said.stdout.trim().to_owned())
 }
 
 fn is_in_charge() -> bool {
@@ -29,31 +29,48 @@ pub fn look() -> Vec<Finding> {
 
 /// The Go snapshotter has no package: its unit is put there by hand, and wins over ours.
 fn unit_by_hand() -> Option<Finding> {
-    let text = fs::read_to_string(UNIT_BY_HAND).ok()?;
-    let program = text.lines().find_map(|line| line.strip_prefix("ExecStart="))?.trim();
+    let (file, text) = BY_HAND.iter().find_map(|folder| {
+        let file = format!("{folder}/{SERVICE}");
+        fs::read_to_string(&file).ok().map(|text| (file, text))
+    })?;
+    let program =
+        text.lines().filter_map(|line| line.split_once('=')).find(|(key, _)| key.trim() == "ExecStart")?.1.trim();
     Some(Finding::warning(
         "daemon.unit",
-        format!("{UNIT_BY_HAND} stands before the unit of the package, and starts {program}"),
+        format!("{file} stands before the unit of the package, and starts {program}"),
         format!(
-            "if it is the Go snapshotter's, see docs/takeover.md before you stop it; then: rm {UNIT_BY_HAND} && systemctl \
+            "if it is the Go snapshotter's, see docs/takeover.md before you stop it; then: rm {file} && systemctl \
              daemon-reload"
         ),
     ))
 }
 
-/// Then no container starts after the next boot.
+/// Then no container starts after the next boot, or at all.
 fn not_enabled() -> Option<Finding> {
-    if !is_in_charge() || output("systemctl", &["is-enabled", SOCKET])? != "disabled" {
+    if !is_in_charge() {
         return None;
     }
-    Some(Finding::warning("daemon.enabled", "the service is not started at boot", "systemctl enable cvmfs-snapshotter"))
+    let states = [SOCKET, SERVICE].map(|unit| output("systemctl", &["is-enabled", unit]).unwrap_or_default());
+    let is = |state: &str| states.iter().any(|one| one == state);
+    if is("masked") {
+        return Some(Finding::problem(
+            "daemon.enabled",
+            "the unit is masked: systemd refuses to start it",
+            "systemctl unmask cvmfs-snapshotter.service cvmfs-snapshotter.socket && systemctl enable --now cvmfs-snapshotter",
+        ));
+    }
+    is("disabled").then(|| {
+        Finding::warning("daemon.enabled", "the service is not started at boot", "systemctl enable cvmfs-snapshotter")
+    })
 }
 
-/// Why the daemon ended, as it said itself.
+/// Why the daemon ended the last time, as it said itself.
 pub fn last_words() -> Option<String> {
     if !is_in_charge() {
         return None;
     }
-    let lines = output("journalctl", &["--unit", SERVICE, "--output", "cat", "--no-pager", "--lines", "200"])?;
+    let id = output("systemctl", &["show", "--value", "--property", "InvocationID", SERVICE])?;
+    let of_it = format!("_SYSTEMD_INVOCATION_ID={id}");
+    let lines = output("journalctl", &[&of_it, "--output", "cat", "--no-pager", "--lines", "200"])?;
     lines.lines().rev().find_map(|line| line.strip_prefix(LAST_WORDS)).map(str::to_owned)
 }

@@ -1,13 +1,14 @@
 //! Where Prometheus asks: `GET /metrics`, over TCP or on a unix socket.
 //!
-//! One thread serves one client after the other, each with little time, and never waits for a
-//! repository: whoever misuses it can keep others from being answered, and nothing else.
+//! A few threads serve one client each, for a short time, and never wait for a repository: whoever
+//! misuses it can keep others from being answered, and nothing else.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,8 @@ use super::{Gauges, METRICS};
 use crate::config::MetricsAddress as Address;
 use crate::server;
 
+/// Clients at one time.
+const CLIENTS: usize = 4;
 /// For the whole request, and for each part of the answer.
 const LIMIT: Duration = Duration::from_secs(2);
 const REQUEST_BYTES: usize = 8 << 10;
@@ -48,18 +51,22 @@ impl fmt::Display for Error {
 }
 
 /// Serves from now on, to the end of the process. `gauges` says what is now.
-pub fn serve(address: &Address, gauges: impl Fn() -> Gauges + Send + 'static) -> Result<(), Error> {
-    let listener = Listener::bind(address)?;
-    let serve = move || {
-        loop {
-            match listener.accept() {
-                // Whoever asked badly or went away is told so, or not: nobody else minds.
-                Ok(mut client) => drop(client.answer(&gauges)),
-                Err(_) => thread::sleep(ACCEPT_PAUSE),
+pub fn serve(address: &Address, gauges: impl Fn() -> Gauges + Send + Sync + 'static) -> Result<(), Error> {
+    let (listener, gauges) = (Arc::new(Listener::bind(address)?), Arc::new(gauges));
+    for _ in 0..CLIENTS {
+        let (listener, gauges) = (Arc::clone(&listener), Arc::clone(&gauges));
+        let serve = move || {
+            loop {
+                match listener.accept() {
+                    // Whoever asked badly or went away is told so, or not: nobody else minds.
+                    Ok(mut client) => drop(client.answer(gauges.as_ref())),
+                    Err(_) => thread::sleep(ACCEPT_PAUSE),
+                }
             }
-        }
-    };
-    thread::Builder::new().name("metrics".to_owned()).spawn(serve).map(drop).map_err(Error::Thread)
+        };
+        thread::Builder::new().name("metrics".to_owned()).spawn(serve).map(drop).map_err(Error::Thread)?;
+    }
+    Ok(())
 }
 
 enum Listener {
@@ -163,7 +170,6 @@ fn answer_to(request: &str, gauges: &impl Fn() -> Gauges) -> (&'static str, &'st
     let path = target.split('?').next().unwrap_or_default();
     match (method, path) {
         (Some("GET" | "HEAD"), "/metrics") => {
-            // Others read the same lines, without the types of counters.
             let open = request.to_ascii_lowercase().contains("application/openmetrics-text");
             let kind = if open {
                 "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -171,13 +177,30 @@ fn answer_to(request: &str, gauges: &impl Fn() -> Gauges) -> (&'static str, &'st
                 "text/plain; version=0.0.4; charset=utf-8"
             };
             match METRICS.text(&gauges()) {
-                Ok(text) => ("200 OK", kind, text),
+                Ok(text) if open => ("200 OK", kind, text),
+                Ok(text) => ("200 OK", kind, older_form(&text)),
                 Err(e) => ("500 Internal Server Error", TEXT, format!("{e}\n")),
             }
         }
         (Some("GET" | "HEAD"), _) => ("404 Not Found", TEXT, "metrics are at /metrics\n".to_owned()),
         _ => ("405 Method Not Allowed", TEXT, "GET is what is answered here\n".to_owned()),
     }
+}
+
+/// As Prometheus had it before `OpenMetrics`: counters are called as their samples are, and there are no units.
+fn older_form(text: &str) -> String {
+    let mut older = String::with_capacity(text.len());
+    let is_counter = |name: &str| text.contains(&format!("\n# TYPE {name} counter\n"));
+    for line in text.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(kind), Some(name), Some(rest)) if is_counter(name) => {
+                older.extend(["# ", kind, " ", name, "_total ", rest, "\n"]);
+            }
+            _ => older.extend([line, "\n"]),
+        }
+    }
+    older
 }
 
 #[cfg(test)]
@@ -221,6 +244,14 @@ mod tests {
                 "it is in use"
             );
         }
+    }
+
+    #[test]
+    fn the_older_form_names_counters_as_their_samples() {
+        let text = "# HELP a x.\n# TYPE a counter\na_total 1\n# HELP b_seconds y.\n# TYPE b_seconds histogram\n# UNIT b_seconds seconds\n# EOF\n";
+        let older =
+            "# HELP a_total x.\n# TYPE a_total counter\na_total 1\n# HELP b_seconds y.\n# TYPE b_seconds histogram\n";
+        assert_eq!(older_form(text), older);
     }
 
     #[test]

@@ -22,28 +22,24 @@ use crate::types::{Kind, LABEL_IMAGE_REF, Rootfs, SnapshotId, Timestamp};
 const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
 
 impl Handlers {
+    /// None of them keeps a worker from containerd's calls for long: they are done where pulls wait.
     pub(super) fn admin(&self, mut service: ServiceBuilder, started: Timestamp) -> ServiceBuilder {
         service = self.unary(service, &service::DESCRIBE, Some(|_, _| Ok(Some(Asks::All))), move |s, _, _| {
             Ok(describe(s, started))
         });
-        service = self.unary(
-            service,
-            &service::SNAPSHOTS,
-            Some(|_, request| Ok(request.ask_repositories.then_some(Asks::All))),
-            |s, request, _| {
-                let rest = (request.next > 0)
-                    .then_some(Rest { next: SnapshotId(request.next), last: SnapshotId(request.last) });
-                let ask = if request.ask_repositories { Ask::Repositories } else { Ask::Nobody };
-                let (inspected, rest) = s.inspect(rest, ask)?;
-                Ok(SnapshotsResponse {
-                    snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
-                    next: rest.map_or(0, |rest| rest.next.0),
-                    last: rest.map_or(0, |rest| rest.last.0),
-                    ..SnapshotsResponse::default()
-                })
-            },
-        );
-        service = self.unary(service, &service::LEFTOVERS, None, |s, request, _| {
+        service = self.unary(service, &service::SNAPSHOTS, Some(|_, _| Ok(Some(Asks::All))), |s, request, _| {
+            let rest =
+                (request.next > 0).then_some(Rest { next: SnapshotId(request.next), last: SnapshotId(request.last) });
+            let ask = if request.ask_repositories { Ask::Repositories } else { Ask::Nobody };
+            let (inspected, rest) = s.inspect(rest, ask)?;
+            Ok(SnapshotsResponse {
+                snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
+                next: rest.map_or(0, |rest| rest.next.0),
+                last: rest.map_or(0, |rest| rest.last.0),
+                ..SnapshotsResponse::default()
+            })
+        });
+        service = self.unary(service, &service::LEFTOVERS, Some(|_, _| Ok(Some(Asks::All))), |s, request, _| {
             let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
             let leftovers = leftovers.into_iter().map(|one| Leftover {
                 path: one.path.display().to_string(),

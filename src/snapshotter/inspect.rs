@@ -86,9 +86,9 @@ impl Snapshotter {
         all.map(|repository| (Arc::clone(repository), Repository::condition(repository))).collect()
     }
 
-    /// The name of each repository, and whether it is known to answer. Nobody is asked.
+    /// The name of each repository, and whether it can be used, as far as that is known. Nobody waits.
     pub fn health(&self) -> Vec<(String, bool)> {
-        self.sources.repositories.iter().map(|one| (one.name().to_owned(), one.seems_well())).collect()
+        self.sources.repositories.iter().map(|one| (one.name().to_owned(), Repository::seems_well(one))).collect()
     }
 
     /// How many snapshots there are, and how much waits for a cleanup.
@@ -113,9 +113,11 @@ impl Snapshotter {
             one.trouble = self.require_files(&one.snapshot).err().map(|e| e.to_string());
         }
         if ask == Ask::Repositories {
-            for Question { n, is_flat, missing, .. } in self.unanswered(&inspected) {
+            for Question { n, is_flat, missing, subject } in self.unanswered(&inspected) {
+                let what = if is_flat { "root file system" } else { "layer" };
+                let missing = format!("{what} {} of repository {}: {missing}", subject.digest, subject.repository);
                 let trouble = if is_flat { &mut inspected[n].flat_trouble } else { &mut inspected[n].trouble };
-                *trouble = Some(missing.to_string());
+                *trouble = Some(missing);
             }
         }
         Ok((inspected, chunk.rest))

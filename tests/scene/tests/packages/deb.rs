@@ -44,9 +44,12 @@ fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_lo
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
 
-    // A wrong configuration is said, and the package is installed nevertheless.
+    // A wrong configuration is said, the package is installed nevertheless, and what serves goes on.
     node.configure("workers = 0");
-    assert!(node.dpkg(&upgrade).contains("the service does not run"));
+    let serving = node.since(SERVICE);
+    let said = node.dpkg(&upgrade);
+    assert!(said.contains("workers = 0 is not possible") && said.contains("nothing was started or stopped"), "{said}");
+    assert_eq!(node.since(SERVICE), serving, "the old daemon was ended for one that cannot start");
     assert!(node.dpkg("--status cvmfs-snapshotter").contains("install ok installed"));
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
     machine.restart(SERVICE);

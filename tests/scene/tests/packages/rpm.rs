@@ -39,7 +39,10 @@ fn root_an_rpm_is_installed_upgraded_and_erased_under_a_container_that_loses_not
 
     // A wrong configuration is said, and nothing fails.
     node.configure("workers = 0");
-    assert!(node.rpm(&format!("--upgrade --nodeps --oldpackage {rpm}")).contains("the service does not run"));
+    let serving = node.since(SERVICE);
+    let said = node.rpm(&format!("--upgrade --nodeps --oldpackage {rpm}"));
+    assert!(said.contains("nothing was started or stopped"), "{said}");
+    assert_eq!(node.since(SERVICE), serving, "the old daemon was ended for one that cannot start");
     assert!(node.rpm("--query cvmfs-snapshotter").contains("-1."));
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
     machine.restart(SERVICE);

@@ -1,0 +1,65 @@
+//! Other programs, asked with a limit: what hangs, and be it beyond killing, keeps no doctor.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a program said, and whether it succeeded.
+pub struct Said {
+    pub success: bool,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// None: it cannot be started, or was not done after `limit`.
+pub fn ask<S: AsRef<OsStr>>(program: &OsStr, arguments: &[S], limit: Duration) -> Option<Said> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().ok()?;
+    let until = Instant::now() + limit;
+    let (stdout, stderr) = (read(child.stdout.take()?), read(child.stderr.take()?));
+    let status = loop {
+        match child.try_wait().ok()? {
+            Some(status) => break status,
+            None if Instant::now() >= until => {
+                // Nobody waits for its end.
+                let _ = child.kill();
+                return None;
+            }
+            None => thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    let rest = |said: mpsc::Receiver<String>| said.recv_timeout(until.saturating_duration_since(Instant::now())).ok();
+    Some(Said { success: status.success(), stdout: rest(stdout)?, stderr: rest(stderr)? })
+}
+
+fn read(mut from: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (send, said) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        let _ = send.send(String::from_utf8_lossy(&bytes).into_owned());
+    });
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn much_is_read_to_its_end_and_what_hangs_is_given_up() {
+        let shell = |script: &str, limit| ask("sh".as_ref(), &["-c", script], limit);
+        let said =
+            shell("head -c 300000 /dev/zero | tr '\\0' x; echo why >&2; exit 3", Duration::from_secs(10)).unwrap();
+        assert_eq!((said.success, said.stdout.len(), said.stderr.as_str()), (false, 300_000, "why\n"));
+        let begun = Instant::now();
+        assert!(shell("exec sleep 100", Duration::from_millis(200)).is_none());
+        assert!(begun.elapsed() < Duration::from_secs(50));
+        assert!(ask("/no/such/program".as_ref(), &["x"], Duration::from_secs(1)).is_none());
+    }
+}
