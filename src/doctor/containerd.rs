@@ -185,13 +185,13 @@ fn read(node: &Node, process: Option<u32>, file: &str, findings: &mut Vec<Findin
     let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
     let Some(dump) = child::ask(&program, &arguments, DUMP_LIMIT) else { return Some(said) };
     if !dump.success {
-        let why = dump.stderr.lines().last().unwrap_or_default().trim();
         findings.push(Finding::problem(
             CHECK,
-            format!("containerd refuses its configuration: {why}"),
+            format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
             format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
         ));
-        return None;
+        // What is wrong with it otherwise may be the reason.
+        return Some(said);
     }
     let mut effective = Configuration::default();
     if effective.add(&node.file, &dump.stdout).is_err() {
@@ -223,6 +223,13 @@ fn began(process: u32) -> Option<SystemTime> {
     let all = std::fs::read_to_string("/proc/stat").ok()?;
     let booted: u64 = all.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
     Some(UNIX_EPOCH + Duration::from_secs(booted + ticks / TICKS + 2))
+}
+
+/// The line of what a Go program says at its end that names the reason.
+fn complaint(stderr: &str) -> &str {
+    let lines = || stderr.lines().map(str::trim).filter(|line| !line.is_empty());
+    let names_it = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
+    lines().find(names_it).or_else(|| lines().last()).unwrap_or("it does not say why")
 }
 
 fn is_ours(plugin: &Plugin) -> bool {

@@ -66,6 +66,7 @@ pub fn look(
             format!("crictl rmi {name} && crictl pull {name}"),
         ));
     }
+    others.retain(|(name, _)| Some(name.as_str()) != pause);
     for (name, other) in others.iter().take(NAMED) {
         findings.push(Finding::warning(
             CHECK,
