@@ -164,7 +164,7 @@ stage() {
     # As in the sources, so that links from one to the other hold.
     install -D -m 644 -t "$doc" README.md SECURITY.md CHANGELOG.md CONTRIBUTING.md packaging/symlink-only.conf
     install -D -m 644 -t "$doc/packaging" packaging/prometheus-alerts.yaml packaging/grafana-dashboard.json \
-        packaging/symlink-only.conf packaging/config.toml packaging/$name.service packaging/$name.socket
+        packaging/config.toml packaging/$name.service packaging/$name.socket
     install -D -m 644 -t "$doc/docs" docs/*.md docs/*.svg
     for page in docs/containerd/*.toml; do
         [ ! -e "$page" ] || install -D -m 644 -t "$doc/docs/containerd" "$page"
