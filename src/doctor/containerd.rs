@@ -229,7 +229,7 @@ fn began(process: u32) -> Option<SystemTime> {
 fn complaint(stderr: &str) -> &str {
     let lines = || stderr.lines().map(str::trim).filter(|line| !line.is_empty());
     let names_it = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
-    lines().find(names_it).or_else(|| lines().last()).unwrap_or("it does not say why")
+    lines().find(names_it).or_else(|| lines().next_back()).unwrap_or("it does not say why")
 }
 
 fn is_ours(plugin: &Plugin) -> bool {
