@@ -75,6 +75,8 @@ impl Finding {
     }
 }
 
+/// So many of something are named, the others counted.
+const NAMED: usize = 5;
 /// What monitoring systems know as: it could not be looked at.
 const UNKNOWN: u8 = 3;
 

@@ -5,7 +5,6 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use grpcio::{Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::well_known_types::empty::Empty;
 
 use super::configuration::{self, Configuration};

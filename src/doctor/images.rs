@@ -7,9 +7,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Finding;
 use super::configuration::Configuration;
 use super::containerd::{CONTENT, IMAGES};
+use super::{Finding, NAMED};
 use crate::admin::Peer;
 use crate::proto::containerd::{InfoRequest, ListImagesRequest};
 use crate::rebuild::DEFAULT_NAME as NAME;
@@ -20,8 +20,6 @@ use crate::types::Digest;
 const NAMESPACE: &str = "k8s.io";
 /// On the configuration of an image: the chain that a snapshotter has of it.
 const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
-/// So many are named, the others counted.
-const NAMED: usize = 5;
 /// No manifest is larger.
 const MANIFEST_BYTES: u64 = 16 << 20;
 

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Finding, repositories, systemd};
+use super::{Finding, NAMED, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
 use crate::cli::Arguments;
 use crate::config::{self, Config, MetricsAddress};
@@ -15,9 +15,6 @@ use crate::proto::admin::{DescribeResponse, Repository};
 use crate::status::Report;
 use crate::takeover::losses::shell;
 use crate::types::Timestamp;
-
-/// So many of something are named, the others counted.
-const NAMED: usize = 5;
 
 /// What the daemon said of itself, if it did.
 pub fn look(arguments: &Arguments, config: Option<&Config>, findings: &mut Vec<Finding>) -> Option<DescribeResponse> {

@@ -2,7 +2,6 @@
 //! tables: grpcio needs no more to serve them, and clients need no more to call them.
 #![forbid(unsafe_code)]
 
-use grpcio::{Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::well_known_types::empty::Empty;
 
 use crate::proto::admin::{
@@ -18,11 +17,11 @@ use crate::proto::snapshots::{
 
 macro_rules! methods {
     ($service:literal $($constant:ident $kind:ident $name:literal $request:ty => $response:ty;)*) => {
-        $(pub const $constant: Method<$request, $response> = Method {
-            ty: MethodType::$kind,
+        $(pub const $constant: grpcio::Method<$request, $response> = grpcio::Method {
+            ty: grpcio::MethodType::$kind,
             name: concat!("/", $service, "/", $name),
-            req_mar: Marshaller { ser: pb_ser, de: pb_de },
-            resp_mar: Marshaller { ser: pb_ser, de: pb_de },
+            req_mar: grpcio::Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de },
+            resp_mar: grpcio::Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de },
         };)*
     };
 }
