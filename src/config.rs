@@ -5,13 +5,17 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::io;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
+use nix::fcntl::OFlag;
+use nix::sys::stat::makedev;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -21,6 +25,8 @@ use crate::types::RootfsMode;
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
+/// Of the file; a thousand times what one needs.
+const MOST_BYTES: u64 = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -121,15 +127,48 @@ impl fmt::Display for UnknownKey {
 
 #[derive(Debug)]
 pub enum Error {
-    Unreadable { path: PathBuf, cause: io::Error },
-    Syntax { path: PathBuf, line: usize, why: String },
-    Value { path: PathBuf, line: usize, key: String, value: String, allowed: &'static str },
+    Unreadable {
+        path: PathBuf,
+        cause: io::Error,
+    },
+    /// Reading it may never end.
+    NotAFile {
+        path: PathBuf,
+        is: &'static str,
+    },
+    TooLong {
+        path: PathBuf,
+    },
+    Syntax {
+        path: PathBuf,
+        line: usize,
+        why: String,
+    },
+    Value {
+        path: PathBuf,
+        line: usize,
+        key: String,
+        value: String,
+        allowed: &'static str,
+    },
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreadable { path, cause } => write!(f, "cannot read the configuration {}: {cause}", path.display()),
+            Self::NotAFile { path, is } => write!(
+                f,
+                "cannot read the configuration {}: it is {is} and no regular file; put a file there, or name another \
+                 with --config",
+                path.display()
+            ),
+            Self::TooLong { path } => write!(
+                f,
+                "cannot read the configuration {}: it has more than {MOST_BYTES} bytes; shorten it, or name another \
+                 file with --config",
+                path.display()
+            ),
             Self::Syntax { path, line, why } => write!(f, "{}, line {line}: not TOML: {why}", path.display()),
             Self::Value { path, line, key, value, allowed } => {
                 write!(f, "{}, line {line}: {key} = {value} is not possible: {allowed}", path.display())
@@ -143,10 +182,45 @@ impl std::error::Error for Error {}
 /// Reads the file at `path`, or the one at the default path if it is there.
 pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
     let named = path.unwrap_or(Path::new(DEFAULT_PATH));
-    match std::fs::read_to_string(named) {
+    match text_of(named) {
         Ok(text) => parse(named, &text),
-        Err(cause) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => Ok(Loaded::default()),
-        Err(cause) => Err(Error::Unreadable { path: named.to_owned(), cause }),
+        Err(Error::Unreadable { cause, .. }) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => {
+            Ok(Loaded::default())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Waits for nobody: a FIFO lets whoever opens it wait for its writer, and other devices never end.
+fn text_of(path: &Path) -> Result<String, Error> {
+    let failed = |cause| Error::Unreadable { path: path.to_owned(), cause };
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
+    let status = file.metadata().map_err(failed)?;
+    if let Some(is) = what_is_no_file(&status) {
+        return Err(Error::NotAFile { path: path.to_owned(), is });
+    }
+    let mut bytes = Vec::new();
+    // Not its size: a file in /proc has none, and one that is written to has another one now.
+    file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(Error::TooLong { path: path.to_owned() });
+    }
+    String::from_utf8(bytes).map_err(|_| failed(io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8")))
+}
+
+/// None: a file, or `/dev/null`, which stands for an empty one.
+fn what_is_no_file(status: &Metadata) -> Option<&'static str> {
+    let kind = status.file_type();
+    let is_null = kind.is_char_device() && status.rdev() == makedev(1, 3);
+    if kind.is_file() || is_null {
+        None
+    } else if kind.is_dir() {
+        Some("a directory")
+    } else if kind.is_fifo() {
+        Some("a FIFO")
+    } else {
+        Some("a device")
     }
 }
 
@@ -365,6 +439,39 @@ mod tests {
 
     fn read(text: &str) -> Result<Loaded, String> {
         parse(Path::new("config.toml"), text).map_err(|e| e.to_string())
+    }
+
+    /// The start waited for the writer of a FIFO for ever, and `/dev/zero` took all memory.
+    #[test]
+    fn what_is_no_file_or_a_huge_one_is_refused_at_once_with_path_and_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let load = |path: &Path| super::load(Some(path)).map_err(|e| e.to_string());
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let longest = usize::try_from(MOST_BYTES).unwrap();
+        let huge = dir.path().join("huge");
+        std::fs::write(&huge, "#".repeat(longest + 1)).unwrap();
+        for (path, why) in [
+            (fifo.as_path(), "it is a FIFO and no regular file"),
+            (dir.path(), "it is a directory and no regular file"),
+            (Path::new("/dev/zero"), "it is a device and no regular file"),
+            (&huge, "it has more than 1048576 bytes"),
+        ] {
+            let error = load(path).unwrap_err();
+            assert!(error.starts_with(&format!("cannot read the configuration {}: {why}", path.display())), "{error}");
+            assert!(error.ends_with("with --config") && !error.contains('\n'), "{error}");
+        }
+        std::fs::write(&huge, "#".repeat(longest)).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&huge, &link).unwrap();
+        for path in [&huge, &link, Path::new("/dev/null")] {
+            assert_eq!(load(path), Ok(Loaded::default()), "{}", path.display());
+        }
+        let without_size = load(Path::new("/proc/self/cmdline")).unwrap_err();
+        assert!(without_size.contains("not TOML"), "{without_size}");
+        std::fs::write(&huge, [b'#', 0xff]).unwrap();
+        assert!(load(&huge).unwrap_err().ends_with("huge: it is not UTF-8"));
+        assert!(load(&dir.path().join("none")).unwrap_err().contains("No such file"));
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use scene::alone::{Alone, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
@@ -157,6 +159,26 @@ fn root_configuration_is_checked_and_the_log_level_can_change() {
     assert!(!quiet(&d), "the flag says debug, and it wins at the start");
     d.snapshotter.server().signal(Signal::SIGHUP);
     scene::process::eventually("SIGHUP makes the log quiet", || quiet(&d));
+}
+
+/// The start waited for a writer of the FIFO for ever, and said nothing.
+#[test]
+fn root_a_configuration_that_is_no_file_is_refused_at_once() {
+    let sandbox = Sandbox::enter("fifo");
+    let fifo = sandbox.path("config.toml");
+    mkfifo(&fifo, Mode::S_IRUSR).unwrap();
+    let (root, address) = (sandbox.path("root"), sandbox.path("s.sock"));
+    let program = binary();
+    let serve = ["--root", root.to_str().unwrap(), "--address", address.to_str().unwrap()];
+    for task in [&["--check-config"][..], &serve] {
+        let limited = ["--signal=KILL", "60", program.to_str().unwrap(), "--config", fifo.to_str().unwrap()];
+        let output = run("timeout", [&limited, task].concat());
+        assert_eq!(output.status.code(), Some(78), "{task:?}: {}", output.stderr);
+        let said = output.stderr.trim_end();
+        assert!(said.contains(fifo.to_str().unwrap()) && said.ends_with("name another with --config"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    assert!(!root.exists(), "nothing is made");
 }
 
 /// The mount table names things by their real paths. With a root behind a link, the look for
