@@ -21,7 +21,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::attach::Mode;
 use crate::logging::{self, Format};
-use crate::types::RootfsMode;
+use crate::types::{RootfsMode, SOCKET_PATH_BYTES};
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
@@ -331,16 +331,37 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
             config.log_level = Some(level.map_or_else(|| entry.refuse(logging::LEVELS), Ok)?);
         }
         "metrics-address" => {
-            const ALLOWED: &str = "it is an IP address with a port, such as \"127.0.0.1:9812\", or an absolute path";
-            config.metrics = match entry.string(ALLOWED)? {
+            config.metrics = match entry.string(METRICS_ALLOWED)? {
                 "" => None,
-                path if path.starts_with('/') => Some(MetricsAddress::Unix(PathBuf::from(path))),
-                address => Some(MetricsAddress::Tcp(address.parse().or_else(|_| entry.refuse(ALLOWED))?)),
+                path if path.starts_with('/') => Some(MetricsAddress::Unix(socket_path(entry, path)?)),
+                address => Some(MetricsAddress::Tcp(tcp_address(entry, address)?)),
             };
         }
         _ => return Ok(false),
     }
     Ok(true)
+}
+
+const METRICS_ALLOWED: &str = "it is an IP address with a port, such as \"127.0.0.1:9812\", or an absolute path";
+
+fn tcp_address(entry: &Entry<'_>, text: &str) -> Result<SocketAddr, Error> {
+    match text.parse::<SocketAddr>() {
+        // The kernel would choose one, and Prometheus would not know which.
+        Ok(address) if address.port() == 0 => entry.refuse("its port is a number from 1 to 65535"),
+        Ok(address) => Ok(address),
+        Err(_) => entry.refuse(METRICS_ALLOWED),
+    }
+}
+
+/// A path that a socket can be bound to; its directory is looked at when it is.
+fn socket_path(entry: &Entry<'_>, path: &str) -> Result<PathBuf, Error> {
+    if path.len() > SOCKET_PATH_BYTES {
+        entry.refuse("the path of a socket has 107 bytes at most")
+    } else if path.ends_with('/') || path.contains(['%', '#', '?', '\0']) {
+        entry.refuse("the path of a socket does not end in a slash, and has no %, # and ?")
+    } else {
+        Ok(PathBuf::from(path))
+    }
 }
 
 /// The keys that name repositories; together they are one list.
@@ -541,6 +562,34 @@ mod tests {
             let error = read(text).unwrap_err();
             assert!(error.contains(message), "{error}");
         }
+    }
+
+    /// They were taken, and the daemon served without metrics, or on a port that nobody knew.
+    #[test]
+    fn a_metrics_address_that_cannot_be_served_on_is_refused() {
+        let long = |bytes: usize| format!("/{}", "s".repeat(bytes - 1));
+        let read = |address: &str| read(&format!("metrics-address = {address:?}")).map(|loaded| loaded.config.metrics);
+        for (address, why) in [
+            ("127.0.0.1:0", "its port is a number from 1 to 65535"),
+            ("[::]:0", "its port is a number from 1 to 65535"),
+            ("127.0.0.1", "it is an IP address with a port"),
+            ("localhost:9812", "it is an IP address with a port"),
+            ("relative.sock", "it is an IP address with a port"),
+            (&long(SOCKET_PATH_BYTES + 1), "the path of a socket has 107 bytes at most"),
+            ("/run/metrics/", "the path of a socket does not end in a slash"),
+            ("/", "the path of a socket does not end in a slash"),
+            ("/run/a%41", "and has no %, # and ?"),
+        ] {
+            let error = read(address).unwrap_err();
+            let names_it = error.starts_with(&format!("config.toml, line 1: metrics-address = {address:?} is not"));
+            assert!(names_it && error.contains(why), "{error}");
+        }
+        for address in ["127.0.0.1:1", "[::1]:65535"] {
+            assert_eq!(read(address), Ok(Some(MetricsAddress::Tcp(address.parse().unwrap()))));
+        }
+        let longest = long(SOCKET_PATH_BYTES);
+        assert_eq!(read(&longest), Ok(Some(MetricsAddress::Unix(PathBuf::from(longest)))));
+        assert_eq!(read(""), Ok(None));
     }
 
     #[test]

@@ -195,6 +195,9 @@ pub type Labels = BTreeMap<String, String>;
 /// must always fit into a message of a List.
 pub const LABELS_BYTES: usize = 1 << 20;
 
+/// Longest path of a unix socket, in bytes; the kernel's `sun_path` has room for one more.
+pub const SOCKET_PATH_BYTES: usize = 107;
+
 /// Nanoseconds since the epoch, UTC: what containerd compares to the last digit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp(pub i64);

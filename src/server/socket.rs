@@ -15,8 +15,7 @@ use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, g
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-/// Longest path of a unix socket, in bytes; the kernel's `sun_path` has room for one more.
-const PATH_BYTES: usize = 107;
+use crate::types::SOCKET_PATH_BYTES;
 
 #[derive(Debug)]
 pub enum Error {
@@ -67,7 +66,7 @@ impl fmt::Display for Error {
                 write!(f, "the socket address {} must be an absolute path", address.display())
             }
             Self::TooLong { address } => {
-                write!(f, "the socket address {} is longer than {PATH_BYTES} bytes", address.display())
+                write!(f, "the socket address {} is longer than {SOCKET_PATH_BYTES} bytes", address.display())
             }
             Self::InUse { address } => write!(
                 f,
@@ -149,7 +148,7 @@ pub fn check(address: &Path) -> Result<&Path> {
     if !address.is_absolute() {
         return Err(Error::NotAbsolute { address: named() });
     }
-    if address.as_os_str().len() > PATH_BYTES {
+    if address.as_os_str().len() > SOCKET_PATH_BYTES {
         return Err(Error::TooLong { address: named() });
     }
     match (address.parent(), address.to_str()) {
