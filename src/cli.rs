@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser, error::ErrorKind};
 use log::LevelFilter;
 
 use crate::{config, logging, rebuild};
@@ -63,7 +63,7 @@ pub struct Gc {
     pub json: bool,
 }
 
-/// Options and commands, for whoever writes about them.
+/// Options and commands that are for people: for whoever writes about them.
 pub fn command() -> Command {
     Command::new("cvmfs-snapshotter")
         .version(env!("CARGO_PKG_VERSION"))
@@ -71,11 +71,15 @@ pub fn command() -> Command {
         .args(options())
         .args(other_tasks())
         .subcommands([status(), doctor(), gc()])
-        .subcommand(
-            Command::new("probe-repository")
-                .hide(true)
-                .arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new())),
-        )
+}
+
+/// And what is for ourselves. Shells would complete it, hidden or not.
+fn with_hidden() -> Command {
+    command().subcommand(
+        Command::new("probe-repository")
+            .hide(true)
+            .arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new())),
+    )
 }
 
 fn path(name: &'static str, help: String) -> Arg {
@@ -210,7 +214,8 @@ fn flag(name: &'static str, help: &'static str) -> Arg {
 /// Parses the arguments, the program's name first. The error also stands for `--help` and
 /// `--version`: it knows its text, its stream and its exit code.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
-    let mut matches = command().try_get_matches_from(arguments.into_iter().map(two_dashes))?;
+    let mut matches = with_hidden().try_get_matches_from(arguments.into_iter().map(two_dashes))?;
+    refuse_two_tasks(&matches)?;
     let default_path = |path: Option<PathBuf>, default: &str| path.unwrap_or_else(|| PathBuf::from(default));
     Ok(Arguments {
         address: default_path(matches.remove_one("address"), DEFAULT_ADDRESS),
@@ -219,6 +224,18 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         root: default_path(matches.remove_one("root"), DEFAULT_ROOT),
         task: task(&mut matches),
     })
+}
+
+/// clap has a setting for this, which would refuse `--address` before a command as well.
+fn refuse_two_tasks(matches: &ArgMatches) -> Result<(), clap::Error> {
+    let Some(command_name) = matches.subcommand_name() else { return Ok(()) };
+    match ["check-config", "rebuild-metadata"].into_iter().find(|flag| matches.get_flag(flag)) {
+        None => Ok(()),
+        Some(flag) => Err(command().error(
+            ErrorKind::ArgumentConflict,
+            format!("the argument '--{flag}' cannot be used with the command '{command_name}': give one of the two"),
+        )),
+    }
 }
 
 fn task(matches: &mut ArgMatches) -> Task {
@@ -282,6 +299,30 @@ mod tests {
         assert_eq!(arguments.address, PathBuf::from("/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock"));
         assert_eq!(arguments.root, PathBuf::from("/var/lib/containerd-cvmfs-grpc"));
         assert_eq!((arguments.config, arguments.log_level, arguments.task), (None, None, Task::Serve));
+    }
+
+    /// `--check-config doctor` was a doctor, and its exit code was taken for the configuration's.
+    #[test]
+    fn two_tasks_at_once_are_refused() {
+        for flag in ["--check-config", "-check-config", "--rebuild-metadata", "--rebuild-metadata --json"] {
+            for command in ["status", "doctor", "gc --json", "probe-repository /p"] {
+                let error = parse(&format!("x {flag} {command}")).unwrap_err();
+                let (flag, command) = (flag.trim_start_matches('-'), command.split(' ').next().unwrap());
+                let flag = flag.split(' ').next().unwrap();
+                let said = format!("'--{flag}' cannot be used with the command '{command}': give one of the two");
+                assert!(error.contains(&said), "{error}");
+            }
+        }
+        assert!(parse("x doctor --check-config").unwrap_err().contains("--check-config"));
+        assert!(parse("x --check-config --rebuild-metadata").unwrap_err().contains("--rebuild-metadata"));
+        let (before, after) = ("x --address /a --config /c --root /r", "--address /a --config /c --root /r");
+        for command in ["status", "doctor", "gc"] {
+            let expected = parse(&format!("{before} {command}")).unwrap();
+            assert_eq!(parse(&format!("x {command} {after}")), Ok(expected.clone()));
+            assert_eq!(expected.config, Some(PathBuf::from("/c")));
+        }
+        assert_eq!(parse(&format!("{before} --check-config")).unwrap().task, Task::CheckConfig);
+        assert_eq!(parse("x probe-repository /p").unwrap().task, Task::ProbeRepository(PathBuf::from("/p")));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use clap_mangen::Man;
 use cvmfs_snapshotter::cli;
 
 const PROGRAM: &str = "cvmfs-snapshotter";
+const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
 /// As their pages are called.
 const COMMANDS: [&str; 3] = ["cvmfs-snapshotter-status", "cvmfs-snapshotter-doctor", "cvmfs-snapshotter-gc"];
 const MANUAL: &str = "System Administration";
@@ -44,8 +45,7 @@ fn main() -> ExitCode {
 }
 
 fn completions(folder: &Path) -> io::Result<()> {
-    let shells = [Shell::Bash, Shell::Zsh, Shell::Fish];
-    shells.into_iter().try_for_each(|shell| generate_to(shell, &mut cli::command(), PROGRAM, folder).map(drop))
+    SHELLS.into_iter().try_for_each(|shell| generate_to(shell, &mut cli::command(), PROGRAM, folder).map(drop))
 }
 
 /// The manual pages by the names of their files: one of the daemon, and one of each command.
@@ -97,11 +97,24 @@ mod tests {
         }
     }
 
+    /// They offered what is for the program itself, and hidden from `--help`.
+    #[test]
+    fn shells_complete_the_commands_that_have_a_page_and_no_other() {
+        for shell in SHELLS {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut cli::command(), PROGRAM, &mut script);
+            let script = String::from_utf8(script).unwrap();
+            for name in ["status", "doctor", "gc"] {
+                assert!(script.contains(name), "{shell}: {name}");
+            }
+            assert!(!script.contains("probe"), "{shell}: {script}");
+        }
+    }
+
     #[test]
     fn each_command_has_a_page() {
         let command = cli::command();
-        let shown = command.get_subcommands().filter(|one| !one.is_hide_set());
-        let names: Vec<String> = shown.map(|one| one.get_name().to_owned()).collect();
+        let names: Vec<String> = command.get_subcommands().map(|one| one.get_name().to_owned()).collect();
         assert_eq!(names, COMMANDS.map(|name| name.trim_start_matches("cvmfs-snapshotter-")));
     }
 
