@@ -31,6 +31,7 @@ const SECONDS: [f64; 15] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 
 pub struct Metrics {
     registry: Registry,
     calls: Histograms<2>,
+    unreadable: Counter,
     layers: Family<Labels<1>, Counter>,
     fallbacks: Family<Labels<1>, Counter>,
     attached: Family<Labels<2>, Counter>,
@@ -70,6 +71,12 @@ impl Metrics {
             "Calls by method and gRPC code, from their arrival to the beginning of their answer. Of a pull, ALREADY_EXISTS is the good answer: the layer need not be downloaded",
             Unit::Seconds,
             calls.clone(),
+        );
+        let unreadable = Counter::default();
+        registry.register(
+            "requests_unreadable",
+            "Requests that could not be decoded, which are in no other metric; gRPC answers them INTERNAL",
+            unreadable.clone(),
         );
         let layers = Family::default();
         registry.register(
@@ -134,6 +141,7 @@ impl Metrics {
         let metrics = Self {
             registry,
             calls,
+            unreadable,
             layers,
             fallbacks,
             attached,
@@ -177,6 +185,11 @@ impl Metrics {
         let method = method.rsplit('/').next().unwrap_or(method);
         let labels = [("method", method.to_owned()), ("code", code.to_owned())];
         self.calls.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
+    }
+
+    /// A request could not be decoded.
+    pub fn unreadable(&self) {
+        self.unreadable.inc();
     }
 
     pub fn published(&self, repository: &str) {

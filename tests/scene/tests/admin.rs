@@ -10,8 +10,10 @@ use cvmfs_snapshotter::proto::health::HealthCheckRequest;
 use cvmfs_snapshotter::proto::health::health_check_response::ServingStatus;
 use cvmfs_snapshotter::server::service;
 use cvmfs_testbed::client::Mount;
-use grpcio::{CallOption, RpcStatusCode};
+use futures_util::StreamExt;
+use grpcio::{CallOption, Marshaller, Method, RpcStatusCode};
 use nix::sys::signal::Signal;
+use protobuf::well_known_types::wrappers::BytesValue;
 use scene::client::{call, connect, labels};
 use scene::process::{Output, eventually, run, tool};
 use scene::snapshotter::binary;
@@ -377,6 +379,8 @@ fn root_metrics_count_what_happens_and_prometheus_likes_them() {
     let before = scrape(&socket);
     assert_eq!(sample(&before, "layers_published_total{repository=\"scene.test\"}"), 0);
     assert_eq!(sample(&before, "layers_downloaded_total{reason=\"no_digest\"}"), 0);
+    assert_eq!(sample(&before, "requests_unreadable_total"), 0);
+    send_garbage(&stage.snapshotter.socket());
     let (image, local) = (stage.shell_image("metrics:1", "a"), stage.shell_image("metrics:2", "b"));
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -384,6 +388,7 @@ fn root_metrics_count_what_happens_and_prometheus_likes_them() {
     stage.ours.run(&reference, "c", &["/bin/true"]).ok();
     let after = scrape(&socket);
     for (name, expected) in [
+        ("requests_unreadable_total", 2),
         ("layers_published_total{repository=\"scene.test\"}", 3),
         ("layers_downloaded_total{reason=\"not_published\"}", 3),
         ("layers_downloaded_total{reason=\"no_digest\"}", 0),
@@ -412,6 +417,21 @@ fn root_metrics_count_what_happens_and_prometheus_likes_them() {
     promtool(&stage, &after, &scrape_as(&socket, "*/*"));
     stage.snapshotter.end(Signal::SIGTERM);
     let _ = fs::remove_dir_all(dir);
+}
+
+/// Calls that are in no other metric: bytes that are no text, where the method has a text.
+fn send_garbage(socket: &Path) {
+    let client = grpcio::Client::new(connect(socket));
+    let garbage = BytesValue { value: vec![0xff], ..BytesValue::default() };
+    let Method { ty, name, resp_mar, .. } = service::STAT;
+    let stat = Method { ty, name, resp_mar, req_mar: Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de } };
+    let refused = call(&client, &stat, &garbage, CallOption::default()).expect_err("it cannot be read");
+    assert_eq!(refused.code(), RpcStatusCode::INTERNAL);
+    let Method { ty, name, resp_mar, .. } = service::LIST;
+    let list = Method { ty, name, resp_mar, req_mar: Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de } };
+    let mut answer = client.server_streaming(&list, &garbage, CallOption::default()).expect("a List can be sent");
+    let first = futures_executor::block_on(answer.next()).expect("it is answered");
+    assert!(matches!(first, Err(grpcio::Error::RpcFailure(status)) if status.code() == RpcStatusCode::INTERNAL));
 }
 
 /// The key of the snapshot that stands for this chain.
