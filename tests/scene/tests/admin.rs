@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use protobuf::well_known_types::wrappers::BytesValue;
 use scene::client::{call, connect, labels};
 use scene::process::{Output, eventually, run, tool};
+use scene::sandbox::Sandbox;
 use scene::snapshotter::binary;
 use scene::stage::{PAUSE, Stage};
 use serde_json::Value;
@@ -463,6 +464,26 @@ fn promtool(stage: &Stage, metrics: &str, older: &str) {
             assert!(known(&name), "{file} asks for {name}");
         }
     }
+}
+
+/// There was none, and a job of another name has no alert.
+#[test]
+fn root_prometheus_takes_the_documented_configuration_and_the_rules_ask_for_its_job() {
+    const RULES: &str = "/etc/prometheus/rules/cvmfs-snapshotter.yaml";
+    let sandbox = Sandbox::enter("prometheus");
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = |name: &str| fs::read_to_string(top.join(name)).expect("it can be read");
+    let (page, rules) = (text("docs/metrics.md"), text("packaging/prometheus-alerts.yaml"));
+    let shown = page.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the page shows one");
+    assert!(shown.contains(RULES), "{shown}");
+    let packaged = top.join("packaging/prometheus-alerts.yaml");
+    let file = sandbox.path("prometheus.yaml");
+    fs::write(&file, shown.replace(RULES, packaged.to_str().expect("it is text"))).expect("it can be written");
+    let checked = run(tool("promtool"), ["check".as_ref(), "config".as_ref(), file.as_os_str()]);
+    assert!(checked.status.success(), "{}{}", checked.stdout, checked.stderr);
+    assert!(checked.stdout.contains("1 rule files found"), "{}", checked.stdout);
+    let job = shown.lines().find_map(|line| line.trim().strip_prefix("- job_name: ")).expect("the job has a name");
+    assert!(rules.contains(&format!("expr: up{{job=\"{job}\"}} == 0\n")), "no rule asks for the job {job}");
 }
 
 #[test]
