@@ -1,21 +1,21 @@
 //! The only place that wires the rooms together: start order, signals, stop order.
 #![forbid(unsafe_code)]
 
-use std::fmt;
-use std::fs::{self, DirBuilder, File};
+mod error;
+mod root;
+
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 
+pub use self::error::Error;
+use self::root::{SNAPSHOTS, StateRoot};
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded, MetricsAddress};
 use crate::metrics::{Gauges, METRICS, endpoint};
@@ -23,165 +23,20 @@ use crate::overlay::Places;
 use crate::pool::{Drained, Entrance, Pool};
 use crate::repository::Repository;
 use crate::server::{self, Late, Server, Waiters};
-use crate::snapshotter::{self, Found, Snapshotter, Ways};
-use crate::store::{self, FullDisk, Store};
+use crate::snapshotter::{Found, Snapshotter, Ways};
+use crate::store::Store;
 use crate::sys::{Host, Sys};
 use crate::types::SnapshotId;
 use crate::{logging, notify, rebuild, sys, takeover};
 
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// A start waits so long for a daemon that was killed to let go of the state root.
-const HELD_LIMIT: Duration = Duration::from_secs(10);
 /// And so long for the last lines of the log.
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
-/// Below the state root.
-const SNAPSHOTS: &str = "snapshotter/snapshots";
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
-
-#[derive(Debug)]
-pub enum Error {
-    Config(config::Error),
-    /// The address cannot be one.
-    Address(server::Error),
-    /// `--check-config` found keys that nobody reads.
-    UnknownKeys(Vec<config::UnknownKey>),
-    RootNotAbsolute(PathBuf),
-    /// A path that cannot be named in the options of an overlay mount.
-    RootNotMountable(PathBuf),
-    /// Its file system cannot hold the upper directories of overlays.
-    RootWithoutTypes {
-        root: PathBuf,
-    },
-    Root {
-        path: PathBuf,
-        cause: io::Error,
-    },
-    RootInUse {
-        root: PathBuf,
-    },
-    /// No daemon has used that state root.
-    NothingToRebuild {
-        root: PathBuf,
-    },
-    /// Snapshots are there, and what says what they are is not.
-    MetadataGone {
-        path: PathBuf,
-        snapshots: usize,
-    },
-    /// The daemon before us was killed, and cannot end.
-    RootHeld {
-        root: PathBuf,
-        pid: u32,
-    },
-    /// What a Go snapshotter left cannot be had.
-    Takeover(takeover::Error),
-    Rebuild(rebuild::Error),
-    Store(store::Error),
-    Recovery(snapshotter::Error),
-    System(sys::Error),
-    Threads(io::Error),
-    Server(server::Error),
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Config(cause) => cause.fmt(f),
-            Self::UnknownKeys(keys) => {
-                let keys: Vec<String> = keys.iter().map(|k| format!("{:?} (line {})", k.key, k.line)).collect();
-                write!(
-                    f,
-                    "unknown keys in the configuration: {}; remove them or correct their spelling",
-                    keys.join(", ")
-                )
-            }
-            Self::RootNotAbsolute(root) => write!(f, "--root {} must be an absolute path", root.display()),
-            Self::RootNotMountable(root) => write!(
-                f,
-                "--root {} cannot be used for overlay mounts: it must be UTF-8 without colons, commas, quotes and backslashes",
-                root.display()
-            ),
-            Self::RootWithoutTypes { root } => write!(
-                f,
-                "the file system of the state root {} does not tell the types of directory entries (d_type), which \
-                 overlayfs needs: put the state root on another one, or make it anew (XFS with -n ftype=1, ext4 with \
-                 -O filetype)",
-                root.display()
-            ),
-            Self::Root { path, cause } => write!(f, "cannot use the state directory {}: {cause}", path.display()),
-            Self::RootInUse { root } => write!(
-                f,
-                "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
-                root.display()
-            ),
-            Self::NothingToRebuild { root } => write!(
-                f,
-                "there is nothing to rebuild: {} has no {SNAPSHOTS}; is it the state root of the daemon (--root)?",
-                root.display()
-            ),
-            Self::MetadataGone { path, snapshots } => write!(
-                f,
-                "the metadata {} is gone, and the records of {snapshots} local snapshots are there; nothing was changed. \
-                 Put a copy of the file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
-                 without any snapshot, remove the images and containers of this snapshotter and move the directory that \
-                 the file was in away",
-                path.display()
-            ),
-            Self::RootHeld { root, pid } => write!(
-                f,
-                "the cvmfs-snapshotter with process id {pid} was killed and still holds the state root {}: a thread of \
-                 it hangs in a repository, which only the end of that repository's client can end; see what hangs \
-                 (cvmfs_config probe), kill or unmount it, and start again",
-                root.display()
-            ),
-            Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
-            Self::Store(cause @ store::Error::Damaged { .. }) => write!(
-                f,
-                "{cause}; nothing was changed. Put a copy of the file back if there is one; else stop containerd and \
-                 rebuild it with \"cvmfs-snapshotter --rebuild-metadata\""
-            ),
-            Self::Store(cause) => write!(f, "{cause}; nothing was changed"),
-            Self::Takeover(cause) => cause.fmt(f),
-            Self::Rebuild(cause) => cause.fmt(f),
-            Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
-            Self::System(cause) => cause.fmt(f),
-            Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
-            Self::Address(cause) | Self::Server(cause) => cause.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
-impl Error {
-    /// 78 is EX_CONFIG: starting again without a change is of no use.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_)
-            | Self::UnknownKeys(_)
-            | Self::Address(_)
-            | Self::RootNotAbsolute(_)
-            | Self::RootNotMountable(_)
-            | Self::RootWithoutTypes { .. } => 78,
-            Self::Root { .. }
-            | Self::RootInUse { .. }
-            | Self::NothingToRebuild { .. }
-            | Self::MetadataGone { .. }
-            | Self::RootHeld { .. }
-            | Self::Takeover(_)
-            | Self::Rebuild(_)
-            | Self::Store(_)
-            | Self::Recovery(_)
-            | Self::System(_)
-            | Self::Threads(_)
-            | Self::Server(_) => 1,
-        }
-    }
-}
 
 /// Checks the configuration file and nothing else.
 pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
@@ -481,79 +336,6 @@ fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
         })
         .map(drop)
         .map_err(Error::Threads)
-}
-
-/// The state directory, locked as long as this lives.
-struct StateRoot {
-    metadata: PathBuf,
-    snapshots: PathBuf,
-    _lock: Flock<File>,
-}
-
-impl StateRoot {
-    fn take(root: &Path) -> Result<Self, Error> {
-        if !root.is_absolute() {
-            return Err(Error::RootNotAbsolute(root.to_owned()));
-        }
-        make_private(root)?;
-        // The mount table names things by their real paths, and so must we, to recognise what
-        // is mounted below us.
-        let real = root.canonicalize().map_err(|cause| Error::Root { path: root.to_owned(), cause })?;
-        let odd = |c: char| matches!(c, ':' | ',' | '\\' | '"') || c.is_control();
-        if real.to_str().is_none_or(|text| text.contains(odd)) {
-            return Err(Error::RootNotMountable(real));
-        }
-        let home = real.join("snapshotter");
-        make_private(&home.join("snapshots"))?;
-        let snapshots = home.join("snapshots");
-        let snapshots = snapshots.canonicalize().map_err(|cause| Error::Root { path: snapshots, cause })?;
-        let lock = lock(root, &home.join("lock"))?;
-        if !sys::tells_types(&home).map_err(Error::System)? {
-            return Err(Error::RootWithoutTypes { root: real });
-        }
-        Ok(Self { metadata: home.join("metadata.redb"), snapshots, _lock: lock })
-    }
-}
-
-/// Locks the file at `path`, and writes our process id into it for the next one that finds it
-/// locked. Waits a while for a daemon that was killed and is about to end.
-fn lock(root: &Path, path: &Path) -> Result<Flock<File>, Error> {
-    let failed = |cause| Error::Root { path: path.to_owned(), cause };
-    let until = Instant::now() + HELD_LIMIT;
-    loop {
-        let file = File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(mut lock) => {
-                // For a message only; a full disk must not stop us.
-                let _ = lock.set_len(0).and_then(|()| write!(lock, "{}", std::process::id()));
-                return Ok(lock);
-            }
-            Err((_, Errno::EWOULDBLOCK)) => match killed_holder(path) {
-                None => return Err(Error::RootInUse { root: root.to_owned() }),
-                Some(pid) if Instant::now() >= until => return Err(Error::RootHeld { root: root.to_owned(), pid }),
-                Some(_) => thread::sleep(Duration::from_millis(100)),
-            },
-            Err((_, errno)) => return Err(failed(errno.into())),
-        }
-    }
-}
-
-/// The process that holds the lock, if it has been killed and only its threads are left.
-fn killed_holder(path: &Path) -> Option<u32> {
-    let pid = fs::read_to_string(path).ok()?.parse().ok()?;
-    let status = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in brackets may hold anything.
-    let state = status.rsplit_once(") ")?.1.chars().next()?;
-    matches!(state, 'Z' | 'X').then_some(pid)
-}
-
-/// Makes `path` and what is missing above it, for root alone.
-fn make_private(path: &Path) -> Result<(), Error> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|cause| Error::Root { path: path.to_owned(), cause })
 }
 
 /// There was metadata, and it is gone: a start would forget every snapshot. What lies beside it

@@ -8,6 +8,7 @@
 //! the repository: what hangs in an old mount is nothing to one that was mounted in its place.
 #![forbid(unsafe_code)]
 
+mod condition;
 pub mod health;
 pub mod lane;
 pub mod manifest;
@@ -17,12 +18,13 @@ mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
+pub use self::condition::Condition;
 use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
@@ -45,10 +47,6 @@ const CALLS: (usize, usize) = (4, 16);
 const SCANS: (usize, usize) = (2, 6);
 /// A repository that gets on is waited for longer than one that does not answer: so many times.
 const SLOW: u32 = 6;
-/// Entries that are looked at to see whose they are.
-const OWNED_ENTRIES: usize = 32;
-/// And layers.
-const OWNED_LAYERS: usize = 8;
 
 pub struct Repository {
     name: String,
@@ -203,17 +201,6 @@ impl Repository {
         self.mount.lock().health.is_hopeless()
     }
 
-    /// How it is: asked, and waited for within bounds.
-    pub fn condition(repository: &Arc<Self>) -> Result<Condition, Missing> {
-        let asked = Arc::clone(repository);
-        Self::ask(repository, move || {
-            let probed = probe(asked.sys.as_ref(), &asked.path);
-            asked.watch.saw(probed.is_ok());
-            probed.map_err(|why| asked.known(why))?;
-            Ok(Condition { owner: asked.owner_of_all() })
-        })?
-    }
-
     /// Whether it can be used, as far as that is known: not older than a quarter of a minute, if
     /// somebody asks that often. Waits for nothing; a look goes on in the background.
     pub fn seems_well(repository: &Arc<Self>) -> bool {
@@ -362,57 +349,6 @@ impl Repository {
             other => other,
         }
     }
-
-    /// User and group of some of what is at the top of an image.
-    fn owners_of(&self, top: &Path) -> Option<Vec<(u32, u32)>> {
-        let entries = self.sys.read_dir(top).ok()?;
-        let owner = |name| self.sys.lstat(&top.join(name)).ok().map(|status| (status.uid, status.gid));
-        entries.iter().take(OWNED_ENTRIES).map(|(name, _)| owner(name)).collect()
-    }
-
-    /// The one owner of some of its layers, if there is one and it is not root.
-    fn owner_of_all(&self) -> Option<(u32, u32)> {
-        let layers = self.path.join(LAYERS);
-        let mut owners = Vec::new();
-        for (two, _) in self.sys.read_dir(&layers).ok()?.into_iter().take(OWNED_LAYERS) {
-            alive();
-            let some = layers.join(two);
-            let (digest, _) = self.sys.read_dir(&some).ok()?.into_iter().next()?;
-            owners.append(&mut self.owners_of(&some.join(digest).join(LAYER_ROOT))?);
-        }
-        sole_owner(&owners)
-    }
-
-    /// Says once if nothing at the top of an image belongs to root: the publisher dropped the
-    /// owners, or the client shows one of its own. Nobody but the site's admin can mend that.
-    pub fn notice_owners(&self, what: &str, top: &Path) {
-        if self.owners_told.load(Ordering::Relaxed) {
-            return;
-        }
-        if let Some((uid, gid)) = self.owners_of(top).as_deref().and_then(sole_owner)
-            && !self.owners_told.swap(true, Ordering::Relaxed)
-        {
-            log::warn!(repository = self.name.as_str();
-                "everything in {what} of repository {} belongs to uid {uid}, gid {gid}: containers will see that \
-                 instead of the owners of the image. Either the CernVM-FS client claims the files (set \
-                 CVMFS_CLAIM_OWNERSHIP=no), or the publisher dropped the owners (map {uid} to 0 with CVMFS_UID_MAP \
-                 and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);
-        }
-    }
-}
-
-/// The owner of all, if that is one, and not root.
-fn sole_owner(owners: &[(u32, u32)]) -> Option<(u32, u32)> {
-    let [first, others @ ..] = owners else { return None };
-    let is_one = first.0 != 0 && !others.is_empty() && others.iter().all(|(uid, _)| *uid == first.0);
-    is_one.then_some(*first)
-}
-
-/// Of a repository that can be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Condition {
-    /// User and group of everything in it, as far as it was looked at, if that is not root.
-    pub owner: Option<(u32, u32)>,
 }
 
 /// Where a repository has the whole root of an image.
@@ -492,6 +428,8 @@ fn probe(sys: &dyn Sys, path: &Path) -> Result<(), Missing> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
     use crate::sys::Host;
     use std::fs;

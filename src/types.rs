@@ -75,6 +75,12 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
+/// A word as the shell takes it; containerd's references need no quotes, others get them.
+pub fn shell(reference: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "./:@_-+".contains(c);
+    if reference.chars().all(plain) { reference.to_owned() } else { format!("'{}'", reference.replace('\'', "'\\''")) }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvalidKey {
     Empty,
@@ -352,5 +358,11 @@ mod tests {
         for other in ["", "012", "+12", "12x", "new-12", "-1", "99999999999999999999999", "18446744073709551615"] {
             assert_eq!(SnapshotId::from_directory_name(other), None, "{other:?}");
         }
+    }
+
+    #[test]
+    fn a_reference_cannot_break_out_of_the_command() {
+        assert_eq!(shell("registry.example:5000/a/b@sha256:00"), "registry.example:5000/a/b@sha256:00");
+        assert_eq!(shell("a'; rm -rf /"), "'a'\\''; rm -rf /'");
     }
 }

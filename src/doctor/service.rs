@@ -13,8 +13,7 @@ use crate::cli::Arguments;
 use crate::config::{self, Config, MetricsAddress};
 use crate::proto::admin::{DescribeResponse, Repository};
 use crate::status::Report;
-use crate::takeover::losses::shell;
-use crate::types::Timestamp;
+use crate::types::{Timestamp, shell};
 
 /// What the daemon said of itself, if it did.
 pub fn look(arguments: &Arguments, config: Option<&Config>, findings: &mut Vec<Finding>) -> Option<DescribeResponse> {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::containerd::Repair;
-use crate::takeover::losses::shell;
+use crate::types::shell;
 
 #[derive(Clone, Debug, Default)]
 pub struct Report {

@@ -1,0 +1,151 @@
+//! Why the daemon does not start, and what to do about it.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use super::root::SNAPSHOTS;
+use crate::store::FullDisk;
+use crate::{config, rebuild, server, snapshotter, store, sys, takeover};
+
+#[derive(Debug)]
+pub enum Error {
+    Config(config::Error),
+    /// The address cannot be one.
+    Address(server::Error),
+    /// `--check-config` found keys that nobody reads.
+    UnknownKeys(Vec<config::UnknownKey>),
+    RootNotAbsolute(PathBuf),
+    /// A path that cannot be named in the options of an overlay mount.
+    RootNotMountable(PathBuf),
+    /// Its file system cannot hold the upper directories of overlays.
+    RootWithoutTypes {
+        root: PathBuf,
+    },
+    Root {
+        path: PathBuf,
+        cause: io::Error,
+    },
+    RootInUse {
+        root: PathBuf,
+    },
+    /// No daemon has used that state root.
+    NothingToRebuild {
+        root: PathBuf,
+    },
+    /// Snapshots are there, and what says what they are is not.
+    MetadataGone {
+        path: PathBuf,
+        snapshots: usize,
+    },
+    /// The daemon before us was killed, and cannot end.
+    RootHeld {
+        root: PathBuf,
+        pid: u32,
+    },
+    /// What a Go snapshotter left cannot be had.
+    Takeover(takeover::Error),
+    Rebuild(rebuild::Error),
+    Store(store::Error),
+    Recovery(snapshotter::Error),
+    System(sys::Error),
+    Threads(io::Error),
+    Server(server::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(cause) => cause.fmt(f),
+            Self::UnknownKeys(keys) => {
+                let keys: Vec<String> = keys.iter().map(|k| format!("{:?} (line {})", k.key, k.line)).collect();
+                write!(
+                    f,
+                    "unknown keys in the configuration: {}; remove them or correct their spelling",
+                    keys.join(", ")
+                )
+            }
+            Self::RootNotAbsolute(root) => write!(f, "--root {} must be an absolute path", root.display()),
+            Self::RootNotMountable(root) => write!(
+                f,
+                "--root {} cannot be used for overlay mounts: it must be UTF-8 without colons, commas, quotes and backslashes",
+                root.display()
+            ),
+            Self::RootWithoutTypes { root } => write!(
+                f,
+                "the file system of the state root {} does not tell the types of directory entries (d_type), which \
+                 overlayfs needs: put the state root on another one, or make it anew (XFS with -n ftype=1, ext4 with \
+                 -O filetype)",
+                root.display()
+            ),
+            Self::Root { path, cause } => write!(f, "cannot use the state directory {}: {cause}", path.display()),
+            Self::RootInUse { root } => write!(
+                f,
+                "another cvmfs-snapshotter uses the state root {}: stop it first, or choose another --root",
+                root.display()
+            ),
+            Self::NothingToRebuild { root } => write!(
+                f,
+                "there is nothing to rebuild: {} has no {SNAPSHOTS}; is it the state root of the daemon (--root)?",
+                root.display()
+            ),
+            Self::MetadataGone { path, snapshots } => write!(
+                f,
+                "the metadata {} is gone, and the records of {snapshots} local snapshots are there; nothing was changed. \
+                 Put a copy of the file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
+                 without any snapshot, remove the images and containers of this snapshotter and move the directory that \
+                 the file was in away",
+                path.display()
+            ),
+            Self::RootHeld { root, pid } => write!(
+                f,
+                "the cvmfs-snapshotter with process id {pid} was killed and still holds the state root {}: a thread of \
+                 it hangs in a repository, which only the end of that repository's client can end; see what hangs \
+                 (cvmfs_config probe), kill or unmount it, and start again",
+                root.display()
+            ),
+            Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
+            Self::Store(cause @ store::Error::Damaged { .. }) => write!(
+                f,
+                "{cause}; nothing was changed. Put a copy of the file back if there is one; else stop containerd and \
+                 rebuild it with \"cvmfs-snapshotter --rebuild-metadata\""
+            ),
+            Self::Store(cause) => write!(f, "{cause}; nothing was changed"),
+            Self::Takeover(cause) => cause.fmt(f),
+            Self::Rebuild(cause) => cause.fmt(f),
+            Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
+            Self::System(cause) => cause.fmt(f),
+            Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
+            Self::Address(cause) | Self::Server(cause) => cause.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    /// 78 is EX_CONFIG: starting again without a change is of no use.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_)
+            | Self::UnknownKeys(_)
+            | Self::Address(_)
+            | Self::RootNotAbsolute(_)
+            | Self::RootNotMountable(_)
+            | Self::RootWithoutTypes { .. } => 78,
+            Self::Root { .. }
+            | Self::RootInUse { .. }
+            | Self::NothingToRebuild { .. }
+            | Self::MetadataGone { .. }
+            | Self::RootHeld { .. }
+            | Self::Takeover(_)
+            | Self::Rebuild(_)
+            | Self::Store(_)
+            | Self::Recovery(_)
+            | Self::System(_)
+            | Self::Threads(_)
+            | Self::Server(_) => 1,
+        }
+    }
+}
