@@ -34,7 +34,19 @@ pub struct Sick {
 
 impl fmt::Display for Sick {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "it has not answered for {} s: {}", self.since.elapsed().as_secs(), self.why)
+        write!(f, "it has not answered for {}: {}", Seconds(self.since.elapsed()), self.why)
+    }
+}
+
+/// Whole seconds, as people are told; none would read as if nothing had been waited for.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            0 => f.write_str("less than 1 s"),
+            seconds => write!(f, "{seconds} s"),
+        }
     }
 }
 
@@ -151,7 +163,7 @@ impl Shared {
                 (Ok(()), sick) => {
                     if let Some(sick) = sick.take() {
                         log::info!(repository = self.repository.as_str();
-                            "repository {} answers again, after {} s", self.repository, sick.since.elapsed().as_secs());
+                            "repository {} answers again, after {}", self.repository, Seconds(sick.since.elapsed()));
                     }
                 }
                 (Err(why), Some(sick)) => sick.why = why,
@@ -223,6 +235,16 @@ mod tests {
         p.mood.store(FINE, Ordering::SeqCst);
         assert_eq!(settled(&p), Ok(()), "a call after it came back finds it");
         assert_eq!(p.health.sick(), None);
+    }
+
+    #[test]
+    fn less_than_a_second_is_not_said_to_be_none() {
+        // Not yet begun, however slow this machine is.
+        let sick = Sick { since: Instant::now() + Duration::from_hours(1), why: "it is dead".to_owned() };
+        assert_eq!(sick.to_string(), "it has not answered for less than 1 s: it is dead");
+        for (milliseconds, said) in [(0, "less than 1 s"), (999, "less than 1 s"), (1_000, "1 s"), (61_500, "61 s")] {
+            assert_eq!(Seconds(Duration::from_millis(milliseconds)).to_string(), said);
+        }
     }
 
     #[test]
