@@ -45,6 +45,20 @@ fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> 
     longest
 }
 
+/// A client that goes on, and threads that end, when this is dropped: an assertion that failed
+/// beside them was never heard of, because both were waited for.
+struct Stopped<'a> {
+    repository: &'a Repository,
+    over: &'a AtomicBool,
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.repository.with_client(|mount| mount.signal(Signal::SIGCONT));
+    }
+}
+
 #[test]
 fn root_a_repository_that_hangs_delays_only_what_needs_it() {
     for config in MODES {
@@ -61,6 +75,7 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
         d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
         let over = AtomicBool::new(false);
         let longest = std::thread::scope(|scope| {
+            let stopped = Stopped { repository: &d.repository, over: &over };
             let others = scope.spawn(|| {
                 let c = d.snapshotter.client();
                 let (mut round, mut longest) = (0, Duration::ZERO);
@@ -95,12 +110,13 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
             }
             c.cleanup().expect("a cleanup needs no repository");
             over.store(true, Ordering::Relaxed);
-            others.join().expect("no call fails")
+            let longest = others.join().expect("no call fails");
+            drop(stopped);
+            longest
         });
         println!("{config:?}: the longest unrelated call while the repository hung took {longest:?}");
         assert!(longest < TIMEOUT / 2, "an unrelated call took {longest:?}");
 
-        d.repository.with_client(|mount| mount.signal(Signal::SIGCONT));
         eventually("the repository is found to answer again", || c.prepare("after", &chain, &[]).is_ok());
         let mounted =
             Mounted::new(&c.mounts("after").expect("it answers"), &d.sandbox.path("mnt")).expect("an overlay");
