@@ -104,7 +104,7 @@ impl Peer {
         self.call_within(LIMIT, namespace, method, request)
     }
 
-    fn call_within<Q: 'static, R: Unpin + 'static>(
+    pub fn call_within<Q: 'static, R: Unpin + 'static>(
         &self,
         limit: Duration,
         namespace: &str,

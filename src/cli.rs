@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser, error::ErrorKind};
 use log::LevelFilter;
@@ -28,6 +28,13 @@ pub struct Arguments {
     pub task: Task,
 }
 
+impl Arguments {
+    /// The configuration file, whether or not it is there.
+    pub fn config_file(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH))
+    }
+}
+
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Task {
@@ -37,7 +44,8 @@ pub enum Task {
     Status(Status),
     Doctor(Doctor),
     Gc(Gc),
-    /// For the doctor, in a process of its own: it may never come back.
+    /// For the doctor, in processes of their own: they may never come back.
+    ProbePath(PathBuf),
     ProbeRepository(PathBuf),
 }
 
@@ -75,11 +83,10 @@ pub fn command() -> Command {
 
 /// And what is for ourselves. Shells would complete it, hidden or not.
 fn with_hidden() -> Command {
-    command().subcommand(
-        Command::new("probe-repository")
-            .hide(true)
-            .arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new())),
-    )
+    let probe = |name| {
+        Command::new(name).hide(true).arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new()))
+    };
+    command().subcommands(["probe-path", "probe-repository"].map(probe))
 }
 
 fn path(name: &'static str, help: String) -> Arg {
@@ -242,6 +249,7 @@ fn task(matches: &mut ArgMatches) -> Task {
     match matches.remove_subcommand() {
         Some((name, mut matches)) => match name.as_str() {
             "status" => Task::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
+            "probe-path" => Task::ProbePath(matches.remove_one("path").unwrap_or_default()),
             "probe-repository" => Task::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
             "gc" => Task::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
             _ => Task::Doctor(Doctor {

@@ -55,6 +55,15 @@ pub enum MetricsAddress {
     Unix(PathBuf),
 }
 
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {

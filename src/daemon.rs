@@ -75,8 +75,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     let Loaded { config, unknown } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     logging::start(config.log_format, level(arguments, &config));
     for key in &unknown {
-        let file = arguments.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
-        log::warn!("{}, {key}", file.display());
+        log::warn!("{}, {key}", arguments.config_file().display());
     }
     raise_descriptor_limit();
     server::check_address(&arguments.address).map_err(Error::Address)?;

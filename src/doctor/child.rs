@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsStr;
-use std::io::Read;
+use std::io::{self, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -18,30 +19,42 @@ pub struct Said {
 /// None: it cannot be started, or was not done after `limit`.
 pub fn ask<S: AsRef<OsStr>>(program: &OsStr, arguments: &[S], limit: Duration) -> Option<Said> {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().ok()?;
+    command.args(arguments);
+    run(&mut command, limit).ok()?
+}
+
+/// Has this very program do `task` with `path`. None: it was not done after `limit`.
+pub fn ourselves(task: &str, path: &Path, limit: Duration) -> io::Result<Option<Said>> {
+    // Also if the file was replaced meanwhile.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(task).arg(path);
+    run(&mut command, limit)
+}
+
+fn run(command: &mut Command, limit: Duration) -> io::Result<Option<Said>> {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let until = Instant::now() + limit;
-    let (stdout, stderr) = (read(child.stdout.take()?), read(child.stderr.take()?));
+    let (stdout, stderr) = (read(child.stdout.take()), read(child.stderr.take()));
     let status = loop {
-        match child.try_wait().ok()? {
+        match child.try_wait()? {
             Some(status) => break status,
             None if Instant::now() >= until => {
                 // Nobody waits for its end.
                 let _ = child.kill();
-                return None;
+                return Ok(None);
             }
             None => thread::sleep(Duration::from_millis(10)),
         }
     };
     let rest = |said: mpsc::Receiver<String>| said.recv_timeout(until.saturating_duration_since(Instant::now())).ok();
-    Some(Said { success: status.success(), stdout: rest(stdout)?, stderr: rest(stderr)? })
+    Ok(rest(stdout).zip(rest(stderr)).map(|(stdout, stderr)| Said { success: status.success(), stdout, stderr }))
 }
 
-fn read(mut from: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+fn read(from: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
     let (send, said) = mpsc::channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
+        let _ = from.map(|mut from| from.read_to_end(&mut bytes));
         let _ = send.send(String::from_utf8_lossy(&bytes).into_owned());
     });
     said

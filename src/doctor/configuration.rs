@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::judge::Version;
+use super::reach;
+
 /// Where containerd's settings for images of Kubernetes stand, in version 2 of the format and later.
 pub const CRI_TABLES: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"];
 const RUNTIME_TABLE: &str = "io.containerd.cri.v1.runtime";
@@ -32,6 +35,8 @@ pub struct Configuration {
     pub files: Vec<PathBuf>,
     /// The first of them has a list of imports.
     pub has_imports: bool,
+    /// The format that it names; without one it is 1.
+    pub format: Option<i64>,
     pub proxies: Vec<Proxy>,
     /// Of the CRI.
     pub snapshotter: Option<String>,
@@ -70,7 +75,7 @@ pub fn read(path: &Path) -> Result<Configuration, Error> {
         if configuration.files.contains(&path) || configuration.files.len() >= MOST_FILES {
             continue;
         }
-        let text = fs::read_to_string(&path).map_err(|cause| Error::Unreadable { path: path.clone(), cause })?;
+        let text = reach::read_to_string(&path).map_err(|cause| Error::Unreadable { path: path.clone(), cause })?;
         let imports = configuration.add(&path, &text)?;
         let directory = path.parent().unwrap_or(Path::new("/"));
         waiting.extend(imports.iter().rev().flat_map(|one| matching(&directory.join(one))));
@@ -82,7 +87,8 @@ pub fn read(path: &Path) -> Result<Configuration, Error> {
 fn matching(pattern: &Path) -> Vec<PathBuf> {
     let name = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let Some((before, after)) = name.split_once('*') else { return vec![pattern.to_owned()] };
-    let entries = fs::read_dir(pattern.parent().unwrap_or(Path::new("/"))).into_iter().flatten().flatten();
+    let folder = pattern.parent().unwrap_or(Path::new("/"));
+    let entries = reach::touch(folder).and_then(|_| fs::read_dir(folder)).into_iter().flatten().flatten();
     let is_meant =
         |name: &str| name.len() >= before.len() + after.len() && name.starts_with(before) && name.ends_with(after);
     let mut files: Vec<PathBuf> =
@@ -113,6 +119,15 @@ fn strings(value: &DeValue<'_>) -> Vec<String> {
 }
 
 impl Configuration {
+    /// A version of containerd that such a file is written for, where nobody tells which one runs: of
+    /// each format the one that is most in use.
+    pub fn suggests(&self) -> Version {
+        match self.format {
+            None | Some(..=2) => Version(1, 7, 24),
+            Some(3..) => Version(2, 2, 0),
+        }
+    }
+
     /// One more file; what it says wins over those before. The result is what it imports.
     pub fn add(&mut self, path: &Path, text: &str) -> Result<Vec<String>, Error> {
         let table = DeTable::parse(text).map_err(|e| {
@@ -123,6 +138,10 @@ impl Configuration {
         let table = table.get_ref();
         self.files.push(path.to_owned());
         self.has_imports |= self.files.len() == 1 && at(table, &["imports"]).is_some();
+        if self.files.len() == 1 {
+            let format = at(table, &["version"]).and_then(DeValue::as_integer);
+            self.format = format.and_then(|number| i64::from_str_radix(number.as_str(), number.radix()).ok());
+        }
         for (name, one) in
             at(table, &["proxy_plugins"]).and_then(DeValue::as_table).into_iter().flat_map(|all| all.iter())
         {
@@ -228,6 +247,15 @@ mod tests {
         assert_eq!(found.unpack, Some(vec!["cvmfs-snapshotter".to_owned(), "overlayfs".to_owned()]));
         assert_eq!(found.proxies[0].exports["root"], "/r");
         assert_eq!(found.proxies[0].capabilities, ["rebase"]);
+    }
+
+    #[test]
+    fn the_format_of_a_file_suggests_which_containerd_reads_it() {
+        for (text, version) in
+            [("", Version(1, 7, 24)), ("version = 2", Version(1, 7, 24)), ("version = 3", Version(2, 2, 0))]
+        {
+            assert_eq!(parse(text).suggests(), version, "{text}");
+        }
     }
 
     #[test]

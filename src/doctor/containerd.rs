@@ -1,7 +1,8 @@
 //! The containerds on this node, asked over their sockets, beside what their configurations say.
 #![forbid(unsafe_code)]
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,13 +10,13 @@ use protobuf::well_known_types::empty::Empty;
 
 use super::configuration::{self, Configuration};
 use super::judge::{Place, RESTART, Version, judge};
-use super::{Finding, State, child, images};
+use super::{Finding, Findings, State, child, images, reach};
 use crate::admin::{Error, Peer};
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
 use crate::proto::admin::DescribeResponse;
 use crate::proto::containerd::{
-    InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, Plugin, PluginsRequest, PluginsResponse,
-    VersionResponse,
+    InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, ListNamespacesRequest, ListNamespacesResponse,
+    Plugin, PluginsRequest, PluginsResponse, VersionResponse,
 };
 use crate::rebuild::DEFAULT_NAME as NAME;
 use crate::server::service::methods;
@@ -32,6 +33,11 @@ methods! {
 }
 
 methods! {
+    "containerd.services.namespaces.v1.Namespaces"
+    NAMESPACES Unary "List" ListNamespacesRequest => ListNamespacesResponse;
+}
+
+methods! {
     "containerd.services.images.v1.Images"
     IMAGES Unary "List" ListImagesRequest => ListImagesResponse;
 }
@@ -43,6 +49,10 @@ methods! {
 
 /// For containerd to say what it made of its configuration.
 const DUMP_LIMIT: Duration = Duration::from_secs(10);
+/// For its first answer.
+const LIMIT: Duration = Duration::from_secs(10);
+/// The check of its file.
+const OF_FILE: &str = "containerd.config";
 
 /// One containerd: where it listens and what it was told.
 struct Node {
@@ -60,7 +70,9 @@ fn nodes(wanted: &Doctor) -> Vec<Node> {
         }];
     }
     let all = SOCKETS.into_iter().zip(CONFIGURATIONS).map(|(s, f)| Node { socket: s.into(), file: f.into() });
-    all.filter(|node| node.socket.exists() || node.file.exists()).collect()
+    // One that cannot be looked at is there.
+    let is_there = |path: &Path| !reach::touch(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    all.filter(|node| is_there(&node.socket) || is_there(&node.file)).collect()
 }
 
 pub fn look(
@@ -68,7 +80,7 @@ pub fn look(
     wanted: &Doctor,
     daemon: Option<&DescribeResponse>,
     progress: &Progress,
-    findings: &mut Vec<Finding>,
+    findings: &mut Findings<'_>,
 ) {
     let nodes = nodes(wanted);
     if nodes.is_empty() {
@@ -78,23 +90,33 @@ pub fn look(
             "say where it is: --containerd SOCKET --containerd-config FILE",
         ));
     }
-    let mut of_each: Vec<Vec<Finding>> = Vec::new();
-    for node in &nodes {
-        let mut found = Vec::new();
-        look_at(node, arguments, daemon, progress, &mut found);
-        of_each.push(found);
-    }
+    let of_each: Vec<Looked> = nodes.iter().map(|node| look_at(node, arguments, daemon)).collect();
     // Docker's beside k3s's: one that has nothing to do with us is no problem if another one has.
-    let is_strange =
-        |found: &[Finding]| found.iter().any(|one| one.check == "containerd.plugin" && one.state > State::Good);
-    let all_strange = of_each.iter().all(|found| is_strange(found));
-    for (node, found) in nodes.iter().zip(of_each) {
-        if is_strange(&found) && !all_strange {
+    let all_strange = of_each.iter().all(Looked::is_strange);
+    for (node, looked) in nodes.iter().zip(of_each) {
+        if looked.is_strange() && !all_strange {
             let what = format!("the containerd at {} does not use this snapshotter", node.socket.display());
             findings.push(Finding::note("containerd.plugin", what));
-        } else {
-            findings.extend(found.into_iter().map(|one| node.as_it_is_restarted(one)));
+            continue;
         }
+        findings.extend(looked.findings.into_iter().map(|one| node.as_it_is_restarted(one)));
+        if let Some((peer, content)) = looked.with_images {
+            images::look(&peer, content.as_deref(), looked.configuration.as_ref(), progress, findings);
+        }
+    }
+}
+
+/// What was found about a containerd, without its images: that may be many.
+struct Looked {
+    findings: Vec<Finding>,
+    configuration: Option<Configuration>,
+    /// It has the snapshotter, so its images can be looked at; and where their blobs lie.
+    with_images: Option<(Peer, Option<PathBuf>)>,
+}
+
+impl Looked {
+    fn is_strange(&self) -> bool {
+        self.findings.iter().any(|one| one.check == "containerd.plugin" && one.state > State::Good)
     }
 }
 
@@ -113,79 +135,81 @@ impl Node {
     }
 }
 
-fn look_at(
-    node: &Node,
-    arguments: &Arguments,
-    daemon: Option<&DescribeResponse>,
-    progress: &Progress,
-    findings: &mut Vec<Finding>,
-) {
-    let asked = Peer::connect(&node.socket).and_then(|peer| {
-        let version = peer.call(&VERSION, &Empty::new())?.version;
+fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> Looked {
+    let mut findings = Vec::new();
+    let connected = Peer::connect(&node.socket);
+    let process = connected.as_ref().ok().and_then(Peer::process);
+    let asked = connected.and_then(|peer| {
+        let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
         let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
         Ok((peer, version, plugins))
     });
-    let (version, process) = match &asked {
-        Ok((peer, text, _)) => {
+    // The program that runs, or the one that would be started.
+    let program = process.map_or_else(|| "containerd".into(), |pid| OsString::from(format!("/proc/{pid}/exe")));
+    let version = match &asked {
+        Ok((_, text, _)) => {
             findings.push(Finding::good(
                 "containerd.running",
                 format!("containerd {text} runs, at {}", node.socket.display()),
             ));
-            (Version::parse(text), peer.process())
+            Version::parse(text)
         }
         Err(e) => {
             findings.push(not_running(&node.socket, e));
-            (None, None)
+            None
         }
     };
     let address = arguments.address.display().to_string();
     let root = arguments.root.display().to_string();
     let place = Place { address: &address, root: &root };
     let file = edited(&node.file);
-    let configuration = read(node, process, &file, findings);
+    let configuration = read(node, &program, &file, &mut findings);
+    let is_refused = findings.iter().any(|one| one.check == OF_FILE && one.state == State::Problem);
     if let Some(configuration) = &configuration {
-        // Without its version: by the rules of those that are most in use.
-        findings.append(&mut judge(version.unwrap_or(Version(1, 7, 24)), configuration, &place, &file));
+        let version = version.or_else(|| version_of(&program)).unwrap_or_else(|| configuration.suggests());
+        findings.append(&mut judge(version, configuration, &place, &file));
     }
-    let Ok((peer, _, plugins)) = asked else { return };
+    let Ok((peer, _, plugins)) = asked else { return Looked { findings, configuration, with_images: None } };
     findings.append(&mut in_error(&plugins));
-    findings.extend(process.and_then(|process| not_restarted(process, node, configuration.as_ref())));
+    // With a file that it refuses it would not come back.
+    if !is_refused {
+        findings.extend(process.and_then(|process| not_restarted(process, node, configuration.as_ref())));
+    }
     findings.extend(daemon.and_then(|daemon| mount_namespace(&peer, daemon)));
     let loaded = plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
-    if loaded && daemon.is_some() {
-        let content = content_store(&plugins);
-        findings.append(&mut images::look(&peer, content.as_deref(), configuration.as_ref(), progress));
-    }
+    let with_images = (loaded && daemon.is_some()).then(|| (peer, content_store(&plugins)));
+    Looked { findings, configuration, with_images }
+}
+
+/// As a program says it of itself.
+fn version_of(program: &OsStr) -> Option<Version> {
+    let said = child::ask(program, &["--version"], DUMP_LIMIT)?;
+    Version::parse(said.stdout.split_whitespace().nth(2)?)
 }
 
 /// What the file says, and what containerd makes of it: older formats, imports and keys that it
 /// passes over are its own business, so it is asked.
-fn read(node: &Node, process: Option<u32>, file: &str, findings: &mut Vec<Finding>) -> Option<Configuration> {
-    const CHECK: &str = "containerd.config";
+fn read(node: &Node, program: &OsStr, file: &str, findings: &mut Vec<Finding>) -> Option<Configuration> {
     let said = match configuration::read(&node.file) {
         Ok(said) => said,
         Err(configuration::Error::Unreadable { path, cause })
-            if cause.kind() == std::io::ErrorKind::NotFound && path == node.file =>
+            if cause.kind() == io::ErrorKind::NotFound && path == node.file =>
         {
-            findings.push(Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display())));
+            findings
+                .push(Finding::note(OF_FILE, format!("{} is not there: containerd's defaults hold", path.display())));
             return Some(Configuration::default());
         }
         Err(e) => {
-            findings.push(Finding::problem(
-                CHECK,
-                e.to_string(),
-                "correct that file; containerd does not start with it either",
-            ));
+            let remedy = "correct that file; containerd does not start with it either";
+            findings.push(Finding::problem(OF_FILE, e.to_string(), remedy));
             return None;
         }
     };
-    // The program that runs is the version that reads it.
-    let program = process.map_or_else(|| "containerd".into(), |pid| OsString::from(format!("/proc/{pid}/exe")));
     let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
-    let Some(dump) = child::ask(&program, &arguments, DUMP_LIMIT) else { return Some(said) };
+    let Some(dump) = child::ask(program, &arguments, DUMP_LIMIT) else { return Some(said) };
     if !dump.success {
         findings.push(Finding::problem(
-            CHECK,
+            OF_FILE,
             format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
             format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
         ));
@@ -203,7 +227,7 @@ fn read(node: &Node, process: Option<u32>, file: &str, findings: &mut Vec<Findin
     if said.snapshotter.as_deref() == Some(NAME) && effective.snapshotter.as_deref() != Some(NAME) {
         let used = effective.snapshotter.as_deref().unwrap_or("its own");
         findings.push(Finding::problem(
-            CHECK,
+            OF_FILE,
             format!("containerd passes over the snapshotter that {file} names, and uses {used}"),
             "its first line must be version = 2 (containerd 1) or version = 3 (2.0 and later), and the tables those of that \
              version; docs/containerd.md has whole files. containerd config dump shows what it made of it",

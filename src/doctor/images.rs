@@ -1,99 +1,193 @@
-//! Images that containerd has, and not for this snapshotter: pulled before the switch, or with
-//! another one. Their next containers copy every layer, published or not.
+//! Images that containerd has, and this snapshotter has not: pulled before the switch, or with another
+//! one, so that their next containers copy every layer, published or not; or pulled with this one, whose
+//! snapshots are gone since.
 #![forbid(unsafe_code)]
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
+use grpcio::RpcStatusCode;
 use serde_json::Value;
 
 use super::configuration::Configuration;
-use super::containerd::{CONTENT, IMAGES};
-use super::{Finding, NAMED};
-use crate::admin::Peer;
-use crate::proto::containerd::{InfoRequest, ListImagesRequest};
+use super::containerd::{CONTENT, IMAGES, NAMESPACES};
+use super::{Finding, Findings, NAMED, pull_anew, reach};
+use crate::admin::{Error, Peer, Result};
+use crate::proto::containerd::{InfoRequest, ListImagesRequest, ListNamespacesRequest};
+use crate::proto::snapshots::StatSnapshotRequest;
 use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::server::service::STAT;
 use crate::table::Progress;
-use crate::types::Digest;
+use crate::types::{Digest, shell};
 
 /// containerd's namespace of Kubernetes.
-const NAMESPACE: &str = "k8s.io";
+const KUBERNETES: &str = "k8s.io";
 /// On the configuration of an image: the chain that a snapshotter has of it.
 const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
 /// No manifest is larger.
 const MANIFEST_BYTES: u64 = 16 << 20;
+
+const OTHER: &str = "images.other-snapshotter";
+const GONE: &str = "images.gone";
+
+/// An image, by the name that people use, and what snapshotters have of it: names and chains.
+struct Image {
+    namespace: String,
+    name: String,
+    unpacked: BTreeMap<String, String>,
+}
+
+impl Image {
+    fn is_of_kubernetes(&self) -> bool {
+        self.namespace == KUBERNETES
+    }
+
+    fn pull_anew(&self) -> String {
+        let Self { namespace, name, .. } = self;
+        if self.is_of_kubernetes() {
+            return pull_anew(name);
+        }
+        let nerdctl = format!("nerdctl --namespace {} --snapshotter {NAME}", shell(namespace));
+        format!("{nerdctl} rmi {0} && {nerdctl} pull {0}", shell(name))
+    }
+}
 
 pub fn look(
     peer: &Peer,
     content: Option<&Path>,
     configuration: Option<&Configuration>,
     progress: &Progress,
-) -> Vec<Finding> {
-    const CHECK: &str = "images.other-snapshotter";
-    // Of other namespaces nobody knows which snapshotter is meant.
-    let is_of_cri = configuration.is_some_and(|one| one.snapshotter.as_deref() == Some(NAME));
-    let (Some(content), true) = (content, is_of_cri) else { return Vec::new() };
-    let all = match peer.call_in(NAMESPACE, &IMAGES, &ListImagesRequest::new()) {
-        Ok(listed) => listed.images,
+    findings: &mut Findings<'_>,
+) {
+    let Some(content) = content else { return };
+    let images = reach::touch(content).map_err(|e| e.to_string());
+    let images = match images.and_then(|_| all_images(peer, content, progress).map_err(|e| e.to_string())) {
+        Ok(images) => images,
         Err(e) => {
-            return vec![Finding::warning(
-                CHECK,
-                format!("containerd's images cannot be looked at: {e}"),
-                "run this as root",
-            )];
+            let what = format!("containerd's images cannot be looked at: {e}");
+            findings.push(Finding::warning(OTHER, what, "see containerd's log: journalctl -u containerd -n 50"));
+            return;
         }
     };
-    let count = all.len();
-    // An image has several names; by the digest alone it is told last.
-    let mut others: Vec<(String, String)> = Vec::new();
-    for (n, image) in all.iter().enumerate() {
-        progress.say(&format!("image {} of {count}", n + 1));
-        let is_alias = image.name.starts_with("sha256:") || image.name.contains("@sha256:");
-        if let Some(other) = image.target.as_ref().and_then(|target| other_snapshotters(peer, content, &target.digest))
-            && !is_alias
-        {
-            others.push((image.name.clone(), other));
-        }
+    let gone = gone(peer, &images, progress);
+    findings.extend(about_gone(&gone));
+    // Of other namespaces nobody knows which snapshotter is meant.
+    if configuration.is_none_or(|one| one.snapshotter.as_deref() != Some(NAME)) {
+        return;
     }
-    let mut findings = Vec::new();
+    let count = images.iter().filter(|image| image.is_of_kubernetes()).count();
+    let is_other = |image: &&Image| !image.unpacked.is_empty() && !image.unpacked.contains_key(NAME);
+    let others: Vec<&Image> = images.iter().filter(|image| image.is_of_kubernetes()).filter(is_other).collect();
     let pause = configuration.and_then(|one| one.pause_image.as_deref());
-    if let Some((name, other)) = others.iter().find(|(name, _)| Some(name.as_str()) == pause) {
-        findings.push(Finding::warning(
-            "images.pause",
-            format!("the pause image {name} is there for {other} only: containerd unpacks it for each first pod, or no pod starts"),
-            format!("crictl rmi {name} && crictl pull {name}"),
-        ));
+    findings.extend(about_others(&others, pause));
+    if others.is_empty() && !gone.iter().any(|image| image.is_of_kubernetes()) {
+        findings.push(Finding::good(OTHER, format!("all {count} images of Kubernetes are there for {NAME}")));
     }
-    others.retain(|(name, _)| Some(name.as_str()) != pause);
-    for (name, other) in others.iter().take(NAMED) {
-        findings.push(Finding::warning(
-            CHECK,
-            format!(
-                "{name} was pulled with {other}, and Kubernetes uses {NAME} now: its next container makes a whole copy of every \
-                 layer, or does not start if containerd has discarded the blobs"
-            ),
-            format!("once no container uses it: crictl rmi {name} && crictl pull {name}"),
-        ));
-    }
-    if others.len() > NAMED {
-        let names: Vec<&str> = others.iter().skip(NAMED).map(|(name, _)| name.as_str()).collect();
-        findings.push(Finding::warning(CHECK, format!("and {} more: {}", names.len(), names.join(" ")), "as above"));
-    }
-    if findings.is_empty() {
-        findings.push(Finding::good(CHECK, format!("all {count} images of Kubernetes are there for {NAME}")));
-    }
-    findings
 }
 
-/// Which other snapshotters have the image, if ours does not. None: ours has it, or nobody, or
-/// that cannot be told.
-fn other_snapshotters(peer: &Peer, content: &Path, target: &str) -> Option<String> {
+fn about_others(others: &[&Image], pause: Option<&str>) -> Vec<Finding> {
+    let shown = |image: &Image| image.unpacked.keys().map(String::as_str).collect::<Vec<_>>().join(" and ");
+    let (pauses, others): (Vec<&Image>, Vec<&Image>) =
+        others.iter().partition(|image| Some(image.name.as_str()) == pause);
+    let about_pause = pauses.into_iter().map(|image| {
+        Finding::warning(
+            "images.pause",
+            format!(
+                "the pause image {} is there for {} only: containerd unpacks it for each first pod, or no pod starts",
+                image.name,
+                shown(image)
+            ),
+            image.pull_anew(),
+        )
+    });
+    let about_others = others.iter().take(NAMED).map(|image| {
+        Finding::warning(
+            OTHER,
+            format!(
+                "{} was pulled with {}, and Kubernetes uses {NAME} now: its next container makes a whole copy of every \
+                 layer, or does not start if containerd has discarded the blobs",
+                image.name,
+                shown(image)
+            ),
+            format!("once no container uses it: {}", image.pull_anew()),
+        )
+    });
+    let rest = rest_of(&others).map(|what| Finding::warning(OTHER, what, "as above"));
+    about_pause.chain(about_others).chain(rest).collect()
+}
+
+fn about_gone(gone: &[&Image]) -> Vec<Finding> {
+    let named = gone.iter().take(NAMED).map(|image| {
+        Finding::problem(
+            GONE,
+            format!(
+                "{} (namespace {}) was pulled with {NAME}, which has no snapshot of it: the state root was emptied, or is another \
+                 one than then; its containers do not start, and a new pull alone mends nothing",
+                image.name, image.namespace
+            ),
+            format!("put the old state root back; or remove its containers, then {}", image.pull_anew()),
+        )
+    });
+    named.chain(rest_of(gone).map(|what| Finding::problem(GONE, what, "as above"))).collect()
+}
+
+/// Those that are not told one by one.
+fn rest_of(images: &[&Image]) -> Option<String> {
+    let names: Vec<&str> = images.iter().skip(NAMED).map(|image| image.name.as_str()).collect();
+    (!names.is_empty()).then(|| format!("and {} more: {}", names.len(), names.join(" ")))
+}
+
+fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Image>> {
+    let mut images = Vec::new();
+    for namespace in peer.call(&NAMESPACES, &ListNamespacesRequest::new())?.namespaces {
+        let namespace = namespace.name;
+        let listed = peer.call_in(&namespace, &IMAGES, &ListImagesRequest::new())?.images;
+        // One that was pulled by name has others: its digest, and the name with the digest.
+        let mut names: BTreeMap<String, String> = BTreeMap::new();
+        let rank = |name: &str| (name.starts_with("sha256:"), name.contains("@sha256:"));
+        for image in listed {
+            let Some(target) = image.target.into_option() else { continue };
+            let name = names.entry(target.digest).or_insert_with(|| image.name.clone());
+            if rank(&image.name) < rank(name) {
+                *name = image.name;
+            }
+        }
+        let count = names.len();
+        for (n, (target, name)) in names.into_iter().enumerate() {
+            progress.say(&format!("image {} of {count} in {namespace}", n + 1));
+            let unpacked = unpacked(peer, &namespace, content, &target).unwrap_or_default();
+            images.push(Image { namespace: namespace.clone(), name, unpacked });
+        }
+    }
+    images.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    Ok(images)
+}
+
+/// Those that this snapshotter should have, and has not.
+fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Vec<&'i Image> {
+    let mut known: HashMap<(&str, &str), bool> = HashMap::new();
+    let is_gone = |image: &&'i Image| {
+        let image: &'i Image = image;
+        let Some(chain) = image.unpacked.get(NAME) else { return false };
+        *known.entry((&image.namespace, chain)).or_insert_with(|| {
+            progress.say(&format!("snapshot {chain}"));
+            let request =
+                StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.clone(), ..Default::default() };
+            let answer = peer.call_in(&image.namespace, &STAT, &request);
+            matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. }))
+        })
+    };
+    images.iter().filter(is_gone).collect()
+}
+
+/// Which snapshotters have the image, and under which chains. None: that cannot be told.
+fn unpacked(peer: &Peer, namespace: &str, content: &Path, target: &str) -> Option<BTreeMap<String, String>> {
     let configuration = configuration_of(content, target, 0)?;
     let request = InfoRequest { digest: configuration, ..InfoRequest::default() };
-    let labels = peer.call_in(NAMESPACE, &CONTENT, &request).ok()?.info.into_option()?.labels;
-    let mut others: Vec<&str> = labels.keys().filter_map(|label| label.strip_prefix(UNPACKED)).collect();
-    others.sort_unstable();
-    (!others.is_empty() && !others.contains(&NAME)).then(|| others.join(" and "))
+    let labels = peer.call_in(namespace, &CONTENT, &request).ok()?.info.into_option()?.labels;
+    let chain = |(label, chain): (String, String)| Some((label.strip_prefix(UNPACKED)?.to_owned(), chain));
+    Some(labels.into_iter().filter_map(chain).collect())
 }
 
 /// The digest of the configuration that a manifest names, or the first that is there of those

@@ -2,12 +2,13 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::Finding;
+use super::{Finding, Findings, reach};
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
 use crate::sys;
@@ -18,14 +19,13 @@ const LITTLE_ROOM: u64 = 20;
 /// Keys of containerd's own configuration, which old documentation had in this file.
 const CONTAINERDS: [&str; 5] = ["version", "plugins", "proxy_plugins", "root", "state"];
 
-/// And the configuration, if there is one that can be used.
-pub fn look(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
-    let mut findings = Vec::new();
+/// The result is the configuration, if there is one that can be used.
+pub fn look(arguments: &Arguments, findings: &mut Findings<'_>) -> Option<Config> {
     findings.push(overlayfs());
-    findings.append(&mut state_root(&arguments.root));
-    let (mut about_file, config) = configuration(arguments.config.as_deref());
-    findings.append(&mut about_file);
-    (findings, config)
+    findings.extend(state_root(&arguments.root));
+    let (about_file, config) = configuration(arguments);
+    findings.extend(about_file);
+    config
 }
 
 fn overlayfs() -> Finding {
@@ -53,11 +53,19 @@ fn overlayfs() -> Finding {
 fn state_root(root: &Path) -> Vec<Finding> {
     const CHECK: &str = "node.state-root";
     let shown = root.display();
-    let Ok(real) = root.canonicalize() else {
-        return vec![Finding::note(
-            CHECK,
-            format!("the state root {shown} is not there yet: the first start makes it"),
-        )];
+    let real = match reach::touch(root).and_then(|_| root.canonicalize()) {
+        Ok(real) => real,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let what = format!("the state root {shown} is not there yet: the first start makes it");
+            return vec![Finding::note(CHECK, what)];
+        }
+        Err(e) => {
+            return vec![Finding::problem(
+                CHECK,
+                format!("the state root {shown} cannot be looked at: {e}"),
+                "see what is mounted there (findmnt) and why it does not answer (dmesg); no container starts before it does",
+            )];
+        }
     };
     let mut findings = Vec::new();
     if let Ok(found) = statfs(&real) {
@@ -103,9 +111,6 @@ fn state_root(root: &Path) -> Vec<Finding> {
         }
         findings.push(room(&real, &found));
     }
-    if findings.is_empty() {
-        findings.push(Finding::warning(CHECK, format!("{shown} cannot be looked at"), "run this as root"));
-    }
     findings
 }
 
@@ -135,10 +140,18 @@ fn mount_point(path: &Path) -> PathBuf {
     path.ancestors().take_while(|above| device(above) == own).last().unwrap_or(path).to_owned()
 }
 
-fn configuration(path: Option<&Path>) -> (Vec<Finding>, Option<Config>) {
+fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     const CHECK: &str = "config.file";
-    let file = path.unwrap_or(Path::new(config::DEFAULT_PATH)).display().to_string();
-    let Loaded { config, unknown } = match config::load(path) {
+    let path = arguments.config_file();
+    let file = path.display();
+    let touched = match reach::touch(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
+            Err(config::Error::Unreadable { path: path.to_owned(), cause })
+        }
+        // The rest is said as the daemon says it.
+        Ok(_) | Err(_) => Ok(()),
+    };
+    let Loaded { config, unknown } = match touched.and_then(|()| config::load(arguments.config.as_deref())) {
         Ok(loaded) => loaded,
         Err(e) => {
             let remedy = "correct that line; cvmfs-snapshotter --check-config tells when it is good";
@@ -157,7 +170,7 @@ fn configuration(path: Option<&Path>) -> (Vec<Finding>, Option<Config>) {
         })
         .collect();
     if findings.is_empty() {
-        let is_there = if Path::new(&file).exists() { "is good" } else { "is not there: the defaults hold" };
+        let is_there = if path.exists() { "is good" } else { "is not there: the defaults hold" };
         findings.push(Finding::good(CHECK, format!("{file} {is_there}")));
     }
     (findings, Some(config))

@@ -50,10 +50,9 @@ pub fn look(at: &RepositoryAt) -> Described {
 }
 
 fn ask(path: &Path) -> Result<String, String> {
-    let own = std::env::current_exe().map_err(|e| format!("it cannot be looked at: {e}"))?;
-    let arguments = ["probe-repository".as_ref(), path.as_os_str()];
-    match child::ask(own.as_os_str(), &arguments, LIMIT + Duration::from_secs(1)) {
-        Some(said) => Ok(said.stdout),
-        None => Err(format!("it did not answer within {} s", LIMIT.as_secs())),
+    match child::ourselves("probe-repository", path, LIMIT + Duration::from_secs(1)) {
+        Ok(Some(said)) => Ok(said.stdout),
+        Ok(None) => Err(format!("it did not answer within {} s", LIMIT.as_secs())),
+        Err(e) => Err(format!("it cannot be looked at: {e}")),
     }
 }

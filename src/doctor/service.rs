@@ -1,43 +1,84 @@
 //! Our daemon, and what it says of its repositories and snapshots.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Finding, NAMED, repositories, systemd};
+use super::{Finding, Findings, NAMED, pull_anew, reach, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
-use crate::cli::Arguments;
-use crate::config::{self, Config, MetricsAddress};
-use crate::proto::admin::{DescribeResponse, Repository};
+use crate::cli::{self, Arguments};
+use crate::config::{Config, MetricsAddress};
+use crate::metrics::endpoint;
+use crate::proto::admin::snapshot::Kind;
+use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::status::Report;
-use crate::types::{Timestamp, shell};
+use crate::types::Timestamp;
+
+/// The daemon and what it said of itself.
+pub type Asked = admin::Result<(Daemon, DescribeResponse)>;
+
+pub fn ask(address: &Path) -> Asked {
+    let daemon = Daemon::connect(address)?;
+    let described = daemon.describe()?;
+    Ok((daemon, described))
+}
+
+/// Where this command line does not say it, that of the daemon counts, or of the unit that would start
+/// it: a drop-in may have changed it.
+pub fn as_started(arguments: &Arguments, asked: &Asked) -> Arguments {
+    let mut arguments = arguments.clone();
+    let words = match asked {
+        Ok((_, daemon)) => fs::read(format!("/proc/{}/cmdline", daemon.pid)).ok().map(|words| words_of(&words)),
+        Err(_) => systemd::command_line(),
+    };
+    let Some(started) = words.and_then(|words| cli::parse(words).ok()) else { return arguments };
+    if arguments.root == Path::new(cli::DEFAULT_ROOT) {
+        arguments.root = started.root;
+    }
+    arguments.config = arguments.config.or(started.config);
+    arguments
+}
+
+/// Each ends with a zero.
+fn words_of(command_line: &[u8]) -> Vec<OsString> {
+    let words = command_line.strip_suffix(&[0]).unwrap_or(command_line);
+    words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect()
+}
 
 /// What the daemon said of itself, if it did.
-pub fn look(arguments: &Arguments, config: Option<&Config>, findings: &mut Vec<Finding>) -> Option<DescribeResponse> {
-    let asked = Daemon::connect(&arguments.address).and_then(|daemon| Ok((daemon.describe()?, daemon)));
-    findings.append(&mut systemd::look());
-    let (described, daemon) = match asked {
+pub fn look(
+    arguments: &Arguments,
+    config: Option<&Config>,
+    asked: Asked,
+    findings: &mut Findings<'_>,
+) -> Option<DescribeResponse> {
+    findings.extend(systemd::look());
+    let (daemon, described) = match asked {
         Ok(asked) => asked,
         Err(e) => {
             findings.push(not_running(&e));
             for at in config.map_or(&[][..], |config| &config.repositories) {
-                findings.append(&mut repository(&repositories::look(at)));
+                findings.extend(repository(&repositories::look(at), arguments));
             }
             return None;
         }
     };
-    findings.push(running(&described));
+    findings.push(running(&described, &arguments.root));
     // A restart with a file that is wrong would end it.
     if config.is_some() {
         findings.extend(not_restarted(arguments, &described));
     }
+    findings.extend(moved(&described));
     for one in &described.repositories {
-        findings.append(&mut repository(one));
+        findings.extend(repository(one, arguments));
     }
-    findings.append(&mut snapshots(&daemon, &described));
+    findings.extend(snapshots(&daemon, &described));
     findings.extend(pulls(&described));
     findings.extend(config.and_then(|config| config.metrics.as_ref()).and_then(metrics));
     Some(described)
@@ -67,11 +108,12 @@ fn not_running(e: &Error) -> Finding {
     }
 }
 
-fn running(described: &DescribeResponse) -> Finding {
+fn running(described: &DescribeResponse, root: &Path) -> Finding {
     const CHECK: &str = "daemon.running";
     let own = env!("CARGO_PKG_VERSION");
     if described.version == own {
-        return Finding::good(CHECK, format!("version {own} runs as process {}", described.pid));
+        let (pid, root) = (described.pid, root.display());
+        return Finding::good(CHECK, format!("version {own} runs as process {pid}, with the state root {root}"));
     }
     Finding::warning(
         CHECK,
@@ -82,7 +124,7 @@ fn running(described: &DescribeResponse) -> Finding {
 
 /// The configuration was changed after it was read.
 fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<Finding> {
-    let file = arguments.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
+    let file = arguments.config_file();
     let changed = fs::metadata(file).and_then(|status| status.modified()).ok()?;
     let started = UNIX_EPOCH + Duration::from_nanos(u64::try_from(described.started).ok()?);
     (changed > started).then(|| {
@@ -94,7 +136,36 @@ fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<
     })
 }
 
-fn repository(one: &Repository) -> Vec<Finding> {
+/// Where the daemon's path leads is another directory than the one it works in: what it has open tells.
+fn moved(described: &DescribeResponse) -> Option<Finding> {
+    let lock = Path::new(&described.snapshots).with_file_name("lock");
+    let open = fs::read_dir(format!("/proc/{}/fd", described.pid)).ok()?.flatten();
+    // Of these only: others may lead into a repository that hangs.
+    let is_lock = |path: &PathBuf| path.to_string_lossy().trim_end_matches(" (deleted)").ends_with("/snapshotter/lock");
+    let held = open.map(|entry| entry.path()).find_map(|fd| Some((fs::read_link(&fd).ok().filter(is_lock)?, fd)));
+    let (works_in, fd) = held?;
+    // Said already.
+    if reach::touch(&lock).is_err_and(|e| e.kind() == io::ErrorKind::TimedOut) {
+        return None;
+    }
+    let identity = |path: &Path| fs::metadata(path).ok().map(|status| (status.dev(), status.ino()));
+    if identity(&lock) == identity(&fd) {
+        return None;
+    }
+    let (root, home) = (lock.ancestors().nth(2)?.display(), works_in.ancestors().nth(2)?.display());
+    Some(Finding::problem(
+        "state.root",
+        format!(
+            "the daemon works in {home}, and what is at {root} by now is another directory, or none: it was moved, removed or mounted over"
+        ),
+        format!(
+            "bring it back to {root}, or unmount what is mounted there, before anything else: a daemon that starts now begins \
+             with an empty one. Then systemctl restart cvmfs-snapshotter"
+        ),
+    ))
+}
+
+fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
     const CHECK: &str = "repository.answers";
     let (name, path) = (&one.name, &one.path);
     if !one.trouble.is_empty() {
@@ -104,7 +175,7 @@ fn repository(one: &Repository) -> Vec<Finding> {
             format!(
                 "is it mounted and alive? ls {path}; cvmfs_config probe {name}; cvmfs_config stat -v {name}. If its name or \
                  place is another one: repository and absolute-mountpoint in {}. Nothing has to be restarted when it is back",
-                config::DEFAULT_PATH
+                arguments.config_file().display()
             ),
         )];
     }
@@ -127,15 +198,13 @@ fn repository(one: &Repository) -> Vec<Finding> {
 fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
     const CHECK: &str = "state.images";
     let mut findings = Vec::new();
-    let look = || -> admin::Result<Report> {
-        let snapshots = daemon.snapshots(true, |_| {})?;
-        Ok(Report::new(described, &snapshots, &std::collections::HashMap::new(), 0))
-    };
-    match look() {
+    match daemon.snapshots(true, |_| {}) {
         Err(e) => {
             findings.push(Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50"));
         }
-        Ok(report) => {
+        Ok(snapshots) => {
+            findings.extend(containers(&snapshots));
+            let report = Report::new(described, &snapshots, &HashMap::new(), 0);
             let is_away = described.repositories.iter().any(|one| !one.trouble.is_empty());
             let broken: Vec<_> =
                 report.images.iter().filter_map(|image| Some((image, image.broken.as_ref()?))).collect();
@@ -145,8 +214,8 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
                     _ if is_away => "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned(),
                     Some(reference) => format!(
                         "make it available again (any repository in \"repositories\" that has it will do), or remove the image and \
-                         pull it anew: crictl rmi {0} && crictl pull {0}",
-                        shell(reference)
+                         pull it anew: {}",
+                        pull_anew(reference)
                     ),
                     None => "make it available again (any repository in \"repositories\" that has it will do), or remove the image \
                              that uses it and pull it anew"
@@ -187,13 +256,33 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
     findings
 }
 
+/// Containers that lost what they wrote.
+fn containers(snapshots: &[Snapshot]) -> Vec<Finding> {
+    const CHECK: &str = "state.containers";
+    let is_broken = |one: &&Snapshot| one.kind.enum_value() == Ok(Kind::ACTIVE) && !one.trouble.is_empty();
+    let broken: Vec<&Snapshot> = snapshots.iter().filter(is_broken).collect();
+    let mut findings: Vec<Finding> = broken
+        .iter()
+        .take(NAMED)
+        .map(|one| {
+            Finding::problem(
+                CHECK,
+                format!("what was written in the container of snapshot {} cannot be had: {}", one.key, one.trouble),
+                "its directory was removed by hand, or a copy of the state root was put back that is older: remove that container and \
+                 start it anew",
+            )
+        })
+        .collect();
+    if broken.len() > NAMED {
+        findings.push(Finding::problem(CHECK, format!("and of {} more", broken.len() - NAMED), "as above"));
+    }
+    findings
+}
+
 /// The daemon serves containers without.
 fn metrics(address: &MetricsAddress) -> Option<Finding> {
-    let (at, answers) = match address {
-        MetricsAddress::Tcp(at) => (at.to_string(), TcpStream::connect_timeout(at, Duration::from_secs(2)).map(drop)),
-        MetricsAddress::Unix(at) => (at.display().to_string(), UnixStream::connect(at).map(drop)),
-    };
-    let why = answers.err()?;
+    let at = address.to_string();
+    let why = endpoint::ask(address).err()?;
     Some(Finding::warning(
         "config.metrics",
         format!("no metrics are served at {at}: {why}"),

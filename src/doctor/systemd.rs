@@ -1,6 +1,7 @@
 //! What systemd says of our units, on a node where it is in charge.
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -62,6 +63,16 @@ fn not_enabled() -> Option<Finding> {
     is("disabled").then(|| {
         Finding::warning("daemon.enabled", "the service is not started at boot", "systemctl enable cvmfs-snapshotter")
     })
+}
+
+/// What the service is started with; words with spaces in them are not told from several.
+pub fn command_line() -> Option<Vec<OsString>> {
+    if !is_in_charge() {
+        return None;
+    }
+    let said = output("systemctl", &["show", "--property", "ExecStart", SERVICE])?;
+    let words = said.split_once(" argv[]=")?.1.split_once(" ;")?.0;
+    Some(words.split(' ').map(OsString::from).collect())
 }
 
 /// Why the daemon ended the last time, as it said itself.

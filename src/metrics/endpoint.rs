@@ -8,7 +8,7 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ const CLIENTS: usize = 4;
 /// For the whole request, and for each part of the answer.
 const LIMIT: Duration = Duration::from_secs(2);
 const REQUEST_BYTES: usize = 8 << 10;
+/// More than all metrics.
+const ANSWER_BYTES: u64 = 4 << 20;
 /// After an `accept` that failed (no free descriptor, say) the next one waits so long.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -67,6 +69,29 @@ pub fn serve(address: &Address, gauges: impl Fn() -> Gauges + Send + Sync + 'sta
         thread::Builder::new().name("metrics".to_owned()).spawn(serve).map(drop).map_err(Error::Thread)?;
     }
     Ok(())
+}
+
+/// Whether metrics of ours are served there. Waits for a while, whoever is there.
+pub fn ask(address: &Address) -> io::Result<()> {
+    let (send, answer) = mpsc::channel();
+    let address = address.clone();
+    thread::spawn(move || send.send(request(&address)));
+    answer.recv_timeout(LIMIT * 4).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+fn request(address: &Address) -> io::Result<()> {
+    let mut client = match address {
+        Address::Tcp(address) => Client::Tcp(TcpStream::connect_timeout(address, LIMIT)?),
+        Address::Unix(path) => Client::Unix(UnixStream::connect(path)?),
+    };
+    client.patience(LIMIT * 3)?;
+    client.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = Vec::new();
+    client.take(ANSWER_BYTES).read_to_end(&mut answer)?;
+    if String::from_utf8_lossy(&answer).contains("\ncvmfs_snapshotter_build_info") {
+        return Ok(());
+    }
+    Err(io::Error::other("what answers there is something else"))
 }
 
 enum Listener {

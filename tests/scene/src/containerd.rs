@@ -95,6 +95,10 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
         self.server.end(Signal::SIGTERM);
     }
 
+    pub fn signal(&self, signal: Signal) {
+        self.server.signal(signal);
+    }
+
     pub fn start_again(&mut self) {
         self.server = serve(&self.dir, self.release);
     }

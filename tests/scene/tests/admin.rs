@@ -1,5 +1,5 @@
-//! What an admin has: status, doctor, gc, metrics, health, the level of the log. With the real
-//! containerd, registry and FUSE mounts.
+//! What an admin has: status, gc, metrics, health, the level of the log. With the real containerd,
+//! registry and FUSE mounts.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -17,8 +17,7 @@ use protobuf::well_known_types::wrappers::BytesValue;
 use scene::client::{call, connect, labels};
 use scene::process::{Output, eventually, run, tool};
 use scene::sandbox::Sandbox;
-use scene::snapshotter::binary;
-use scene::stage::{PAUSE, Stage};
+use scene::stage::Stage;
 use serde_json::Value;
 
 fn json(output: Output) -> Value {
@@ -76,7 +75,7 @@ fn root_status_tells_where_images_come_from_and_who_uses_them() {
     let why = image(&now, &lazy)["broken"].as_str().expect("it is broken").to_owned();
     assert!(why.contains("does not have it") && why.contains(digest.as_str()), "{why}");
     assert_eq!(image(&now, &local)["broken"], Value::Null);
-    show(&stage, "status");
+    show_status(&stage);
     let table = stage.snapshotter.admin(&["status"]).ok();
     assert!(table.contains(&format!("broken: {lazy}: ")) && table.contains("REPOSITORY"), "{table}");
     stage.ours.end_container("c");
@@ -123,207 +122,11 @@ fn root_status_pages_through_any_number_of_snapshots() {
     assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(COUNT));
 }
 
-/// With `SCENE_SHOW`, what a person sees of a command.
-fn show(stage: &Stage, command: &str) {
+/// With `SCENE_SHOW`, what a person sees of it.
+fn show_status(stage: &Stage) {
     if std::env::var_os("SCENE_SHOW").is_some() {
-        let (socket, file) =
-            (stage.ours.socket().display().to_string(), stage.ours.configuration().display().to_string());
-        let of_containerd = ["--containerd", &socket, "--containerd-config", &file];
-        let more: &[&str] = if command == "doctor" { &of_containerd } else { &[] };
-        let output = stage.snapshotter.admin(&[&[command], more].concat());
-        let code = output.status.code().unwrap_or(-1);
-        scene::tell::tell(format_args!(
-            "# cvmfs-snapshotter {command}\n{}{}exit code {code}\n",
-            output.stdout, output.stderr
-        ));
+        scene::tell::tell(format_args!("# cvmfs-snapshotter status\n{}", stage.snapshotter.admin(&["status"]).stdout));
     }
-}
-
-/// The doctor's findings of this check, and the exit code.
-fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
-    let (socket, file) = (stage.ours.socket(), stage.ours.configuration());
-    let with = ["--containerd", &socket.display().to_string(), "--containerd-config", &file.display().to_string()];
-    let output = stage.snapshotter.admin(&[&["doctor", "--json"], &with[..]].concat());
-    let code = output.status.code().expect("the doctor ends by itself");
-    let report = json(output);
-    let all = report["findings"].as_array().expect("findings are a list");
-    let found: Vec<Value> = all.iter().filter(|one| one["check"] == check).cloned().collect();
-    assert!(!found.is_empty() || check.is_empty(), "no {check} in {report:#}");
-    // What is wrong comes with what to do.
-    for one in all {
-        let is_fault = ["warning", "problem"].contains(&one["state"].as_str().expect("a state is a text"));
-        assert_eq!(is_fault, one["remedy"].is_string(), "{one}");
-    }
-    (if check.is_empty() { all.clone() } else { found }, code)
-}
-
-#[track_caller]
-fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
-    let (found, code) = findings(stage, check);
-    let is_it = |one: &Value| {
-        let text = format!("{} {}", one["what"], one["remedy"]);
-        one["state"] == state && words.split('|').all(|word| text.contains(word))
-    };
-    assert!(found.iter().any(is_it), "no {state} with {words:?} in {found:#?}");
-    let expected = match state {
-        "problem" => 2,
-        "warning" => 1,
-        _ => 0,
-    };
-    assert!(code >= expected, "{code} for a {state}");
-}
-
-#[test]
-fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
-    let stage = Stage::set("good", "");
-    let image = stage.shell_image("good:1", "a");
-    let reference = stage.publish_and_push(&image);
-    stage.ours.pull(&reference);
-    let (all, code) = findings(&stage, "");
-    let faults: Vec<&Value> =
-        all.iter().filter(|one| ["warning", "problem"].contains(&one["state"].as_str().unwrap_or(""))).collect();
-    assert!(faults.is_empty() && code == 0, "{code}: {faults:#?}");
-    show(&stage, "doctor");
-    let checks: Vec<&str> = all.iter().filter_map(|one| one["check"].as_str()).collect();
-    for check in [
-        "node.overlayfs",
-        "node.disk",
-        "config.file",
-        "daemon.running",
-        "repository.answers",
-        "state.images",
-        "containerd.running",
-        "containerd.plugin",
-        "containerd.snapshotter",
-        "containerd.annotations",
-        "images.other-snapshotter",
-    ] {
-        assert!(checks.contains(&check), "{check} is missing in {checks:?}");
-    }
-}
-
-#[test]
-fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() {
-    let stage = Stage::with("sick", "", scene::publisher::Repository::plain);
-    let file = stage.ours.configuration();
-    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
-    let with = |from: &str, to: &str| {
-        assert!(good.contains(from), "{from} is not in {good}");
-        fs::write(&file, good.replace(from, to)).expect("containerd's configuration can be written");
-    };
-    with("disable_snapshot_annotations = false", "");
-    assert_finds(
-        &stage,
-        "containerd.annotations",
-        "problem",
-        "every layer is downloaded|disable_snapshot_annotations = false",
-    );
-    show(&stage, "doctor");
-    with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.cvmfs]");
-    assert_finds(
-        &stage,
-        "containerd.plugin",
-        "problem",
-        "[proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs]",
-    );
-    with("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.stargz");
-    assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
-    show(&stage, "doctor");
-    with("/run/s.sock", "/run/other.sock");
-    assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
-    with("version = 2", "version = = 2");
-    assert_finds(&stage, "containerd.config", "problem", "not TOML");
-    with("snapshotter = \"cvmfs-snapshotter\"", "snapshotter = \"overlayfs\"");
-    assert_finds(&stage, "containerd.snapshotter", "note", "use overlayfs");
-    fs::write(&file, &good).expect("containerd's configuration can be written");
-
-    // The pull that went wrong because of it.
-    let refused = stage.snapshotter.client().prepare("extract-1 x", "", &[("containerd.io/snapshot.ref", "sha256:1")]);
-    refused.expect("it is an ordinary snapshot");
-    assert_finds(&stage, "pulls.annotations", "problem", "1 layers were downloaded|ctr images pull");
-}
-
-#[test]
-fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
-    let stage = Stage::with("before", "", scene::publisher::Repository::plain);
-    let (image, pause) = (stage.shell_image("before:1", "a"), stage.shell_image(PAUSE, "p"));
-    let (reference, pause) = (stage.publish_and_push(&image), stage.publish_and_push(&pause));
-    for one in [&reference, &pause] {
-        stage.ours.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", one]).ok();
-    }
-    assert_finds(
-        &stage,
-        "images.other-snapshotter",
-        "warning",
-        &format!("{reference} was pulled with overlayfs|crictl pull"),
-    );
-    assert_finds(&stage, "images.pause", "warning", &format!("{pause} is there for overlayfs only"));
-    show(&stage, "doctor");
-    stage.ours.remove(&reference);
-    stage.ours.remove(&pause);
-    stage.ours.pull(&reference);
-    stage.ours.pull(&pause);
-    assert_finds(&stage, "images.other-snapshotter", "good", "all");
-}
-
-#[test]
-fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configuration_apart() {
-    let mut stage = Stage::set("apart", "");
-    let image = stage.shell_image("apart:1", "a");
-    let reference = stage.publish_and_push(&image);
-    stage.ours.pull(&reference);
-    stage.repository.withdraw(&image.layers[1].digest);
-    assert_finds(
-        &stage,
-        "state.images",
-        "problem",
-        &format!("no container can start on {reference}|does not have it|crictl pull"),
-    );
-
-    let config = stage.sandbox.path("s/config.toml");
-    let good = fs::read_to_string(&config).expect("the configuration can be read");
-    fs::write(&config, format!("{good}version = 2\nrootsf = \"flat\"\n")).expect("the configuration can be written");
-    assert_finds(&stage, "config.in-use", "warning", "restart");
-    assert_finds(&stage, "config.file", "warning", "version|/etc/containerd/config.toml");
-    assert_finds(&stage, "config.file", "warning", "rootsf|spelling");
-    fs::write(&config, format!("{good}rootfs = 3\n")).expect("the configuration can be written");
-    assert_finds(&stage, "config.file", "problem", "rootfs = 3 is not possible");
-    fs::write(&config, &good).expect("the configuration can be written");
-
-    stage.repository.with_client(Mount::kill);
-    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
-    assert_finds(&stage, "daemon.running", "good", "runs as process");
-    show(&stage, "doctor");
-    // Nobody asks a daemon that is not there.
-    stage.snapshotter.end(Signal::SIGTERM);
-    assert_finds(&stage, "daemon.running", "problem", "systemctl enable --now cvmfs-snapshotter");
-    show(&stage, "doctor");
-    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
-    for command in ["status", "gc"] {
-        let output = stage.snapshotter.admin(&[command]);
-        assert_eq!(output.status.code(), Some(1));
-        assert!(
-            output.stderr.contains("no daemon serves") && output.stderr.contains("systemctl start"),
-            "{}",
-            output.stderr
-        );
-    }
-}
-
-#[test]
-fn root_a_doctor_is_not_kept_by_a_repository_that_hangs() {
-    let stage = Stage::set("hangs", "repository-timeout = 2");
-    stage.repository.command("hang all");
-    assert_finds(&stage, "repository.answers", "problem", "did not answer within 2 s");
-    // As if there were no daemon to ask.
-    let config = stage.sandbox.path("s/config.toml").display().to_string();
-    let alone = run(binary(), ["doctor", "--json", "--address", "/nobody/there.sock", "--config", &config]);
-    stage.repository.command("normal");
-    assert_eq!(alone.status.code(), Some(2));
-    let report = json(alone);
-    let all = report["findings"].as_array().expect("findings are a list");
-    let found = all.iter().find(|one| one["check"] == "repository.answers").expect("it is looked at");
-    assert!(found["what"].as_str().is_some_and(|what| what.contains("did not answer within")), "{found}");
 }
 
 #[test]

@@ -541,6 +541,14 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     let (said, code) = diagnosis(&machine, "daemon.running");
     assert!(said.contains("Its last words: ") && said.contains("rootfs = 3 is not possible"), "{said}");
     assert_eq!(code, Some(2));
+    assert!(diagnosis(&machine, "config.file").0.contains("rootfs = 3 is not possible"));
+
+    // The file that the unit names counts, although nobody can be asked.
+    machine.write("/etc/other.toml", "workers = 0\n");
+    let start = "[Service]\nExecStart=\nExecStart=/usr/bin/cvmfs-snapshotter --config /etc/other.toml\n";
+    machine.drop_in(SERVICE, "other", start);
+    let (said, _) = diagnosis(&machine, "config.file");
+    assert!(said.contains("/etc/other.toml, line 1: workers = 0 is not possible"), "{said}");
 }
 
 #[test]

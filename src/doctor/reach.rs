@@ -1,0 +1,125 @@
+//! Paths that may lead into a file system that hangs, or to what never ends: a process of our own goes
+//! there first, because one that hangs may not even be killed.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::statvfs::statvfs;
+
+use super::child;
+
+/// More than a disk that answers ever takes.
+const LIMIT: Duration = Duration::from_secs(10);
+/// No configuration is larger.
+const MOST_BYTES: u64 = 1 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Directory,
+    File,
+    /// A pipe, a device, a socket: not opened.
+    Special,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Directory, Self::File, Self::Special];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Directory => "directory",
+            Self::File => "file",
+            Self::Special => "special",
+        }
+    }
+}
+
+/// What is at `path`; fails after a while if nobody says it.
+pub fn touch(path: &Path) -> io::Result<Kind> {
+    let silent = || io::Error::new(io::ErrorKind::TimedOut, format!("it did not answer within {} s", LIMIT.as_secs()));
+    // The program of the tests has no such task.
+    let said =
+        if cfg!(test) { probe(path) } else { child::ourselves("probe-path", path, LIMIT)?.ok_or_else(silent)?.stdout };
+    if let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == said.trim_end()) {
+        return Ok(kind);
+    }
+    let number = said.trim_end().strip_prefix("error ").and_then(|number| number.parse().ok());
+    Err(number.map_or_else(|| io::Error::other("the process that looked at it failed"), io::Error::from_raw_os_error))
+}
+
+/// What the other process says.
+pub fn probe(path: &Path) -> String {
+    match look(path) {
+        Ok(kind) => format!("{}\n", kind.as_str()),
+        Err(e) => format!("error {}\n", e.raw_os_error().unwrap_or(Errno::EIO as i32)),
+    }
+}
+
+/// Whatever is done to it afterwards has been done here once.
+fn look(path: &Path) -> io::Result<Kind> {
+    let status = fs::metadata(path)?;
+    if status.is_dir() {
+        fs::read_dir(path)?.next().transpose()?;
+        statvfs(path)?;
+        return Ok(Kind::Directory);
+    }
+    if !status.is_file() {
+        return Ok(Kind::Special);
+    }
+    read(path)?;
+    Ok(Kind::File)
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(MOST_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MOST_BYTES {
+        return Err(Errno::EFBIG.into());
+    }
+    Ok(text)
+}
+
+/// A configuration file.
+pub fn read_to_string(path: &Path) -> io::Result<String> {
+    match touch(path)? {
+        Kind::File => read(path),
+        Kind::Directory => Err(Errno::EISDIR.into()),
+        // It is what some write for: no file.
+        Kind::Special if path == Path::new("/dev/null") => Ok(String::new()),
+        Kind::Special => {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a pipe, a device or a socket, not a file"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    #[test]
+    fn each_kind_is_told_and_none_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "a = 1").unwrap();
+        fs::write(at("binary"), [0xff]).unwrap();
+        File::create(at("huge")).unwrap().set_len(MOST_BYTES + 1).unwrap();
+        mkfifo(&at("pipe"), Mode::S_IRWXU).unwrap();
+        for (name, expected) in [
+            ("", "directory\n".to_owned()),
+            ("file", "file\n".to_owned()),
+            ("pipe", "special\n".to_owned()),
+            ("none", format!("error {}\n", Errno::ENOENT as i32)),
+            ("huge", format!("error {}\n", Errno::EFBIG as i32)),
+            ("binary", format!("error {}\n", Errno::EIO as i32)),
+        ] {
+            assert_eq!(probe(&at(name)), expected, "{name}");
+        }
+        assert_eq!(probe(Path::new("/dev/zero")), "special\n");
+    }
+}

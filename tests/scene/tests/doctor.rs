@@ -1,0 +1,414 @@
+//! What `cvmfs-snapshotter doctor` says of good nodes and of broken ones, with the real containerd,
+//! registry and FUSE mounts. What it says about containerd's configuration is done, in remedies.rs.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use cvmfs_testbed::client::Mount;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use scene::containerd::OURS;
+use scene::process::{Output, eventually, run};
+use scene::publisher::Repository;
+use scene::sandbox::mount_tmpfs;
+use scene::snapshotter::binary;
+use scene::stage::{PAUSE, Stage};
+use serde_json::Value;
+
+/// What names the containerd of the stage.
+fn containerd(stage: &Stage) -> [String; 4] {
+    let (socket, file) = (stage.ours.socket().display().to_string(), stage.ours.configuration().display().to_string());
+    ["--containerd".to_owned(), socket, "--containerd-config".to_owned(), file]
+}
+
+fn doctor(stage: &Stage, more: &[&str]) -> Output {
+    let containerd = containerd(stage);
+    let words = containerd.iter().map(String::as_str);
+    stage.snapshotter.admin(&["doctor"].into_iter().chain(words).chain(more.iter().copied()).collect::<Vec<_>>())
+}
+
+fn all_findings(output: &Output) -> Vec<Value> {
+    let report: Value =
+        serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}{}", output.stdout, output.stderr));
+    report["findings"].as_array().expect("findings are a list").clone()
+}
+
+/// With `SCENE_SHOW`, what a person sees of it.
+fn show(stage: &Stage) {
+    if std::env::var_os("SCENE_SHOW").is_some() {
+        let output = doctor(stage, &[]);
+        let code = output.status.code().unwrap_or(-1);
+        scene::tell::tell(format_args!(
+            "# cvmfs-snapshotter doctor\n{}{}exit code {code}\n",
+            output.stdout, output.stderr
+        ));
+    }
+}
+
+/// The doctor's findings of this check, and the exit code.
+fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
+    let output = doctor(stage, &["--json"]);
+    let code = output.status.code().expect("the doctor ends by itself");
+    let all = all_findings(&output);
+    let found: Vec<Value> = all.iter().filter(|one| one["check"] == check).cloned().collect();
+    assert!(!found.is_empty() || check.is_empty(), "no {check} in {all:#?}");
+    // What is wrong comes with what to do.
+    for one in &all {
+        let is_fault = ["warning", "problem"].contains(&one["state"].as_str().expect("a state is a text"));
+        assert_eq!(is_fault, one["remedy"].is_string(), "{one}");
+    }
+    (if check.is_empty() { all } else { found }, code)
+}
+
+#[track_caller]
+fn assert_says_nothing_of(stage: &Stage, check: &str) {
+    let all = all_findings(&doctor(stage, &["--json"]));
+    assert!(all.iter().all(|one| one["check"] != check), "{all:#?}");
+}
+
+#[track_caller]
+fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
+    let (found, code) = findings(stage, check);
+    let is_it = |one: &Value| {
+        let text = format!("{} {}", one["what"], one["remedy"]);
+        one["state"] == state && words.split('|').all(|word| text.contains(word))
+    };
+    assert!(found.iter().any(is_it), "no {state} with {words:?} in {found:#?}");
+    let expected = match state {
+        "problem" => 2,
+        "warning" => 1,
+        _ => 0,
+    };
+    assert!(code >= expected, "{code} for a {state}");
+}
+
+#[test]
+fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
+    let stage = Stage::set("good", "");
+    let image = stage.shell_image("good:1", "a");
+    let reference = stage.publish_and_push(&image);
+    stage.ours.pull(&reference);
+    let (all, code) = findings(&stage, "");
+    let faults: Vec<&Value> =
+        all.iter().filter(|one| ["warning", "problem"].contains(&one["state"].as_str().unwrap_or(""))).collect();
+    assert!(faults.is_empty() && code == 0, "{code}: {faults:#?}");
+    show(&stage);
+    let checks: Vec<&str> = all.iter().filter_map(|one| one["check"].as_str()).collect();
+    for check in [
+        "node.overlayfs",
+        "node.disk",
+        "config.file",
+        "daemon.running",
+        "repository.answers",
+        "state.images",
+        "containerd.running",
+        "containerd.plugin",
+        "containerd.snapshotter",
+        "containerd.annotations",
+        "images.other-snapshotter",
+    ] {
+        assert!(checks.contains(&check), "{check} is missing in {checks:?}");
+    }
+}
+
+#[test]
+fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() {
+    let stage = Stage::with("sick", "", Repository::plain);
+    let file = stage.ours.configuration();
+    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
+    let with = |from: &str, to: &str| {
+        assert!(good.contains(from), "{from} is not in {good}");
+        fs::write(&file, good.replace(from, to)).expect("containerd's configuration can be written");
+    };
+    with("disable_snapshot_annotations = false", "");
+    assert_finds(
+        &stage,
+        "containerd.annotations",
+        "problem",
+        "every layer is downloaded|disable_snapshot_annotations = false",
+    );
+    show(&stage);
+    with("[proxy_plugins.cvmfs-snapshotter]", "[proxy_plugins.cvmfs]");
+    assert_finds(
+        &stage,
+        "containerd.plugin",
+        "problem",
+        "[proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs]",
+    );
+    with("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.stargz");
+    assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
+    show(&stage);
+    with("/run/s.sock", "/run/other.sock");
+    assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
+    with("version = 2", "version = = 2");
+    assert_finds(&stage, "containerd.config", "problem", "not TOML");
+    with("snapshotter = \"cvmfs-snapshotter\"", "snapshotter = \"overlayfs\"");
+    assert_finds(&stage, "containerd.snapshotter", "note", "use overlayfs");
+    fs::write(&file, &good).expect("containerd's configuration can be written");
+
+    // The pull that went wrong because of it.
+    let refused = stage.snapshotter.client().prepare("extract-1 x", "", &[("containerd.io/snapshot.ref", "sha256:1")]);
+    refused.expect("it is an ordinary snapshot");
+    assert_finds(&stage, "pulls.annotations", "problem", "1 layers were downloaded|ctr images pull");
+}
+
+#[test]
+fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
+    let stage = Stage::with("before", "", Repository::plain);
+    let (image, pause) = (stage.shell_image("before:1", "a"), stage.shell_image(PAUSE, "p"));
+    let (reference, pause) = (stage.publish_and_push(&image), stage.publish_and_push(&pause));
+    for one in [&reference, &pause] {
+        stage.ours.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", one]).ok();
+    }
+    assert_finds(
+        &stage,
+        "images.other-snapshotter",
+        "warning",
+        &format!("{reference} was pulled with overlayfs|crictl pull"),
+    );
+    assert_finds(&stage, "images.pause", "warning", &format!("{pause} is there for overlayfs only"));
+    show(&stage);
+    stage.ours.remove(&reference);
+    stage.ours.remove(&pause);
+    stage.ours.pull(&reference);
+    stage.ours.pull(&pause);
+    assert_finds(&stage, "images.other-snapshotter", "good", "all");
+}
+
+#[test]
+fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configuration_apart() {
+    let mut stage = Stage::set("apart", "");
+    let image = stage.shell_image("apart:1", "a");
+    let reference = stage.publish_and_push(&image);
+    stage.ours.pull(&reference);
+    stage.repository.withdraw(&image.layers[1].digest);
+    assert_finds(
+        &stage,
+        "state.images",
+        "problem",
+        &format!("no container can start on {reference}|does not have it|crictl pull"),
+    );
+
+    let config = stage.sandbox.path("s/config.toml");
+    let good = fs::read_to_string(&config).expect("the configuration can be read");
+    fs::write(&config, format!("{good}version = 2\nrootsf = \"flat\"\n")).expect("the configuration can be written");
+    assert_finds(&stage, "config.in-use", "warning", "restart");
+    assert_finds(&stage, "config.file", "warning", "version|/etc/containerd/config.toml");
+    assert_finds(&stage, "config.file", "warning", "rootsf|spelling");
+    fs::write(&config, format!("{good}rootfs = 3\n")).expect("the configuration can be written");
+    assert_finds(&stage, "config.file", "problem", "rootfs = 3 is not possible");
+    fs::write(&config, &good).expect("the configuration can be written");
+
+    stage.repository.with_client(Mount::kill);
+    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
+    assert_finds(&stage, "daemon.running", "good", "runs as process");
+    show(&stage);
+    // Nobody asks a daemon that is not there.
+    stage.snapshotter.end(Signal::SIGTERM);
+    assert_finds(&stage, "daemon.running", "problem", "systemctl enable --now cvmfs-snapshotter");
+    show(&stage);
+    assert_finds(&stage, "repository.answers", "problem", "cvmfs_config probe");
+    for command in ["status", "gc"] {
+        let output = stage.snapshotter.admin(&[command]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            output.stderr.contains("no daemon serves") && output.stderr.contains("systemctl start"),
+            "{}",
+            output.stderr
+        );
+    }
+}
+
+/// Nobody knows when, and if, what hangs goes on.
+#[test]
+fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
+    let stage = Stage::set("hangs", "repository-timeout = 2");
+    stage.repository.command("hang all");
+    assert_finds(&stage, "repository.answers", "problem", "did not answer within 2 s");
+    // As if there were no daemon to ask, and everything were on the mount that hangs.
+    let path = |name: &str| stage.repository.dir().join(name).display().to_string();
+    let config = stage.sandbox.path("s/config.toml").display().to_string();
+    let socket = stage.ours.socket().display().to_string();
+    let begun = Instant::now();
+    let words = ["doctor", "--json", "--address", "/nobody/there.sock", "--config", &config, "--root", &path("root")];
+    let more = ["--containerd", &socket, "--containerd-config", &path("config.toml")];
+    let alone = run(binary(), words.iter().chain(&more));
+    let took = begun.elapsed();
+    stage.repository.command("normal");
+    assert_eq!(alone.status.code(), Some(2), "{}{}", alone.stdout, alone.stderr);
+    let all = all_findings(&alone);
+    for (check, words) in [
+        ("repository.answers", "did not answer within"),
+        ("node.state-root", "cannot be looked at: it did not answer within"),
+        ("containerd.config", "did not answer within"),
+    ] {
+        let is_it =
+            |one: &Value| one["check"] == check && one["what"].as_str().is_some_and(|what| what.contains(words));
+        assert!(all.iter().any(is_it), "no {check} with {words:?} in {all:#?}");
+    }
+    assert!(took < Duration::from_mins(2), "{took:?}");
+
+    // What nobody writes into, and what has no end.
+    let pipe = stage.sandbox.path("pipe");
+    mkfifo(&pipe, Mode::S_IRWXU).expect("a pipe can be made");
+    for path in [pipe.as_path(), Path::new("/dev/zero"), stage.sandbox.dir()] {
+        let path = path.display().to_string();
+        let output = run(binary(), ["doctor", "--json", "--containerd", &socket, "--containerd-config", &path]);
+        let all = all_findings(&output);
+        let is_it = |one: &Value| one["check"] == "containerd.config" && one["state"] == "problem";
+        assert!(all.iter().any(is_it), "{path}: {all:#?}");
+    }
+}
+
+/// The state root was emptied under containerd, which still believes in what was there.
+#[test]
+fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
+    let mut stage = Stage::with("emptied", "", Repository::plain);
+    let image = stage.shell_image("emptied:1", "a");
+    let reference = stage.publish_and_push(&image);
+    let other = stage.publish_and_push(&stage.shell_image("other:1", "b"));
+    stage.ours.pull(&reference);
+    stage.ours.ctr(&["--namespace", "default", "images", "pull", "--plain-http", "--snapshotter", OURS, &other]).ok();
+    assert_finds(&stage, "images.other-snapshotter", "good", "all 1 images");
+    assert_says_nothing_of(&stage, "images.gone");
+    stage.snapshotter.end(Signal::SIGTERM);
+    fs::remove_dir_all(stage.snapshotter.root()).expect("the state root can be removed");
+    stage.snapshotter.start_again();
+    for (reference, namespace, pull) in
+        [(&reference, "k8s.io", "crictl pull"), (&other, "default", "nerdctl --namespace default")]
+    {
+        assert_finds(&stage, "images.gone", "problem", &format!("{reference} (namespace {namespace})|{pull}"));
+    }
+    assert_says_nothing_of(&stage, "images.other-snapshotter");
+    show(&stage);
+    // It says what helps, and what does not.
+    let runs = |stage: &Stage, name: &str| stage.ours.run(&reference, name, &["/bin/true"]).status.success();
+    let _ = stage.ours.cri().try_pull(&reference);
+    assert!(!runs(&stage, "a"), "a new pull alone mends nothing");
+    stage.ours.remove(&reference);
+    stage.ours.pull(&reference);
+    assert!(runs(&stage, "b"), "removed and pulled again it is there");
+    stage.ours.ctr(&["--namespace", "default", "images", "rm", "--sync", &other]).ok();
+    assert_says_nothing_of(&stage, "images.gone");
+}
+
+#[test]
+fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_whether_they_are_there_still() {
+    let stage = Stage::with("moved", "", Repository::plain);
+    let (root, config) = (stage.snapshotter.root(), stage.sandbox.path("s/config.toml"));
+    // Nobody says them, as on a node whose unit has a drop-in.
+    let socket = stage.snapshotter.socket().display().to_string();
+    let words = ["doctor", "--json", "--address", &socket].map(str::to_owned);
+    let all = all_findings(&run(binary(), words.iter().chain(&containerd(&stage))));
+    for (check, words) in
+        [("daemon.running", root.display()), ("node.disk", root.display()), ("config.file", config.display())]
+    {
+        let is_it = |one: &Value| {
+            one["check"] == check && one["what"].as_str().is_some_and(|what| what.contains(&words.to_string()))
+        };
+        assert!(all.iter().any(is_it), "no {check} with {words} in {all:#?}");
+    }
+
+    assert_says_nothing_of(&stage, "state.root");
+    let away = stage.sandbox.path("away");
+    fs::rename(&root, &away).expect("a directory can be moved");
+    assert_finds(
+        &stage,
+        "state.root",
+        "problem",
+        &format!("works in {}|bring it back to {}", away.display(), root.display()),
+    );
+    fs::create_dir(&root).expect("a directory can be made");
+    assert_finds(&stage, "state.root", "problem", "another directory");
+    fs::remove_dir(&root).expect("a directory can be removed");
+    fs::rename(&away, &root).expect("a directory can be moved");
+    assert_says_nothing_of(&stage, "state.root");
+    mount_tmpfs(&root, "size=1m");
+    assert_finds(&stage, "state.root", "problem", "mounted over");
+    umount2(&root, MntFlags::empty()).expect("it can be unmounted");
+    assert_says_nothing_of(&stage, "state.root");
+}
+
+#[test]
+fn root_the_doctor_finds_containers_whose_files_are_gone() {
+    let stage = Stage::with("lost", "", Repository::plain);
+    let client = stage.snapshotter.client();
+    client.prepare("container", "", &[]).expect("a snapshot can be made");
+    assert_says_nothing_of(&stage, "state.containers");
+    let directory = stage.snapshotter.snapshots().join(&stage.snapshot_dirs()[0]);
+    fs::remove_dir_all(directory).expect("a directory can be removed");
+    assert_finds(&stage, "state.containers", "problem", "snapshot container|remove that container");
+}
+
+#[test]
+fn root_the_doctor_is_not_content_with_metrics_of_somebody_else() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("it has an address");
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let _ = client.read(&mut [0; 1000]).and_then(|_| client.write_all(b"HTTP/1.1 200 OK\r\n\r\nup 1\n"));
+        }
+    });
+    let stage = Stage::with("others", &format!("metrics-address = \"{address}\""), Repository::plain);
+    assert_finds(&stage, "config.metrics", "warning", &format!("at {address}|something else"));
+}
+
+/// Whatever reads the exit code must not take silence for a good report.
+#[test]
+fn root_a_report_that_cannot_be_written_is_told_by_the_exit_code() {
+    let stage = Stage::with("full", "", Repository::plain);
+    let [flag, socket, other_flag, file] = containerd(&stage);
+    for json in [&[][..], &["--json"]] {
+        let full = fs::File::options().write(true).open("/dev/full").expect("a full disk is there");
+        let address = stage.snapshotter.socket();
+        let output = Command::new(binary())
+            .args(["doctor", "--address", &address.display().to_string(), &flag, &socket, &other_flag, &file])
+            .args(json)
+            .stdout(full)
+            .output()
+            .expect("the doctor can be started");
+        assert_eq!(output.status.code(), Some(3), "{json:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write the report"), "{output:?}");
+    }
+}
+
+#[test]
+fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_program() {
+    let mut stage = Stage::with("silent", "", Repository::plain);
+    let file = stage.ours.configuration();
+    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
+    fs::write(&file, good.replace("disable_snapshot_annotations = false", "")).expect("it can be written");
+    let lacks =
+        "every layer is downloaded|\"io.containerd.grpc.v1.cri\\\".containerd]: disable_snapshot_annotations = false";
+    let lacks = lacks.replace("\"io", "\\\"io");
+    stage.ours.signal(Signal::SIGSTOP);
+    let (found, _) = findings(&stage, "containerd.running");
+    stage.ours.signal(Signal::SIGCONT);
+    assert_eq!(found[0]["state"], "problem", "{found:#?}");
+    stage.ours.end();
+    assert_finds(&stage, "containerd.running", "problem", "does not answer");
+    assert_finds(&stage, "containerd.annotations", "problem", &lacks);
+    assert_says_nothing_of(&stage, "containerd.exports");
+}
+
+/// It would not come back.
+#[test]
+fn root_no_restart_is_advised_to_a_containerd_that_refuses_its_file() {
+    let stage = Stage::with("refused", "", Repository::plain);
+    let file = stage.ours.configuration();
+    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
+    // A process counts as begun a little later than it did.
+    eventually("a change is later than the start", || {
+        fs::write(&file, &good).expect("it can be written");
+        all_findings(&doctor(&stage, &["--json"])).iter().any(|one| one["check"] == "containerd.restarted")
+    });
+    fs::write(&file, good.replace("oom_score = 0", "oom_score = \"x\"")).expect("it can be written");
+    assert_finds(&stage, "containerd.config", "problem", "refuses its configuration|config dump");
+    assert_says_nothing_of(&stage, "containerd.restarted");
+}
