@@ -4,7 +4,8 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Finding, child};
 
@@ -15,6 +16,8 @@ const BY_HAND: [&str; 2] = ["/etc/systemd/system", "/usr/local/lib/systemd/syste
 /// How a program that cannot go on begins its last line.
 const LAST_WORDS: &str = "cvmfs-snapshotter: ";
 const LIMIT: Duration = Duration::from_secs(10);
+/// So long a start that fails may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
 
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
     child::ask(program.as_ref(), arguments, LIMIT).map(|said| said.stdout.trim().to_owned())
@@ -75,13 +78,25 @@ pub fn command_line() -> Option<Vec<OsString>> {
     Some(words.split(' ').map(OsString::from).collect())
 }
 
-/// Why the daemon ended the last time, as it said itself.
+/// Why the daemon ended the last time, as it said itself. Whoever asked at its socket may have had it
+/// started once more just now: that attempt has to end first, and the journal to know of it.
 pub fn last_words() -> Option<String> {
     if !is_in_charge() {
         return None;
     }
-    let id = output("systemctl", &["show", "--value", "--property", "InvocationID", SERVICE])?;
-    let of_it = format!("_SYSTEMD_INVOCATION_ID={id}");
-    let lines = output("journalctl", &[&of_it, "--output", "cat", "--no-pager", "--lines", "200"])?;
+    let until = Instant::now() + ATTEMPT;
+    while Instant::now() < until {
+        let state = output("systemctl", &["show", "--property", "ActiveState", SERVICE])?;
+        match state.rsplit('=').next() {
+            Some("failed") => break,
+            // It was told to stop.
+            Some("inactive") => return None,
+            Some(_) | None => {}
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    // Older ones do not know it, and write soon enough.
+    let _ = output("journalctl", &["--sync"]);
+    let lines = output("journalctl", &["--unit", SERVICE, "--output", "cat", "--no-pager", "--lines", "200"])?;
     lines.lines().rev().find_map(|line| line.strip_prefix(LAST_WORDS)).map(str::to_owned)
 }
