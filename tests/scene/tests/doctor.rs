@@ -259,10 +259,12 @@ fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
     mkfifo(&pipe, Mode::S_IRWXU).expect("a pipe can be made");
     for path in [pipe.as_path(), Path::new("/dev/zero"), stage.sandbox.dir()] {
         let path = path.display().to_string();
-        let output = run(binary(), ["doctor", "--json", "--containerd", &socket, "--containerd-config", &path]);
-        let all = all_findings(&output);
-        let is_it = |one: &Value| one["check"] == "containerd.config" && one["state"] == "problem";
-        assert!(all.iter().any(is_it), "{path}: {all:#?}");
+        let both = ["--config", &path, "--containerd", &socket, "--containerd-config", &path];
+        let all = all_findings(&run(binary(), ["doctor", "--json"].iter().chain(&both)));
+        for check in ["config.file", "containerd.config"] {
+            let is_it = |one: &Value| one["check"] == check && one["state"] == "problem";
+            assert!(all.iter().any(is_it), "{path}: no {check} in {all:#?}");
+        }
     }
 }
 
