@@ -49,6 +49,7 @@ fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_lo
     let serving = node.since(SERVICE);
     let said = node.dpkg(&upgrade);
     assert!(said.contains(CONFIG) && said.contains("nothing was started or stopped"), "{said}");
+    assert!(said.contains(&format!("then: systemctl restart {SERVICE}\n")), "ours serves: {said}");
     assert_eq!(node.since(SERVICE), serving, "the old daemon was ended for one that cannot start");
     assert!(node.dpkg("--status cvmfs-snapshotter").contains("install ok installed"));
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");

@@ -15,14 +15,17 @@ use scene::sandbox::Sandbox;
 use scene::stage::names;
 
 use crate::node::{CONFIG, Node};
-use crate::{DEB, RPM, folder, one};
+use crate::{DEB, RPM, folder, next, one};
 
 /// As it is on such a node.
-const CONFIGURATION: &str = "repository = \"scene.test\"\n";
+pub const CONFIGURATION: &str = "repository = \"scene.test\"\n";
+/// What replaces it once the configuration is right, as docs/install.md has it.
+pub const BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && \
+                           systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
 const PROGRAM: &str = "/usr/bin/cvmfs_snapshotter";
 
 /// A node that runs the Go snapshotter, whose unit lies in `folder`.
-fn node(name: &str, folder: &str) -> Option<Node> {
+pub fn node(name: &str, folder: &str) -> Option<Node> {
     let node = Node::start(name)?;
     let machine = &node.machine;
     let program = machine.path(PROGRAM);
@@ -54,7 +57,45 @@ WantedBy=multi-user.target
     Some(node)
 }
 
-/// What is true after the package was installed, which said `said`.
+/// With a wrong configuration the Go snapshotter serves on, whatever is done with the package; corrected, the
+/// very command that was said replaces it. A restart, which was said once, would have emptied its snapshots.
+#[track_caller]
+fn assert_replaced_by_what_is_said(
+    node: &Node,
+    install: impl Fn() -> String,
+    upgrade: impl FnOnce() -> String,
+    remove: impl FnOnce() -> String,
+) {
+    let machine = &node.machine;
+    let running = node.run_container();
+    let pid = machine.property(SERVICE, "MainPID");
+    let serves_on = |said: &str, lost: &str| {
+        assert!(said.contains(&format!("process {pid}, which is not ours, serves on")), "{said}");
+        assert!(!said.contains("systemctl restart"), "{said}");
+        assert_eq!(machine.property(SERVICE, "MainPID"), pid, "{lost}: {said}");
+        node.assert_nothing_is_lost(&running);
+    };
+    let wrong = format!("{CONFIGURATION}workers = 0\n");
+    machine.write(CONFIG, &wrong);
+    serves_on(&install(), "it ended at the installation");
+    serves_on(&remove(), "it ended at the removal");
+    // rpm puts it aside.
+    machine.write(CONFIG, &wrong);
+    let said = install();
+    serves_on(&said, "it ended at the second installation");
+    // Nobody asked an upgrade to replace it.
+    machine.write(CONFIG, CONFIGURATION);
+    let upgraded = upgrade();
+    serves_on(&upgraded, "it ended at an upgrade");
+    for said in [said, upgraded] {
+        assert!(said.lines().any(|line| line.ends_with(&format!(": {BY_HAND}"))), "{said}");
+    }
+    let output = node.shell(&format!("( {BY_HAND} )")).ok();
+    assert_replaced(node, &pid, &output);
+    node.assert_nothing_is_lost(&running);
+}
+
+/// What is true after the package took its place, and said `said`.
 #[track_caller]
 fn assert_replaced(node: &Node, pid: &str, said: &str) {
     let machine = &node.machine;
@@ -106,4 +147,25 @@ fn root_an_rpm_takes_the_place_of_a_go_snapshotter_whose_unit_it_overwrites() {
     let said = node.rpm(&format!("--install --nodeps {}", node.give(&one(&folder(), RPM))));
     assert_replaced(&node, &pid, &said);
     node.assert_nothing_is_lost(&running);
+}
+
+#[test]
+fn root_a_deb_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter() {
+    let Some(node) = node("go-deb-wrong", "/etc/systemd/system") else { return };
+    let install = format!("--force-confold --install {}", node.give(&one(&folder(), DEB)));
+    let again = || node.dpkg(&install);
+    assert_replaced_by_what_is_said(&node, again, again, || node.dpkg("--remove cvmfs-snapshotter"));
+}
+
+#[test]
+fn root_an_rpm_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter() {
+    let Some(node) = node("go-rpm-wrong", "/usr/lib/systemd/system") else { return };
+    let rpm = node.give(&one(&folder(), RPM));
+    let next = node.give(&one(&next(&node.sandbox), RPM));
+    assert_replaced_by_what_is_said(
+        &node,
+        || node.rpm(&format!("--install --nodeps {rpm}")),
+        || node.rpm(&format!("--upgrade --nodeps {next}")),
+        || node.rpm("--erase cvmfs-snapshotter"),
+    );
 }

@@ -38,6 +38,13 @@ pub struct Running {
     snapshots: String,
 }
 
+impl Running {
+    /// What the container runs.
+    pub fn image(&self) -> &str {
+        &self.references[0]
+    }
+}
+
 impl Node {
     pub fn start(name: &str) -> Option<Self> {
         let sandbox = Sandbox::enter(name);
@@ -139,19 +146,23 @@ impl Node {
             assert_eq!(fetched, 2 - published, "layers of {name} that were downloaded");
             reference
         });
-        let program = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; sleep 0.05; done";
+        let program = "i=0; while true; do i=$((i+1)); echo $i >>/tmp/count; sleep 0.05; done";
         self.ctr(&["run", "--detach", SNAPSHOTTER, &references[0], "counter", "/bin/sh", "-c", program]).ok();
         eventually("the container counts", || self.count() > 0);
         Running { references, snapshots: self.snapshots() }
     }
 
-    /// How far the container has counted.
-    fn count(&self) -> u64 {
+    /// How far the container has counted, in a file that has each of its lines.
+    #[track_caller]
+    fn count(&self) -> usize {
         let tasks = self.ctr(&["tasks", "ls"]).ok();
         let words = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let task = words.into_iter().find(|words| words[0] == "counter").expect("the container runs");
         let file = self.machine.path(&format!("/proc/{}/root/tmp/count", task[1]));
-        fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        let counted = fs::read_to_string(file).unwrap_or_default();
+        let lost = counted.lines().zip(1..).find(|(line, number)| line.parse() != Ok(*number));
+        assert_eq!(lost, None::<(&str, usize)>, "the container lost lines");
+        counted.lines().count()
     }
 
     #[track_caller]

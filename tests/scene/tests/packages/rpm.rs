@@ -42,6 +42,7 @@ fn root_an_rpm_is_installed_upgraded_and_erased_under_a_container_that_loses_not
     let serving = node.since(SERVICE);
     let said = node.rpm(&format!("--upgrade --nodeps --oldpackage {rpm}"));
     assert!(said.contains("nothing was started or stopped"), "{said}");
+    assert!(said.contains(&format!("then: systemctl restart {SERVICE}\n")), "ours serves: {said}");
     assert_eq!(node.since(SERVICE), serving, "the old daemon was ended for one that cannot start");
     assert!(node.rpm("--query cvmfs-snapshotter").contains("-1."));
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
