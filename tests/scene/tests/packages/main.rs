@@ -1,6 +1,7 @@
 //! The packages that `packaging/build.sh` made: what is in them, and what their installation does to
 //! a node that works. `CVMFS_SNAPSHOTTER_PACKAGES` is the folder that they are in.
 
+mod commands;
 mod contents;
 mod deb;
 mod go;

@@ -1,0 +1,334 @@
+//! Each command that the documentation shows is run: here, on a node where the Go snapshotter runs at first, or by
+//! whom `ELSEWHERE` names. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of
+//! a block of a shell. What stands in prose is not looked at.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use scene::machine::{HOST, SERVICE, STATE};
+use scene::process::{eventually, tool};
+use scene::release::read;
+use scene::stage::names;
+
+use crate::node::{CONFIG, Node};
+use crate::{DEB, RPM, folder, go, next, one};
+
+/// Who runs a command that is not run here.
+enum By {
+    /// `.ci/run`.
+    Ci,
+    /// A person, who goes by docs/releasing.md.
+    Release,
+    /// A file that has these words.
+    File(&'static str, &'static str),
+}
+
+/// The page, the command, who runs it, and why it is not run here.
+const ELSEWHERE: &[(&str, &str, By, &str)] = &[
+    ("README.md", "make demo", By::Release, "it ends with a table that somebody has to look at"),
+    ("README.md", "make test", By::Ci, "this is a part of it"),
+    (
+        "README.md",
+        "cargo build --release",
+        By::File("Makefile", "\ncargo build --release"),
+        "it compiles the C core of gRPC once more: make bench",
+    ),
+    ("docs/install.md", "make package", By::Release, "it compiles the C core of gRPC twice"),
+    ("docs/install.md", "make test-packages", By::Release, "this is a part of it"),
+];
+
+struct Command {
+    page: String,
+    /// Counted over all pages.
+    block: usize,
+    text: String,
+    done: bool,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The Markdown in a folder, and in those below it if `deep`; as the tests' `read` names it.
+fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
+    for name in names(&root().join(folder)) {
+        let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+        if path.ends_with(".md") {
+            found.push(path);
+        } else if deep && root().join(&path).is_dir() {
+            pages(&path, deep, found);
+        }
+    }
+}
+
+/// Without the comment behind it.
+fn bare(line: &str) -> String {
+    line.split("  #").next().unwrap_or_default().trim().to_owned()
+}
+
+/// What the documentation tells people to type, page by page.
+fn commands() -> Vec<Command> {
+    let mut files = Vec::new();
+    pages("", false, &mut files);
+    ["docs", "packaging"].into_iter().for_each(|folder| pages(folder, true, &mut files));
+    let (mut commands, mut block) = (Vec::new(), 0);
+    for page in files {
+        let mut language: Option<String> = None;
+        for line in read(&page).lines().map(str::trim) {
+            let command = match (&language, line.strip_prefix("```")) {
+                (None, Some(name)) => {
+                    // A block of another name would hide commands.
+                    let known = ["console", "sh", "bash", "ini", "promql", "text", "toml"];
+                    assert!(known.contains(&name), "{page}: a block of {name:?}, which is none of {known:?}");
+                    block += 1;
+                    language = Some(name.to_owned());
+                    None
+                }
+                (Some(_), Some(_)) => {
+                    language = None;
+                    None
+                }
+                (Some(name), None) if name == "console" => line.strip_prefix("# ").or(line.strip_prefix("$ ")),
+                (Some(name), None) if name == "sh" || name == "bash" => Some(line).filter(|l| !l.starts_with('#')),
+                _ => None,
+            };
+            let text = command.map(bare).filter(|text| !text.is_empty());
+            if let Some(text) = text {
+                assert!(!text.ends_with('\\'), "{page}: a command has one line here: {text}");
+                commands.push(Command { page: page.clone(), block, text, done: false });
+            }
+        }
+        assert!(language.is_none(), "{page}: a block does not end");
+    }
+    commands
+}
+
+/// Runs them.
+struct Reader<'a> {
+    node: &'a Node,
+    commands: Vec<Command>,
+    /// What stands for something else on a page, and what is typed for it.
+    substitutions: Vec<(String, String)>,
+    /// What did not do what its page says.
+    wrong: Vec<String>,
+}
+
+impl Reader<'_> {
+    /// Runs a command of a page, in its order there, which must end so. The result is what it said.
+    #[track_caller]
+    fn run(&mut self, page: &str, text: &str, code: i32) -> String {
+        let found = self.commands.iter().position(|c| c.page == page && c.text == text && !c.done);
+        let at = found.unwrap_or_else(|| panic!("{page} does not have this command (any more): {text}"));
+        let block = self.commands[at].block;
+        let later = self.commands[at + 1..].iter().find(|c| c.block == block && c.done);
+        assert!(later.is_none(), "{page}: {text} stands before {:?}", later.map(|c| &c.text));
+        self.commands[at].done = true;
+        let typed = self.substitutions.iter().fold(text.to_owned(), |line, (from, to)| line.replace(from, to));
+        let output = self.node.shell(&format!("cd /root && ( {typed} ) </dev/null"));
+        if output.status.code() != Some(code) {
+            self.is_wrong(format!("{page}: {typed}: {}\n{}", output.status, output.stdout));
+        }
+        output.stdout
+    }
+
+    /// As `run`, to a good end, and it must say these words.
+    #[track_caller]
+    fn run_and_see(&mut self, page: &str, text: &str, words: &[&str]) {
+        let said = self.run(page, text, 0);
+        for word in words.iter().filter(|word| !said.contains(**word)) {
+            self.is_wrong(format!("{page}: {text}: no {word:?} in\n{said}"));
+        }
+    }
+
+    /// The others are still run, and all that is wrong is said at once.
+    fn is_wrong(&mut self, what: String) {
+        println!("{what}");
+        self.wrong.push(what);
+    }
+
+    /// Other packages than before stand for those of the pages.
+    fn take_packages(&mut self, folder: &Path) {
+        let packages = [("_0.1.0-1", DEB), ("-0.1.0-1", RPM)].map(|(version, end)| {
+            let given = self.node.give(&one(folder, end));
+            (format!("cvmfs-snapshotter{version}{end}"), given.trim_start_matches("/root/").to_owned())
+        });
+        self.substitutions.retain(|(from, _)| packages.iter().all(|(shown, _)| shown != from));
+        self.substitutions.extend(packages);
+    }
+}
+
+/// No command is forgotten, and the table has none that is gone.
+fn missing(commands: &[Command]) -> Vec<String> {
+    let elsewhere = |c: &Command| ELSEWHERE.iter().any(|(page, text, ..)| c.page == *page && c.text == *text);
+    let missing = commands.iter().filter(|c| !c.done && !elsewhere(c));
+    missing.map(|c| format!("{}: {}", c.page, c.text)).collect()
+}
+
+#[test]
+fn whoever_is_said_to_run_a_command_elsewhere_does() {
+    let commands = commands();
+    for (page, text, by, why) in ELSEWHERE {
+        assert!(commands.iter().any(|c| c.page == *page && c.text == *text), "{page} has no command {text} any more");
+        assert!(!why.is_empty(), "{text}: no reason");
+        let (file, words) = match by {
+            By::Ci => (".ci/run", format!("\n{text}\n")),
+            By::Release => ("docs/releasing.md", format!("{text}`")),
+            By::File(file, words) => (*file, (*words).to_owned()),
+        };
+        // However it is indented there.
+        let content: String = read(file).lines().map(|line| format!("\n{}", line.trim())).collect::<String>() + "\n";
+        assert!(content.contains(&words), "{file} has no {words:?}");
+        if let Some(target) = text.strip_prefix("make ") {
+            assert!(read("Makefile").contains(&format!("\n{target}:")), "make {target}");
+        }
+    }
+}
+
+/// Debian's rpm knows nothing of Debian's packages, which have what ours needs.
+fn provide_rpm(node: &Node) {
+    let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
+    let script = format!(
+        "#!/bin/sh
+case $1 in --upgrade | --erase | --verify) set -- \"$@\" --nodeps ;; esac
+export RPM_CONFIGDIR={HOST}/lib/rpm
+exec {libraries}/ld-linux-x86-64.so.2 --library-path {libraries} {HOST}/bin/rpm --dbpath=/var/lib/rpm \"$@\"
+"
+    );
+    node.machine.write("/usr/bin/rpm", &script);
+    node.shell("chmod 755 /usr/bin/rpm").ok();
+}
+
+const README: &str = "README.md";
+const ADMIN: &str = "docs/admin.md";
+const INSTALL: &str = "docs/install.md";
+const PRIVILEGES: &str = "docs/privileges.md";
+const TAKEOVER: &str = "docs/takeover.md";
+
+/// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
+/// that loses nothing.
+#[test]
+fn root_every_command_of_the_documentation_does_what_its_page_says() {
+    let Some(node) = go::node("commands", "/etc/systemd/system") else { return };
+    let machine = &node.machine;
+    let running = node.run_container();
+    let mut docs = Reader { node: &node, commands: commands(), substitutions: Vec::new(), wrong: Vec::new() };
+    docs.take_packages(&folder());
+
+    let kill = "systemctl kill --signal=SIGKILL cvmfs-snapshotter; systemctl disable --now cvmfs-snapshotter";
+    docs.run(TAKEOVER, kill, 0);
+    assert_eq!(["MainPID", "UnitFileState"].map(|name| machine.property(SERVICE, name)), ["0", "disabled"]);
+    let away = "mv /etc/systemd/system/cvmfs-snapshotter.service /root/cvmfs-snapshotter.service.go-saved";
+    docs.run(TAKEOVER, away, 0);
+    node.assert_counts();
+
+    by_hand(&mut docs);
+
+    docs.run(README, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
+    node.assert_serves();
+    node.configure("");
+    machine.restart(SERVICE);
+    machine.restart("containerd.service");
+    node.assert_nothing_is_lost(&running);
+
+    everyday(&mut docs, running.image());
+
+    // Upgraded, and what is installed last is never older.
+    docs.take_packages(&next(&node.sandbox));
+    docs.run(INSTALL, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
+    node.assert_serves();
+    docs.run(INSTALL, "dpkg --remove cvmfs-snapshotter", 0);
+    assert!(machine.path(CONFIG).exists());
+    docs.run(INSTALL, "dpkg --purge cvmfs-snapshotter", 0);
+    assert!(!machine.path(CONFIG).exists());
+    node.assert_counts();
+
+    provide_rpm(&node);
+    docs.take_packages(&folder());
+    let package = format!("cvmfs-snapshotter-0.1.0-1{RPM}");
+    docs.run(README, &format!("rpm --upgrade {package}"), 0);
+    node.assert_serves();
+    docs.take_packages(&node.sandbox.path("next"));
+    docs.run(INSTALL, &format!("rpm --upgrade {package}"), 0);
+    node.assert_serves();
+    let look = format!("rpm --query --package --requires --scripts {package}");
+    docs.run_and_see(INSTALL, &look, &["postinstall scriptlet", "systemd"]);
+    let package = format!("cvmfs-snapshotter_0.1.0-1{DEB}");
+    docs.run_and_see(INSTALL, &format!("dpkg-deb --info {package}"), &[" Package: cvmfs-snapshotter\n", "postinst"]);
+    docs.run_and_see(INSTALL, &format!("dpkg-deb --contents {package}"), &["./usr/bin/cvmfs-snapshotter\n"]);
+    assert_eq!(docs.run(INSTALL, "rpm --verify cvmfs-snapshotter", 0), "");
+    docs.run(INSTALL, "rpm --erase cvmfs-snapshotter", 0);
+    assert!(!machine.path("/usr/bin/cvmfs-snapshotter").exists());
+    node.assert_counts();
+
+    machine.write(CONFIG, go::CONFIGURATION);
+    docs.run(INSTALL, &format!("dpkg --force-confold --install {package}"), 0);
+    assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), go::CONFIGURATION);
+    let verified = docs.run(INSTALL, "dpkg --verify cvmfs-snapshotter", 0);
+    assert!(verified.lines().count() == 1 && verified.contains(CONFIG), "{verified}");
+    docs.run(INSTALL, go::BY_HAND, 0);
+    node.assert_serves();
+    node.assert_nothing_is_lost(&running);
+
+    assert!(docs.wrong.is_empty(), "{} commands do not do what their pages say: see above", docs.wrong.len());
+    assert_eq!(missing(&docs.commands), Vec::<String>::new(), "commands that nobody runs");
+}
+
+/// What the readme says of an installation without a package.
+fn by_hand(docs: &mut Reader) {
+    let node = docs.node;
+    // Where the sources were built.
+    let program =
+        "dpkg-deb --extract /root/*.deb /root/unpacked && install -D /root/unpacked/usr/bin/cvmfs-snapshotter";
+    node.shell(&format!("{program} /root/target/release/cvmfs-snapshotter")).ok();
+    for file in ["config.toml", "cvmfs-snapshotter.service", "cvmfs-snapshotter.socket"] {
+        node.machine.write(&format!("/root/packaging/{file}"), &read(&format!("packaging/{file}")));
+    }
+    for command in [
+        "install target/release/cvmfs-snapshotter /usr/bin/",
+        "install -D -m 644 packaging/config.toml /etc/containerd-cvmfs-grpc/config.toml",
+        "cvmfs-snapshotter --check-config",
+        "install -m 644 packaging/cvmfs-snapshotter.service packaging/cvmfs-snapshotter.socket \
+         /usr/lib/systemd/system/",
+        "systemctl daemon-reload",
+        "systemctl enable --now cvmfs-snapshotter",
+    ] {
+        docs.run(README, command, 0);
+    }
+    node.assert_serves();
+    let journal = node.machine.journal(SERVICE);
+    assert!(journal.contains("took over") && journal.contains("0 have lost their files"), "{journal}");
+}
+
+/// What an administrator does with one that serves, on which `image` was pulled.
+fn everyday(docs: &mut Reader, image: &str) {
+    let node = docs.node;
+    for page in [README, ADMIN] {
+        docs.run_and_see(page, "cvmfs-snapshotter doctor", &["good     daemon.running", "good     repository.answers"]);
+        docs.run_and_see(page, "cvmfs-snapshotter status", &["REPOSITORY", "scene.test", image]);
+    }
+    docs.run(ADMIN, "cvmfs-snapshotter gc --dry-run", 0);
+    docs.run(ADMIN, "cvmfs-snapshotter gc", 0);
+    for (command, level) in [
+        ("systemctl kill --signal=SIGUSR1 cvmfs-snapshotter", "DEBUG"),
+        ("systemctl kill --signal=SIGUSR2 cvmfs-snapshotter", "INFO"),
+        ("systemctl reload cvmfs-snapshotter", "INFO"),
+    ] {
+        let line = format!("log level {level}");
+        let said = || node.machine.journal(SERVICE).matches(&line).count();
+        let before = said();
+        docs.run(ADMIN, command, 0);
+        eventually(&line, || said() > before);
+    }
+    docs.run_and_see(PRIVILEGES, "systemd-analyze security cvmfs-snapshotter", &["4.7 OK"]);
+    docs.run_and_see(PRIVILEGES, "systemctl show -p CapabilityBoundingSet cvmfs-snapshotter", &["cap_sys_admin"]);
+    let status = "grep -E 'Cap|Seccomp|NoNewPrivs' /proc/$(systemctl show --value -p MainPID cvmfs-snapshotter)/status";
+    docs.run_and_see(PRIVILEGES, status, &["CapEff:\t", "Seccomp:\t2\n", "NoNewPrivs:\t1\n"]);
+
+    let nerdctl = node.give(&tool("nerdctl"));
+    node.shell(&format!("ln -s {nerdctl} /usr/bin/nerdctl")).ok();
+    docs.substitutions.extend(
+        [("IMAGE", image), ("COMMAND", "/bin/cat /data/name")].map(|(from, to)| (from.to_owned(), to.to_owned())),
+    );
+    docs.run_and_see(README, "nerdctl run --snapshotter cvmfs-snapshotter --net none IMAGE COMMAND", &["mixed"]);
+    assert!(!names(&node.machine.path(&format!("{STATE}/snapshotter/snapshots"))).is_empty());
+}
