@@ -1,6 +1,6 @@
 //! Each command that the documentation shows is run: here, on a node where the Go snapshotter runs at first, or by
 //! whom `ELSEWHERE` names. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of
-//! a block of a shell. What stands in prose is not looked at.
+//! a block of a shell. Of what stands in prose, whole commands are run as well, but nobody looks for more.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ fn root() -> PathBuf {
 fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
     for name in names(&root().join(folder)) {
         let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-        if path.ends_with(".md") {
+        if Path::new(&path).extension().is_some_and(|end| end == "md") {
             found.push(path);
         } else if deep && root().join(&path).is_dir() {
             pages(&path, deep, found);
@@ -70,7 +70,9 @@ fn bare(line: &str) -> String {
 fn commands() -> Vec<Command> {
     let mut files = Vec::new();
     pages("", false, &mut files);
-    ["docs", "packaging"].into_iter().for_each(|folder| pages(folder, true, &mut files));
+    for folder in ["docs", "packaging"] {
+        pages(folder, true, &mut files);
+    }
     let (mut commands, mut block) = (Vec::new(), 0);
     for page in files {
         let mut language: Option<String> = None;
@@ -123,6 +125,18 @@ impl Reader<'_> {
         let later = self.commands[at + 1..].iter().find(|c| c.block == block && c.done);
         assert!(later.is_none(), "{page}: {text} stands before {:?}", later.map(|c| &c.text));
         self.commands[at].done = true;
+        self.type_it(page, text, code)
+    }
+
+    /// Runs a command that a page has in its prose.
+    #[track_caller]
+    fn run_of_prose(&mut self, page: &str, text: &str) -> String {
+        let prose = read(page).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(prose.contains(&format!("`{text}`")), "{page} does not have this command (any more): {text}");
+        self.type_it(page, text, 0)
+    }
+
+    fn type_it(&mut self, page: &str, text: &str, code: i32) -> String {
         let typed = self.substitutions.iter().fold(text.to_owned(), |line, (from, to)| line.replace(from, to));
         let output = self.node.shell(&format!("cd /root && ( {typed} ) </dev/null"));
         if output.status.code() != Some(code) {
@@ -144,6 +158,10 @@ impl Reader<'_> {
     fn is_wrong(&mut self, what: String) {
         println!("{what}");
         self.wrong.push(what);
+    }
+
+    fn substitute(&mut self, more: &[(&str, &str)]) {
+        self.substitutions.extend(more.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())));
     }
 
     /// Other packages than before stand for those of the pages.
@@ -176,8 +194,8 @@ fn whoever_is_said_to_run_a_command_elsewhere_does() {
             By::File(file, words) => (*file, (*words).to_owned()),
         };
         // However it is indented there.
-        let content: String = read(file).lines().map(|line| format!("\n{}", line.trim())).collect::<String>() + "\n";
-        assert!(content.contains(&words), "{file} has no {words:?}");
+        let lines: Vec<String> = read(file).lines().map(|line| line.trim().to_owned()).collect();
+        assert!(format!("\n{}\n", lines.join("\n")).contains(&words), "{file} has no {words:?}");
         if let Some(target) = text.strip_prefix("make ") {
             assert!(read("Makefile").contains(&format!("\n{target}:")), "make {target}");
         }
@@ -203,6 +221,7 @@ const ADMIN: &str = "docs/admin.md";
 const INSTALL: &str = "docs/install.md";
 const PRIVILEGES: &str = "docs/privileges.md";
 const TAKEOVER: &str = "docs/takeover.md";
+const TROUBLE: &str = "docs/troubleshooting.md";
 
 /// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
 /// that loses nothing.
@@ -240,6 +259,9 @@ fn root_every_command_of_the_documentation_does_what_its_page_says() {
     assert!(machine.path(CONFIG).exists());
     docs.run(INSTALL, "dpkg --purge cvmfs-snapshotter", 0);
     assert!(!machine.path(CONFIG).exists());
+    docs.run_of_prose(INSTALL, &format!("apt-get install ./cvmfs-snapshotter_0.1.0-1{DEB}"));
+    node.assert_serves();
+    node.dpkg("--purge cvmfs-snapshotter");
     node.assert_counts();
 
     provide_rpm(&node);
@@ -319,6 +341,22 @@ fn everyday(docs: &mut Reader, image: &str) {
         docs.run(ADMIN, command, 0);
         eventually(&line, || said() > before);
     }
+    node.shell("ln -s /opt/debian/bin/ctr /usr/bin/ctr").ok();
+    docs.substitute(&[("help COMMAND", "help gc"), ("NAMESPACE", "k8s.io")]);
+    for (page, command) in [
+        (ADMIN, "cvmfs-snapshotter help COMMAND"),
+        (ADMIN, "cvmfs-snapshotter --check-config"),
+        (ADMIN, "journalctl -u cvmfs-snapshotter -o cat"),
+        (INSTALL, "systemctl restart cvmfs-snapshotter"),
+        (INSTALL, "systemctl status cvmfs-snapshotter"),
+        (TAKEOVER, "ctr -n NAMESPACE images ls"),
+        (TROUBLE, "ctr -n k8s.io snapshots --snapshotter cvmfs-snapshotter ls"),
+        (TROUBLE, "cvmfs-snapshotter doctor --json"),
+        (TROUBLE, "cvmfs-snapshotter status --json"),
+        (TROUBLE, "cvmfs-snapshotter --version"),
+    ] {
+        docs.run_of_prose(page, command);
+    }
     docs.run_and_see(PRIVILEGES, "systemd-analyze security cvmfs-snapshotter", &["4.7 OK"]);
     docs.run_and_see(PRIVILEGES, "systemctl show -p CapabilityBoundingSet cvmfs-snapshotter", &["cap_sys_admin"]);
     let status = "grep -E 'Cap|Seccomp|NoNewPrivs' /proc/$(systemctl show --value -p MainPID cvmfs-snapshotter)/status";
@@ -326,9 +364,7 @@ fn everyday(docs: &mut Reader, image: &str) {
 
     let nerdctl = node.give(&tool("nerdctl"));
     node.shell(&format!("ln -s {nerdctl} /usr/bin/nerdctl")).ok();
-    docs.substitutions.extend(
-        [("IMAGE", image), ("COMMAND", "/bin/cat /data/name")].map(|(from, to)| (from.to_owned(), to.to_owned())),
-    );
+    docs.substitute(&[("IMAGE", image), ("COMMAND", "/bin/cat /data/name")]);
     docs.run_and_see(README, "nerdctl run --snapshotter cvmfs-snapshotter --net none IMAGE COMMAND", &["mixed"]);
     assert!(!names(&node.machine.path(&format!("{STATE}/snapshotter/snapshots"))).is_empty());
 }
