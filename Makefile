@@ -91,7 +91,7 @@ test-matrix: build
 	tests/setup.sh test
 	tests/setup.sh containerds $(CONTAINERD_VERSIONS)
 	CONTAINERD_VERSIONS="$${CONTAINERD_VERSIONS:-1.6 1.7 2.1 2.2 2.3 2.4}" \
-		cargo test --locked --package scene --test matrix -- --test-threads 2
+		cargo test --locked --no-fail-fast --package scene --test matrix --test remedies -- --test-threads 2
 
 # Results are in $(CARGO_TARGET_DIR)/packages.
 package:

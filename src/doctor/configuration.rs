@@ -17,7 +17,10 @@ use super::reach;
 /// Where containerd's settings for images of Kubernetes stand, in version 2 of the format and later.
 pub const CRI_TABLES: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"];
 const RUNTIME_TABLE: &str = "io.containerd.cri.v1.runtime";
-const TRANSFER_TABLE: &str = "io.containerd.transfer.v1.local";
+/// That of the transfer service.
+pub const TRANSFER_TABLE: &str = "io.containerd.transfer.v1.local";
+/// containerd's default of `max_concurrent_downloads`.
+const DOWNLOADS: i64 = 3;
 /// Files that import each other in a circle end somewhere.
 const MOST_FILES: usize = 64;
 
@@ -25,6 +28,8 @@ const MOST_FILES: usize = 64;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Proxy {
     pub name: String,
+    /// Its `type`.
+    pub kind: String,
     pub address: String,
     pub exports: BTreeMap<String, String>,
     pub capabilities: Vec<String>,
@@ -35,8 +40,6 @@ pub struct Configuration {
     pub files: Vec<PathBuf>,
     /// The first of them has a list of imports.
     pub has_imports: bool,
-    /// The format that it names; without one it is 1.
-    pub format: Option<i64>,
     pub proxies: Vec<Proxy>,
     /// Of the CRI.
     pub snapshotter: Option<String>,
@@ -46,8 +49,36 @@ pub struct Configuration {
     pub is_of_version_1: bool,
     /// Runtimes that have a snapshotter of their own.
     pub of_runtimes: Vec<(String, String)>,
-    /// The snapshotters that the transfer service unpacks for, where the list is not the default one.
-    pub unpack: Option<Vec<String>>,
+    /// What the transfer service unpacks for, where the list is not the default one.
+    pub unpack: Option<Vec<Unpack>>,
+    /// Settings of the CRI that keep 2.1 and later from pulling by the transfer service, by key.
+    pub by_client: BTreeMap<&'static str, String>,
+    pub written: Written,
+}
+
+/// An `unpack_config` of the transfer service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unpack {
+    pub snapshotter: String,
+    pub platform: String,
+    /// Passed over where it does not fit.
+    pub is_optional: bool,
+}
+
+/// What stands in the files, whatever containerd makes of it: what an admin would edit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// `version` of the first file.
+    pub version: Option<i64>,
+    /// Of the CRI, whether containerd takes it from there or not.
+    pub snapshotter: Option<String>,
+    pub disable_annotations: Option<bool>,
+    /// Runtimes stand in the CRI's table of containerd 1, without which 2 passes over that.
+    pub has_runtimes: bool,
+    /// `unpack_config` is a list in brackets, to which no table can be added.
+    pub unpack_is_inline: bool,
+    /// Each table that has a key of its own, and the last of the files in which it stands.
+    pub tables: BTreeMap<Vec<String>, usize>,
 }
 
 #[derive(Debug)]
@@ -113,16 +144,64 @@ fn string_at(table: &DeTable<'_>, way: &[&str]) -> Option<String> {
     at(table, way)?.as_str().map(str::to_owned)
 }
 
+fn integer(value: &DeValue<'_>) -> Option<i64> {
+    value.as_integer().and_then(|number| i64::from_str_radix(number.as_str(), number.radix()).ok())
+}
+
 fn strings(value: &DeValue<'_>) -> Vec<String> {
     let all = value.as_array().into_iter().flat_map(|all| all.iter());
     all.filter_map(|one| one.get_ref().as_str().map(str::to_owned)).collect()
 }
 
+fn note_tables(table: &DeTable<'_>, file: usize, way: &mut Vec<String>, tables: &mut BTreeMap<Vec<String>, usize>) {
+    for (name, one) in table {
+        way.push(name.get_ref().to_string());
+        if let Some(below) = one.get_ref().as_table() {
+            note_tables(below, file, way, tables);
+            // Of a table without a key of its own the heading may be missing.
+            if below.values().any(|value| value.get_ref().as_table().is_none()) {
+                tables.insert(way.clone(), file);
+            }
+        }
+        way.pop();
+    }
+}
+
 impl Configuration {
+    /// What containerd says that it made of `said`.
+    pub fn of_dump(dump: &str, said: &Self) -> Result<Self, Error> {
+        let mut used = Self::default();
+        used.add(said.files.first().map_or(Path::new(""), PathBuf::as_path), dump)?;
+        used.files.clone_from(&said.files);
+        used.has_imports = said.has_imports;
+        used.written = said.written.clone();
+        // It is what containerd uses, whatever it was read from.
+        used.is_of_version_1 = false;
+        Ok(used)
+    }
+
+    /// Which file's word on a plugin counts: the last one that has a table of it.
+    pub fn home(&self, table: &[&str]) -> Option<usize> {
+        let of_plugin = self.written.tables.iter().filter(|(one, _)| one.iter().take(2).eq(table.iter().take(2)));
+        of_plugin.map(|(_, &file)| file).max()
+    }
+
+    /// The tables that stand in the files from this one on downwards.
+    pub fn below(&self, table: &[&str]) -> Vec<Vec<&str>> {
+        let all = self.written.tables.keys().filter(|one| one.iter().take(table.len()).eq(table));
+        all.map(|one| one.iter().map(String::as_str).collect()).collect()
+    }
+
+    /// Whether a table stands there under a heading of its own.
+    pub fn stands(&self, table: &[&str]) -> bool {
+        let file = self.written.tables.iter().find(|(one, _)| one.iter().eq(table)).map(|(_, &file)| file);
+        file.is_some() && file == self.home(table)
+    }
+
     /// A version of containerd that such a file is written for, where nobody tells which one runs: of
     /// each format the one that is most in use.
     pub fn suggests(&self) -> Version {
-        match self.format {
+        match self.written.version {
             None | Some(..=2) => Version(1, 7, 24),
             Some(3..) => Version(2, 2, 0),
         }
@@ -138,10 +217,6 @@ impl Configuration {
         let table = table.get_ref();
         self.files.push(path.to_owned());
         self.has_imports |= self.files.len() == 1 && at(table, &["imports"]).is_some();
-        if self.files.len() == 1 {
-            let format = at(table, &["version"]).and_then(DeValue::as_integer);
-            self.format = format.and_then(|number| i64::from_str_radix(number.as_str(), number.radix()).ok());
-        }
         for (name, one) in
             at(table, &["proxy_plugins"]).and_then(DeValue::as_table).into_iter().flat_map(|all| all.iter())
         {
@@ -150,6 +225,7 @@ impl Configuration {
             let exports = at(one, &["exports"]).and_then(DeValue::as_table).into_iter().flat_map(|all| all.iter());
             self.proxies.push(Proxy {
                 name: name.get_ref().to_string(),
+                kind: string_at(one, &["type"]).unwrap_or_default(),
                 address: string_at(one, &["address"]).unwrap_or_default(),
                 exports: exports
                     .filter_map(|(key, value)| Some((key.get_ref().to_string(), value.get_ref().as_str()?.to_owned())))
@@ -180,11 +256,70 @@ impl Configuration {
                 self.of_runtimes.push((name.get_ref().to_string(), snapshotter));
             }
         }
-        if let Some(list) = at(table, &["plugins", TRANSFER_TABLE, "unpack_config"]).and_then(DeValue::as_array) {
-            let one = |one: &Spanned<DeValue<'_>>| string_at(one.get_ref().as_table()?, &["snapshotter"]);
-            self.unpack = Some(list.iter().filter_map(one).collect());
+        self.add_unpacks(table);
+        self.add_reasons_for_the_client(table);
+        if self.files.len() == 1 {
+            self.written.version = at(table, &["version"]).and_then(integer);
         }
+        self.written.snapshotter.clone_from(&self.snapshotter);
+        self.written.disable_annotations = self.disable_annotations;
+        self.written.has_runtimes |=
+            ["cri", of_version_1].iter().any(|cri| at(table, &["plugins", cri, "containerd", "runtimes"]).is_some());
+        // The parser does not tell the two forms apart.
+        let is_inline = |line: &str| {
+            line.trim_start().strip_prefix("unpack_config").is_some_and(|rest| rest.trim_start().starts_with('='))
+        };
+        self.written.unpack_is_inline |= text.lines().any(is_inline);
+        note_tables(table, self.files.len() - 1, &mut Vec::new(), &mut self.written.tables);
         Ok(at(table, &["imports"]).map(strings).unwrap_or_default())
+    }
+
+    fn add_unpacks(&mut self, table: &DeTable<'_>) {
+        let Some(list) = at(table, &["plugins", TRANSFER_TABLE, "unpack_config"]).and_then(DeValue::as_array) else {
+            return;
+        };
+        let one = |one: &Spanned<DeValue<'_>>| {
+            let one = one.get_ref().as_table()?;
+            Some(Unpack {
+                snapshotter: string_at(one, &["snapshotter"])?,
+                platform: string_at(one, &["platform"]).unwrap_or_default(),
+                is_optional: at(one, &["optional"]).and_then(DeValue::as_bool).unwrap_or(false),
+            })
+        };
+        self.unpack = Some(list.iter().filter_map(one).collect());
+    }
+
+    /// As `CheckLocalImagePullConfigs` of containerd has them.
+    fn add_reasons_for_the_client(&mut self, table: &DeTable<'_>) {
+        const ALL: [(&str, &[&str]); 7] = [
+            ("use_local_image_pull", &[]),
+            ("discard_unpacked_layers", &["containerd"]),
+            ("image_pull_with_sync_fs", &[]),
+            ("max_concurrent_downloads", &[]),
+            ("registry.mirrors", &[]),
+            ("registry.configs", &[]),
+            ("registry.auths", &[]),
+        ];
+        let [of_version_1, images] = CRI_TABLES;
+        for (key, before) in ALL {
+            let names = key.split('.');
+            let new: Vec<&str> = ["plugins", images].into_iter().chain(names.clone()).collect();
+            let old: Vec<&str> =
+                ["plugins", of_version_1].into_iter().chain(before.iter().copied()).chain(names).collect();
+            let Some(value) = at(table, &new).or_else(|| at(table, &old)) else { continue };
+            let reason = match value {
+                DeValue::Boolean(true) => Some(format!("{key} = true")),
+                DeValue::Integer(_) => {
+                    integer(value).filter(|&number| number != DOWNLOADS).map(|number| format!("{key} = {number}"))
+                }
+                DeValue::Table(all) if !all.is_empty() => Some(key.to_owned()),
+                _ => None,
+            };
+            match reason {
+                Some(reason) => self.by_client.insert(key, reason),
+                None => self.by_client.remove(key),
+            };
+        }
     }
 }
 
@@ -218,7 +353,8 @@ mod tests {
         assert_eq!(found.snapshotter.as_deref(), Some("cvmfs-snapshotter"));
         assert_eq!((found.disable_annotations, found.pause_image.as_deref()), (Some(false), Some("pause:1")));
         assert_eq!(found.of_runtimes, [("kata".to_owned(), "devmapper".to_owned())]);
-        assert_eq!(found.proxies, [Proxy { name: "cvmfs".into(), address: "/s".into(), ..Proxy::default() }]);
+        let (name, kind, address) = ("cvmfs".into(), "snapshot".into(), "/s".into());
+        assert_eq!(found.proxies, [Proxy { name, kind, address, ..Proxy::default() }]);
         assert_eq!(found.unpack, None);
 
         let found = parse(
@@ -244,7 +380,12 @@ mod tests {
             (found.snapshotter.as_deref(), found.pause_image.as_deref()),
             (Some("cvmfs-snapshotter"), Some("pause:2"))
         );
-        assert_eq!(found.unpack, Some(vec!["cvmfs-snapshotter".to_owned(), "overlayfs".to_owned()]));
+        let unpack = |name: &str, platform: &str| Unpack {
+            snapshotter: name.to_owned(),
+            platform: platform.to_owned(),
+            is_optional: false,
+        };
+        assert_eq!(found.unpack, Some(vec![unpack("cvmfs-snapshotter", "linux"), unpack("overlayfs", "")]));
         assert_eq!(found.proxies[0].exports["root"], "/r");
         assert_eq!(found.proxies[0].capabilities, ["rebase"]);
     }

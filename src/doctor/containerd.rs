@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use protobuf::well_known_types::empty::Empty;
 
 use super::configuration::{self, Configuration};
-use super::judge::{Place, RESTART, Version, judge};
+use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
 use super::{Finding, Findings, State, child, images, reach};
 use crate::admin::{Error, Peer};
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
@@ -51,8 +51,9 @@ methods! {
 const DUMP_LIMIT: Duration = Duration::from_secs(10);
 /// For its first answer.
 const LIMIT: Duration = Duration::from_secs(10);
-/// The check of its file.
-const OF_FILE: &str = "containerd.config";
+
+/// Checks whose problems are why containerd refuses its configuration.
+const EXPLAINED: [&str; 2] = ["containerd.type", "containerd.format"];
 
 /// One containerd: where it listens and what it was told.
 struct Node {
@@ -161,14 +162,19 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     };
     let address = arguments.address.display().to_string();
     let root = arguments.root.display().to_string();
-    let place = Place { address: &address, root: &root };
+    let place = Place { address: &address, root: &root, registration: REGISTRATION };
     let file = edited(&node.file);
-    let configuration = read(node, &program, &file, &mut findings);
-    let is_refused = findings.iter().any(|one| one.check == OF_FILE && one.state == State::Problem);
-    if let Some(configuration) = &configuration {
+    let (configuration, about_file) = read(node, &program, &file);
+    let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
+    let judged = configuration.as_ref().map(|configuration| {
         let version = version.or_else(|| version_of(&program)).unwrap_or_else(|| configuration.suggests());
-        findings.append(&mut judge(version, configuration, &place, &file));
-    }
+        judge(version, configuration, &place, &file)
+    });
+    let mut judged = judged.unwrap_or_default();
+    // Said once, with the line to change where that is known.
+    let is_explained = judged.iter().any(|one| EXPLAINED.contains(&one.check) && one.state > State::Good);
+    findings.extend(about_file.filter(|_| !is_explained));
+    findings.append(&mut judged);
     let Ok((peer, _, plugins)) = asked else { return Looked { findings, configuration, with_images: None } };
     findings.append(&mut in_error(&plugins));
     // With a file that it refuses it would not come back.
@@ -188,52 +194,35 @@ fn version_of(program: &OsStr) -> Option<Version> {
 }
 
 /// What the file says, and what containerd makes of it: older formats, imports and keys that it
-/// passes over are its own business, so it is asked.
-fn read(node: &Node, program: &OsStr, file: &str, findings: &mut Vec<Finding>) -> Option<Configuration> {
+/// passes over are its own business, so it is asked. And what is to be said of the file itself: a problem,
+/// if containerd refuses it.
+fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Option<Finding>) {
+    const CHECK: &str = "containerd.config";
     let said = match configuration::read(&node.file) {
         Ok(said) => said,
         Err(configuration::Error::Unreadable { path, cause })
             if cause.kind() == io::ErrorKind::NotFound && path == node.file =>
         {
-            findings
-                .push(Finding::note(OF_FILE, format!("{} is not there: containerd's defaults hold", path.display())));
-            return Some(Configuration::default());
+            let note = Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display()));
+            return (Some(Configuration::default()), Some(note));
         }
         Err(e) => {
             let remedy = "correct that file; containerd does not start with it either";
-            findings.push(Finding::problem(OF_FILE, e.to_string(), remedy));
-            return None;
+            return (None, Some(Finding::problem(CHECK, e.to_string(), remedy)));
         }
     };
     let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
-    let Some(dump) = child::ask(program, &arguments, DUMP_LIMIT) else { return Some(said) };
-    if !dump.success {
-        findings.push(Finding::problem(
-            OF_FILE,
-            format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
-            format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
-        ));
-        // What is wrong with it otherwise may be the reason.
-        return Some(said);
+    let Some(dump) = child::ask(program, &arguments, DUMP_LIMIT) else { return (Some(said), None) };
+    if dump.success {
+        return (Some(Configuration::of_dump(&dump.stdout, &said).unwrap_or(said)), None);
     }
-    let mut effective = Configuration::default();
-    if effective.add(&node.file, &dump.stdout).is_err() {
-        return Some(said);
-    }
-    effective.files.clone_from(&said.files);
-    effective.has_imports = said.has_imports;
-    // It is what containerd uses, whatever it was read from.
-    effective.is_of_version_1 = false;
-    if said.snapshotter.as_deref() == Some(NAME) && effective.snapshotter.as_deref() != Some(NAME) {
-        let used = effective.snapshotter.as_deref().unwrap_or("its own");
-        findings.push(Finding::problem(
-            OF_FILE,
-            format!("containerd passes over the snapshotter that {file} names, and uses {used}"),
-            "its first line must be version = 2 (containerd 1) or version = 3 (2.0 and later), and the tables those of that \
-             version; docs/containerd.md has whole files. containerd config dump shows what it made of it",
-        ));
-    }
-    Some(effective)
+    let refusal = Finding::problem(
+        CHECK,
+        format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
+        format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
+    );
+    // What is wrong with it otherwise may be the reason.
+    (Some(said), Some(refusal))
 }
 
 /// When a process began, and a little later: the kernel counts from the second in which it booted.

@@ -1,11 +1,15 @@
 //! What is wrong with containerd's configuration for this snapshotter, by the version of containerd.
-//! Pure.
+//! Pure. `tests/scene/tests/remedies.rs` follows each remedy to the letter, with the real containerd.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
+mod plugin;
+mod pulls;
+mod remedy;
 
+use self::pulls::User;
+pub use self::remedy::RESTART;
 use super::Finding;
-use super::configuration::{Configuration, Proxy};
+use super::configuration::Configuration;
 use crate::rebuild::DEFAULT_NAME as NAME;
 
 /// Of containerd.
@@ -13,6 +17,9 @@ use crate::rebuild::DEFAULT_NAME as NAME;
 pub struct Version(pub u32, pub u32, pub u32);
 
 impl Version {
+    /// Knows the capability `rebase`, from here on.
+    const REBASE: Self = Self(2, 2, 0);
+
     /// `1.6.20~ds1`, `v2.2.9` and the like.
     pub fn parse(text: &str) -> Option<Self> {
         let mut numbers = text.trim_start_matches('v').splitn(3, '.').map(|part| {
@@ -20,6 +27,15 @@ impl Version {
             part[..end].parse().ok()
         });
         Some(Self(numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)))
+    }
+
+    /// The highest version of the format of its file.
+    fn format(self) -> i64 {
+        match self {
+            Self(..2, ..) => 2,
+            Self(2, ..3, _) => 3,
+            Self(..) => 4,
+        }
     }
 
     /// Knows `exports` of a proxy plugin.
@@ -35,59 +51,45 @@ impl Version {
     fn has_transfer(self) -> bool {
         self >= Self(2, 1, 0)
     }
-
-    /// Knows the capability `rebase`.
-    fn has_rebase(self) -> bool {
-        self >= Self(2, 2, 0)
-    }
 }
 
-/// What our package installs; containerd reads it where its own file imports it.
-const REGISTRATION: &str = "/etc/containerd/conf.d/cvmfs-snapshotter.toml";
-
-/// What makes containerd read its configuration.
-pub const RESTART: &str = "systemctl restart containerd";
+/// What our package installs for containerd to import.
+pub const REGISTRATION: &str = "/etc/containerd/conf.d/cvmfs-snapshotter.toml";
 
 /// Where we are, as containerd has to be told.
 #[derive(Clone, Debug)]
 pub struct Place<'a> {
     pub address: &'a str,
     pub root: &'a str,
+    /// The file that registers us, where there is one.
+    pub registration: &'a str,
+}
+
+/// What is judged.
+struct Case<'a> {
+    version: Version,
+    found: &'a Configuration,
+    place: &'a Place<'a>,
+    /// What the admin would edit, where the main file has to be changed.
+    file: &'a str,
 }
 
 /// `file` is what the admin would edit.
 pub fn judge(version: Version, found: &Configuration, place: &Place<'_>, file: &str) -> Vec<Finding> {
+    let case = Case { version, found, place, file };
     let mut findings = Vec::new();
-    let Some(proxy) = plugin(found, place, file, &mut findings) else { return findings };
-    exports(version, proxy, place, file, &mut findings);
-    capabilities(version, proxy, file, &mut findings);
-    let is_of_cri = found.snapshotter.as_deref() == Some(NAME);
-    if is_of_cri && found.is_of_version_1 && version >= Version(2, 0, 0) {
-        findings.push(Finding::problem(
-            "containerd.snapshotter",
-            format!(
-                "containerd 2 passes over {} unless runtimes stand beside it, and Kubernetes uses overlayfs",
-                table(Version(1, 0, 0))
-            ),
-            format!(
-                "in {file}: version = 3, and [plugins.{}] instead; docs/containerd.md has the whole file",
-                table(version)
-            ),
-        ));
-    } else if is_of_cri {
-        findings.push(Finding::good("containerd.snapshotter", format!("Kubernetes' containers use {NAME}")));
-    } else {
-        let other = found.snapshotter.as_deref().unwrap_or("containerd's own");
-        findings.push(Finding::note(
-            "containerd.snapshotter",
-            format!(
-                "Kubernetes' containers use {other} as snapshotter; only who names {NAME} gets it (nerdctl --snapshotter). \
-                 To change that, in {file}, table [plugins.{}]: snapshotter = \"{NAME}\"",
-                table(version)
-            ),
-        ));
+    let is_read = pulls::format(&case, &mut findings);
+    plugin::rests(&case, &mut findings);
+    let Some(proxy) = plugin::look(&case, &mut findings) else { return findings };
+    plugin::exports(&case, &proxy, &mut findings);
+    plugin::capabilities(&case, &proxy, &mut findings);
+    if !is_read {
+        return findings;
     }
-    annotations(version, found, proxy, is_of_cri, file, &mut findings);
+    let is_of_cri = pulls::snapshotter(&case, &mut findings);
+    let user = if is_of_cri { User::Kubernetes } else { User::Others };
+    pulls::annotations(&case, &proxy, user, &mut findings);
+    pulls::platforms(&case, &mut findings);
     let strangers: Vec<String> = found
         .of_runtimes
         .iter()
@@ -105,222 +107,65 @@ pub fn judge(version: Version, found: &Configuration, place: &Place<'_>, file: &
     findings
 }
 
-/// The table of the CRI's images, as it is written.
-fn table(version: Version) -> &'static str {
-    if version < Version(2, 0, 0) {
-        "\"io.containerd.grpc.v1.cri\".containerd"
-    } else {
-        "'io.containerd.cri.v1.images'"
-    }
-}
-
-fn plugin<'c>(
-    found: &'c Configuration,
-    place: &Place<'_>,
-    file: &str,
-    findings: &mut Vec<Finding>,
-) -> Option<&'c Proxy> {
-    const CHECK: &str = "containerd.plugin";
-    let block = format!("[proxy_plugins.{NAME}]\n  type = \"snapshot\"\n  address = \"{}\"", place.address);
-    // Half of a table that was given another name says nothing.
-    let named = found.proxies.iter().find(|proxy| proxy.name == NAME && !proxy.address.is_empty());
-    // containerd 2 takes it for an address as well.
-    let is_here = |proxy: &Proxy| proxy.address.trim_start_matches("unix://") == place.address;
-    let ours = found.proxies.iter().find(|proxy| is_here(proxy));
-    match (named, ours) {
-        (Some(proxy), _) if is_here(proxy) => {
-            findings.push(Finding::good(CHECK, format!("{NAME} is a proxy plugin of containerd")));
-            Some(proxy)
-        }
-        (Some(proxy), _) => {
-            findings.push(Finding::problem(
-                CHECK,
-                format!("containerd looks for {NAME} at {:?}, and the daemon is at {}", proxy.address, place.address),
-                format!(
-                    "in {file}, table [proxy_plugins.{NAME}]: address = \"{}\", then systemctl restart containerd",
-                    place.address
-                ),
-            ));
-            None
-        }
-        (None, Some(proxy)) => {
-            findings.push(Finding::problem(
-                CHECK,
-                format!("the proxy plugin is called {:?}: nerdctl, and every page but its own, know it as {NAME}", proxy.name),
-                format!("in {file}: [proxy_plugins.{NAME}] instead of [proxy_plugins.{}], then systemctl restart containerd", proxy.name),
-            ));
-            None
-        }
-        (None, None) => {
-            let is_installed =
-                Path::new(REGISTRATION).exists() && !found.files.iter().any(|file| file == Path::new(REGISTRATION));
-            let lines = match (is_installed, found.has_imports) {
-                (true, true) => format!(
-                    "add \"/etc/containerd/conf.d/*.toml\" to the list of imports in {file}, for {REGISTRATION} to be read"
-                ),
-                (true, false) => format!(
-                    "as the first line of {file}, for {REGISTRATION} to be read: imports = [\"/etc/containerd/conf.d/*.toml\"]"
-                ),
-                (false, _) => format!("add to {file}:\n{block}"),
-            };
-            findings.push(Finding::problem(
-                CHECK,
-                "containerd does not know this snapshotter",
-                format!("{lines}\nthen systemctl restart containerd"),
-            ));
-            None
-        }
-    }
-}
-
-fn exports(version: Version, proxy: &Proxy, place: &Place<'_>, file: &str, findings: &mut Vec<Finding>) {
-    const CHECK: &str = "containerd.exports";
-    if !version.has_exports() {
-        return;
-    }
-    let remedy = format!(
-        "in {file}, table [proxy_plugins.{NAME}.exports]: root = \"{}\", then systemctl restart containerd",
-        place.root
-    );
-    match proxy.exports.get("root") {
-        Some(root) if Path::new(root) == Path::new(place.root) => findings.push(Finding::good(CHECK, "kubelet sees the disk of the snapshots")),
-        Some(root) => findings.push(Finding::warning(
-            CHECK,
-            format!("kubelet is told that snapshots are in {root:?}, and they are in {}", place.root),
-            remedy,
-        )),
-        None => findings.push(Finding::warning(
-            CHECK,
-            "kubelet is not told where snapshots are: it reports \"invalid capacity 0 on image filesystem\" and does not watch that disk",
-            remedy,
-        )),
-    }
-}
-
-fn capabilities(version: Version, proxy: &Proxy, file: &str, findings: &mut Vec<Finding>) {
-    const CHECK: &str = "containerd.capabilities";
-    let declared = |name: &str| proxy.capabilities.iter().any(|one| one == name);
-    let mut refuse = |name: &str, why: &str| {
-        findings.push(Finding::problem(
-            CHECK,
-            format!("the capability {name:?} is declared for {NAME}: {why}"),
-            format!(
-                "in {file}: remove it from capabilities of [proxy_plugins.{NAME}], then systemctl restart containerd"
-            ),
-        ));
-    };
-    if declared("rebase") && version.has_rebase() {
-        refuse("rebase", "layers would be recorded without their parents");
-    }
-    for name in ["remap-ids", "only-remap-ids"] {
-        if declared(name) {
-            refuse(name, "files of CernVM-FS cannot be id-mapped, and pods with user namespaces would not start");
-        }
-    }
-}
-
-/// Whether containerd says which layers it pulls.
-fn annotations(
-    version: Version,
-    found: &Configuration,
-    proxy: &Proxy,
-    is_of_cri: bool,
-    file: &str,
-    findings: &mut Vec<Finding>,
-) {
-    const CHECK: &str = "containerd.annotations";
-    let by_client = found.disable_annotations == Some(false);
-    if !version.has_transfer() {
-        if by_client {
-            findings.push(Finding::good(CHECK, "containerd says which layers Kubernetes pulls"));
-        } else if is_of_cri {
-            findings.push(Finding::problem(
-                CHECK,
-                "containerd does not say which layers Kubernetes pulls: every layer is downloaded",
-                format!(
-                    "in {file}, table [plugins.{}]: disable_snapshot_annotations = false, then systemctl restart containerd",
-                    table(version)
-                ),
-            ));
-        }
-        return;
-    }
-    let mut missing = Vec::new();
-    if proxy.exports.get("enable_remote_snapshot_annotations").map(String::as_str) != Some("true") {
-        // A table must not be written twice.
-        let table = format!("[proxy_plugins.{NAME}.exports]");
-        let line = "enable_remote_snapshot_annotations = \"true\"";
-        missing.push(if proxy.exports.is_empty() {
-            format!("{table}\n  {line}")
-        } else {
-            format!("inside the table {table} that is there:\n  {line}")
-        });
-    }
-    let unpacks = found.unpack.as_ref().is_some_and(|all| all.iter().any(|one| one == NAME));
-    if !unpacks {
-        let entry = |name: &str| {
-            format!(
-                "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = \"linux\"\n  snapshotter = \"{name}\""
-            )
-        };
-        missing.push(entry(NAME));
-        if found.unpack.is_none() {
-            // Any entry replaces the default list.
-            missing.push(entry("overlayfs"));
-        }
-    }
-    let lines = format!("add to {file}, then systemctl restart containerd:\n{}", missing.join("\n"));
-    match (by_client, missing.is_empty()) {
-        (_, true) => findings.push(Finding::good(CHECK, "containerd's transfer service says which layers are pulled")),
-        (true, false) => findings.push(Finding::note(
-            CHECK,
-            "containerd says which layers Kubernetes pulls, by its client; \"ctr images pull\" and nerdctl 2.3 and later, which use \
-             the transfer service, download every layer, or stop with \"no unpack platforms defined\"",
-        )),
-        (false, false) => findings.push(if is_of_cri {
-            Finding::problem(CHECK, "containerd does not say which layers are pulled: every layer is downloaded", lines)
-        } else {
-            Finding::warning(
-                CHECK,
-                "the transfer service is not set up for this snapshotter: \"ctr images pull\" and nerdctl 2.3 and later download every \
-                 layer, or stop with \"no unpack platforms defined\"",
-                lines,
-            )
-        }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::cli;
     use crate::doctor::State;
 
-    const PLACE: Place<'_> = Place { address: "/run/s.sock", root: "/var/lib/s" };
-    const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]\naddress = \"/run/s.sock\"\n";
+    const PLACE: Place<'_> = Place { address: "/run/s.sock", root: "/var/lib/s", registration: "/none" };
+    const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]\ntype = \"snapshot\"\naddress = \"/run/s.sock\"\n";
     const EXPORTS: &str = "[proxy_plugins.cvmfs-snapshotter.exports]\nroot = \"/var/lib/s\"\n";
     const REMOTE: &str = "enable_remote_snapshot_annotations = \"true\"\n";
     const CRI_1: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"cvmfs-snapshotter\"\n";
     const CRI_2: &str = "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = \"cvmfs-snapshotter\"\n";
     const SAYS: &str = "disable_snapshot_annotations = false\n";
-    const UNPACK: &str =
-        "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nsnapshotter = \"cvmfs-snapshotter\"\n";
+    const UNPACK: &str = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux\"\n\
+                          snapshotter = \"cvmfs-snapshotter\"\n";
+    const RUNC_1: &str =
+        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n";
 
-    /// The checks that find fault, with the worst first.
-    fn faults(version: &str, parts: &[&str]) -> Vec<(State, &'static str)> {
+    fn parse(parts: &[&str]) -> Configuration {
         let mut found = Configuration::default();
         found.add(Path::new("c"), &parts.concat()).unwrap();
-        let findings = judge(Version::parse(version).unwrap(), &found, &PLACE, "c");
+        found
+    }
+
+    fn judged(version: &str, found: &Configuration) -> Vec<Finding> {
+        let findings = judge(Version::parse(version).unwrap(), found, &PLACE, "c");
+        for one in &findings {
+            assert_eq!(one.state >= State::Warning, one.remedy.is_some(), "{one:?}");
+            let is_restarted = one.remedy.as_ref().is_none_or(|remedy| remedy.ends_with(&format!("then {RESTART}")));
+            assert!(is_restarted || one.check == "containerd.runtimes", "{one:?}");
+        }
+        findings
+    }
+
+    fn worst_first(findings: &[Finding]) -> Vec<(State, &'static str)> {
         let mut faults: Vec<_> =
             findings.iter().filter(|one| one.state >= State::Warning).map(|one| (one.state, one.check)).collect();
-        assert!(findings.iter().all(|one| (one.state >= State::Warning) == one.remedy.is_some()), "{findings:?}");
         faults.sort_by(|a, b| b.cmp(a));
         faults
     }
 
+    /// The checks that find fault, with the worst first.
+    fn faults(version: &str, parts: &[&str]) -> Vec<(State, &'static str)> {
+        worst_first(&judged(version, &parse(parts)))
+    }
+
+    /// The remedy of one check.
+    #[track_caller]
+    fn remedy_of(version: &str, check: &str, parts: &[&str]) -> String {
+        let findings = judged(version, &parse(parts));
+        let one = findings.iter().find(|one| one.check == check && one.remedy.is_some());
+        one.unwrap_or_else(|| panic!("no {check} in {findings:?}")).remedy.clone().unwrap()
+    }
+
     #[test]
     fn the_configurations_of_the_documentation_are_good() {
-        let place = Place { address: cli::DEFAULT_ADDRESS, root: cli::DEFAULT_ROOT };
+        let place = Place { address: cli::DEFAULT_ADDRESS, root: cli::DEFAULT_ROOT, registration: "/none" };
         let client_1 = include_str!("../../docs/containerd/client-1.toml");
         let client_2 = include_str!("../../docs/containerd/client-2.toml");
         let transfer = include_str!("../../docs/containerd/transfer.toml");
@@ -351,11 +196,25 @@ mod tests {
         let remap = format!("{PROXY}capabilities = [\"remap-ids\"]\n");
         let kata = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.kata]\nsnapshotter = \"devmapper\"\n";
         let plugin = [(Problem, "containerd.plugin")];
-        let runc = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n";
+        let with_scheme = PROXY.replace("/run", "unix:///run");
+        let no_type = PROXY.replace("type = \"snapshot\"\n", "");
+        let content = PROXY.replace("snapshot\"", "content\"");
+        let no_address = PROXY.replace("address = \"/run/s.sock\"\n", "");
+        let arm = UNPACK.replace("linux", if cfg!(target_arch = "aarch64") { "linux/amd64" } else { "linux/arm64" });
+        let no_platform = UNPACK.replace("platform = \"linux\"\n", "");
+        let annotations = [(Problem, "containerd.annotations")];
+        let platform = [(Problem, "containerd.platform")];
+        let kind = [(Problem, "containerd.type")];
+        let format = [(Problem, "containerd.format")];
         for (version, parts, expected) in [
             ("1.7.24", &[CRI_1, SAYS][..], &plugin[..]),
             ("1.7.24", &[CRI_1, SAYS, &wrong_name], &plugin),
-            ("1.7.24", &[CRI_1, SAYS, &wrong_address], &plugin),
+            (
+                "1.7.24",
+                &[CRI_1, SAYS, &wrong_address],
+                &[(Problem, "containerd.plugin"), (Warning, "containerd.exports")],
+            ),
+            ("1.7.24", &[CRI_1, SAYS, &wrong_address, EXPORTS], &plugin),
             ("1.7.24", &[CRI_1, SAYS, PROXY], &[(Warning, "containerd.exports")]),
             ("1.7.24", &[CRI_1, SAYS, PROXY, &wrong_root], &[(Warning, "containerd.exports")]),
             ("1.7.24", &[CRI_1, PROXY, EXPORTS], &[(Problem, "containerd.annotations")]),
@@ -368,10 +227,207 @@ mod tests {
             ("2.2.9", &[CRI_2, SAYS, &rebase, EXPORTS], &[(Problem, "containerd.capabilities")]),
             ("1.7.24", &[CRI_1, SAYS, &remap, EXPORTS], &[(Problem, "containerd.capabilities")]),
             ("2.1.9", &[CRI_1, SAYS, PROXY, EXPORTS], &[(Problem, "containerd.snapshotter")]),
-            ("2.1.9", &[CRI_1, SAYS, runc, PROXY, EXPORTS], &[]),
+            ("2.1.9", &[CRI_1, SAYS, RUNC_1, PROXY, EXPORTS], &[]),
+            ("1.6.20", &[CRI_1, SAYS, &no_type], &kind),
+            ("1.7.24", &[CRI_1, SAYS, &no_type, EXPORTS], &kind),
+            ("1.7.24", &[CRI_1, SAYS, &content, EXPORTS], &kind),
+            ("2.3.6", &[CRI_2, UNPACK, &no_type, EXPORTS, REMOTE], &kind),
+            ("1.7.24", &[CRI_1, SAYS, &no_address, EXPORTS], &plugin),
+            ("1.6.33", &[CRI_1, SAYS, &with_scheme, EXPORTS], &[]),
+            ("1.7.24", &[CRI_1, SAYS, &with_scheme, EXPORTS], &plugin),
+            ("2.3.6", &[CRI_2, SAYS, &with_scheme, EXPORTS], &[]),
+            ("1.7.24", &[CRI_1, SAYS, EXPORTS], &[(Problem, "containerd.type"), (Problem, "containerd.plugin")]),
+            ("1.7.24", &[CRI_1, SAYS, &wrong_name, EXPORTS], &plugin),
+            ("1.6.20", &[CRI_1, SAYS, PROXY, &EXPORTS.replace("cvmfs-snapshotter", "cvmfs")], &kind),
+            ("2.3.6", &[CRI_2, &arm, PROXY, EXPORTS, REMOTE], &platform),
+            ("2.1.9", &[CRI_2, &no_platform, PROXY, EXPORTS, REMOTE], &platform),
+            ("2.1.9", &[CRI_2, UNPACK, &arm, PROXY, EXPORTS, REMOTE], &platform),
+            ("2.0.7", &[CRI_2, SAYS, &arm, PROXY, EXPORTS], &[]),
+            ("2.3.6", &[CRI_2, "use_local_image_pull = true\n", UNPACK, PROXY, EXPORTS, REMOTE], &annotations),
+            ("2.1.9", &[CRI_2, "discard_unpacked_layers = true\n", UNPACK, PROXY, EXPORTS, REMOTE], &annotations),
+            ("2.1.9", &[CRI_2, "max_concurrent_downloads = 4\n", UNPACK, PROXY, EXPORTS, REMOTE], &annotations),
+            ("2.1.9", &[CRI_2, "max_concurrent_downloads = 3\n", UNPACK, PROXY, EXPORTS, REMOTE], &[]),
+            ("2.1.9", &[CRI_2, "max_concurrent_downloads = 4\n", SAYS, PROXY, EXPORTS], &[]),
+            ("1.7.24", &["version = 3\n", CRI_1, SAYS, PROXY, EXPORTS], &format),
+            ("2.2.9", &["version = 4\n", CRI_2, SAYS, PROXY, EXPORTS], &format),
+            ("2.3.6", &["version = 4\n", CRI_2, SAYS, PROXY, EXPORTS], &[]),
         ] {
             assert_eq!(faults(version, parts), expected, "{version} {parts:?}");
         }
+    }
+
+    #[test]
+    fn what_containerd_passes_over_is_told_by_what_it_says_that_it_uses() {
+        let dump = |snapshotter: &str| {
+            format!("[plugins.'io.containerd.cri.v1.images']\nsnapshotter = '{snapshotter}'\n{PROXY}{EXPORTS}")
+        };
+        let old = |snapshotter: &str| {
+            dump(snapshotter).replace("'io.containerd.cri.v1.images'", "\"io.containerd.grpc.v1.cri\".containerd")
+        };
+        let check = |version: &str, said: &[&str], dump: &str| {
+            let found = Configuration::of_dump(dump, &parse(said)).unwrap();
+            let findings = judged(version, &found);
+            let remedy = findings.iter().find_map(|one| one.remedy.clone());
+            (worst_first(&findings), remedy.unwrap_or_default())
+        };
+        // 1.x, without the line that says which tables these are.
+        let (faults, remedy) = check("1.7.24", &[CRI_1, SAYS, PROXY, EXPORTS], &old("overlayfs"));
+        assert_eq!(faults, [(State::Problem, "containerd.format")]);
+        assert_eq!(remedy, format!("as the first line of c: version = 2, then {RESTART}"));
+        let (_, remedy) = check("1.7.24", &["version = 1\n", CRI_1, SAYS, PROXY, EXPORTS], &old("overlayfs"));
+        assert_eq!(remedy, format!("in c: version = 2 instead of version = 1, then {RESTART}"));
+        // The tables of containerd 2 for 1.6, which does not look at the number.
+        let (faults, remedy) = check("1.6.20", &["version = 3\n", CRI_2, SAYS, PROXY, EXPORTS], &old("overlayfs"));
+        assert_eq!(faults, [(State::Problem, "containerd.snapshotter")]);
+        assert!(
+            remedy.contains("[plugins.\"io.containerd.grpc.v1.cri\".containerd] (add it if it is not there):\n"),
+            "{remedy}"
+        );
+        assert!(remedy.contains(SAYS.trim_end()), "{remedy}");
+        // And the other way.
+        let (faults, remedy) = check("2.1.9", &["version = 2\n", CRI_1, SAYS, PROXY, EXPORTS], &dump(""));
+        assert_eq!(faults, [(State::Problem, "containerd.snapshotter")]);
+        assert!(remedy.contains("[plugins.'io.containerd.cri.v1.images'] (add it if it is not there):\n"), "{remedy}");
+        assert!(remedy.contains(SAYS.trim_end()), "{remedy}");
+    }
+
+    #[test]
+    fn a_remedy_says_what_happens_and_which_key_does_it() {
+        let what = |version: &str, parts: &[&str]| {
+            let findings = judged(version, &parse(parts));
+            findings.into_iter().find(|one| one.check == "containerd.annotations").unwrap().what
+        };
+        let keys = [
+            "use_local_image_pull = true",
+            "discard_unpacked_layers = true",
+            "image_pull_with_sync_fs = true",
+            "max_concurrent_downloads = 10",
+            "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.\"docker.io\"]",
+            "[plugins.'io.containerd.cri.v1.images'.registry.configs.\"docker.io\"]",
+            "[plugins.'io.containerd.cri.v1.images'.registry.auths.\"docker.io\"]",
+        ];
+        for key in keys {
+            let found = what("2.3.6", &[CRI_2, key, "\n", UNPACK, PROXY, EXPORTS, REMOTE]);
+            let name =
+                if key.starts_with('[') { &key[key.find("registry").unwrap()..key.find(".\"").unwrap()] } else { key };
+            assert!(found.starts_with(&format!("{name} makes containerd pull by its client")), "{key}: {found}");
+        }
+        // In a file for containerd 1.
+        for (before, key) in [
+            ("\"io.containerd.grpc.v1.cri\"", "max_concurrent_downloads = 10"),
+            ("\"io.containerd.grpc.v1.cri\".containerd", "discard_unpacked_layers = true"),
+        ] {
+            let parts =
+                [format!("[plugins.{before}]\n{key}\n"), CRI_2.to_owned(), PROXY.to_owned(), EXPORTS.to_owned()];
+            let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+            assert!(what("2.1.9", &parts).starts_with(key), "{key}");
+        }
+        assert!(what("2.3.6", &[CRI_2, PROXY, EXPORTS, REMOTE]).contains("fails with \"no unpack platforms defined\""));
+        assert!(what("2.3.6", &[CRI_2, PROXY, EXPORTS]).contains("fails with"));
+        assert!(what("2.3.6", &[CRI_2, UNPACK, PROXY, EXPORTS]).contains("every layer is downloaded"));
+        assert!(what("2.3.6", &[UNPACK, PROXY, EXPORTS]).contains("nerdctl 2.3 and later download every layer"));
+        assert!(what("2.3.6", &[PROXY, EXPORTS]).contains("nerdctl 2.3 and later stop with"));
+    }
+
+    #[test]
+    fn a_remedy_speaks_of_what_stands_in_the_file() {
+        let says = format!("disable_snapshot_annotations = false, then {RESTART}");
+        let old = "table [plugins.\"io.containerd.grpc.v1.cri\".containerd]";
+        let new = "table [plugins.'io.containerd.cri.v1.images']";
+        // The table that counts, by the format of the file.
+        for (version, parts, table) in [
+            ("1.7.24", &["version = 2\n", CRI_1, PROXY, EXPORTS][..], old),
+            ("2.0.7", &["version = 3\n", CRI_2, PROXY, EXPORTS], new),
+            ("2.0.7", &["version = 2\n", CRI_1, RUNC_1, PROXY, EXPORTS], old),
+        ] {
+            assert_eq!(remedy_of(version, "containerd.annotations", parts), format!("in c, {table}: {says}"));
+        }
+        let exports = |parts: &[&str]| remedy_of("1.7.24", "containerd.exports", parts);
+        let wrong = EXPORTS.replace("/s\"", "/other\"");
+        let table = "in c, table [proxy_plugins.cvmfs-snapshotter.exports]";
+        let line = format!(": root = \"/var/lib/s\", then {RESTART}");
+        assert_eq!(exports(&[CRI_1, SAYS, PROXY, &wrong]), format!("{table}{line}"));
+        assert_eq!(exports(&[CRI_1, SAYS, PROXY]), format!("{table} (add it if it is not there){line}"));
+
+        // Each table of a plugin with another name, and who names it.
+        let other = |text: &str| text.replace("cvmfs-snapshotter", "cvmfs");
+        assert_eq!(
+            remedy_of("1.7.24", "containerd.plugin", &[&other(CRI_1), SAYS, &other(PROXY), &other(EXPORTS)]),
+            format!(
+                "in c: [proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs], \
+                 [proxy_plugins.cvmfs-snapshotter.exports] instead of [proxy_plugins.cvmfs.exports], \
+                 snapshotter = \"cvmfs-snapshotter\" instead of snapshotter = \"cvmfs\", then {RESTART}"
+            )
+        );
+        // Debian's 1.6 knows no exports, and ends at their table all the same.
+        let said = parse(&[CRI_1, SAYS, &other(PROXY), &other(EXPORTS)]);
+        let used = Configuration::of_dump(&[CRI_1, SAYS, &other(PROXY)].concat(), &said).unwrap();
+        assert!(
+            judged("1.6.20", &used)
+                .iter()
+                .any(|one| one.remedy.as_ref().is_some_and(|all| all.contains(".exports] instead of")))
+        );
+        let rest = [CRI_1, SAYS, PROXY, EXPORTS, &other(EXPORTS)];
+        assert_eq!(
+            remedy_of("1.6.20", "containerd.type", &rest),
+            format!("in c: remove the table [proxy_plugins.cvmfs.exports], then {RESTART}")
+        );
+        // Nothing but exports is left of ours: the other one's first table is renamed, if that has none.
+        let halves = [CRI_1, SAYS, &other(PROXY), EXPORTS];
+        assert!(
+            remedy_of("1.7.24", "containerd.plugin", &halves)
+                .starts_with("in c: [proxy_plugins.cvmfs-snapshotter] instead of")
+        );
+        assert_eq!(faults("1.7.24", &halves), [(State::Problem, "containerd.plugin")]);
+        let both = [CRI_1, SAYS, &other(PROXY), &other(EXPORTS), EXPORTS];
+        assert!(
+            remedy_of("1.7.24", "containerd.plugin", &both).contains("[proxy_plugins.cvmfs-snapshotter] (add it if")
+        );
+
+        // A table without a type would end containerd at its start: the whole of it is added.
+        let block = remedy_of("2.3.6", "containerd.plugin", &[CRI_2, UNPACK]);
+        for line in ["type = \"snapshot\"", "address = \"/run/s.sock\"", "root = \"/var/lib/s\"", REMOTE.trim_end()] {
+            assert!(block.contains(line), "{block}");
+        }
+        assert!(!remedy_of("1.6.20", "containerd.plugin", &[CRI_1, SAYS]).contains("exports"), "1.6.20 knows none");
+
+        // A list in brackets takes no further table.
+        let inline = "[plugins.'io.containerd.transfer.v1.local']\nunpack_config = [{platform = \"linux\", snapshotter = \"overlayfs\"}]\n";
+        let unpack = |parts: &[&str]| remedy_of("2.3.6", "containerd.annotations", parts);
+        assert!(unpack(&[CRI_2, inline, PROXY, EXPORTS, REMOTE]).starts_with("in c, add to the list unpack_config"));
+        let entries = |parts: &[&str]| unpack(parts).matches("unpack_config]]").count();
+        assert_eq!(entries(&[CRI_2, PROXY, EXPORTS, REMOTE]), 2, "an entry replaces the default list");
+        let overlayfs = UNPACK.replace("cvmfs-snapshotter", "overlayfs");
+        assert_eq!(entries(&[CRI_2, &overlayfs, PROXY, EXPORTS, REMOTE]), 1);
+    }
+
+    #[test]
+    fn the_file_that_a_package_brought_is_to_be_imported() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ours.toml");
+        std::fs::write(&file, "").unwrap();
+        let place = Place { registration: file.to_str().unwrap(), ..PLACE };
+        let pattern = dir.path().join("*.toml");
+        for (head, remedy) in [
+            ("", format!("as the first line of c: imports = [{pattern:?}], then {RESTART}")),
+            ("imports = [\"/other\"]\n", format!("in c, add to the list imports: {pattern:?}, then {RESTART}")),
+        ] {
+            let findings = judge(Version(2, 3, 6), &parse(&[head, CRI_2, UNPACK]), &place, "c");
+            let faults: Vec<_> = findings.iter().filter(|one| one.remedy.is_some()).collect();
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            assert_eq!(faults[0].remedy.as_deref(), Some(remedy.as_str()));
+        }
+    }
+
+    #[test]
+    fn a_remedy_names_the_imported_file_whose_word_counts() {
+        let mut found = parse(&["imports = [\"i\"]\n", CRI_1]);
+        found.add(Path::new("i"), &[PROXY, &EXPORTS.replace("/s\"", "/other\"")].concat()).unwrap();
+        let findings = judged("1.7.24", &found);
+        let remedy =
+            |check: &str| findings.iter().find(|one| one.check == check).and_then(|one| one.remedy.clone()).unwrap();
+        assert!(remedy("containerd.exports").starts_with("in i, table [proxy_plugins"), "{findings:?}");
+        assert!(remedy("containerd.annotations").starts_with("in c, table [plugins"), "{findings:?}");
     }
 
     #[test]

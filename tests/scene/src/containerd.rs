@@ -52,6 +52,11 @@ impl Containerd {
         Self::start(dir, release, OURS, pause_image, configuration)
     }
 
+    /// With ours, configured in any way.
+    pub fn configured(dir: &Path, release: Release, pause_image: &str, configuration: Configuration) -> Self {
+        Self::start(dir, release, OURS, pause_image, configuration)
+    }
+
     fn start(
         dir: &Path,
         release: Release,

@@ -19,6 +19,21 @@ pub enum Release {
     V2_4,
 }
 
+/// `$tests! { containerd_1_6 V1_6; … }`: a macro that makes a module of tests for each.
+#[macro_export]
+macro_rules! for_each_release {
+    ($tests:ident) => {
+        $tests! {
+            containerd_1_6 V1_6;
+            containerd_1_7 V1_7;
+            containerd_2_1 V2_1;
+            containerd_2_2 V2_2;
+            containerd_2_3 V2_3;
+            containerd_2_4 V2_4;
+        }
+    };
+}
+
 /// What `make test` runs: the oldest, which most tests stand on, and the one with long support.
 const USUAL: &str = "1.6 2.3";
 
@@ -77,6 +92,11 @@ impl Release {
 
     /// Whether it passes on what a proxy plugin exports: Debian's 1.6 is older than that.
     pub fn has_exports(self) -> bool {
+        self >= Self::V1_7
+    }
+
+    /// Whether it passes on capabilities of a proxy plugin: 1.7 does from 1.7.23 on.
+    pub fn has_capabilities(self) -> bool {
         self >= Self::V1_7
     }
 

@@ -14,12 +14,12 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use scene::containerd::OURS;
+use scene::doctor::{Finding, read};
 use scene::process::{Output, eventually, run};
 use scene::publisher::Repository;
 use scene::sandbox::mount_tmpfs;
 use scene::snapshotter::binary;
 use scene::stage::{PAUSE, Stage};
-use serde_json::Value;
 
 /// What names the containerd of the stage.
 fn containerd(stage: &Stage) -> [String; 4] {
@@ -31,12 +31,6 @@ fn doctor(stage: &Stage, more: &[&str]) -> Output {
     let containerd = containerd(stage);
     let words = containerd.iter().map(String::as_str);
     stage.snapshotter.admin(&["doctor"].into_iter().chain(words).chain(more.iter().copied()).collect::<Vec<_>>())
-}
-
-fn all_findings(output: &Output) -> Vec<Value> {
-    let report: Value =
-        serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}{}", output.stdout, output.stderr));
-    report["findings"].as_array().expect("findings are a list").clone()
 }
 
 /// With `SCENE_SHOW`, what a person sees of it.
@@ -52,32 +46,27 @@ fn show(stage: &Stage) {
 }
 
 /// The doctor's findings of this check, and the exit code.
-fn findings(stage: &Stage, check: &str) -> (Vec<Value>, i32) {
+fn findings(stage: &Stage, check: &str) -> (Vec<Finding>, i32) {
     let output = doctor(stage, &["--json"]);
     let code = output.status.code().expect("the doctor ends by itself");
-    let all = all_findings(&output);
-    let found: Vec<Value> = all.iter().filter(|one| one["check"] == check).cloned().collect();
+    let all = read(&output);
+    let found: Vec<Finding> = all.iter().filter(|one| one.check == check).cloned().collect();
     assert!(!found.is_empty() || check.is_empty(), "no {check} in {all:#?}");
-    // What is wrong comes with what to do.
-    for one in &all {
-        let is_fault = ["warning", "problem"].contains(&one["state"].as_str().expect("a state is a text"));
-        assert_eq!(is_fault, one["remedy"].is_string(), "{one}");
-    }
     (if check.is_empty() { all } else { found }, code)
 }
 
 #[track_caller]
 fn assert_says_nothing_of(stage: &Stage, check: &str) {
-    let all = all_findings(&doctor(stage, &["--json"]));
-    assert!(all.iter().all(|one| one["check"] != check), "{all:#?}");
+    let all = read(&doctor(stage, &["--json"]));
+    assert!(all.iter().all(|one| one.check != check), "{all:#?}");
 }
 
 #[track_caller]
 fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
     let (found, code) = findings(stage, check);
-    let is_it = |one: &Value| {
-        let text = format!("{} {}", one["what"], one["remedy"]);
-        one["state"] == state && words.split('|').all(|word| text.contains(word))
+    let is_it = |one: &Finding| {
+        let text = format!("{} {}", one.what, one.remedy.as_deref().unwrap_or_default());
+        one.state == state && words.split('|').all(|word| text.contains(word))
     };
     assert!(found.iter().any(is_it), "no {state} with {words:?} in {found:#?}");
     let expected = match state {
@@ -95,11 +84,10 @@ fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
     let (all, code) = findings(&stage, "");
-    let faults: Vec<&Value> =
-        all.iter().filter(|one| ["warning", "problem"].contains(&one["state"].as_str().unwrap_or(""))).collect();
+    let faults: Vec<&Finding> = all.iter().filter(|one| one.is_fault()).collect();
     assert!(faults.is_empty() && code == 0, "{code}: {faults:#?}");
     show(&stage);
-    let checks: Vec<&str> = all.iter().filter_map(|one| one["check"].as_str()).collect();
+    let checks: Vec<&str> = all.iter().map(|one| one.check.as_str()).collect();
     for check in [
         "node.overlayfs",
         "node.disk",
@@ -142,7 +130,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
         "[proxy_plugins.cvmfs-snapshotter] instead of [proxy_plugins.cvmfs]",
     );
     with("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.stargz");
-    assert_finds(&stage, "containerd.plugin", "problem", "called \\\"stargz\\\"");
+    assert_finds(&stage, "containerd.plugin", "problem", "called \"stargz\"");
     show(&stage);
     with("/run/s.sock", "/run/other.sock");
     assert_finds(&stage, "containerd.plugin", "problem", "looks for cvmfs-snapshotter at|other.sock");
@@ -242,14 +230,13 @@ fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
     let took = begun.elapsed();
     stage.repository.command("normal");
     assert_eq!(alone.status.code(), Some(2), "{}{}", alone.stdout, alone.stderr);
-    let all = all_findings(&alone);
+    let all = read(&alone);
     for (check, words) in [
         ("repository.answers", "did not answer within"),
         ("node.state-root", "cannot be looked at: it did not answer within"),
         ("containerd.config", "did not answer within"),
     ] {
-        let is_it =
-            |one: &Value| one["check"] == check && one["what"].as_str().is_some_and(|what| what.contains(words));
+        let is_it = |one: &Finding| one.check == check && one.what.contains(words);
         assert!(all.iter().any(is_it), "no {check} with {words:?} in {all:#?}");
     }
     assert!(took < Duration::from_mins(2), "{took:?}");
@@ -260,9 +247,9 @@ fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
     for path in [pipe.as_path(), Path::new("/dev/zero"), stage.sandbox.dir()] {
         let path = path.display().to_string();
         let both = ["--config", &path, "--containerd", &socket, "--containerd-config", &path];
-        let all = all_findings(&run(binary(), ["doctor", "--json"].iter().chain(&both)));
+        let all = read(&run(binary(), ["doctor", "--json"].iter().chain(&both)));
         for check in ["config.file", "containerd.config"] {
-            let is_it = |one: &Value| one["check"] == check && one["state"] == "problem";
+            let is_it = |one: &Finding| one.check == check && one.state == "problem";
             assert!(all.iter().any(is_it), "{path}: no {check} in {all:#?}");
         }
     }
@@ -307,13 +294,11 @@ fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_w
     // Nobody says them, as on a node whose unit has a drop-in.
     let socket = stage.snapshotter.socket().display().to_string();
     let words = ["doctor", "--json", "--address", &socket].map(str::to_owned);
-    let all = all_findings(&run(binary(), words.iter().chain(&containerd(&stage))));
+    let all = read(&run(binary(), words.iter().chain(&containerd(&stage))));
     for (check, words) in
         [("daemon.running", root.display()), ("node.disk", root.display()), ("config.file", config.display())]
     {
-        let is_it = |one: &Value| {
-            one["check"] == check && one["what"].as_str().is_some_and(|what| what.contains(&words.to_string()))
-        };
+        let is_it = |one: &Finding| one.check == check && one.what.contains(&words.to_string());
         assert!(all.iter().any(is_it), "no {check} with {words} in {all:#?}");
     }
 
@@ -386,13 +371,12 @@ fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_progra
     let file = stage.ours.configuration();
     let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
     fs::write(&file, good.replace("disable_snapshot_annotations = false", "")).expect("it can be written");
-    let lacks =
-        "every layer is downloaded|\"io.containerd.grpc.v1.cri\\\".containerd]: disable_snapshot_annotations = false";
-    let lacks = lacks.replace("\"io", "\\\"io");
+    let table = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]";
+    let lacks = format!("every layer is downloaded|{table}: disable_snapshot_annotations = false");
     stage.ours.signal(Signal::SIGSTOP);
     let (found, _) = findings(&stage, "containerd.running");
     stage.ours.signal(Signal::SIGCONT);
-    assert_eq!(found[0]["state"], "problem", "{found:#?}");
+    assert_eq!(found[0].state, "problem", "{found:#?}");
     stage.ours.end();
     assert_finds(&stage, "containerd.running", "problem", "does not answer");
     assert_finds(&stage, "containerd.annotations", "problem", &lacks);
@@ -408,7 +392,7 @@ fn root_no_restart_is_advised_to_a_containerd_that_refuses_its_file() {
     // A process counts as begun a little later than it did.
     eventually("a change is later than the start", || {
         fs::write(&file, &good).expect("it can be written");
-        all_findings(&doctor(&stage, &["--json"])).iter().any(|one| one["check"] == "containerd.restarted")
+        read(&doctor(&stage, &["--json"])).iter().any(|one| one.check == "containerd.restarted")
     });
     fs::write(&file, good.replace("oom_score = 0", "oom_score = \"x\"")).expect("it can be written");
     assert_finds(&stage, "containerd.config", "problem", "refuses its configuration|config dump");

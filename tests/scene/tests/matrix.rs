@@ -52,14 +52,7 @@ macro_rules! matrix {
     };
 }
 
-matrix! {
-    containerd_1_6 V1_6;
-    containerd_1_7 V1_7;
-    containerd_2_1 V2_1;
-    containerd_2_2 V2_2;
-    containerd_2_3 V2_3;
-    containerd_2_4 V2_4;
-}
+scene::for_each_release!(matrix);
 
 fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Release, Way)) {
     if !release.is_wanted() {

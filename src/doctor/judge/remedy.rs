@@ -1,0 +1,59 @@
+//! The words of remedies. An admin follows them by copy and paste: each step names the file, the table
+//! as it is written there and the whole line, and two remedies followed one after the other
+//! write no table and no key twice, which TOML refuses.
+#![forbid(unsafe_code)]
+
+use super::Case;
+use crate::doctor::configuration::CRI_TABLES;
+
+/// What makes containerd read its configuration.
+pub const RESTART: &str = "systemctl restart containerd";
+
+/// The steps, and what makes them count.
+pub fn remedy(steps: &[String]) -> String {
+    match steps {
+        [one] if !one.contains('\n') => format!("{one}, then {RESTART}"),
+        all => format!("{}\nthen {RESTART}", all.join("\n")),
+    }
+}
+
+/// `[plugins.'io.containerd.cri.v1.images']`: quoted as the pages of that version of containerd do.
+pub fn heading(table: &[&str]) -> String {
+    let quoted = |name: &&str| match *name {
+        name if name == CRI_TABLES[0] => format!("\"{name}\""),
+        name if name.contains('.') => format!("'{name}'"),
+        name => name.to_owned(),
+    };
+    format!("[{}]", table.iter().map(quoted).collect::<Vec<_>>().join("."))
+}
+
+impl Case<'_> {
+    /// The file in which the word on a plugin counts.
+    pub fn home(&self, table: &[&str]) -> String {
+        match self.found.home(table) {
+            None | Some(0) => self.file.to_owned(),
+            Some(imported) => self.found.files[imported].display().to_string(),
+        }
+    }
+
+    /// Keys of one table get values, whether they are there or not.
+    pub fn set(&self, table: &[&str], lines: &[String]) -> String {
+        let add = if self.found.stands(table) { "" } else { " (add it if it is not there)" };
+        let which = format!("in {}, table {}{add}:", self.home(table), heading(table));
+        match lines {
+            [one] => format!("{which} {one}"),
+            all => format!("{which}\n  {}", all.join("\n  ")),
+        }
+    }
+
+    /// Whole tables, after all others.
+    pub fn add(&self, table: &[&str], text: &str) -> String {
+        format!("add to {}:\n{text}", self.home(table))
+    }
+
+    /// Each of these texts in place of another one, wherever that stands.
+    pub fn replace(&self, table: &[&str], pairs: &[(String, String)]) -> String {
+        let pairs: Vec<String> = pairs.iter().map(|(new, old)| format!("{new} instead of {old}")).collect();
+        format!("in {}: {}", self.home(table), pairs.join(", "))
+    }
+}
