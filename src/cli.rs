@@ -187,7 +187,8 @@ fn doctor() -> Command {
             "Look at the node, the configuration, the daemon, repositories, images and containerd, \
             and print for whatever is wrong what it means and what to change. Changes nothing. Each \
             check has a name that stays; they are explained in admin.md of the documentation. Exit \
-            status: 0 all is good, 1 there are warnings, 2 there are problems.",
+            status: 0 all is good, 1 there are warnings, 2 there are problems, 3 it could not look, or not \
+            print what it found.",
         )
         .arg(json())
         .arg(path("containerd", format!("Socket of containerd [default: {}]", CONTAINERD_SOCKETS.join(" or "))))
