@@ -80,7 +80,7 @@ fn commands() -> Vec<Command> {
             let command = match (&language, line.strip_prefix("```")) {
                 (None, Some(name)) => {
                     // A block of another name would hide commands.
-                    let known = ["console", "sh", "bash", "ini", "promql", "text", "toml"];
+                    let known = ["console", "sh", "bash", "ini", "promql", "text", "toml", "yaml"];
                     assert!(known.contains(&name), "{page}: a block of {name:?}, which is none of {known:?}");
                     block += 1;
                     language = Some(name.to_owned());
