@@ -96,7 +96,7 @@ pub fn run(arguments: &Arguments, wanted: &cli::Doctor, out: &mut dyn Write) -> 
         return findings.end().map(|_| UNKNOWN);
     }
     progress.say("asking the daemon");
-    let asked = service::ask(&arguments.address);
+    let asked = service::ask(arguments);
     let arguments = &service::as_started(arguments, &asked);
     progress.say("looking at the node");
     let config = node::look(arguments, &mut findings);

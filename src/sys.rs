@@ -426,6 +426,13 @@ fn uppermost_mount(path: &Path) -> Result<Option<MountLine>> {
     Ok(mounts(&table).filter(|mount| mount.point == path).last())
 }
 
+/// Where the file system of an absolute path without links is mounted, for messages.
+pub fn mount_point_of(path: &Path) -> Option<PathBuf> {
+    let table = mount_table().ok()?;
+    let around = mounts(&table).map(|mount| mount.point).filter(|point| path.starts_with(point));
+    around.max_by_key(|point| point.components().count())
+}
+
 /// One line of a mountinfo table.
 #[derive(Debug, PartialEq, Eq)]
 struct MountLine {

@@ -1,8 +1,10 @@
 //! Other programs, asked with a limit: what hangs, and be it beyond killing, keeps no doctor.
 #![forbid(unsafe_code)]
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -21,6 +23,14 @@ pub fn ask<S: AsRef<OsStr>>(program: &OsStr, arguments: &[S], limit: Duration) -
     let mut command = Command::new(program);
     command.args(arguments);
     run(&mut command, limit).ok()?
+}
+
+/// What a process was started with.
+pub fn command_line(pid: u32) -> Option<Vec<OsString>> {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    // Each ends with a zero.
+    let words = words.strip_suffix(&[0])?;
+    Some(words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
 }
 
 /// Has this very program do `task` with `path`. None: it was not done after `limit`.

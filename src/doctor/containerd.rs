@@ -1,6 +1,7 @@
 //! The containerds on this node, asked over their sockets, beside what their configurations say.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -63,14 +64,20 @@ struct Node {
 
 /// Those that an admin names, or else those that are there.
 fn nodes(wanted: &Doctor) -> Vec<Node> {
-    if wanted.socket.is_some() || wanted.configuration.is_some() {
-        let or_default = |path: &Option<PathBuf>, default: &str| path.clone().unwrap_or_else(|| PathBuf::from(default));
-        return vec![Node {
-            socket: or_default(&wanted.socket, SOCKETS[0]),
-            file: or_default(&wanted.configuration, CONFIGURATIONS[0]),
-        }];
+    let usual = || SOCKETS.into_iter().zip(CONFIGURATIONS);
+    match (&wanted.socket, &wanted.configuration) {
+        (None, None) => {}
+        (Some(socket), None) => {
+            let file =
+                usual().find(|(usual, _)| Path::new(usual) == socket).map_or(CONFIGURATIONS[0], |(_, file)| file);
+            return vec![Node::at(socket.clone(), file.into())];
+        }
+        (socket, Some(file)) => {
+            let socket = socket.clone().unwrap_or_else(|| SOCKETS[0].into());
+            return vec![Node { socket, file: file.clone() }];
+        }
     }
-    let all = SOCKETS.into_iter().zip(CONFIGURATIONS).map(|(s, f)| Node { socket: s.into(), file: f.into() });
+    let all = usual().map(|(socket, file)| Node::at(socket.into(), file.into()));
     // One that cannot be looked at is there.
     let is_there = |path: &Path| !reach::touch(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
     all.filter(|node| is_there(&node.socket) || is_there(&node.file)).collect()
@@ -92,12 +99,20 @@ pub fn look(
         ));
     }
     let of_each: Vec<Looked> = nodes.iter().map(|node| look_at(node, arguments, daemon)).collect();
-    // Docker's beside k3s's: one that has nothing to do with us is no problem if another one has.
-    let all_strange = of_each.iter().all(Looked::is_strange);
+    // Docker's beside k3s's: one that has nothing to do with us, or is not there, is no problem if
+    // another one has.
+    let uses_us = |looked: &Looked| looked.version.is_some() && !looked.is_strange;
+    let one_uses_us = of_each.iter().any(uses_us);
     for (node, looked) in nodes.iter().zip(of_each) {
-        if looked.is_strange() && !all_strange {
-            let what = format!("the containerd at {} does not use this snapshotter", node.socket.display());
+        let socket = node.socket.display();
+        if one_uses_us && looked.is_strange {
+            let what = format!("the containerd at {socket} does not use this snapshotter");
             findings.push(Finding::note("containerd.plugin", what));
+            continue;
+        }
+        if one_uses_us && looked.version.is_none() && !node.socket.exists() {
+            let what = format!("no containerd runs at {socket}, although {} is there", node.file.display());
+            findings.push(Finding::note("containerd.running", what));
             continue;
         }
         findings.extend(looked.findings.into_iter().map(|one| node.as_it_is_restarted(one)));
@@ -110,30 +125,58 @@ pub fn look(
 /// What was found about a containerd, without its images: that may be many.
 struct Looked {
     findings: Vec<Finding>,
+    /// Nobody has named us in its configuration.
+    is_strange: bool,
+    /// It runs, and said it.
+    version: Option<String>,
     configuration: Option<Configuration>,
     /// It has the snapshotter, so its images can be looked at; and where their blobs lie.
     with_images: Option<(Peer, Option<PathBuf>)>,
 }
 
-impl Looked {
-    fn is_strange(&self) -> bool {
-        self.findings.iter().any(|one| one.check == "containerd.plugin" && one.state > State::Good)
+impl Node {
+    /// With the file that the process has which listens there; else with this one.
+    fn at(socket: PathBuf, file: PathBuf) -> Self {
+        let process = Peer::connect(&socket).ok().and_then(|peer| peer.process());
+        let named = process.and_then(child::command_line).and_then(|words| configuration_of(&words));
+        Self { socket, file: named.unwrap_or(file) }
+    }
+
+    /// What starts its containerd itself, from a template: its name and its other one.
+    fn distribution(&self) -> Option<(&'static str, &'static str)> {
+        let all = [("k3s", ("k3s", "k3s-agent")), ("rke2", ("rke2-server", "rke2-agent"))];
+        let is_it = |name: &str| self.file.starts_with(Path::new("/var/lib/rancher").join(name));
+        all.into_iter().find(|(name, _)| is_it(name)).map(|(_, units)| units)
+    }
+
+    fn as_it_is_restarted(&self, finding: Finding) -> Finding {
+        let Some((server, agent)) = self.distribution() else { return finding };
+        let restart = format!("systemctl restart {server} (or {agent})");
+        Finding { remedy: finding.remedy.map(|remedy| remedy.replace(RESTART, &restart)), ..finding }
+    }
+
+    /// The file that an admin changes: k3s makes its own anew from a template.
+    fn edited(&self) -> String {
+        if self.distribution().is_some() {
+            format!("{}'s template (config.toml.tmpl, or config-v3.toml.tmpl)", self.file.display())
+        } else {
+            self.file.display().to_string()
+        }
     }
 }
 
-impl Node {
-    fn is_of_k3s(&self) -> bool {
-        self.file == Path::new(CONFIGURATIONS[1])
-    }
-
-    /// k3s starts its containerd itself.
-    fn as_it_is_restarted(&self, finding: Finding) -> Finding {
-        if !self.is_of_k3s() {
-            return finding;
+/// The file that a command line of containerd names, with an absolute path.
+fn configuration_of(words: &[OsString]) -> Option<PathBuf> {
+    let mut words = words.iter().skip(1).map(|word| word.to_string_lossy());
+    let file = loop {
+        let word = words.next()?;
+        let (flag, value) = word.split_once('=').map_or((&*word, None), |(flag, value)| (flag, Some(value)));
+        if ["-c", "-config", "--config"].contains(&flag) {
+            break value
+                .map_or_else(|| words.next().map(Cow::into_owned), |value| Some(value.to_owned()))?;
         }
-        let remedy = finding.remedy.map(|remedy| remedy.replace(RESTART, "systemctl restart k3s (or k3s-agent)"));
-        Finding { remedy, ..finding }
-    }
+    };
+    Some(PathBuf::from(file)).filter(|file| file.is_absolute())
 }
 
 fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> Looked {
@@ -147,27 +190,22 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     });
     // The program that runs, or the one that would be started.
     let program = process.map_or_else(|| "containerd".into(), |pid| OsString::from(format!("/proc/{pid}/exe")));
-    let version = match &asked {
+    let said = asked.as_ref().ok().map(|(_, text, _)| text.clone());
+    findings.push(match &asked {
         Ok((_, text, _)) => {
-            findings.push(Finding::good(
-                "containerd.running",
-                format!("containerd {text} runs, at {}", node.socket.display()),
-            ));
-            Version::parse(text)
+            Finding::good("containerd.running", format!("containerd {text} runs, at {}", node.socket.display()))
         }
-        Err(e) => {
-            findings.push(not_running(&node.socket, e));
-            None
-        }
-    };
+        Err(e) => not_running(&node.socket, e),
+    });
     let address = arguments.address.display().to_string();
     let root = arguments.root.display().to_string();
     let place = Place { address: &address, root: &root, registration: REGISTRATION };
-    let file = edited(&node.file);
+    let file = node.edited();
     let (configuration, about_file) = read(node, &program, &file);
     let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
     let judged = configuration.as_ref().map(|configuration| {
-        let version = version.or_else(|| version_of(&program)).unwrap_or_else(|| configuration.suggests());
+        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&program));
+        let version = version.unwrap_or_else(|| configuration.suggests());
         judge(version, configuration, &place, &file)
     });
     let mut judged = judged.unwrap_or_default();
@@ -175,16 +213,33 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     let is_explained = judged.iter().any(|one| EXPLAINED.contains(&one.check) && one.state > State::Good);
     findings.extend(about_file.filter(|_| !is_explained));
     findings.append(&mut judged);
-    let Ok((peer, _, plugins)) = asked else { return Looked { findings, configuration, with_images: None } };
-    findings.append(&mut in_error(&plugins));
+    let is_registered = findings.iter().any(|one| one.check == "containerd.plugin" && one.state == State::Good);
+    let proxies = configuration.iter().flat_map(|one| &one.proxies);
+    let is_strange =
+        configuration.is_some() && !proxies.into_iter().any(|proxy| proxy.name == NAME || proxy.address == address);
+    let mut looked = Looked { findings, is_strange, version: said, configuration, with_images: None };
+    let Ok((peer, _, plugins)) = asked else { return looked };
+    looked.findings.append(&mut in_error(&plugins));
+    let loaded = plugins.iter().find(|plugin| is_ours(plugin)).map(|plugin| plugin.init_err.is_none());
     // With a file that it refuses it would not come back.
     if !is_refused {
-        findings.extend(process.and_then(|process| not_restarted(process, node, configuration.as_ref())));
+        let newer = process.and_then(|process| not_restarted(process, node, looked.configuration.as_ref()));
+        let missing = (is_registered && loaded.is_none()).then(not_loaded);
+        looked.findings.extend(missing.or(newer));
     }
-    findings.extend(daemon.and_then(|daemon| mount_namespace(&peer, daemon)));
-    let loaded = plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
-    let with_images = (loaded && daemon.is_some()).then(|| (peer, content_store(&plugins)));
-    Looked { findings, configuration, with_images }
+    looked.findings.extend(daemon.and_then(|daemon| mount_namespace(&peer, daemon)));
+    if loaded == Some(true) && daemon.is_some() {
+        looked.with_images = Some((peer, content_store(&plugins)));
+    }
+    looked
+}
+
+/// Its file names us, and it has not read that.
+fn not_loaded() -> Finding {
+    let what = format!(
+        "the containerd that runs does not know {NAME}: it has not been restarted since its configuration names it"
+    );
+    Finding::problem("containerd.restarted", what, format!("{RESTART}; containers run on"))
 }
 
 /// As a program says it of itself.
@@ -270,24 +325,14 @@ fn in_error(plugins: &[Plugin]) -> Vec<Finding> {
 
 /// Its configuration was changed after it had been read.
 fn not_restarted(process: u32, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
-    let changed = |path: &Path| std::fs::metadata(path).and_then(|status| status.modified()).ok();
     let started = began(process)?;
     let files = configuration.map_or_else(|| vec![node.file.clone()], |one| one.files.clone());
-    let newer = files.into_iter().find(|file| changed(file).is_some_and(|changed| changed > started))?;
-    Some(Finding::problem(
+    let newer = files.into_iter().find(|file| reach::changed(file).is_some_and(|changed| changed > started))?;
+    Some(Finding::warning(
         "containerd.restarted",
         format!("{} was changed after containerd had read it", newer.display()),
         format!("{RESTART}; containers run on"),
     ))
-}
-
-/// The file that an admin changes: k3s makes its own anew from a template.
-fn edited(file: &Path) -> String {
-    if file == Path::new(CONFIGURATIONS[1]) {
-        format!("{}'s template (config.toml.tmpl, or config-v3.toml.tmpl)", file.display())
-    } else {
-        file.display().to_string()
-    }
 }
 
 fn not_running(socket: &Path, e: &Error) -> Finding {
@@ -323,4 +368,24 @@ fn mount_namespace(containerd: &Peer, daemon: &DescribeResponse) -> Option<Findi
 fn content_store(plugins: &[Plugin]) -> Option<PathBuf> {
     let plugin = plugins.iter().find(|plugin| plugin.type_ == "io.containerd.content.v1" && plugin.id == "content")?;
     plugin.exports.get("root").map(PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_that_a_command_line_names_is_found() {
+        for (line, file) in [
+            ("/usr/bin/containerd", None),
+            ("containerd --config /etc/k0s/containerd.toml", Some("/etc/k0s/containerd.toml")),
+            ("containerd --log-level debug -c=/a.toml --root /r", Some("/a.toml")),
+            ("containerd -c /a.toml -a /s", Some("/a.toml")),
+            ("containerd --config", None),
+            ("containerd --config relative.toml", None),
+        ] {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            assert_eq!(configuration_of(&words), file.map(PathBuf::from), "{line}");
+        }
+    }
 }

@@ -132,12 +132,9 @@ fn room(root: &Path, found: &nix::sys::statvfs::Statvfs) -> Finding {
     }
 }
 
-/// Where the file system of `path` is mounted, as far as device numbers tell.
+/// Of a real path.
 fn mount_point(path: &Path) -> PathBuf {
-    use std::os::unix::fs::MetadataExt;
-    let device = |path: &Path| fs::metadata(path).ok().map(|status| status.dev());
-    let own = device(path);
-    path.ancestors().take_while(|above| device(above) == own).last().unwrap_or(path).to_owned()
+    sys::mount_point_of(path).unwrap_or_else(|| path.to_owned())
 }
 
 fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {

@@ -4,8 +4,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
@@ -74,12 +75,22 @@ fn look(path: &Path) -> io::Result<Kind> {
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(MOST_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MOST_BYTES {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MOST_BYTES {
         return Err(Errno::EFBIG.into());
     }
-    Ok(text)
+    // A comment may be in any encoding; whoever has to read it says if it is wrong.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// When a file that was reached before was last written, or came to its place: a copy may keep the
+/// time of what it was copied from.
+pub fn changed(path: &Path) -> Option<SystemTime> {
+    let status = fs::metadata(path).ok()?;
+    let placed =
+        UNIX_EPOCH + Duration::new(u64::try_from(status.ctime()).ok()?, u32::try_from(status.ctime_nsec()).ok()?);
+    Some(status.modified().ok()?.max(placed))
 }
 
 /// A configuration file.
@@ -116,7 +127,7 @@ mod tests {
             ("pipe", "special\n".to_owned()),
             ("none", format!("error {}\n", Errno::ENOENT as i32)),
             ("huge", format!("error {}\n", Errno::EFBIG as i32)),
-            ("binary", format!("error {}\n", Errno::EIO as i32)),
+            ("binary", "file\n".to_owned()),
         ] {
             assert_eq!(probe(&at(name)), expected, "{name}");
         }

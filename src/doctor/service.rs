@@ -2,53 +2,65 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Finding, Findings, NAMED, pull_anew, reach, repositories, systemd};
+use super::{Finding, Findings, NAMED, child, pull_anew, reach, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
 use crate::cli::{self, Arguments};
-use crate::config::{Config, MetricsAddress};
+use crate::config::{self, Config, MetricsAddress};
 use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::status::Report;
 use crate::types::Timestamp;
 
+/// What replaces a Go snapshotter without a normal stop; the packages say it as well.
+const REPLACE: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && systemctl start cvmfs-snapshotter.socket \
+                       cvmfs-snapshotter.service";
+
 /// The daemon and what it said of itself.
 pub type Asked = admin::Result<(Daemon, DescribeResponse)>;
 
-pub fn ask(address: &Path) -> Asked {
+pub fn ask(arguments: &Arguments) -> Asked {
+    let address = &arguments.address;
+    // systemd would try in vain, and give up the socket as well.
+    if systemd::waits_for_a_call() && !is_configured(&as_written(arguments, systemd::command_line())) {
+        let cause = io::Error::other("it is stopped, and its configuration keeps it from starting");
+        return Err(Error::NotRunning { address: address.clone(), cause });
+    }
     let daemon = Daemon::connect(address)?;
     let described = daemon.describe()?;
     Ok((daemon, described))
 }
 
+fn is_configured(arguments: &Arguments) -> bool {
+    let hangs = reach::touch(arguments.config_file()).is_err_and(|e| e.kind() == io::ErrorKind::TimedOut);
+    !hangs && config::load(arguments.config.as_deref()).is_ok()
+}
+
 /// Where this command line does not say it, that of the daemon counts, or of the unit that would start
 /// it: a drop-in may have changed it.
 pub fn as_started(arguments: &Arguments, asked: &Asked) -> Arguments {
-    let mut arguments = arguments.clone();
     let words = match asked {
-        Ok((_, daemon)) => fs::read(format!("/proc/{}/cmdline", daemon.pid)).ok().map(|words| words_of(&words)),
+        Ok((_, daemon)) => child::command_line(daemon.pid),
         Err(_) => systemd::command_line(),
     };
-    let Some(started) = words.and_then(|words| cli::parse(words).ok()) else { return arguments };
+    as_written(arguments, words)
+}
+
+fn as_written(arguments: &Arguments, command_line: Option<Vec<OsString>>) -> Arguments {
+    let mut arguments = arguments.clone();
+    let Some(started) = command_line.and_then(|words| cli::parse(words).ok()) else { return arguments };
     if arguments.root == Path::new(cli::DEFAULT_ROOT) {
         arguments.root = started.root;
     }
     arguments.config = arguments.config.or(started.config);
     arguments
-}
-
-/// Each ends with a zero.
-fn words_of(command_line: &[u8]) -> Vec<OsString> {
-    let words = command_line.strip_suffix(&[0]).unwrap_or(command_line);
-    words.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect()
 }
 
 /// What the daemon said of itself, if it did.
@@ -87,12 +99,22 @@ pub fn look(
 fn not_running(e: &Error) -> Finding {
     const CHECK: &str = "daemon.running";
     let last_words = || systemd::last_words().map_or_else(String::new, |words| format!(". Its last words: {words}"));
+    if let Some(pid) = systemd::main_process().filter(|pid| !is_ours(*pid)) {
+        return Finding::problem(
+            CHECK,
+            format!("{e}. Process {pid}, which the unit runs, is not ours: the Go snapshotter?"),
+            format!("do not stop or restart it, that empties a Go snapshotter's snapshots; to replace it: {REPLACE}"),
+        );
+    }
     match e {
         Error::NotOurs { .. } => Finding::problem(
             CHECK,
             e.to_string(),
-            "an older version: systemctl restart cvmfs-snapshotter. The Go one: do not stop it as usual, that destroys \
-             its snapshots; docs/takeover.md says how to replace it",
+            format!(
+                "an older version: systemctl restart cvmfs-snapshotter. The Go one: do not stop it as usual, that empties \
+                 its snapshots. Kill the process that serves there with SIGKILL, and disable what starts it (docs/takeover.md); \
+                 under the unit cvmfs-snapshotter this does it: {REPLACE}"
+            ),
         ),
         Error::NotRunning { .. } => Finding::problem(
             CHECK,
@@ -125,7 +147,7 @@ fn running(described: &DescribeResponse, root: &Path) -> Finding {
 /// The configuration was changed after it was read.
 fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<Finding> {
     let file = arguments.config_file();
-    let changed = fs::metadata(file).and_then(|status| status.modified()).ok()?;
+    let changed = reach::changed(file)?;
     let started = UNIX_EPOCH + Duration::from_nanos(u64::try_from(described.started).ok()?);
     (changed > started).then(|| {
         Finding::warning(
@@ -136,14 +158,24 @@ fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<
     })
 }
 
+/// What the lock of its state root is called, and the descriptor that holds it.
+fn lock_of(pid: u32) -> Option<(PathBuf, PathBuf)> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    // Of these only: others may lead into a repository that hangs.
+    let is_lock = |path: &PathBuf| path.to_string_lossy().trim_end_matches(" (deleted)").ends_with("/snapshotter/lock");
+    open.map(|entry| entry.path()).find_map(|fd| Some((fs::read_link(&fd).ok().filter(is_lock)?, fd)))
+}
+
+/// This very program, or one with the lock that only ours take: an upgrade has replaced the file.
+fn is_ours(pid: u32) -> bool {
+    let program = |process: &str| fs::read_link(format!("/proc/{process}/exe")).ok();
+    program(&pid.to_string()).is_some_and(|found| Some(found) == program("self")) || lock_of(pid).is_some()
+}
+
 /// Where the daemon's path leads is another directory than the one it works in: what it has open tells.
 fn moved(described: &DescribeResponse) -> Option<Finding> {
     let lock = Path::new(&described.snapshots).with_file_name("lock");
-    let open = fs::read_dir(format!("/proc/{}/fd", described.pid)).ok()?.flatten();
-    // Of these only: others may lead into a repository that hangs.
-    let is_lock = |path: &PathBuf| path.to_string_lossy().trim_end_matches(" (deleted)").ends_with("/snapshotter/lock");
-    let held = open.map(|entry| entry.path()).find_map(|fd| Some((fs::read_link(&fd).ok().filter(is_lock)?, fd)));
-    let (works_in, fd) = held?;
+    let (works_in, fd) = lock_of(described.pid)?;
     // Said already.
     if reach::touch(&lock).is_err_and(|e| e.kind() == io::ErrorKind::TimedOut) {
         return None;

@@ -2,12 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Finding, child};
+use super::{Finding, child, reach};
 
 const SERVICE: &str = "cvmfs-snapshotter.service";
 const SOCKET: &str = "cvmfs-snapshotter.socket";
@@ -27,6 +26,27 @@ fn is_in_charge() -> bool {
     Path::new("/run/systemd/system").exists()
 }
 
+/// Of a unit, where systemd is in charge.
+fn property(unit: &str, name: &str) -> Option<String> {
+    if !is_in_charge() {
+        return None;
+    }
+    // systemd 219 has no --value.
+    let said = output("systemctl", &["show", "--property", name, unit])?;
+    Some(said.split_once('=')?.1.to_owned())
+}
+
+/// What the unit runs, ours or not.
+pub fn main_process() -> Option<u32> {
+    property(SERVICE, "MainPID")?.parse().ok().filter(|pid| *pid != 0)
+}
+
+/// Whoever connects to the socket has the service started.
+pub fn waits_for_a_call() -> bool {
+    let is = |unit, state: &[&str]| property(unit, "ActiveState").is_some_and(|found| state.contains(&found.as_str()));
+    is(SOCKET, &["active"]) && is(SERVICE, &["inactive", "failed"])
+}
+
 pub fn look() -> Vec<Finding> {
     unit_by_hand().into_iter().chain(not_enabled()).collect()
 }
@@ -35,7 +55,7 @@ pub fn look() -> Vec<Finding> {
 fn unit_by_hand() -> Option<Finding> {
     let (file, text) = BY_HAND.iter().find_map(|folder| {
         let file = format!("{folder}/{SERVICE}");
-        fs::read_to_string(&file).ok().map(|text| (file, text))
+        reach::read_to_string(Path::new(&file)).ok().map(|text| (file, text))
     })?;
     let program =
         text.lines().filter_map(|line| line.split_once('=')).find(|(key, _)| key.trim() == "ExecStart")?.1.trim();
@@ -70,10 +90,7 @@ fn not_enabled() -> Option<Finding> {
 
 /// What the service is started with; words with spaces in them are not told from several.
 pub fn command_line() -> Option<Vec<OsString>> {
-    if !is_in_charge() {
-        return None;
-    }
-    let said = output("systemctl", &["show", "--property", "ExecStart", SERVICE])?;
+    let said = property(SERVICE, "ExecStart")?;
     let words = said.split_once(" argv[]=")?.1.split_once(" ;")?.0;
     Some(words.split(' ').map(OsString::from).collect())
 }
@@ -81,19 +98,14 @@ pub fn command_line() -> Option<Vec<OsString>> {
 /// Why the daemon ended the last time, as it said itself. Whoever asked at its socket may have had it
 /// started once more just now: that attempt has to end first, and the journal to know of it.
 pub fn last_words() -> Option<String> {
-    if !is_in_charge() {
-        return None;
-    }
     let until = Instant::now() + ATTEMPT;
     while Instant::now() < until {
-        let state = output("systemctl", &["show", "--property", "ActiveState", SERVICE])?;
-        match state.rsplit('=').next() {
-            Some("failed") => break,
-            // It was told to stop.
-            Some("inactive") => return None,
-            Some(_) | None => {}
+        match property(SERVICE, "ActiveState")?.as_str() {
+            "failed" => break,
+            // It lives, or was told to stop.
+            "active" | "inactive" => return None,
+            _ => thread::sleep(Duration::from_millis(100)),
         }
-        thread::sleep(Duration::from_millis(100));
     }
     // Older ones do not know it, and write soon enough.
     let _ = output("journalctl", &["--sync"]);

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use cvmfs_testbed::client::Mount;
 use nix::mount::{MntFlags, umount2};
@@ -316,6 +316,14 @@ fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_w
     fs::remove_dir(&root).expect("a directory can be removed");
     fs::rename(&away, &root).expect("a directory can be moved");
     assert_says_nothing_of(&stage, "state.root");
+    // A mount of the same file system: what is to be remounted is this one, and not the one below.
+    for words in [&["--bind"][..], &["-o", "remount,bind,ro"]] {
+        let path = root.display().to_string();
+        let from = if words.len() == 1 { vec![path.as_str()] } else { Vec::new() };
+        run("mount", words.iter().copied().chain(from).chain([path.as_str()])).ok();
+    }
+    assert_finds(&stage, "node.state-root", "problem", &format!("is read-only|mount -o remount,rw {}", root.display()));
+    umount2(&root, MntFlags::empty()).expect("it can be unmounted");
     mount_tmpfs(&root, "size=1m");
     assert_finds(&stage, "state.root", "problem", "mounted over");
     umount2(&root, MntFlags::empty()).expect("it can be unmounted");
@@ -381,6 +389,40 @@ fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_progra
     assert_finds(&stage, "containerd.running", "problem", "does not answer");
     assert_finds(&stage, "containerd.annotations", "problem", &lacks);
     assert_says_nothing_of(&stage, "containerd.exports");
+}
+
+/// The times of files tell nothing: packages and `cp -p` keep those of what they copy.
+#[test]
+fn root_a_containerd_that_has_not_read_its_file_is_found_by_what_it_knows() {
+    let mut stage = Stage::with("unread", "", Repository::plain);
+    let file = stage.ours.configuration();
+    let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
+    stage.ours.end();
+    fs::write(&file, good.replace("proxy_plugins.cvmfs-snapshotter", "proxy_plugins.other"))
+        .expect("it can be written");
+    stage.ours.start_again();
+    fs::write(&file, &good).expect("it can be written");
+    let old = SystemTime::now() - Duration::from_hours(48);
+    fs::File::open(&file).and_then(|file| file.set_modified(old)).expect("a time can be set");
+    assert_finds(
+        &stage,
+        "containerd.restarted",
+        "problem",
+        "does not know cvmfs-snapshotter|systemctl restart containerd",
+    );
+    // Its file is the one that it was started with, if nobody names another one.
+    let (address, socket) =
+        (stage.snapshotter.socket().display().to_string(), stage.ours.socket().display().to_string());
+    let all = read(&run(binary(), ["doctor", "--json", "--address", &address, "--containerd", &socket]));
+    assert!(all.iter().any(|one| one.check == "containerd.plugin" && one.state == "good"), "{all:#?}");
+    stage.ours.end();
+    stage.ours.start_again();
+    assert_finds(&stage, "containerd.plugin", "good", "proxy plugin");
+    assert!(
+        read(&doctor(&stage, &["--json"]))
+            .iter()
+            .all(|one| one.check != "containerd.restarted" || one.state != "problem")
+    );
 }
 
 /// It would not come back.

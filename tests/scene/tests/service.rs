@@ -541,6 +541,10 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     let (said, code) = diagnosis(&machine, "daemon.running");
     assert!(said.contains("Its last words: ") && said.contains("rootfs = 3 is not possible"), "{said}");
     assert_eq!(code, Some(2));
+    // A question at the socket would have started it, until systemd had given up the socket as well.
+    machine.run(&["systemctl", "restart", "cvmfs-snapshotter.socket"]).ok();
+    diagnosis(&machine, "daemon.running");
+    assert_eq!(machine.property("cvmfs-snapshotter.socket", "ActiveState"), "active", "it changes nothing");
     assert!(diagnosis(&machine, "config.file").0.contains("rootfs = 3 is not possible"));
 
     // The file that the unit names counts, although nobody can be asked.
@@ -549,6 +553,16 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     machine.drop_in(SERVICE, "other", start);
     let (said, _) = diagnosis(&machine, "config.file");
     assert!(said.contains("/etc/other.toml, line 1: workers = 0 is not possible"), "{said}");
+
+    // Who runs under the unit, and is not ours, must not be told to restart: the Go one loses everything by that.
+    let start = "[Service]\nType=simple\nExecStart=\nExecStart=/bin/sleep 1000\n";
+    machine.drop_in(SERVICE, "other", start);
+    machine.run(&["systemctl", "start", SERVICE]).ok();
+    fs::remove_file(machine.path(SOCKET)).expect("the socket can be removed");
+    let all = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]).stdout;
+    assert!(all.contains("is not ours") && all.contains("| do not stop or restart it"), "{all}");
+    assert!(all.contains("/usr/libexec/cvmfs-snapshotter/replace-go-unit && systemctl start"), "{all}");
+    assert!(!all.contains("systemctl restart cvmfs-snapshotter"), "{all}");
 }
 
 #[test]
