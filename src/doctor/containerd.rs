@@ -172,8 +172,7 @@ fn configuration_of(words: &[OsString]) -> Option<PathBuf> {
         let word = words.next()?;
         let (flag, value) = word.split_once('=').map_or((&*word, None), |(flag, value)| (flag, Some(value)));
         if ["-c", "-config", "--config"].contains(&flag) {
-            break value
-                .map_or_else(|| words.next().map(Cow::into_owned), |value| Some(value.to_owned()))?;
+            break value.map_or_else(|| words.next().map(Cow::into_owned), |value| Some(value.to_owned()))?;
         }
     };
     Some(PathBuf::from(file)).filter(|file| file.is_absolute())

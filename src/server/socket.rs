@@ -70,11 +70,15 @@ impl fmt::Display for Error {
             }
             Self::InUse { address } => write!(
                 f,
-                "another process serves the socket {}: stop it first, or choose another --address",
+                "another process serves the socket {}: stop it first, or choose another path",
                 address.display()
             ),
             Self::NotASocket { address } => {
-                write!(f, "{} exists and is no socket: remove it, or choose another --address", address.display())
+                write!(
+                    f,
+                    "{} exists and is no socket: nothing was changed: choose another path, or move it away",
+                    address.display()
+                )
             }
             Self::OddCharacter { address } => write!(
                 f,
