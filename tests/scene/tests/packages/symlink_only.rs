@@ -53,8 +53,18 @@ fn root_with_a_namespace_of_its_own_the_service_sees_what_autofs_mounts_and_lose
     assert!(tenths.parse::<u32>().is_ok_and(|tenths| tenths <= EXPOSURE.parse().unwrap_or(0)), "{exposure}");
     // What it would bind, containerd would not see.
     let configured = fs::read_to_string(machine.path(CONFIG)).expect("it is there");
-    fs::write(machine.path(CONFIG), format!("{configured}attach = \"bind\"\n")).expect("it can be changed");
-    assert!(!machine.run(&["systemctl", "restart", SERVICE]).status.success());
+    for (line, starts) in [
+        ("attach = \"bind\"", false),
+        ("\"attach\" = \"bind\"", false),
+        ("  'attach'='bind' # \"symlink\"", false),
+        ("attach = \"\"\"bind\"\"\"", false),
+        ("#attach = \"bind\"", true),
+        ("attach = \"symlink\" # and not = \"bind\"", true),
+    ] {
+        fs::write(machine.path(CONFIG), format!("{configured}{line}\n")).expect("it can be changed");
+        let started = machine.run(&["systemctl", "restart", SERVICE]).status.success();
+        assert_eq!(started, starts, "{line}: {}", machine.journal(SERVICE));
+    }
 }
 
 /// The automounter in the machine, as sites mount `/cvmfs`. It finds the repository once there is a file
