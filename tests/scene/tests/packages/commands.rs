@@ -287,6 +287,7 @@ fn root_every_command_of_the_documentation_does_what_its_page_says() {
     assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), go::CONFIGURATION);
     let verified = docs.run(INSTALL, "dpkg --verify cvmfs-snapshotter", 0);
     assert!(verified.lines().count() == 1 && verified.contains(CONFIG), "{verified}");
+    docs.run(INSTALL, go::ANY_BY_HAND, 0);
     docs.run(INSTALL, go::BY_HAND, 0);
     node.assert_serves();
     node.assert_nothing_is_lost(&running);

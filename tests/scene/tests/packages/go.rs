@@ -14,7 +14,7 @@ use scene::process::{Server, eventually, tool};
 use scene::sandbox::Sandbox;
 use scene::stage::names;
 
-use crate::node::{CONFIG, Node};
+use crate::node::{CONFIG, Node, SOCKET_UNIT};
 use crate::{DEB, RPM, folder, next, one};
 
 /// As it is on such a node.
@@ -23,16 +23,32 @@ pub const CONFIGURATION: &str = "repository = \"scene.test\"\n";
 pub const BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && \
                            systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
 const PROGRAM: &str = "/usr/bin/cvmfs_snapshotter";
+/// What replaces it under another unit.
+pub const ANY_BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit replace-any && \
+                               systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
+/// Of its engine.
+const ARGUMENTS: &str = "bind /cvmfs/scene.test /var/lib/containerd-cvmfs-grpc/snapshotter \
+                         /run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
+
+/// As an administrator writes them.
+const UNITS: &str = "/etc/systemd/system";
 
 /// A node that runs the Go snapshotter, whose unit lies in `folder`.
 pub fn node(name: &str, folder: &str) -> Option<Node> {
     let node = Node::start(name)?;
+    install(&node, PROGRAM, &format!("{folder}/{SERVICE}"));
+    serve(&node, SERVICE);
+    Some(node)
+}
+
+fn install(node: &Node, program: &str, unit: &str) {
     let machine = &node.machine;
-    let program = machine.path(PROGRAM);
-    fs::copy(tool("gopeer"), &program).expect("a program can be installed");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("a mode can be set");
+    machine.write(program, "");
+    let file = machine.path(program);
+    fs::copy(tool("gopeer"), &file).expect("a program can be installed");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).expect("a mode can be set");
     machine.write(
-        &format!("{folder}/{SERVICE}"),
+        unit,
         &format!(
             "[Unit]
 Description=CVMFS Snapshotter
@@ -41,7 +57,7 @@ Before=containerd.service
 [Service]
 Type=simple
 ExecStartPre=/bin/mkdir -p {STATE}/snapshotter /run/containerd-cvmfs-grpc
-ExecStart={PROGRAM} bind /cvmfs/scene.test {STATE}/snapshotter {SOCKET}
+ExecStart={program} {ARGUMENTS}
 Restart=always
 RestartSec=1
 [Install]
@@ -49,12 +65,15 @@ WantedBy=multi-user.target
 "
         ),
     );
+}
+
+fn serve(node: &Node, unit: &str) {
+    let machine = &node.machine;
     machine.write(CONFIG, CONFIGURATION);
     machine.write("/etc/containerd/conf.d/by-hand.toml", &format!("version = 2\n{PROXY}"));
-    node.shell(&format!("systemctl daemon-reload; systemctl enable --now {SERVICE}")).ok();
+    node.shell(&format!("systemctl daemon-reload; systemctl enable --now {unit}")).ok();
     eventually("the Go snapshotter serves", || machine.path(SOCKET).exists());
     machine.restart("containerd.service");
-    Some(node)
 }
 
 /// With a wrong configuration the Go snapshotter serves on, whatever is done with the package; corrected, the
@@ -169,4 +188,88 @@ fn root_an_rpm_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter(
         || node.rpm(&format!("--upgrade --nodeps {next}")),
         || node.rpm("--erase cvmfs-snapshotter"),
     );
+}
+
+/// With a drop-in of the Go snapshotter, our unit started that: it never said that it was ready, was stopped normally
+/// for it, and emptied its snapshots.
+#[test]
+fn root_what_would_start_the_go_snapshotter_under_our_unit_is_moved_aside_or_refused() {
+    let Some(node) = Node::start("go-drop-in") else { return };
+    let machine = &node.machine;
+    let elsewhere = "/usr/local/bin/cvmfs_snapshotter";
+    let unit = format!("{UNITS}/{SERVICE}");
+    install(&node, elsewhere, &unit);
+    let text = format!("[Service]\nExecStart=\nExecStart=-{elsewhere} {ARGUMENTS}\n");
+    let drop_in = format!("{unit}.d/override.conf");
+    machine.write(&drop_in, &text);
+    // For all units whose names begin so: nobody but systemd finds it.
+    let hidden = format!("{UNITS}/cvmfs-.service.d/override.conf");
+    machine.write(&hidden, &text);
+    serve(&node, SERVICE);
+    let running = node.run_container();
+    let pid = machine.property(SERVICE, "MainPID");
+    let deb = node.give(&one(&folder(), DEB));
+    let said = node.dpkg(&format!("--force-confold --install {deb}"));
+    let refused = format!("{SERVICE} would start {elsewhere} and not /usr/bin/cvmfs-snapshotter");
+    assert!(
+        said.contains(&refused) && said.contains(&format!("process {pid}, which is not ours, serves on")),
+        "{said}"
+    );
+    assert_eq!(machine.property(SERVICE, "MainPID"), pid, "{said}");
+    assert!([&unit, &drop_in].iter().all(|file| machine.path(file).exists()), "it must start as before: {said}");
+    node.assert_nothing_is_lost(&running);
+
+    fs::remove_file(machine.path(&hidden)).expect("it can be corrected");
+    assert!(said.lines().any(|line| line.ends_with(&format!("then: {BY_HAND}"))), "{said}");
+    let said = node.shell(&format!("( {BY_HAND} )")).ok();
+    assert!(said.contains(&format!("is now {drop_in}.go-saved")), "{said}");
+    assert_eq!(fs::read_to_string(machine.path(&format!("{drop_in}.go-saved"))).expect("it lies aside"), text);
+    assert_replaced(&node, &pid, &said);
+    node.assert_nothing_is_lost(&running);
+
+    // What comes later is not started by an upgrade either.
+    let pid = machine.property(SERVICE, "MainPID");
+    machine.write(&drop_in, &text);
+    let said = node.dpkg(&format!("--install {deb}"));
+    assert!(said.contains(&refused) && said.contains(&format!("then: systemctl restart {SERVICE}\n")), "{said}");
+    assert_eq!(machine.property(SERVICE, "MainPID"), pid, "{said}");
+    node.assert_nothing_is_lost(&running);
+}
+
+/// The socket unit of ours took the path of the socket away from it.
+#[test]
+fn root_beside_a_go_snapshotter_under_another_unit_nothing_changes_until_it_is_replaced() {
+    const OTHER: &str = "containerd-cvmfs-grpc.service";
+    let Some(node) = Node::start("go-other") else { return };
+    let machine = &node.machine;
+    install(&node, "/usr/bin/go_cvmfs", &format!("{UNITS}/{OTHER}"));
+    serve(&node, OTHER);
+    let running = node.run_container();
+    let pid = machine.property(OTHER, "MainPID");
+    let (deb, rpm) = (node.give(&one(&folder(), DEB)), node.give(&one(&folder(), RPM)));
+    let nothing_changes = |said: &str| {
+        assert!(said.contains(&format!("process {pid} (go_cvmfs, of {OTHER}) listens at {SOCKET}")), "{said}");
+        assert!(said.lines().any(|line| line.ends_with(&format!("to replace it: {ANY_BY_HAND}"))), "{said}");
+        assert_eq!(machine.property(OTHER, "MainPID"), pid, "{said}");
+        for unit in [SERVICE, SOCKET_UNIT] {
+            let state = ["ActiveState", "UnitFileState"].map(|name| machine.property(unit, name));
+            assert_eq!(state, ["inactive", "disabled"], "{unit}: {said}");
+        }
+        // It is asked by its path, and not over a connection from before.
+        machine.restart("containerd.service");
+        node.assert_nothing_is_lost(&running);
+    };
+    nothing_changes(&node.rpm(&format!("--install --nodeps {rpm}")));
+    node.rpm("--erase cvmfs-snapshotter");
+    machine.write(CONFIG, CONFIGURATION);
+    let install = format!("--force-confold --install {deb}");
+    nothing_changes(&node.dpkg(&install));
+    // An upgrade.
+    nothing_changes(&node.dpkg(&install));
+
+    let said = node.shell(&format!("( {ANY_BY_HAND} )")).ok();
+    assert!(said.contains(&format!("killing process {pid}")), "{said}");
+    assert_replaced(&node, &pid, &said);
+    assert_eq!(["MainPID", "UnitFileState"].map(|name| machine.property(OTHER, name)), ["0", "disabled"]);
+    node.assert_nothing_is_lost(&running);
 }
