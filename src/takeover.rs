@@ -43,8 +43,9 @@ impl fmt::Display for Error {
             Self::File { path, cause: cause @ file::Error::Locked } => write!(
                 f,
                 "cannot take over the metadata of a Go snapshotter, {}: {cause}, the Go snapshotter still runs. End it \
-                 with \"systemctl kill --signal=SIGKILL cvmfs-snapshotter; systemctl disable --now cvmfs-snapshotter\" \
-                 (stopped without SIGKILL, it empties its snapshots, under running containers as well) and start again",
+                 with \"systemctl kill --signal=SIGKILL cvmfs-snapshotter; systemctl disable --now cvmfs-snapshotter\", \
+                 both with the name of the unit that runs it (stopped without SIGKILL, it empties its snapshots, under \
+                 running containers as well) and start again",
                 path.display()
             ),
             Self::File { path, cause } => write!(
