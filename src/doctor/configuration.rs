@@ -2,7 +2,7 @@
 //! whether this snapshotter is used and how. Versions 2, 3 and 4 of the format. Pure but for `read`.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -17,6 +17,10 @@ use super::reach;
 /// Where containerd's settings for images of Kubernetes stand, in version 2 of the format and later.
 pub const CRI_TABLES: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"];
 const RUNTIME_TABLE: &str = "io.containerd.cri.v1.runtime";
+/// Without one of these there is no CRI; the last one is its name in version 1 of the format.
+pub const CRI_PARTS: [&str; 4] = [CRI_TABLES[0], CRI_TABLES[1], RUNTIME_TABLE, "cri"];
+pub const DISABLED: &str = "disabled_plugins";
+const PLUGIN_LISTS: [&str; 2] = [DISABLED, "required_plugins"];
 /// That of the transfer service.
 pub const TRANSFER_TABLE: &str = "io.containerd.transfer.v1.local";
 /// containerd's default of `max_concurrent_downloads`.
@@ -75,10 +79,42 @@ pub struct Written {
     pub disable_annotations: Option<bool>,
     /// Runtimes stand in the CRI's table of containerd 1, without which 2 passes over that.
     pub has_runtimes: bool,
+    /// What each file lists under these keys.
+    pub plugins: Vec<PluginList>,
     /// `unpack_config` is a list in brackets, to which no table can be added.
     pub unpack_is_inline: bool,
     /// Each table that has a key of its own, and the last of the files in which it stands.
     pub tables: BTreeMap<Vec<String>, usize>,
+    /// Those that stand under a heading, by file.
+    headings: BTreeSet<(usize, Vec<String>)>,
+    /// Those that do not, and take none.
+    unheaded: BTreeMap<(usize, Vec<String>), Form>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// `table.key = …`
+    Dotted,
+    /// `table = { key = … }`
+    Braces,
+}
+
+/// Where a table's keys stand that has no heading and can have none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inner {
+    /// So many of its names are in the heading above it.
+    pub heading: usize,
+    /// So many lead to the braces around it; as many as in the heading, if there are none.
+    pub braces: usize,
+}
+
+/// Plugins of containerd that it is not to start, or not to start without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PluginList {
+    pub file: usize,
+    /// One of `PLUGIN_LISTS`.
+    pub key: &'static str,
+    pub names: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -114,20 +150,58 @@ pub fn read(path: &Path) -> Result<Configuration, Error> {
     Ok(configuration)
 }
 
-/// The files of a pattern whose last name may have one `*`, as those of containerd have.
-fn matching(pattern: &Path) -> Vec<PathBuf> {
-    let name = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Some((before, after)) = name.split_once('*') else { return vec![pattern.to_owned()] };
-    let folder = pattern.parent().unwrap_or(Path::new("/"));
-    let entries = reach::touch(folder).and_then(|_| fs::read_dir(folder)).into_iter().flatten().flatten();
-    let is_meant =
-        |name: &str| name.len() >= before.len() + after.len() && name.starts_with(before) && name.ends_with(after);
-    let mut files: Vec<PathBuf> =
-        entries.filter(|entry| entry.file_name().to_str().is_some_and(is_meant)).map(|entry| entry.path()).collect();
+/// The files that an import means. containerd takes one with a star for a pattern (Go's `filepath.Glob`), and
+/// any other one for a file's name.
+fn matching(import: &Path) -> Vec<PathBuf> {
+    if !import.to_string_lossy().contains('*') {
+        return vec![import.to_owned()];
+    }
+    let mut found = vec![PathBuf::new()];
+    for part in import.components() {
+        let part = part.as_os_str().to_string_lossy();
+        let is_pattern = part.contains(['*', '?', '[']);
+        let below = |folder: PathBuf| if is_pattern { entries(&folder, &part) } else { vec![folder.join(&*part)] };
+        found = found.into_iter().flat_map(below).collect();
+    }
+    let is_missing = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    found.retain(|path| !reach::touch(path).is_err_and(|e| is_missing(&e)));
     // The last one is read first, and stays behind the others on the list of those that wait.
-    files.sort();
-    files.reverse();
-    files
+    found.sort();
+    found.reverse();
+    found
+}
+
+fn entries(folder: &Path, pattern: &str) -> Vec<PathBuf> {
+    let pattern: Vec<char> = pattern.chars().collect();
+    let is_meant = |name: &str| fits(&pattern, &name.chars().collect::<Vec<_>>());
+    let all = reach::touch(folder).and_then(|_| fs::read_dir(folder)).into_iter().flatten().flatten();
+    all.filter(|entry| entry.file_name().to_str().is_some_and(is_meant)).map(|entry| entry.path()).collect()
+}
+
+/// As Go's `filepath.Match`, but for backslashes.
+fn fits(pattern: &[char], name: &[char]) -> bool {
+    match (pattern, name) {
+        ([], name) => name.is_empty(),
+        (['*', pattern @ ..], name) => (0..=name.len()).any(|n| fits(pattern, &name[n..])),
+        (_, []) => false,
+        (['?', pattern @ ..], [_, name @ ..]) => fits(pattern, name),
+        (['[', class @ ..], [one, name @ ..]) => {
+            let Some(end) = class.iter().position(|&c| c == ']') else { return false };
+            let (class, pattern) = (&class[..end], &class[end + 1..]);
+            let (is_in, class) = class.strip_prefix(&['^']).map_or((true, class), |class| (false, class));
+            is_in_class(class, *one) == is_in && fits(pattern, name)
+        }
+        ([first, pattern @ ..], [one, name @ ..]) => first == one && fits(pattern, name),
+    }
+}
+
+/// `a-z_`
+fn is_in_class(class: &[char], one: char) -> bool {
+    match class {
+        [] => false,
+        [low, '-', high, rest @ ..] => (*low..=*high).contains(&one) || is_in_class(rest, one),
+        [first, rest @ ..] => *first == one || is_in_class(rest, one),
+    }
 }
 
 /// What stands at the end of a way through tables.
@@ -153,18 +227,55 @@ fn strings(value: &DeValue<'_>) -> Vec<String> {
     all.filter_map(|one| one.get_ref().as_str().map(str::to_owned)).collect()
 }
 
-fn note_tables(table: &DeTable<'_>, file: usize, way: &mut Vec<String>, tables: &mut BTreeMap<Vec<String>, usize>) {
-    for (name, one) in table {
-        way.push(name.get_ref().to_string());
-        if let Some(below) = one.get_ref().as_table() {
-            note_tables(below, file, way, tables);
-            // Of a table without a key of its own the heading may be missing.
-            if below.values().any(|value| value.get_ref().as_table().is_none()) {
-                tables.insert(way.clone(), file);
+/// How the tables of one file are written.
+struct Notes<'t> {
+    text: &'t str,
+    file: usize,
+    way: Vec<String>,
+    written: &'t mut Written,
+}
+
+impl Notes<'_> {
+    /// Whether keys stand in `table`, or below it, with no heading in between.
+    fn note(&mut self, table: &DeTable<'_>) -> bool {
+        let mut is_dotted = false;
+        for (name, one) in table {
+            self.way.push(name.get_ref().to_string());
+            let has_heading = self.written.headings.contains(&(self.file, self.way.clone()));
+            if let Some(below) = one.get_ref().as_table() {
+                let has_keys = self.note(below);
+                // Of a table without a key of its own the heading may be missing.
+                if below.values().any(|value| value.get_ref().as_table().is_none()) {
+                    self.written.tables.insert(self.way.clone(), self.file);
+                }
+                let is_in_braces = self.text.get(one.span()).is_some_and(|text| text.starts_with('{'));
+                let form = if is_in_braces { Some(Form::Braces) } else { has_keys.then_some(Form::Dotted) };
+                if let Some(form) = form.filter(|_| !has_heading) {
+                    self.written.unheaded.insert((self.file, self.way.clone()), form);
+                    is_dotted = true;
+                }
+            } else {
+                is_dotted |= !has_heading;
             }
+            self.way.pop();
         }
-        way.pop();
+        is_dotted
     }
+}
+
+/// The tables of a file that have a line `[a.b]` or `[[a.b]]`.
+fn headings(text: &str) -> impl Iterator<Item = Vec<String>> {
+    text.lines().map(str::trim).filter(|line| line.starts_with('[')).filter_map(|line| {
+        let parsed = DeTable::parse(line).ok()?;
+        let mut way = Vec::new();
+        let mut table = parsed.get_ref();
+        while let Some((name, below)) = table.iter().next() {
+            way.push(name.get_ref().to_string());
+            let Some(below) = below.get_ref().as_table() else { break };
+            table = below;
+        }
+        Some(way)
+    })
 }
 
 impl Configuration {
@@ -196,6 +307,23 @@ impl Configuration {
     pub fn stands(&self, table: &[&str]) -> bool {
         let file = self.written.tables.iter().find(|(one, _)| one.iter().eq(table)).map(|(_, &file)| file);
         file.is_some() && file == self.home(table)
+    }
+
+    /// Where the keys of a table go, if not under a heading of its own.
+    pub fn inner(&self, table: &[&str]) -> Option<Inner> {
+        let file = self.home(table).unwrap_or(0);
+        let way = |length: usize| (file, table[..length].iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
+        let form = |length: usize| self.written.unheaded.get(&way(length)).copied();
+        let lengths = 1..=table.len();
+        let braces = lengths.clone().rev().find(|&length| form(length) == Some(Form::Braces));
+        let end = braces.or_else(|| lengths.clone().rev().find(|&length| form(length).is_some()))?;
+        let heading = (1..end).rev().find(|&length| self.written.headings.contains(&way(length))).unwrap_or(0);
+        // A heading below dotted keys starts anew.
+        let is_below = lengths.rev().find(|&length| self.written.headings.contains(&way(length)));
+        if braces.is_none() && is_below.is_some_and(|below| below > end) {
+            return None;
+        }
+        Some(Inner { heading, braces: braces.unwrap_or(heading) })
     }
 
     /// A version of containerd that such a file is written for, where nobody tells which one runs: of
@@ -265,12 +393,19 @@ impl Configuration {
         self.written.disable_annotations = self.disable_annotations;
         self.written.has_runtimes |=
             ["cri", of_version_1].iter().any(|cri| at(table, &["plugins", cri, "containerd", "runtimes"]).is_some());
+        let file = self.files.len() - 1;
+        self.written.plugins.extend(PLUGIN_LISTS.into_iter().filter_map(|key| {
+            let names = strings(at(table, &[key])?);
+            Some(PluginList { file, key, names })
+        }));
         // The parser does not tell the two forms apart.
         let is_inline = |line: &str| {
-            line.trim_start().strip_prefix("unpack_config").is_some_and(|rest| rest.trim_start().starts_with('='))
+            let (key, rest) = line.split_once('=').unwrap_or_default();
+            key.trim().trim_matches(['"', '\'']) == "unpack_config" && rest.trim_start().starts_with('[')
         };
         self.written.unpack_is_inline |= text.lines().any(is_inline);
-        note_tables(table, self.files.len() - 1, &mut Vec::new(), &mut self.written.tables);
+        self.written.headings.extend(headings(text).map(|way| (file, way)));
+        Notes { text, file, way: Vec::new(), written: &mut self.written }.note(table);
         Ok(at(table, &["imports"]).map(strings).unwrap_or_default())
     }
 
@@ -416,6 +551,17 @@ mod tests {
         let found = read(&main).unwrap();
         assert_eq!(found.files.len(), 3);
         assert_eq!(found.snapshotter.as_deref(), Some("b"));
+        for (import, expected) in [
+            ("*/b.toml", Some("b")),
+            ("c*.?/*.toml", Some("b")),
+            ("*/[^b-z].t*l", Some("a")),
+            ("*/[bc].toml", Some("b")),
+            ("*/none.toml", None),
+            ("*/a.toml/*", None),
+        ] {
+            let main = write("pattern.toml", &format!("imports = [{import:?}]\n"));
+            assert_eq!(read(&main).unwrap().snapshotter.as_deref(), expected, "{import}");
+        }
         let broken = write("broken.toml", "a = 1\nb = = 2\n");
         assert!(matches!(read(&broken), Err(Error::Syntax { line: 2, .. })));
         assert!(matches!(read(&dir.path().join("none")), Err(Error::Unreadable { .. })));

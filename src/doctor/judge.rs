@@ -2,6 +2,7 @@
 //! Pure. `tests/scene/tests/remedies.rs` follows each remedy to the letter, with the real containerd.
 #![forbid(unsafe_code)]
 
+mod parts;
 mod plugin;
 mod pulls;
 mod remedy;
@@ -84,6 +85,11 @@ pub fn judge(version: Version, found: &Configuration, place: &Place<'_>, file: &
     plugin::exports(&case, &proxy, &mut findings);
     plugin::capabilities(&case, &proxy, &mut findings);
     if !is_read {
+        return findings;
+    }
+    if !parts::has_cri(&case, &mut findings) {
+        pulls::annotations(&case, &proxy, User::Others, &mut findings);
+        pulls::platforms(&case, &mut findings);
         return findings;
     }
     let is_of_cri = pulls::snapshotter(&case, &mut findings);
@@ -428,6 +434,116 @@ mod tests {
             |check: &str| findings.iter().find(|one| one.check == check).and_then(|one| one.remedy.clone()).unwrap();
         assert!(remedy("containerd.exports").starts_with("in i, table [proxy_plugins"), "{findings:?}");
         assert!(remedy("containerd.annotations").starts_with("in c, table [plugins"), "{findings:?}");
+    }
+
+    #[test]
+    fn names_of_version_1_are_written_out_where_the_version_becomes_2() {
+        let docker = "disabled_plugins = [\"cri\", \"zfs\", \"other\"]\nrequired_plugins = [\"restart\"]\n";
+        let lists = "in c, above all tables: disabled_plugins = [\"io.containerd.snapshotter.v1.zfs\"]\n\
+                     in c, above all tables: required_plugins = [\"io.containerd.internal.v1.restart\"]\n";
+        let check = |used: &Configuration, expected: String| {
+            let findings = judged("1.7.24", used);
+            assert_eq!(worst_first(&findings), [(State::Problem, "containerd.format")]);
+            let one = findings.iter().find(|one| one.check == "containerd.format").unwrap();
+            assert_eq!(one.remedy.as_ref(), Some(&expected));
+            assert!(one.what.contains("disabled_plugins and required_plugins will lack other: add"), "{}", one.what);
+        };
+        let said = parse(&[docker, CRI_1, SAYS, PROXY, EXPORTS]);
+        let used = CRI_1.replace("cvmfs-snapshotter", "overlayfs");
+        let used = Configuration::of_dump(&[docker, &used, PROXY, EXPORTS].concat(), &said).unwrap();
+        check(&used, format!("as the first line of c: version = 2\n{lists}then {RESTART}"));
+        // Somebody knew the first half of it.
+        check(&parse(&["version = 2\n", docker, CRI_1, SAYS, PROXY, EXPORTS]), format!("{lists}then {RESTART}"));
+    }
+
+    #[test]
+    fn without_a_cri_nothing_else_is_said_of_kubernetes() {
+        let of_kubernetes = ["containerd.snapshotter", "containerd.runtimes"];
+        let off = |names: &str| format!("disabled_plugins = [{names}]\n");
+        let btrfs = "\"io.containerd.snapshotter.v1.btrfs\"";
+        for (version, head, names, tables) in [
+            ("1.7.24", "version = 2\n", "\"io.containerd.grpc.v1.cri\"", CRI_1),
+            ("2.3.6", "version = 3\n", "\"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"", CRI_2),
+            ("2.3.6", "", "\"cri\"", CRI_1),
+        ] {
+            let disabled = off(&format!("{names}, {btrfs}"));
+            let parts = [head, &disabled, tables, SAYS, PROXY, EXPORTS];
+            let findings = judged(version, &parse(&parts));
+            assert_eq!(worst_first(&findings), [(State::Warning, "containerd.parts")], "{findings:?}");
+            assert!(!findings.iter().any(|one| of_kubernetes.contains(&one.check)), "{findings:?}");
+            let step = format!("in c, above all tables: {}", off(btrfs).trim_end());
+            assert_eq!(remedy_of(version, "containerd.parts", &parts), format!("{step}, then {RESTART}"));
+
+            let findings = judged(version, &parse(&[head, &disabled, PROXY, EXPORTS, REMOTE, UNPACK]));
+            assert_eq!(worst_first(&findings), []);
+            assert!(findings.iter().any(|one| one.what.ends_with(&format!("To change that, {step}"))), "{findings:?}");
+        }
+        let parts = ["version = 2\n", &off(btrfs), CRI_1, SAYS, PROXY, EXPORTS];
+        assert_eq!(faults("1.7.24", &parts), []);
+        let old = CRI_1.replace("io.containerd.grpc.v1.cri", "cri");
+        let parts = [&off("\"io.containerd.grpc.v1.cri\""), &old, SAYS, PROXY, EXPORTS];
+        assert!(faults("1.7.24", &parts).iter().all(|(_, check)| *check != "containerd.parts"));
+    }
+
+    #[test]
+    fn keys_without_a_heading_are_named_where_they_stand() {
+        let (kind, address) = ("type = \"snapshot\"", "address = \"/run/s.sock\"");
+        let root = "root = \"/var/lib/s\"";
+        let cri = "[plugins.\"io.containerd.grpc.v1.cri\"]";
+        for (check, parts, expected) in [
+            (
+                "containerd.exports",
+                vec![CRI_1, SAYS, &format!("[proxy_plugins]\ncvmfs-snapshotter = {{ {kind}, {address} }}\n")],
+                format!("table [proxy_plugins], inside the braces of cvmfs-snapshotter: exports.{root}"),
+            ),
+            (
+                "containerd.exports",
+                vec![&format!("proxy_plugins = {{ 'cvmfs-snapshotter' = {{ {kind}, {address}, exports = {{}} }} }}\n")],
+                format!("above all tables, inside the braces of proxy_plugins.cvmfs-snapshotter.exports: {root}"),
+            ),
+            (
+                "containerd.exports",
+                vec![&format!("proxy_plugins.cvmfs-snapshotter.{kind}\nproxy_plugins.cvmfs-snapshotter.{address}\n")],
+                format!("above all tables: proxy_plugins.cvmfs-snapshotter.exports.{root}"),
+            ),
+            (
+                "containerd.exports",
+                vec![CRI_1, SAYS, PROXY, "exports.other = \"x\"\n"],
+                format!("table [proxy_plugins.cvmfs-snapshotter]: exports.{root}"),
+            ),
+            (
+                "containerd.annotations",
+                vec![PROXY, EXPORTS, cri, "\ncontainerd.snapshotter = \"cvmfs-snapshotter\"\n", RUNC_1],
+                format!("table {cri}: containerd.{}", SAYS.trim_end()),
+            ),
+            (
+                "containerd.annotations",
+                vec![PROXY, EXPORTS, cri, "\ncontainerd = { snapshotter = \"cvmfs-snapshotter\" }\n"],
+                format!("table {cri}, inside the braces of containerd: {}", SAYS.trim_end()),
+            ),
+            // Another quote in the heading.
+            (
+                "containerd.exports",
+                vec!["[\"proxy_plugins\".'cvmfs-snapshotter']\n", kind, "\n", address, "\n"],
+                format!("table [proxy_plugins.cvmfs-snapshotter.exports] (add it if it is not there): {root}"),
+            ),
+        ] {
+            assert_eq!(remedy_of("1.7.24", check, &parts), format!("in c, {expected}, then {RESTART}"), "{parts:?}");
+        }
+        let list = "[plugins.'io.containerd.transfer.v1.local']\n\"unpack_config\" = []\n";
+        let unpack = remedy_of("2.3.6", "containerd.annotations", &[CRI_2, list, PROXY, EXPORTS, REMOTE]);
+        assert!(unpack.starts_with("in c, add to the list unpack_config"), "{unpack}");
+    }
+
+    #[test]
+    fn an_address_below_the_link_var_run_is_the_same() {
+        let linked = |text: &str| text.replace("/run", "/var/run");
+        assert_eq!(faults("1.7.24", &[CRI_1, SAYS, &linked(PROXY), EXPORTS]), []);
+        let place = Place { address: &linked(PLACE.address), ..PLACE };
+        let findings = judge(Version(1, 7, 24), &parse(&[CRI_1, SAYS, PROXY, EXPORTS]), &place, "c");
+        assert_eq!(worst_first(&findings), []);
+        let elsewhere = PROXY.replace("/run", "/var/running");
+        assert_eq!(worst_first(&judged("1.7.24", &parse(&[CRI_1, SAYS, &elsewhere, EXPORTS]))).len(), 1);
     }
 
     #[test]

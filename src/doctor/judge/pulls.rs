@@ -6,7 +6,7 @@ use std::env::consts::ARCH;
 
 use super::plugin::{ANNOTATIONS, EXPORTS, annotations_line};
 use super::remedy::{heading, remedy};
-use super::{Case, Version};
+use super::{Case, Version, parts};
 use crate::doctor::Finding;
 use crate::doctor::configuration::{CRI_TABLES, Proxy, TRANSFER_TABLE, Unpack};
 use crate::rebuild::DEFAULT_NAME as NAME;
@@ -19,7 +19,7 @@ const NOWHERE: &str = "\"no unpack platforms defined\"";
 
 impl Case<'_> {
     /// The version of the format that the file has, as this containerd takes it.
-    fn format(&self) -> i64 {
+    pub fn format(&self) -> i64 {
         self.found.written.version.unwrap_or(1)
     }
 
@@ -59,6 +59,8 @@ pub fn format(case: &Case<'_>, findings: &mut Vec<Finding>) -> bool {
     let highest = case.version.format();
     let written = case.found.written.version;
     let line = |version: i64| format!("version = {version}");
+    let renamed = parts::renamed(case);
+    let loss = renamed.loss();
     match written {
         // 1.6 does not look at the number.
         Some(version) if version > highest && case.version >= Version(1, 7, 0) => {
@@ -72,11 +74,19 @@ pub fn format(case: &Case<'_>, findings: &mut Vec<Finding>) -> bool {
         None | Some(1) if case.version < Version(2, 0, 0) && case.is_passed_over() => {
             let what = "containerd 1 takes the file for one of version 1, passes over the tables of its plugins, and \
                         Kubernetes does not use this snapshotter";
-            let step = match written {
+            let mut steps = vec![match written {
                 None => format!("as the first line of {}: {}", case.file, line(highest)),
                 Some(version) => format!("in {}: {} instead of {}", case.file, line(highest), line(version)),
-            };
-            findings.push(Finding::problem(CHECK, what, remedy(&[step])));
+            }];
+            steps.extend(renamed.steps);
+            findings.push(Finding::problem(CHECK, format!("{what}{loss}"), remedy(&steps)));
+            false
+        }
+        Some(2..) if !renamed.steps.is_empty() => {
+            let keys = renamed.keys.join(" and ");
+            let what =
+                format!("{keys} has short names, with which containerd does not start from version 2 of its file on");
+            findings.push(Finding::problem(CHECK, format!("{what}{loss}"), remedy(&renamed.steps)));
             false
         }
         _ => true,

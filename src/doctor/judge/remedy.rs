@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::Case;
-use crate::doctor::configuration::CRI_TABLES;
+use crate::doctor::configuration::{CRI_TABLES, Inner};
 
 /// What makes containerd read its configuration.
 pub const RESTART: &str = "systemctl restart containerd";
@@ -19,30 +19,67 @@ pub fn remedy(steps: &[String]) -> String {
 
 /// `[plugins.'io.containerd.cri.v1.images']`: quoted as the pages of that version of containerd do.
 pub fn heading(table: &[&str]) -> String {
+    format!("[{}]", path(table))
+}
+
+fn path(table: &[&str]) -> String {
     let quoted = |name: &&str| match *name {
         name if name == CRI_TABLES[0] => format!("\"{name}\""),
         name if name.contains('.') => format!("'{name}'"),
         name => name.to_owned(),
     };
-    format!("[{}]", table.iter().map(quoted).collect::<Vec<_>>().join("."))
+    table.iter().map(quoted).collect::<Vec<_>>().join(".")
 }
 
 impl Case<'_> {
     /// The file in which the word on a plugin counts.
     pub fn home(&self, table: &[&str]) -> String {
-        match self.found.home(table) {
-            None | Some(0) => self.file.to_owned(),
-            Some(imported) => self.found.files[imported].display().to_string(),
+        self.name(self.found.home(table).unwrap_or(0))
+    }
+
+    fn name(&self, file: usize) -> String {
+        match file {
+            0 => self.file.to_owned(),
+            imported => self.found.files[imported].display().to_string(),
         }
+    }
+
+    /// A key that belongs to no table gets this list.
+    pub fn list(&self, file: usize, key: &str, names: &[impl AsRef<str>]) -> String {
+        let names: Vec<String> = names.iter().map(|name| format!("\"{}\"", name.as_ref())).collect();
+        format!("in {}, above all tables: {key} = [{}]", self.name(file), names.join(", "))
     }
 
     /// Keys of one table get values, whether they are there or not.
     pub fn set(&self, table: &[&str], lines: &[String]) -> String {
+        if let Some(inner) = self.found.inner(table) {
+            return self.set_inside(table, inner, lines);
+        }
         let add = if self.found.stands(table) { "" } else { " (add it if it is not there)" };
         let which = format!("in {}, table {}{add}:", self.home(table), heading(table));
         match lines {
             [one] => format!("{which} {one}"),
             all => format!("{which}\n  {}", all.join("\n  ")),
+        }
+    }
+
+    fn set_inside(&self, table: &[&str], inner: Inner, lines: &[String]) -> String {
+        let above = if inner.heading == 0 {
+            "above all tables".to_owned()
+        } else {
+            format!("table {}", heading(&table[..inner.heading]))
+        };
+        let keys = &table[inner.braces..];
+        let dotted = |line: &String| if keys.is_empty() { line.clone() } else { format!("{}.{line}", path(keys)) };
+        let lines: Vec<String> = lines.iter().map(dotted).collect();
+        let which = format!("in {}, {above}", self.home(table));
+        if inner.braces > inner.heading {
+            let braces = path(&table[inner.heading..inner.braces]);
+            return format!("{which}, inside the braces of {braces}: {}", lines.join(", "));
+        }
+        match &lines[..] {
+            [one] => format!("{which}: {one}"),
+            all => format!("{which}:\n  {}", all.join("\n  ")),
         }
     }
 

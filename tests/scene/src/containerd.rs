@@ -72,13 +72,15 @@ impl Containerd {
                 format!("imports = [{:?}]\n", dir.join("conf.d/*.toml"))
             }
         };
+        let disabled = "disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \
+                        \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]\n";
+        let disabled = if configuration.main.contains("disabled_plugins") { "" } else { disabled };
         // Around the file of a user: what stands before any table, and tables of our own.
         let config = format!(
             "root = {root:?}
 state = {state:?}
 oom_score = 0
-disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]
-{imports}{main}
+{disabled}{imports}{main}
 [grpc]
   address = {socket:?}
 [plugins.\"io.containerd.internal.v1.opt\"]

@@ -42,6 +42,10 @@ fn place<'l, 'f>(line: &'l str, files: &[&'f Path]) -> Option<(&'static str, &'f
 
 /// What is to be done inside a file.
 fn inside(text: String, what: &str, block: &[&str]) -> Option<String> {
+    if let Some((table, rest)) = what.split_once(", inside the braces of ") {
+        let (name, entries) = rest.split_once(": ")?;
+        return into_braces(&text, table.strip_prefix(", table ")?, name, entries);
+    }
     if let Some(rest) = what.strip_prefix(", table ") {
         let (which, line) = match rest.split_once(&format!("{ADD_IT}:")) {
             Some(parts) => parts,
@@ -60,6 +64,15 @@ fn inside(text: String, what: &str, block: &[&str]) -> Option<String> {
     }
     if !block.is_empty() {
         return None;
+    }
+    if let Some(line) = what.strip_prefix(", above all tables: ") {
+        let end = text.lines().take_while(|line| !line.trim_start().starts_with('[')).count();
+        let mut lines: Vec<&str> = text.lines().collect();
+        let n = lines[..end].iter().position(|one| key(one) == key(line))?;
+        // A list may go on for some lines.
+        let last = n + lines[n..].iter().position(|line| line.contains(']'))?;
+        lines.splice(n..=last, [line]);
+        return Some(lines.join("\n") + "\n");
     }
     if let Some(rest) = what.strip_prefix(", in ") {
         let (which, rest) = rest.split_once(" with ")?;
@@ -103,7 +116,7 @@ fn tables(lines: &[String], heading: &str) -> Vec<std::ops::Range<usize>> {
 }
 
 fn key(line: &str) -> &str {
-    line.split('=').next().unwrap_or_default().trim()
+    line.split('=').next().unwrap_or_default().trim().trim_matches('"')
 }
 
 /// A key of a table, of the one that has the line `with`, gets the value of `line`.
@@ -124,6 +137,21 @@ fn set(text: &str, heading: &str, with: Option<&str>, line: &str) -> Option<Stri
             None => lines.insert(range.start, line.to_owned()),
         }
     }
+    Some(lines.join("\n") + "\n")
+}
+
+/// A table in braces, on one line, whose values have no commas.
+fn into_braces(text: &str, heading: &str, name: &str, entries: &str) -> Option<String> {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let range = tables(&lines, heading).into_iter().next()?;
+    let line = lines[range].iter_mut().find(|line| key(line) == name)?;
+    let (before, rest) = line.split_once('{')?;
+    let mut all: Vec<&str> = rest.trim_end().strip_suffix('}')?.split(',').map(str::trim).collect();
+    for entry in entries.split(", ") {
+        all.retain(|one| !one.is_empty() && key(one) != key(entry));
+        all.push(entry);
+    }
+    *line = format!("{before}{{ {} }}", all.join(", "));
     Some(lines.join("\n") + "\n")
 }
 

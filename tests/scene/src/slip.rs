@@ -99,6 +99,11 @@ fn of_way(way: Way, release: Release, stage: &Stage) -> Vec<Slip> {
     let (socket, root) = (format!("address = {socket:?}"), format!("root = {root:?}"));
     one_by_one(&mut good, &socket, &root);
     of_the_cri(&mut good);
+    // `Transfer` has all that `Client2` has here.
+    if way != Way::Client2 {
+        of_lists_of_plugins(&mut good);
+        without_headings(&mut good, &socket, &root);
+    }
     of_the_transfer_service(&mut good);
     several(&mut good, &socket, &root);
     // Whatever else somebody may delete.
@@ -195,6 +200,56 @@ fn of_the_cri(good: &mut Good) {
     }
 }
 
+/// Tables in braces and dotted keys.
+fn without_headings(good: &mut Good, socket: &str, root: &str) {
+    let exports = good.release.has_exports().then_some("containerd.exports");
+    let table = format!("{PROXY}\ntype = \"snapshot\"\n{socket}\n");
+    let below = if good.has(TOLD) { format!("{EXPORTS}\n{root}\n{TOLD}\n") } else { format!("{EXPORTS}\n{root}\n") };
+    let braces = |socket: &str| format!("[proxy_plugins]\ncvmfs-snapshotter = {{ type = \"snapshot\", {socket} }}\n");
+    let registration = format!("{table}{below}");
+    good.replace(exports, &registration, &braces(socket));
+    good.replace("containerd.plugin", &registration, &braces("address = \"/run/other.sock\""));
+    good.replace(exports, &below, "exports.root = \"/var/lib/other\"\nexports.other = \"x\"\n");
+    if !good.has(CRI_1) {
+        return;
+    }
+    let (says, cri) = ("containerd.annotations", "[plugins.\"io.containerd.grpc.v1.cri\"]");
+    let old = format!("{CRI_1}\n{OF_CRI}\n{SAYS}\n");
+    good.replace(says, &old, &format!("{cri}\ncontainerd.{OF_CRI}\n"));
+    good.replace("containerd.snapshotter", &old, &format!("{cri}\ncontainerd.{SAYS}\n"));
+    // Braces take no heading of runtimes.
+    if good.way == Way::Client1 {
+        good.replace(says, &old, &format!("{cri}\ncontainerd = {{ {OF_CRI} }}\n"));
+        good.replace("containerd.snapshotter", &old, &format!("{cri}\ncontainerd = {{ {SAYS} }}\n"));
+    }
+}
+
+fn of_lists_of_plugins(good: &mut Good) {
+    let is_1 = good.release < Release::V2_1;
+    let Some((version, rest)) = good.text.split_once('\n').map(|(head, rest)| (head.to_owned(), rest.to_owned()))
+    else {
+        return;
+    };
+    // As Docker's containerd.io brings it.
+    let docker = "disabled_plugins = [\"cri\"]";
+    let several = "disabled_plugins = [\n  \"zfs\", \"cri\",\n  \"strange\",\n]\nrequired_plugins = ['cri']";
+    let old = if is_1 { "containerd.format" } else { "containerd.parts" };
+    if good.has(CRI_1) {
+        good.slip("Docker's list and no version", old, format!("{docker}\n{rest}"));
+        good.slip("lists and version 1", old, format!("version = 1\n{several}\n{rest}"));
+    }
+    good.slip("Docker's list", "containerd.format", format!("{version}\n{docker}\n{rest}"));
+    good.slip("lists of short names", "containerd.format", format!("{version}\n{several}\n{rest}"));
+    let long = "disabled_plugins = ['io.containerd.snapshotter.v1.zfs', 'io.containerd.grpc.v1.cri']";
+    good.slip("no CRI", "containerd.parts", format!("{version}\n{long}\n{rest}"));
+    let named = rest.replacen(&format!("{OF_CRI}\n"), "", 1);
+    good.slip("no CRI, and nobody names us", "containerd.parts", format!("{version}\n{long}\n{named}"));
+    if !is_1 {
+        let parts = "disabled_plugins = ['io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime']";
+        good.slip("no CRI of containerd 2", "containerd.parts", format!("{version}\n{parts}\n{rest}"));
+    }
+}
+
 fn of_the_transfer_service(good: &mut Good) {
     if !good.has(UNPACK) {
         return;
@@ -285,10 +340,13 @@ fn imported(release: Release, stage: &Stage) -> Vec<Slip> {
         let configuration = Configuration { main: good.main.clone(), conf_d: Some(of_package.replace(from, to)) };
         Slip { name: format!("imported: {name}"), configuration, check: Some(check) }
     };
-    vec![
+    let mut all = vec![
         slip("another root", "containerd.exports", &format!("{root:?}"), "\"/var/lib/other\""),
         slip("annotations", "containerd.annotations", TOLD, ""),
         slip("type", "containerd.type", "type = \"snapshot\"", ""),
         slip("name", "containerd.plugin", OURS, "cvmfs"),
-    ]
+    ];
+    let cri = format!("disabled_plugins = [\"io.containerd.cri.v1.images\"]\n{PROXY}");
+    all.push(slip("no CRI", "containerd.parts", PROXY, &cri));
+    all
 }

@@ -76,8 +76,13 @@ fn mend(stage: &Stage, release: Release) -> usize {
 
 /// Without what is said of the process that runs.
 fn of_configuration(mut all: Vec<Finding>) -> Vec<Finding> {
-    let of_process = ["containerd.running", "containerd.restarted", "containerd.parts"];
-    all.retain(|one| one.check.starts_with("containerd.") && !of_process.contains(&one.check.as_str()));
+    // Parts that did not start are a problem; those that are disabled are not.
+    let is_of_process = |one: &Finding| match one.check.as_str() {
+        "containerd.running" | "containerd.restarted" => true,
+        "containerd.parts" => one.state == "problem",
+        _ => false,
+    };
+    all.retain(|one| one.check.starts_with("containerd.") && !is_of_process(one));
     all
 }
 
@@ -118,7 +123,9 @@ impl Patient<'_> {
         let mut main = main.clone();
         if let Some(text) = conf_d {
             fs::write(&self.files.imported, text).expect("a file can be written");
-            main = format!("imports = [{:?}]\n{main}", self.files.imported.with_file_name("*.toml"));
+            // containerd looks for a star in a folder's name as well.
+            let all = self.files.main.with_file_name("edited.*").join("*.toml");
+            main = format!("imports = [{all:?}]\n{main}");
         }
         fs::write(&self.files.main, main).expect("a file can be written");
     }
@@ -188,7 +195,8 @@ impl Patient<'_> {
             let line = format!("snapshotter = {quote}{OURS}{quote}");
             lines.iter().any(|one| *one == line)
         });
-        assert!(is_used && lines.contains(&PROXY), "{}: {text}\n{}", self.slip.name, dump.stdout);
+        let has_cri = !lines.iter().any(|line| line.starts_with("disabled_plugins") && line.contains("cri"));
+        assert!(is_used && has_cri && lines.contains(&PROXY), "{}: {text}\n{}", self.slip.name, dump.stdout);
     }
 }
 
@@ -224,8 +232,15 @@ fn effects(release: Release, stage: &Stage) -> Vec<Case> {
     if release != Release::V1_6 {
         all.push((format!("version = 7\n{others}"), Effect::Ends("version"), "does not start with it"));
     }
+    let cri = if release < Release::V2_1 { "grpc.v1.cri" } else { "cri.v1.images" };
+    let disabled = format!("{version}\ndisabled_plugins = [\"io.containerd.{cri}\"]\n{others}");
+    all.push((disabled, Effect::NoCri, "Kubernetes cannot use this containerd"));
+    let short = format!("{version}\ndisabled_plugins = [\"zfs\"]\n{others}");
+    all.push((short, Effect::Ends("invalid disabled plugin URI"), "does not start from version 2"));
     if release < Release::V2_1 {
         all.push((without(&best, SAYS), Effect::Downloads, "every layer is downloaded"));
+        let docker = format!("disabled_plugins = [\"cri\"]\n{others}");
+        all.push((docker, Effect::NoCri, "Kubernetes does not use this snapshotter"));
         all.push((without(&best, version), Effect::Overlayfs, "Kubernetes does not use this snapshotter"));
         all.push((best.replace(CRI_1, CRI_2), Effect::Overlayfs, "Kubernetes uses overlayfs"));
         return all;
