@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::remedy::{heading, remedy};
 use super::{Case, Version};
-use crate::doctor::Finding;
 use crate::doctor::configuration::Proxy;
+use crate::doctor::{Finding, reach};
 use crate::rebuild::DEFAULT_NAME as NAME;
 
 pub const TABLE: [&str; 2] = ["proxy_plugins", NAME];
@@ -172,7 +172,7 @@ fn missing(case: &Case<'_>) -> Finding {
     let is_read = case.found.files.iter().any(|file| file == registration);
     // containerd reads what our package installs where its own file imports it.
     let all = registration.with_file_name("*.toml");
-    let step = match (registration.exists() && !is_read, case.found.has_imports) {
+    let step = match (reach::touch(registration).is_ok() && !is_read, case.found.has_imports) {
         (true, true) => format!("in {}, add to the list imports: {all:?}", case.file),
         (true, false) => format!("as the first line of {}: imports = [{all:?}]", case.file),
         (false, _) => {
