@@ -198,7 +198,8 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     });
     let address = arguments.address.display().to_string();
     let root = arguments.root.display().to_string();
-    let place = Place { address: &address, root: &root, registration: REGISTRATION };
+    let registration = reach::touch(Path::new(REGISTRATION)).is_ok().then_some(REGISTRATION);
+    let place = Place { address: &address, root: &root, registration };
     let file = node.edited();
     let (configuration, about_file) = read(node, &program, &file);
     let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);

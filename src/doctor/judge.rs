@@ -63,7 +63,7 @@ pub struct Place<'a> {
     pub address: &'a str,
     pub root: &'a str,
     /// The file that registers us, where there is one.
-    pub registration: &'a str,
+    pub registration: Option<&'a str>,
 }
 
 /// What is judged.
@@ -121,7 +121,7 @@ mod tests {
     use crate::cli;
     use crate::doctor::State;
 
-    const PLACE: Place<'_> = Place { address: "/run/s.sock", root: "/var/lib/s", registration: "/none" };
+    const PLACE: Place<'_> = Place { address: "/run/s.sock", root: "/var/lib/s", registration: None };
     const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]\ntype = \"snapshot\"\naddress = \"/run/s.sock\"\n";
     const EXPORTS: &str = "[proxy_plugins.cvmfs-snapshotter.exports]\nroot = \"/var/lib/s\"\n";
     const REMOTE: &str = "enable_remote_snapshot_annotations = \"true\"\n";
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn the_configurations_of_the_documentation_are_good() {
-        let place = Place { address: cli::DEFAULT_ADDRESS, root: cli::DEFAULT_ROOT, registration: "/none" };
+        let place = Place { address: cli::DEFAULT_ADDRESS, root: cli::DEFAULT_ROOT, registration: None };
         let client_1 = include_str!("../../docs/containerd/client-1.toml");
         let client_2 = include_str!("../../docs/containerd/client-2.toml");
         let transfer = include_str!("../../docs/containerd/transfer.toml");
@@ -409,11 +409,8 @@ mod tests {
 
     #[test]
     fn the_file_that_a_package_brought_is_to_be_imported() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("ours.toml");
-        std::fs::write(&file, "").unwrap();
-        let place = Place { registration: file.to_str().unwrap(), ..PLACE };
-        let pattern = dir.path().join("*.toml");
+        let place = Place { registration: Some("/etc/ours/ours.toml"), ..PLACE };
+        let pattern = "/etc/ours/*.toml";
         for (head, remedy) in [
             ("", format!("as the first line of c: imports = [{pattern:?}], then {RESTART}")),
             ("imports = [\"/other\"]\n", format!("in c, add to the list imports: {pattern:?}, then {RESTART}")),

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::remedy::{heading, remedy};
 use super::{Case, Version};
+use crate::doctor::Finding;
 use crate::doctor::configuration::Proxy;
-use crate::doctor::{Finding, reach};
 use crate::rebuild::DEFAULT_NAME as NAME;
 
 pub const TABLE: [&str; 2] = ["proxy_plugins", NAME];
@@ -168,14 +168,13 @@ fn renamed(case: &Case<'_>, rest: Option<&Proxy>, other: &Proxy) -> Finding {
 }
 
 fn missing(case: &Case<'_>) -> Finding {
-    let registration = Path::new(case.place.registration);
-    let is_read = case.found.files.iter().any(|file| file == registration);
+    let unread = case.place.registration.map(Path::new).filter(|one| !case.found.files.iter().any(|file| file == one));
     // containerd reads what our package installs where its own file imports it.
-    let all = registration.with_file_name("*.toml");
-    let step = match (reach::touch(registration).is_ok() && !is_read, case.found.has_imports) {
-        (true, true) => format!("in {}, add to the list imports: {all:?}", case.file),
-        (true, false) => format!("as the first line of {}: imports = [{all:?}]", case.file),
-        (false, _) => {
+    let all = unread.map(|file| file.with_file_name("*.toml"));
+    let step = match (all, case.found.has_imports) {
+        (Some(all), true) => format!("in {}, add to the list imports: {all:?}", case.file),
+        (Some(all), false) => format!("as the first line of {}: imports = [{all:?}]", case.file),
+        (None, _) => {
             let mut lines = vec![heading(&TABLE), format!("  {}", kind_line()), format!("  {}", case.address_line())];
             if case.version.has_exports() {
                 lines.push(format!("  {}", heading(&EXPORTS)));
