@@ -137,18 +137,22 @@ fn mount_point(path: &Path) -> PathBuf {
     sys::mount_point_of(path).unwrap_or_else(|| path.to_owned())
 }
 
+/// As the daemon reads it, but for a file that hangs.
+pub fn load(arguments: &Arguments) -> Result<Loaded, config::Error> {
+    let path = arguments.config_file();
+    match reach::touch(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
+            Err(config::Error::Unreadable { path: path.to_owned(), cause })
+        }
+        Ok(_) | Err(_) => config::load(arguments.config.as_deref()),
+    }
+}
+
 fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     const CHECK: &str = "config.file";
     let path = arguments.config_file();
     let file = path.display();
-    let touched = match reach::touch(path) {
-        Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
-            Err(config::Error::Unreadable { path: path.to_owned(), cause })
-        }
-        // The rest is said as the daemon says it.
-        Ok(_) | Err(_) => Ok(()),
-    };
-    let Loaded { config, unknown } = match touched.and_then(|()| config::load(arguments.config.as_deref())) {
+    let Loaded { config, unknown } = match load(arguments) {
         Ok(loaded) => loaded,
         Err(e) => {
             let remedy = "correct that line; cvmfs-snapshotter --check-config tells when it is good";

@@ -9,10 +9,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Finding, Findings, NAMED, child, pull_anew, reach, repositories, systemd};
+use super::{Finding, Findings, NAMED, child, node, pull_anew, reach, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
 use crate::cli::{self, Arguments};
-use crate::config::{self, Config, MetricsAddress};
+use crate::config::{Config, MetricsAddress};
 use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
@@ -29,18 +29,13 @@ pub type Asked = admin::Result<(Daemon, DescribeResponse)>;
 pub fn ask(arguments: &Arguments) -> Asked {
     let address = &arguments.address;
     // systemd would try in vain, and give up the socket as well.
-    if systemd::waits_for_a_call() && !is_configured(&as_written(arguments, systemd::command_line())) {
+    if systemd::waits_for_a_call() && node::load(&as_written(arguments, systemd::command_line())).is_err() {
         let cause = io::Error::other("it is stopped, and its configuration keeps it from starting");
         return Err(Error::NotRunning { address: address.clone(), cause });
     }
     let daemon = Daemon::connect(address)?;
     let described = daemon.describe()?;
     Ok((daemon, described))
-}
-
-fn is_configured(arguments: &Arguments) -> bool {
-    let hangs = reach::touch(arguments.config_file()).is_err_and(|e| e.kind() == io::ErrorKind::TimedOut);
-    !hangs && config::load(arguments.config.as_deref()).is_ok()
 }
 
 /// Where this command line does not say it, that of the daemon counts, or of the unit that would start
