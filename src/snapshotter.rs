@@ -221,10 +221,16 @@ impl Snapshotter {
         let committed = self.store.write(|tx| {
             let parent = check_new(tx, wanted)?;
             let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
-            // Also under the name that a Go snapshotter gave it.
+            // Of all that containerd can find for this answer it takes the first, and a label can
+            // have been changed.
             let below = wanted.parent.as_ref().map_or("", Key::as_str);
-            let is_remote = |s: &Snapshot| s.kind == Kind::Committed && s.layer.is_some();
-            if let Some(present) = tx.by_ref(reference, below)?.into_iter().find(is_remote) {
+            let mut present = tx.by_ref(reference, below)?;
+            present.retain(|s| s.kind == Kind::Committed);
+            if let Some(other) = present.iter().find(|s| !is_the_layer(s, reference, &digest)) {
+                return Ok(Err(Fallback::ReferenceTaken { name: other.key.clone() }));
+            }
+            // Also under the name that a Go snapshotter gave it.
+            if let Some(present) = present.into_iter().find(|s| s.layer.is_some()) {
                 return Ok(Ok(present.key));
             }
             if tx.get(name.as_str())?.is_some() {
@@ -409,6 +415,14 @@ fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
 /// two parents, in two namespaces say, makes two snapshots, and over one parent only one.
 fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Result<Key, crate::types::InvalidKey> {
     Key::parse(&format!("cvmfs/{}/{reference}", parent.map_or(0, |p| p.id.0)))
+}
+
+/// Whether a snapshot with the label `reference` was made for it: containerd, Go snapshotters and
+/// `remote_name` all end the key with the layer's name, and nobody can change a key.
+fn is_the_layer(snapshot: &Snapshot, reference: &str, digest: &Digest) -> bool {
+    let before = snapshot.key.as_str().strip_suffix(reference);
+    let has_name = before.is_some_and(|before| before.is_empty() || before.ends_with('/'));
+    has_name || snapshot.layer.as_ref().is_some_and(|layer| layer.digest == *digest)
 }
 
 /// Labels without a value are no labels, and too many are refused.

@@ -19,7 +19,8 @@ use crate::repository::{Asked, Missing, Repository};
 use crate::store::Store;
 use crate::sys::{FileType, Sys};
 use crate::types::{
-    Digest, Flat, InvalidDigest, Key, LABEL_LAYER_DIGEST, Layer, Quoted, RootfsMode, Snapshot, SnapshotId,
+    Digest, Flat, InvalidDigest, Key, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Layer, Quoted, RootfsMode, Snapshot,
+    SnapshotId,
 };
 
 /// Why the layer of a pull is downloaded after all.
@@ -39,6 +40,10 @@ pub enum Fallback {
     NameTaken {
         name: Key,
     },
+    /// A snapshot that is not this layer has its `snapshot.ref`.
+    ReferenceTaken {
+        name: Key,
+    },
 }
 
 impl Fallback {
@@ -46,7 +51,7 @@ impl Fallback {
         match self {
             Self::NoDigest => Reason::NoDigest,
             Self::BadDigest { .. } => Reason::BadDigest,
-            Self::NameTooLong | Self::NameTaken { .. } => Reason::Name,
+            Self::NameTooLong | Self::NameTaken { .. } | Self::ReferenceTaken { .. } => Reason::Name,
             // What is odd about one of them says more than that another one does not have it.
             Self::Missing { why, .. } => {
                 let reasons = why.iter().map(|(_, missing)| missing.reason());
@@ -87,6 +92,12 @@ impl Fallback {
             Self::NameTaken { name } => log::warn!(
                 key = key.as_str();
                 "a layer will be downloaded: a snapshot that is not this layer has the name {name}"
+            ),
+            Self::ReferenceTaken { name } => log::warn!(
+                key = key.as_str();
+                "a layer will be downloaded: somebody gave its label {LABEL_SNAPSHOT_REF}={} to snapshot {name}, \
+                 which containerd would take for it",
+                Quoted(reference)
             ),
         }
     }

@@ -248,6 +248,37 @@ pub fn check_files(place: &Place, mounts: &[Mount]) {
 }
 
 #[test]
+fn root_a_snapshot_whose_label_was_changed_stands_in_for_no_other_layer() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.restart();
+    let relabel = |name: &str, n: u8| {
+        let reference = (LABEL_SNAPSHOT_REF.to_owned(), Some(format!("sha256:chain-{n}")));
+        s.update(&key(name), &LabelChange::Each(vec![reference])).unwrap();
+    };
+    let prepared = |n: u8| {
+        let answer = s.prepare(asked(n, ""));
+        if answer.is_ok() {
+            s.remove(&key("extract")).unwrap();
+        }
+        answer
+    };
+    let second = pull(&s, 2, "");
+    // Before and after what was meant, in the order of the index.
+    relabel(&second, 1);
+    prepared(1).expect("containerd would take layer 2 for layer 1");
+    relabel(&second, 2);
+    let first = pull(&s, 1, "");
+    relabel(&first, 2);
+    prepared(2).expect("containerd would take layer 1 for layer 2");
+    s.remove(&key(&first)).unwrap();
+    // One that was downloaded is no other one.
+    s.prepare(wanted("default/7/extract", "", &[])).unwrap();
+    let labels = [(LABEL_SNAPSHOT_REF.to_owned(), "sha256:chain-1".to_owned())].into();
+    s.commit(&key("default/8/sha256:chain-1"), &key("default/7/extract"), labels, None).unwrap();
+    pull(&s, 1, "");
+}
+
+#[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let place = Place::new(Mode::Bind);
     let s = place.open(Arc::new(Host));

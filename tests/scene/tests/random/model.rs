@@ -82,19 +82,25 @@ impl Model {
         self.check_new(key, parent)?;
         let Some(layer) = published else { return self.create(Kind::ACTIVE, key, parent, labels) };
         let reference = labels[REF].clone();
-        match self.remote(&reference, parent) {
-            // Somebody changed its labels: containerd would not find it any more.
-            Some((_, found)) if found.labels.get(REF) != Some(&reference) => {
-                self.create(Kind::ACTIVE, key, parent, labels)
-            }
-            Some(_) => Err(Code::ALREADY_EXISTS),
-            None => {
-                let mut labels = labels;
-                labels.insert(REMOTE.0.to_owned(), REMOTE.1.to_owned());
-                self.insert(name, parent, Kind::COMMITTED, labels, Files::Layer(layer));
-                Err(Code::ALREADY_EXISTS)
-            }
+        let found =
+            |s: &&Snapshot| s.kind == Kind::COMMITTED && s.parent == parent && s.labels.get(REF) == Some(&reference);
+        let is_meant =
+            |name: &str, s: &Snapshot| name.ends_with(&format!("/{reference}")) || s.files == Files::Layer(layer);
+        // Somebody changed labels: containerd would take another snapshot for this layer.
+        if self.snapshots.iter().any(|(name, s)| found(&s) && !is_meant(name, s)) {
+            return self.create(Kind::ACTIVE, key, parent, labels);
         }
+        if self.snapshots.values().filter(found).any(|s| matches!(s.files, Files::Layer(_))) {
+            return Err(Code::ALREADY_EXISTS);
+        }
+        if self.remote(&reference, parent).is_some() {
+            // Or it would not find ours any more.
+            return self.create(Kind::ACTIVE, key, parent, labels);
+        }
+        let mut labels = labels;
+        labels.insert(REMOTE.0.to_owned(), REMOTE.1.to_owned());
+        self.insert(name, parent, Kind::COMMITTED, labels, Files::Layer(layer));
+        Err(Code::ALREADY_EXISTS)
     }
 
     /// The one remote snapshot for (ref, parent). A name of ours is at most one letter.
