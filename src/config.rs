@@ -4,18 +4,16 @@
 //! key is only a warning, because files in the field have containerd's own keys mixed in.
 #![forbid(unsafe_code)]
 
+pub mod file;
+
 use std::fmt;
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
-use nix::fcntl::OFlag;
-use nix::sys::stat::makedev;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -25,8 +23,6 @@ use crate::types::{RootfsMode, SOCKET_PATH_BYTES};
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
-/// Of the file; a thousand times what one needs.
-const MOST_BYTES: u64 = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -136,48 +132,15 @@ impl fmt::Display for UnknownKey {
 
 #[derive(Debug)]
 pub enum Error {
-    Unreadable {
-        path: PathBuf,
-        cause: io::Error,
-    },
-    /// Reading it may never end.
-    NotAFile {
-        path: PathBuf,
-        is: &'static str,
-    },
-    TooLong {
-        path: PathBuf,
-    },
-    Syntax {
-        path: PathBuf,
-        line: usize,
-        why: String,
-    },
-    Value {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        value: String,
-        allowed: &'static str,
-    },
+    Unreadable { path: PathBuf, cause: file::Error },
+    Syntax { path: PathBuf, line: usize, why: String },
+    Value { path: PathBuf, line: usize, key: String, value: String, allowed: &'static str },
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreadable { path, cause } => write!(f, "cannot read the configuration {}: {cause}", path.display()),
-            Self::NotAFile { path, is } => write!(
-                f,
-                "cannot read the configuration {}: it is {is} and no regular file; put a file there, or name another \
-                 with --config",
-                path.display()
-            ),
-            Self::TooLong { path } => write!(
-                f,
-                "cannot read the configuration {}: it has more than {MOST_BYTES} bytes; shorten it, or name another \
-                 file with --config",
-                path.display()
-            ),
             Self::Syntax { path, line, why } => write!(f, "{}, line {line}: not TOML: {why}", path.display()),
             Self::Value { path, line, key, value, allowed } => {
                 write!(f, "{}, line {line}: {key} = {value} is not possible: {allowed}", path.display())
@@ -191,45 +154,12 @@ impl std::error::Error for Error {}
 /// Reads the file at `path`, or the one at the default path if it is there.
 pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
     let named = path.unwrap_or(Path::new(DEFAULT_PATH));
-    match text_of(named) {
+    match file::read_to_string(named) {
         Ok(text) => parse(named, &text),
-        Err(Error::Unreadable { cause, .. }) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => {
+        Err(file::Error::Unreadable(cause)) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => {
             Ok(Loaded::default())
         }
-        Err(e) => Err(e),
-    }
-}
-
-/// Waits for nobody: a FIFO lets whoever opens it wait for its writer, and other devices never end.
-fn text_of(path: &Path) -> Result<String, Error> {
-    let failed = |cause| Error::Unreadable { path: path.to_owned(), cause };
-    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = File::options().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
-    let status = file.metadata().map_err(failed)?;
-    if let Some(is) = what_is_no_file(&status) {
-        return Err(Error::NotAFile { path: path.to_owned(), is });
-    }
-    let mut bytes = Vec::new();
-    // Not its size: a file in /proc has none, and one that is written to has another one now.
-    file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(Error::TooLong { path: path.to_owned() });
-    }
-    String::from_utf8(bytes).map_err(|_| failed(io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8")))
-}
-
-/// None: a file, or `/dev/null`, which stands for an empty one.
-fn what_is_no_file(status: &Metadata) -> Option<&'static str> {
-    let kind = status.file_type();
-    let is_null = kind.is_char_device() && status.rdev() == makedev(1, 3);
-    if kind.is_file() || is_null {
-        None
-    } else if kind.is_dir() {
-        Some("a directory")
-    } else if kind.is_fifo() {
-        Some("a FIFO")
-    } else {
-        Some("a device")
+        Err(cause) => Err(Error::Unreadable { path: named.to_owned(), cause }),
     }
 }
 
@@ -478,7 +408,7 @@ mod tests {
         let load = |path: &Path| super::load(Some(path)).map_err(|e| e.to_string());
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
-        let longest = usize::try_from(MOST_BYTES).unwrap();
+        let longest = usize::try_from(file::MOST_BYTES).unwrap();
         let huge = dir.path().join("huge");
         std::fs::write(&huge, "#".repeat(longest + 1)).unwrap();
         for (path, why) in [

@@ -142,7 +142,7 @@ pub fn load(arguments: &Arguments) -> Result<Loaded, config::Error> {
     let path = arguments.config_file();
     match reach::touch(path) {
         Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
-            Err(config::Error::Unreadable { path: path.to_owned(), cause })
+            Err(config::Error::Unreadable { path: path.to_owned(), cause: config::file::Error::Unreadable(cause) })
         }
         Ok(_) | Err(_) => config::load(arguments.config.as_deref()),
     }

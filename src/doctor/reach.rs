@@ -2,8 +2,8 @@
 //! there first, because one that hangs may not even be killed.
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,11 +12,10 @@ use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 
 use super::child;
+use crate::config::file;
 
 /// More than a disk that answers ever takes.
 const LIMIT: Duration = Duration::from_secs(10);
-/// No configuration is larger.
-const MOST_BYTES: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -75,11 +74,11 @@ fn look(path: &Path) -> io::Result<Kind> {
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(Errno::EFBIG.into());
-    }
+    let bytes = file::read(path).map_err(|e| match e {
+        file::Error::Unreadable(cause) => cause,
+        file::Error::TooLong => Errno::EFBIG.into(),
+        file::Error::NotAFile { .. } | file::Error::NotUtf8 => Errno::EINVAL.into(),
+    })?;
     // A comment may be in any encoding; whoever has to read it says if it is wrong.
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
@@ -108,6 +107,8 @@ pub fn read_to_string(path: &Path) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use nix::sys::stat::Mode;
     use nix::unistd::mkfifo;
 
@@ -119,7 +120,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         fs::write(at("file"), "a = 1").unwrap();
         fs::write(at("binary"), [0xff]).unwrap();
-        File::create(at("huge")).unwrap().set_len(MOST_BYTES + 1).unwrap();
+        File::create(at("huge")).unwrap().set_len(file::MOST_BYTES + 1).unwrap();
         mkfifo(&at("pipe"), Mode::S_IRWXU).unwrap();
         for (name, expected) in [
             ("", "directory\n".to_owned()),
