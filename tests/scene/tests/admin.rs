@@ -253,6 +253,9 @@ fn promtool(stage: &Stage, metrics: &str, older: &str) {
         ["check".as_ref(), "rules".as_ref(), packaging.join("prometheus-alerts.yaml").as_os_str()],
     );
     assert!(rules.status.success(), "{}{}", rules.stdout, rules.stderr);
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("alerts.yaml");
+    let tested = run(tool("promtool"), ["test".as_ref(), "rules".as_ref(), tests.as_os_str()]);
+    assert!(tested.status.success(), "{}{}", tested.stdout, tested.stderr);
     let file = stage.sandbox.path("metrics");
     fs::write(&file, older).expect("metrics can be written");
     let command = format!("{} check metrics <{}", tool("promtool").display(), file.display());
