@@ -6,17 +6,20 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use grpcio::{CallOption, ChannelBuilder, Client, EnvBuilder, MetadataBuilder, Method, RpcStatusCode};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::proto::admin::{DescribeRequest, DescribeResponse, Leftover, LeftoversRequest, Snapshot, SnapshotsRequest};
 use crate::proto::snapshots::{CleanupRequest, UsageRequest};
-use crate::server::service;
+use crate::server::{self, service};
 
 /// The daemon waits for repositories longer than this only if they answer, slowly.
 const LIMIT: Duration = Duration::from_secs(120);
+/// To get a connection.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Deleting and measuring take as long as they take.
 const LONG: Duration = Duration::from_secs(24 * 3600);
 
@@ -72,11 +75,26 @@ pub struct Peer {
     process: Option<u32>,
 }
 
+/// Waits a while where many wait.
+fn connect(address: &Path) -> io::Result<UnixStream> {
+    let until = Instant::now() + CONNECT_LIMIT;
+    loop {
+        match server::connect(address) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it takes no connections: it hangs"));
+            }
+            result => return result,
+        }
+    }
+}
+
 impl Peer {
     pub fn connect(address: &Path) -> Result<Self> {
         // gRPC would try for long, and say little.
-        let there =
-            UnixStream::connect(address).map_err(|cause| Error::NotRunning { address: address.to_owned(), cause })?;
+        let there = connect(address).map_err(|cause| Error::NotRunning { address: address.to_owned(), cause })?;
         let process = getsockopt(&there, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
         let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
         let channel = ChannelBuilder::new(environment)

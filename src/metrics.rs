@@ -28,9 +28,13 @@ type Histograms<const N: usize> = Family<Labels<N>, Histogram, fn() -> Histogram
 /// Upper bounds of the buckets for what takes from a fraction of a millisecond to a minute.
 const SECONDS: [f64; 15] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0];
 
+/// gRPC codes of what is not the caller's own affair.
+const FAILURES: [&str; 4] = ["INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"];
+
 pub struct Metrics {
     registry: Registry,
     calls: Histograms<2>,
+    failed: Family<Labels<2>, Counter>,
     unreadable: Counter,
     layers: Family<Labels<1>, Counter>,
     fallbacks: Family<Labels<1>, Counter>,
@@ -71,6 +75,12 @@ impl Metrics {
             "Calls by method and gRPC code, from their arrival to the beginning of their answer. Of a pull, ALREADY_EXISTS is the good answer: the layer need not be downloaded",
             Unit::Seconds,
             calls.clone(),
+        );
+        let failed = Family::default();
+        registry.register(
+            "calls_failed",
+            "Calls that failed because of this program, its load or its node, by method and code (INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED); call_duration has these too, from the first one on",
+            Family::clone(&failed),
         );
         let unreadable = Counter::default();
         registry.register(
@@ -141,6 +151,7 @@ impl Metrics {
         let metrics = Self {
             registry,
             calls,
+            failed,
             unreadable,
             layers,
             fallbacks,
@@ -181,9 +192,18 @@ impl Metrics {
         drop(self.outages.get_or_create(&labels));
     }
 
+    /// As `begin_at_zero`, of a method.
+    pub fn expect_calls(&self, method: &str) {
+        for code in FAILURES {
+            drop(self.failed.get_or_create(&of_call(method, code)));
+        }
+    }
+
     pub fn called(&self, method: &str, code: &str, since: Instant) {
-        let method = method.rsplit('/').next().unwrap_or(method);
-        let labels = [("method", method.to_owned()), ("code", code.to_owned())];
+        let labels = of_call(method, code);
+        if FAILURES.contains(&code) {
+            self.failed.get_or_create(&labels).inc();
+        }
         self.calls.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
     }
 
@@ -300,6 +320,12 @@ impl Reason {
     }
 }
 
+/// A method without its service.
+fn of_call(method: &str, code: &str) -> Labels<2> {
+    let method = method.rsplit('/').next().unwrap_or(method);
+    [("method", method.to_owned()), ("code", code.to_owned())]
+}
+
 fn of_repository(name: &str) -> Labels<1> {
     [("repository", name.to_owned())]
 }
@@ -392,6 +418,7 @@ mod tests {
     fn the_documentation_has_every_metric_and_no_other() {
         let metrics = Metrics::new();
         metrics.called("/containerd.services.snapshots.v1.Snapshots/Stat", "OK", Instant::now());
+        metrics.expect_calls("Stat");
         metrics.expect("a.test");
         let pools = vec![("worker", PoolState::default())];
         let text =
@@ -403,6 +430,24 @@ mod tests {
             text.contains("cvmfs_snapshotter_call_duration_seconds_count{method=\"Stat\",code=\"OK\"} 1\n"),
             "{text}"
         );
+    }
+
+    /// Prometheus sees a counter grow that was there before, and no other.
+    #[test]
+    fn the_first_call_that_fails_is_seen_to_grow() {
+        let metrics = Metrics::new();
+        let count = |code: &str| {
+            let text = metrics.text(&Gauges::default()).unwrap();
+            let sample = format!("cvmfs_snapshotter_calls_failed_total{{method=\"Stat\",code=\"{code}\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&sample)).map(str::to_owned)
+        };
+        metrics.expect_calls("/containerd.services.snapshots.v1.Snapshots/Stat");
+        assert_eq!(count("INTERNAL").as_deref(), Some("0"));
+        for code in ["INTERNAL", "NOT_FOUND"] {
+            metrics.called("/containerd.services.snapshots.v1.Snapshots/Stat", code, Instant::now());
+        }
+        assert_eq!(["INTERNAL", "UNAVAILABLE"].map(count).map(Option::unwrap), ["1", "0"]);
+        assert_eq!(count("NOT_FOUND"), None);
     }
 
     #[test]

@@ -32,7 +32,7 @@ use self::door::{Admitted, Door};
 use self::handlers::Handlers;
 pub use self::handlers::Waiters;
 use self::load::Load;
-pub use self::socket::{Bound, Error, Result, check as check_address};
+pub use self::socket::{Bound, Error, Result, check as check_address, connect};
 use self::socket::{Reach, SocketFile};
 use crate::pool::Entrance;
 use crate::snapshotter::Snapshotter;

@@ -78,7 +78,11 @@ impl fmt::Display for Quoted<'_> {
 /// A word as the shell takes it; containerd's references need no quotes, others get them.
 pub fn shell(reference: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "./:@_-+".contains(c);
-    if reference.chars().all(plain) { reference.to_owned() } else { format!("'{}'", reference.replace('\'', "'\\''")) }
+    if !reference.is_empty() && reference.chars().all(plain) {
+        reference.to_owned()
+    } else {
+        format!("'{}'", reference.replace('\'', "'\\''"))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //! whether this snapshotter is used and how. Versions 2, 3 and 4 of the format. Pure but for `read`.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -23,6 +23,7 @@ pub const DISABLED: &str = "disabled_plugins";
 const PLUGIN_LISTS: [&str; 2] = [DISABLED, "required_plugins"];
 /// That of the transfer service.
 pub const TRANSFER_TABLE: &str = "io.containerd.transfer.v1.local";
+pub const UNPACK_TABLE: [&str; 3] = ["plugins", TRANSFER_TABLE, "unpack_config"];
 /// containerd's default of `max_concurrent_downloads`.
 const DOWNLOADS: i64 = 3;
 /// Files that import each other in a circle end somewhere.
@@ -52,7 +53,7 @@ pub struct Configuration {
     /// These stand in the table of containerd 1, which 2 passes over unless runtimes stand beside.
     pub is_of_version_1: bool,
     /// Runtimes that have a snapshotter of their own.
-    pub of_runtimes: Vec<(String, String)>,
+    pub of_runtimes: BTreeSet<(String, String)>,
     /// What the transfer service unpacks for, where the list is not the default one.
     pub unpack: Option<Vec<Unpack>>,
     /// Settings of the CRI that keep 2.1 and later from pulling by the transfer service, by key.
@@ -137,15 +138,16 @@ impl std::error::Error for Error {}
 /// Reads `path` and what it imports.
 pub fn read(path: &Path) -> Result<Configuration, Error> {
     let mut configuration = Configuration::default();
-    let mut waiting = vec![path.to_owned()];
-    while let Some(path) = waiting.pop() {
+    // In containerd's order: all imports of a file before theirs. The last word counts.
+    let mut waiting = VecDeque::from([path.to_owned()]);
+    while let Some(path) = waiting.pop_front() {
         if configuration.files.contains(&path) || configuration.files.len() >= MOST_FILES {
             continue;
         }
         let text = reach::read_to_string(&path).map_err(|cause| Error::Unreadable { path: path.clone(), cause })?;
         let imports = configuration.add(&path, &text)?;
         let directory = path.parent().unwrap_or(Path::new("/"));
-        waiting.extend(imports.iter().rev().flat_map(|one| matching(&directory.join(one))));
+        waiting.extend(imports.iter().flat_map(|one| matching(&directory.join(one))));
     }
     Ok(configuration)
 }
@@ -165,9 +167,7 @@ fn matching(import: &Path) -> Vec<PathBuf> {
     }
     let is_missing = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
     found.retain(|path| !reach::touch(path).is_err_and(|e| is_missing(&e)));
-    // The last one is read first, and stays behind the others on the list of those that wait.
     found.sort();
-    found.reverse();
     found
 }
 
@@ -376,12 +376,18 @@ impl Configuration {
         let pause = string_at(table, &["plugins", images, "pinned_images", "sandbox"])
             .or_else(|| string_at(table, &["plugins", of_version_1, "sandbox_image"]));
         self.pause_image = pause.or(self.pause_image.take());
-        let runtimes = |plugin| at(table, &["plugins", plugin, "containerd", "runtimes"]).and_then(DeValue::as_table);
-        for (name, one) in [of_version_1, RUNTIME_TABLE].into_iter().filter_map(runtimes).flat_map(|all| all.iter()) {
+        let runtimes: [&[&str]; 3] = [
+            &["plugins", of_version_1, "containerd", "runtimes"],
+            &["plugins", RUNTIME_TABLE, "containerd", "runtimes"],
+            // What the images of a runtime are unpacked with.
+            &["plugins", images, "runtime_platforms"],
+        ];
+        let runtimes = runtimes.into_iter().filter_map(|way| at(table, way).and_then(DeValue::as_table));
+        for (name, one) in runtimes.flat_map(|all| all.iter()) {
             if let Some(snapshotter) = one.get_ref().as_table().and_then(|one| string_at(one, &["snapshotter"]))
                 && !snapshotter.is_empty()
             {
-                self.of_runtimes.push((name.get_ref().to_string(), snapshotter));
+                self.of_runtimes.insert((name.get_ref().to_string(), snapshotter));
             }
         }
         self.add_unpacks(table);
@@ -398,19 +404,19 @@ impl Configuration {
             let names = strings(at(table, &[key])?);
             Some(PluginList { file, key, names })
         }));
-        // The parser does not tell the two forms apart.
-        let is_inline = |line: &str| {
-            let (key, rest) = line.split_once('=').unwrap_or_default();
-            key.trim().trim_matches(['"', '\'']) == "unpack_config" && rest.trim_start().starts_with('[')
-        };
-        self.written.unpack_is_inline |= text.lines().any(is_inline);
         self.written.headings.extend(headings(text).map(|way| (file, way)));
+        // The parser does not tell the two forms apart.
+        let has_heading = |way: &[&str]| {
+            let way = way.iter().map(|&name| name.to_owned()).collect();
+            self.written.headings.contains(&(file, way))
+        };
+        self.written.unpack_is_inline |= at(table, &UNPACK_TABLE).is_some() && !has_heading(&UNPACK_TABLE);
         Notes { text, file, way: Vec::new(), written: &mut self.written }.note(table);
         Ok(at(table, &["imports"]).map(strings).unwrap_or_default())
     }
 
     fn add_unpacks(&mut self, table: &DeTable<'_>) {
-        let Some(list) = at(table, &["plugins", TRANSFER_TABLE, "unpack_config"]).and_then(DeValue::as_array) else {
+        let Some(list) = at(table, &UNPACK_TABLE).and_then(DeValue::as_array) else {
             return;
         };
         let one = |one: &Spanned<DeValue<'_>>| {
@@ -487,7 +493,8 @@ mod tests {
         );
         assert_eq!(found.snapshotter.as_deref(), Some("cvmfs-snapshotter"));
         assert_eq!((found.disable_annotations, found.pause_image.as_deref()), (Some(false), Some("pause:1")));
-        assert_eq!(found.of_runtimes, [("kata".to_owned(), "devmapper".to_owned())]);
+        let kata = |name: &str| BTreeSet::from([("kata".to_owned(), name.to_owned())]);
+        assert_eq!(found.of_runtimes, kata("devmapper"));
         let (name, kind, address) = ("cvmfs".into(), "snapshot".into(), "/s".into());
         assert_eq!(found.proxies, [Proxy { name, kind, address, ..Proxy::default() }]);
         assert_eq!(found.unpack, None);
@@ -497,6 +504,8 @@ mod tests {
             version = 3
             [plugins.'io.containerd.cri.v1.images']
               snapshotter = "cvmfs-snapshotter"
+            [plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata]
+              snapshotter = "overlayfs"
             [plugins.'io.containerd.cri.v1.images'.pinned_images]
               sandbox = "pause:2"
             [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
@@ -520,6 +529,7 @@ mod tests {
             platform: platform.to_owned(),
             is_optional: false,
         };
+        assert_eq!(found.of_runtimes, kata("overlayfs"));
         assert_eq!(found.unpack, Some(vec![unpack("cvmfs-snapshotter", "linux"), unpack("overlayfs", "")]));
         assert_eq!(found.proxies[0].exports["root"], "/r");
         assert_eq!(found.proxies[0].capabilities, ["rebase"]);
@@ -562,6 +572,12 @@ mod tests {
             let main = write("pattern.toml", &format!("imports = [{import:?}]\n"));
             assert_eq!(read(&main).unwrap().snapshotter.as_deref(), expected, "{import}");
         }
+        // Those of a file come before theirs.
+        write("n.toml", &set("n"));
+        write("a.toml", "imports = [\"n.toml\"]\n");
+        write("b.toml", &set("b"));
+        let main = write("nested.toml", "imports = [\"a.toml\", \"b.toml\"]\n");
+        assert_eq!(read(&main).unwrap().snapshotter.as_deref(), Some("n"));
         let broken = write("broken.toml", "a = 1\nb = = 2\n");
         assert!(matches!(read(&broken), Err(Error::Syntax { line: 2, .. })));
         assert!(matches!(read(&dir.path().join("none")), Err(Error::Unreadable { .. })));

@@ -22,6 +22,7 @@ use crate::proto::containerd::{
 use crate::rebuild::DEFAULT_NAME as NAME;
 use crate::server::service::methods;
 use crate::table::Progress;
+use crate::types::shell;
 
 methods! {
     "containerd.services.version.v1.Version"
@@ -213,7 +214,8 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     let is_explained = judged.iter().any(|one| EXPLAINED.contains(&one.check) && one.state > State::Good);
     findings.extend(about_file.filter(|_| !is_explained));
     findings.append(&mut judged);
-    let is_registered = findings.iter().any(|one| one.check == "containerd.plugin" && one.state == State::Good);
+    let is = |check: &str, state: State| findings.iter().any(|one| one.check == check && one.state == state);
+    let is_registered = is("containerd.plugin", State::Good) && !is("containerd.disabled", State::Problem);
     let proxies = configuration.iter().flat_map(|one| &one.proxies);
     let is_strange =
         configuration.is_some() && !proxies.into_iter().any(|proxy| proxy.name == NAME || proxy.address == address);
@@ -244,7 +246,7 @@ fn not_loaded() -> Finding {
 
 /// As a program says it of itself.
 fn version_of(program: &OsStr) -> Option<Version> {
-    let said = child::ask(program, &["--version"], DUMP_LIMIT)?;
+    let said = child::ask_containerd(program, &["--version"], DUMP_LIMIT)?;
     Version::parse(said.stdout.split_whitespace().nth(2)?)
 }
 
@@ -253,6 +255,8 @@ fn version_of(program: &OsStr) -> Option<Version> {
 /// if containerd refuses it.
 fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Option<Finding>) {
     const CHECK: &str = "containerd.config";
+    let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
+    let dump = || child::ask_containerd(program, &arguments, DUMP_LIMIT);
     let said = match configuration::read(&node.file) {
         Ok(said) => said,
         Err(configuration::Error::Unreadable { path, cause })
@@ -261,23 +265,32 @@ fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Opt
             let note = Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display()));
             return (Some(Configuration::default()), Some(note));
         }
+        Err(e) if dump().is_some_and(|dump| dump.success) => {
+            let remedy =
+                "look yourself: docs/containerd.md; or put a regular file of at most 1 MiB on a local disk there";
+            let what = format!("{e}, although containerd can: what is in it was not looked at");
+            return (None, Some(Finding::warning(CHECK, what, remedy)));
+        }
         Err(e) => {
-            let remedy = "correct that file; containerd does not start with it either";
+            let remedy = format!("correct that file; {} tells when it is good", dump_command(&node.file));
             return (None, Some(Finding::problem(CHECK, e.to_string(), remedy)));
         }
     };
-    let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
-    let Some(dump) = child::ask(program, &arguments, DUMP_LIMIT) else { return (Some(said), None) };
+    let Some(dump) = dump() else { return (Some(said), None) };
     if dump.success {
         return (Some(Configuration::of_dump(&dump.stdout, &said).unwrap_or(said)), None);
     }
     let refusal = Finding::problem(
         CHECK,
         format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
-        format!("correct {file}; containerd --config {} config dump tells when it is good", node.file.display()),
+        format!("correct {file}; {} tells when it is good", dump_command(&node.file)),
     );
     // What is wrong with it otherwise may be the reason.
     (Some(said), Some(refusal))
+}
+
+fn dump_command(file: &Path) -> String {
+    format!("containerd --config {} config dump", shell(&file.to_string_lossy()))
 }
 
 /// When a process began, and a little later: the kernel counts from the second in which it booted.
@@ -327,7 +340,7 @@ fn in_error(plugins: &[Plugin]) -> Vec<Finding> {
 fn not_restarted(process: u32, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
     let started = began(process)?;
     let files = configuration.map_or_else(|| vec![node.file.clone()], |one| one.files.clone());
-    let newer = files.into_iter().find(|file| reach::changed(file).is_some_and(|changed| changed > started))?;
+    let newer = files.into_iter().find(|file| changed(file).is_some_and(|changed| changed > started))?;
     Some(Finding::warning(
         "containerd.restarted",
         format!("{} was changed after containerd had read it", newer.display()),
@@ -335,11 +348,20 @@ fn not_restarted(process: u32, node: &Node, configuration: Option<&Configuration
     ))
 }
 
+/// What our package brings is put there anew by each of its upgrades, and containerd is asked whether it knows us.
+fn changed(file: &Path) -> Option<SystemTime> {
+    if file == Path::new(REGISTRATION) {
+        return std::fs::metadata(file).ok()?.modified().ok();
+    }
+    reach::changed(file)
+}
+
 fn not_running(socket: &Path, e: &Error) -> Finding {
     const CHECK: &str = "containerd.running";
     let what = match e {
         Error::NotRunning { cause, .. } => format!("containerd does not answer at {}: {cause}", socket.display()),
-        e => format!("containerd at {} cannot be asked: {e}", socket.display()),
+        Error::NotOurs { .. } => format!("what listens at {} is no containerd, or one of before 1.0", socket.display()),
+        e @ Error::Call { .. } => format!("containerd at {} cannot be asked: {e}", socket.display()),
     };
     Finding::problem(CHECK, what, "systemctl status containerd; or say where it is: --containerd SOCKET")
 }

@@ -3,6 +3,7 @@
 //! snapshots are gone since.
 #![forbid(unsafe_code)]
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
@@ -61,16 +62,19 @@ pub fn look(
     findings: &mut Findings<'_>,
 ) {
     let Some(content) = content else { return };
+    let cannot = |why: String| {
+        let what = format!("containerd's images cannot be looked at: {why}");
+        Finding::warning(OTHER, what, "see containerd's log: journalctl -u containerd -n 50")
+    };
     let images = reach::touch(content).map_err(|e| e.to_string());
     let images = match images.and_then(|_| all_images(peer, content, progress).map_err(|e| e.to_string())) {
         Ok(images) => images,
-        Err(e) => {
-            let what = format!("containerd's images cannot be looked at: {e}");
-            findings.push(Finding::warning(OTHER, what, "see containerd's log: journalctl -u containerd -n 50"));
-            return;
-        }
+        Err(why) => return findings.push(cannot(why)),
     };
-    let gone = gone(peer, &images, progress);
+    let gone = match gone(peer, &images, progress) {
+        Ok(gone) => gone,
+        Err(e) => return findings.push(cannot(e.to_string())),
+    };
     findings.extend(about_gone(&gone));
     // Of other namespaces nobody knows which snapshotter is meant.
     if configuration.is_none_or(|one| one.snapshotter.as_deref() != Some(NAME)) {
@@ -156,7 +160,7 @@ fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Im
         let count = names.len();
         for (n, (target, name)) in names.into_iter().enumerate() {
             progress.say(&format!("image {} of {count} in {namespace}", n + 1));
-            let unpacked = unpacked(peer, &namespace, content, &target).unwrap_or_default();
+            let unpacked = unpacked(peer, &namespace, content, &target)?.unwrap_or_default();
             images.push(Image { namespace: namespace.clone(), name, unpacked });
         }
     }
@@ -165,29 +169,49 @@ fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Im
 }
 
 /// Those that this snapshotter should have, and has not.
-fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Vec<&'i Image> {
+fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Result<Vec<&'i Image>> {
     let mut known: HashMap<(&str, &str), bool> = HashMap::new();
-    let is_gone = |image: &&'i Image| {
-        let image: &'i Image = image;
-        let Some(chain) = image.unpacked.get(NAME) else { return false };
-        *known.entry((&image.namespace, chain)).or_insert_with(|| {
-            progress.say(&format!("snapshot {chain}"));
-            let request =
-                StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.clone(), ..Default::default() };
-            let answer = peer.call_in(&image.namespace, &STAT, &request);
-            matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. }))
-        })
-    };
-    images.iter().filter(is_gone).collect()
+    let mut gone = Vec::new();
+    for image in images {
+        let Some(chain) = image.unpacked.get(NAME) else { continue };
+        let is_gone = match known.entry((&image.namespace, chain)) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(place) => {
+                progress.say(&format!("snapshot {chain}"));
+                *place.insert(is_unknown(peer, &image.namespace, chain)?)
+            }
+        };
+        if is_gone {
+            gone.push(image);
+        }
+    }
+    Ok(gone)
+}
+
+fn is_unknown(peer: &Peer, namespace: &str, chain: &str) -> Result<bool> {
+    let request = StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.to_owned(), ..Default::default() };
+    match peer.call_in(namespace, &STAT, &request) {
+        Err(e) if is_silence(&e) => Err(e),
+        answer => Ok(matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. }))),
+    }
 }
 
 /// Which snapshotters have the image, and under which chains. None: that cannot be told.
-fn unpacked(peer: &Peer, namespace: &str, content: &Path, target: &str) -> Option<BTreeMap<String, String>> {
-    let configuration = configuration_of(content, target, 0)?;
+fn unpacked(peer: &Peer, namespace: &str, content: &Path, target: &str) -> Result<Option<BTreeMap<String, String>>> {
+    let Some(configuration) = configuration_of(content, target, 0) else { return Ok(None) };
     let request = InfoRequest { digest: configuration, ..InfoRequest::default() };
-    let labels = peer.call_in(namespace, &CONTENT, &request).ok()?.info.into_option()?.labels;
+    let info = match peer.call_in(namespace, &CONTENT, &request) {
+        Ok(answer) => answer.info.into_option(),
+        Err(e) if is_silence(&e) => return Err(e),
+        Err(_) => None,
+    };
     let chain = |(label, chain): (String, String)| Some((label.strip_prefix(UNPACKED)?.to_owned(), chain));
-    Some(labels.into_iter().filter_map(chain).collect())
+    Ok(info.map(|info| info.labels.into_iter().filter_map(chain).collect()))
+}
+
+/// Who has just not answered is not asked about the next image: each time is the whole limit.
+fn is_silence(e: &Error) -> bool {
+    matches!(e, Error::Call { code: RpcStatusCode::DEADLINE_EXCEEDED, .. })
 }
 
 /// The digest of the configuration that a manifest names, or the first that is there of those

@@ -87,6 +87,7 @@ pub fn judge(version: Version, found: &Configuration, place: &Place<'_>, file: &
     if !is_read {
         return findings;
     }
+    parts::needed(&case, &mut findings);
     if !parts::has_cri(&case, &mut findings) {
         pulls::annotations(&case, &proxy, User::Others, &mut findings);
         pulls::platforms(&case, &mut findings);
@@ -449,6 +450,10 @@ mod tests {
         let used = CRI_1.replace("cvmfs-snapshotter", "overlayfs");
         let used = Configuration::of_dump(&[docker, &used, PROXY, EXPORTS].concat(), &said).unwrap();
         check(&used, format!("as the first line of c: version = 2\n{lists}then {RESTART}"));
+        // It is none to containerd.
+        let said = parse(&["version = 0\n", docker, CRI_1, SAYS, PROXY, EXPORTS]);
+        let used = Configuration { written: said.written, ..used };
+        check(&used, format!("in c: version = 2 instead of version = 0\n{lists}then {RESTART}"));
         // Somebody knew the first half of it.
         check(&parse(&["version = 2\n", docker, CRI_1, SAYS, PROXY, EXPORTS]), format!("{lists}then {RESTART}"));
     }
@@ -464,7 +469,7 @@ mod tests {
             ("2.3.6", "", "\"cri\"", CRI_1),
         ] {
             let disabled = off(&format!("{names}, {btrfs}"));
-            let parts = [head, &disabled, tables, SAYS, PROXY, EXPORTS];
+            let parts = [head, &disabled, tables, SAYS, PROXY, EXPORTS, REMOTE, UNPACK];
             let findings = judged(version, &parse(&parts));
             assert_eq!(worst_first(&findings), [(State::Warning, "containerd.parts")], "{findings:?}");
             assert!(!findings.iter().any(|one| of_kubernetes.contains(&one.check)), "{findings:?}");
@@ -480,6 +485,51 @@ mod tests {
         let old = CRI_1.replace("io.containerd.grpc.v1.cri", "cri");
         let parts = [&off("\"io.containerd.grpc.v1.cri\""), &old, SAYS, PROXY, EXPORTS];
         assert!(faults("1.7.24", &parts).iter().all(|(_, check)| *check != "containerd.parts"));
+    }
+
+    #[test]
+    fn a_part_that_nobody_can_do_without_is_found_in_the_list_of_disabled_ones() {
+        let list = |names: &str| format!("disabled_plugins = [{names}]\n");
+        let (ours, transfer) =
+            ("\"io.containerd.snapshotter.v1.cvmfs-snapshotter\"", "\"io.containerd.transfer.v1.local\"");
+        let (btrfs, cri) = ("\"io.containerd.snapshotter.v1.btrfs\"", "\"io.containerd.grpc.v1.cri\"");
+        let check = |version: &str, head: &str, names: &str, found: Option<&str>| {
+            let tables = if version < "2" { CRI_1 } else { CRI_2 };
+            let parts = [head, &list(names), tables, SAYS, PROXY, EXPORTS, REMOTE, UNPACK];
+            let expected: Vec<_> = found.iter().map(|_| (State::Problem, "containerd.disabled")).collect();
+            assert_eq!(faults(version, &parts), expected, "{version}: {names}");
+            if let Some(rest) = found {
+                let step = format!("in c, above all tables: {}, then {RESTART}", list(rest).trim_end());
+                assert_eq!(remedy_of(version, "containerd.disabled", &parts), step);
+            }
+        };
+        check("2.3.6", "version = 3\n", &format!("{ours}, {btrfs}, {transfer}"), Some(btrfs));
+        check("2.1.9", "version = 3\n", transfer, Some(""));
+        check("2.0.7", "version = 3\n", transfer, None);
+        check("1.7.24", "version = 2\n", &format!("{transfer}, {ours}"), Some(transfer));
+        // One step for both.
+        check("1.7.24", "version = 2\n", &format!("{ours}, {cri}"), Some(""));
+        // What nobody names stays away.
+        let parts = ["version = 2\n", &list(&format!("{ours}, {cri}")), PROXY, EXPORTS];
+        assert!(remedy_of("1.7.24", "containerd.disabled", &parts).contains(&format!(": {}", list(cri).trim_end())));
+    }
+
+    #[test]
+    fn who_names_us_is_told_apart_from_kubernetes() {
+        let others = ["version = 3\n", "[plugins.'io.containerd.cri.v1.images']\n", SAYS, PROXY, EXPORTS];
+        assert_eq!(faults("2.4.2", &others), [(State::Warning, "containerd.annotations")]);
+        assert_eq!(faults("2.4.2", &["version = 3\n", CRI_2, SAYS, PROXY, EXPORTS]), []);
+    }
+
+    #[test]
+    fn names_that_are_no_bare_keys_are_quoted() {
+        for (name, quoted) in
+            [("my cvmfs", "'my cvmfs'"), ("cvmfs.a", "'cvmfs.a'"), ("d'or", "\"d'or\""), ("a_-1", "a_-1")]
+        {
+            let proxy = PROXY.replace("cvmfs-snapshotter", &format!("{name:?}"));
+            let remedy = remedy_of("1.7.24", "containerd.plugin", &["version = 2\n", CRI_1, SAYS, &proxy]);
+            assert!(remedy.contains(&format!("instead of [proxy_plugins.{quoted}]")), "{remedy}");
+        }
     }
 
     #[test]
@@ -527,9 +577,11 @@ mod tests {
         ] {
             assert_eq!(remedy_of("1.7.24", check, &parts), format!("in c, {expected}, then {RESTART}"), "{parts:?}");
         }
-        let list = "[plugins.'io.containerd.transfer.v1.local']\n\"unpack_config\" = []\n";
-        let unpack = remedy_of("2.3.6", "containerd.annotations", &[CRI_2, list, PROXY, EXPORTS, REMOTE]);
-        assert!(unpack.starts_with("in c, add to the list unpack_config"), "{unpack}");
+        let table = "plugins.'io.containerd.transfer.v1.local'";
+        for list in [format!("[{table}]\n\"unpack_config\" = []\n"), format!("{table}.unpack_config = []\n")] {
+            let unpack = remedy_of("2.3.6", "containerd.annotations", &[&list, CRI_2, PROXY, EXPORTS, REMOTE]);
+            assert!(unpack.starts_with("in c, add to the list unpack_config"), "{unpack}");
+        }
     }
 
     #[test]

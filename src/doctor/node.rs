@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -13,6 +13,7 @@ use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
 use crate::sys;
 use crate::table::size;
+use crate::types::shell;
 
 /// A state root with less room than one part in so many is told.
 const LITTLE_ROOM: u64 = 20;
@@ -95,7 +96,7 @@ fn state_root(root: &Path) -> Vec<Finding> {
                 format!("the file system of the state root {shown} is read-only: nothing can be pulled or started"),
                 format!(
                     "see why (dmesg: a disk with errors is often mounted so), then mount -o remount,rw {}",
-                    mount_point(&real).display()
+                    mount_point(&real)
                 ),
             ));
         }
@@ -106,7 +107,7 @@ fn state_root(root: &Path) -> Vec<Finding> {
             findings.push(Finding::warning(
                 CHECK,
                 format!("the state root {shown} is mounted {}: so is what containers install and make", set.join(", ")),
-                format!("mount it without: mount -o remount,exec,suid,dev {}", mount_point(&real).display()),
+                format!("mount it without: mount -o remount,exec,suid,dev {}", mount_point(&real)),
             ));
         }
         findings.push(room(&real, &found));
@@ -132,9 +133,9 @@ fn room(root: &Path, found: &nix::sys::statvfs::Statvfs) -> Finding {
     }
 }
 
-/// Of a real path.
-fn mount_point(path: &Path) -> PathBuf {
-    sys::mount_point_of(path).unwrap_or_else(|| path.to_owned())
+/// That of a real path, as the shell takes it.
+fn mount_point(path: &Path) -> String {
+    shell(&sys::mount_point_of(path).unwrap_or_else(|| path.to_owned()).to_string_lossy())
 }
 
 /// As the daemon reads it, but for a file that hangs.
@@ -155,7 +156,15 @@ fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     let Loaded { config, unknown } = match load(arguments) {
         Ok(loaded) => loaded,
         Err(e) => {
-            let remedy = "correct that line; cvmfs-snapshotter --check-config tells when it is good";
+            let what = match e {
+                config::Error::Unreadable { .. } => "see to it that it can be read",
+                config::Error::Syntax { .. } | config::Error::Value { .. } => "correct that line",
+            };
+            let named = match &arguments.config {
+                Some(file) => format!(" --config {}", shell(&file.to_string_lossy())),
+                None => String::new(),
+            };
+            let remedy = format!("{what}; cvmfs-snapshotter{named} --check-config tells when it is good");
             return (vec![Finding::problem(CHECK, e.to_string(), remedy)], None);
         }
     };

@@ -17,7 +17,7 @@ use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::status::Report;
-use crate::types::Timestamp;
+use crate::types::{Timestamp, shell};
 
 /// What replaces a Go snapshotter without a normal stop; the packages say it as well.
 const REPLACE: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && systemctl start cvmfs-snapshotter.socket \
@@ -200,8 +200,9 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
             CHECK,
             format!("repository {name} at {path} cannot be used: {}", one.trouble),
             format!(
-                "is it mounted and alive? ls {path}; cvmfs_config probe {name}; cvmfs_config stat -v {name}. If its name or \
+                "is it mounted and alive? ls {}; cvmfs_config probe {name}; cvmfs_config stat -v {name}. If its name or \
                  place is another one: repository and absolute-mountpoint in {}. Nothing has to be restarted when it is back",
+                shell(path),
                 arguments.config_file().display()
             ),
         )];

@@ -125,6 +125,7 @@ impl Handlers {
             Ok(Empty::new())
         });
         let handlers = self.clone();
+        METRICS.expect_calls(service::LIST.name);
         service
             .add_server_streaming_handler(&service::LIST, move |context, request, sink| {
                 handlers.list(&context, request, sink);
@@ -166,6 +167,7 @@ impl Handlers {
     {
         let handlers = self.clone();
         let name = method.name;
+        METRICS.expect_calls(name);
         service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
             let (deadline, since) = (context.deadline(), Instant::now());
             let burden = match handlers.load.take(request.compute_size()) {

@@ -5,13 +5,15 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
+};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
@@ -225,13 +227,22 @@ fn clear(address: &Path) -> Result<()> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(address) {
+    match connect(address) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(address).map_err(socket_error),
         // Served, or too busy to answer: either way somebody's.
         Ok(_) => Err(Error::InUse { address: address.to_owned() }),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::InUse { address: address.to_owned() }),
         Err(e) => Err(socket_error(e)),
     }
+}
+
+/// Waits for nobody: with `WouldBlock` it fails where more connections wait than there is room for.
+pub fn connect(address: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let stream = UnixStream::from(socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?);
+    socket::connect(stream.as_raw_fd(), &UnixAddr::new(address)?)?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 impl SocketFile {
@@ -251,8 +262,30 @@ impl SocketFile {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::net::UnixDatagram;
+
+    use nix::sys::socket::Backlog;
+
+    use super::*;
+
+    /// A start, and an admin's question, waited for ever.
+    #[test]
+    fn a_socket_whose_server_hangs_keeps_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("s.sock");
+        let hung = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        socket::bind(hung.as_raw_fd(), &UnixAddr::new(&address).unwrap()).unwrap();
+        socket::listen(&hung, Backlog::new(1).unwrap()).unwrap();
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match connect(&address) {
+                Ok(stream) => waiting.push(stream),
+                Err(e) => break e,
+            }
+        };
+        assert_eq!((waiting.len(), refused.kind()), (2, io::ErrorKind::WouldBlock));
+        assert!(matches!(bind(&address, Reach::Root), Err(Error::InUse { .. })));
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {

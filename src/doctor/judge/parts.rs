@@ -1,10 +1,11 @@
 //! What containerd is told not to start, or not to start without: `disabled_plugins`, `required_plugins`.
+//! What happens was seen with 1.6, 1.7, 2.1 and 2.3.
 #![forbid(unsafe_code)]
 
 use super::remedy::remedy;
 use super::{Case, Version};
 use crate::doctor::Finding;
-use crate::doctor::configuration::{CRI_PARTS, DISABLED, PluginList};
+use crate::doctor::configuration::{CRI_PARTS, DISABLED, PluginList, TRANSFER_TABLE};
 use crate::rebuild::DEFAULT_NAME as NAME;
 
 /// Names of version 1 of the format, and what containerd 2 makes of them (`v1Migrate`).
@@ -39,16 +40,54 @@ fn long(name: &str) -> Option<String> {
     KINDS.iter().find(|(short, _)| *short == name).map(|(short, kind)| format!("{kind}.{short}"))
 }
 
+/// In a file of version 1 containerd 1 passes over long names.
+fn takes_short_names(case: &Case<'_>) -> bool {
+    case.version < Version(2, 0, 0) && case.format() < 2
+}
+
 fn disables_cri(case: &Case<'_>, list: &PluginList) -> bool {
-    // In a file of version 1 containerd 1 passes over long names (tried).
-    let parts = if case.version < Version(2, 0, 0) && case.format() < 2 { &CRI_PARTS[3..] } else { &CRI_PARTS };
+    let parts = if takes_short_names(case) { &CRI_PARTS[3..] } else { &CRI_PARTS };
     list.key == DISABLED && list.names.iter().any(|name| parts.contains(&name.as_str()))
 }
 
 /// The list without what keeps the CRI away.
 fn with_cri(list: &PluginList) -> impl Iterator<Item = &String> {
-    let goes = |name: &str| list.key == DISABLED && CRI_PARTS.contains(&name);
+    let goes = |name: &str| list.key == DISABLED && (CRI_PARTS.contains(&name) || is_ours(name));
     list.names.iter().filter(move |name| !goes(name))
+}
+
+fn is_ours(name: &str) -> bool {
+    name == NAME || name.strip_suffix(NAME) == Some("io.containerd.snapshotter.v1.")
+}
+
+/// What becomes of containerd without a part that this snapshotter cannot do without.
+fn loss(case: &Case<'_>, name: &str) -> Option<&'static str> {
+    if is_ours(name) && takes_short_names(case) == is_short(name) {
+        Some("containerd does not load this snapshotter")
+    } else if name == TRANSFER_TABLE && case.version.has_transfer() {
+        Some("without its transfer service the CRI of containerd does not start, and \"ctr images pull\" fails")
+    } else {
+        None
+    }
+}
+
+/// Parts without which nobody can use us, in the list of what containerd is not to start.
+pub fn needed(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    for list in case.found.written.plugins.iter().filter(|list| list.key == DISABLED) {
+        let Some((name, loss)) = list.names.iter().find_map(|name| Some((name, loss(case, name)?))) else { continue };
+        // Also what another finding takes away, so that neither brings back what the other one removed.
+        let goes = |name: &str| self::loss(case, name).is_some() || names_us(case) && CRI_PARTS.contains(&name);
+        let rest: Vec<&String> = list.names.iter().filter(|name| !goes(name)).collect();
+        let what = format!("{DISABLED} has {name:?}: {loss}");
+        let step = case.list(list.file, list.key, &rest);
+        findings.push(Finding::problem("containerd.disabled", what, remedy(&[step])));
+    }
+}
+
+/// Kubernetes is to use us, as the file has it.
+fn names_us(case: &Case<'_>) -> bool {
+    let is_named = |name: &Option<String>| name.as_deref() == Some(NAME);
+    is_named(&case.found.snapshotter) || is_named(&case.found.written.snapshotter)
 }
 
 /// Short names, as the file would have to say them in version 2.
@@ -88,14 +127,19 @@ pub fn renamed(case: &Case<'_>) -> Renamed {
 /// Whether containerd has a CRI: without one nothing is to be said of Kubernetes.
 pub fn has_cri(case: &Case<'_>, findings: &mut Vec<Finding>) -> bool {
     const CHECK: &str = "containerd.parts";
-    let lists = case.found.written.plugins.iter().filter(|list| disables_cri(case, list));
-    let steps: Vec<String> =
-        lists.map(|list| case.list(list.file, list.key, &with_cri(list).collect::<Vec<_>>())).collect();
-    if steps.is_empty() {
+    let mut lists: Vec<&PluginList> =
+        case.found.written.plugins.iter().filter(|list| disables_cri(case, list)).collect();
+    if lists.is_empty() {
         return true;
     }
-    let is_named = |name: &Option<String>| name.as_deref() == Some(NAME);
-    findings.push(if is_named(&case.found.snapshotter) || is_named(&case.found.written.snapshotter) {
+    // Said already, with the same step.
+    lists.retain(|list| !list.names.iter().any(|name| loss(case, name).is_some()));
+    let steps: Vec<String> =
+        lists.iter().map(|list| case.list(list.file, list.key, &with_cri(list).collect::<Vec<_>>())).collect();
+    if steps.is_empty() {
+        return false;
+    }
+    findings.push(if names_us(case) {
         let what = "the CRI of containerd is disabled, although its snapshotter is named: Kubernetes cannot use this containerd";
         Finding::warning(CHECK, what, remedy(&steps))
     } else {

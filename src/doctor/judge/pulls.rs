@@ -8,11 +8,10 @@ use super::plugin::{ANNOTATIONS, EXPORTS, annotations_line};
 use super::remedy::{heading, remedy};
 use super::{Case, Version, parts};
 use crate::doctor::Finding;
-use crate::doctor::configuration::{CRI_TABLES, Proxy, TRANSFER_TABLE, Unpack};
+use crate::doctor::configuration::{CRI_TABLES, Proxy, TRANSFER_TABLE, UNPACK_TABLE, Unpack};
 use crate::rebuild::DEFAULT_NAME as NAME;
 
 const TRANSFER: [&str; 2] = ["plugins", TRANSFER_TABLE];
-const UNPACK: [&str; 3] = ["plugins", TRANSFER_TABLE, "unpack_config"];
 const SAYS: &str = "disable_snapshot_annotations = false";
 /// What containerd says where it is to unpack for nobody.
 const NOWHERE: &str = "\"no unpack platforms defined\"";
@@ -71,7 +70,7 @@ pub fn format(case: &Case<'_>, findings: &mut Vec<Finding>) -> bool {
             ));
             false
         }
-        None | Some(1) if case.version < Version(2, 0, 0) && case.is_passed_over() => {
+        None | Some(..=1) if case.version < Version(2, 0, 0) && case.is_passed_over() => {
             let what = "containerd 1 takes the file for one of version 1, passes over the tables of its plugins, and \
                         Kubernetes does not use this snapshotter";
             let mut steps = vec![match written {
@@ -181,7 +180,7 @@ pub fn annotations(case: &Case<'_>, proxy: &Proxy, user: User, findings: &mut Ve
     }
     let others = "\"ctr images pull\" and nerdctl 2.3 and later";
     findings.push(match user {
-        _ if by_client => Finding::note(
+        User::Kubernetes if by_client => Finding::note(
             CHECK,
             format!(
                 "containerd says which layers Kubernetes pulls, by its client; {others}, which use the transfer service, {suffer}"
@@ -215,7 +214,8 @@ fn unpack_for_us(case: &Case<'_>) -> String {
             heading(&TRANSFER)
         );
     }
-    let entry = |name: &&str| format!("[{}]\n  platform = \"linux\"\n  snapshotter = \"{name}\"", heading(&UNPACK));
+    let entry =
+        |name: &&str| format!("[{}]\n  platform = \"linux\"\n  snapshotter = \"{name}\"", heading(&UNPACK_TABLE));
     case.add(&TRANSFER, &names.iter().map(entry).collect::<Vec<_>>().join("\n"))
 }
 
@@ -240,7 +240,7 @@ fn unfit(case: &Case<'_>, one: &Unpack) -> Finding {
     let step = format!(
         "in {}, in {} with snapshotter = \"{NAME}\": platform = \"linux\"",
         case.home(&TRANSFER),
-        format_args!("[{}]", heading(&UNPACK)),
+        format_args!("[{}]", heading(&UNPACK_TABLE)),
     );
     Finding::problem(
         "containerd.platform",

@@ -23,10 +23,11 @@ pub fn heading(table: &[&str]) -> String {
 }
 
 fn path(table: &[&str]) -> String {
+    let is_bare = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c));
     let quoted = |name: &&str| match *name {
-        name if name == CRI_TABLES[0] => format!("\"{name}\""),
-        name if name.contains('.') => format!("'{name}'"),
-        name => name.to_owned(),
+        name if is_bare(name) => name.to_owned(),
+        name if name == CRI_TABLES[0] || name.contains('\'') => format!("{name:?}"),
+        name => format!("'{name}'"),
     };
     table.iter().map(quoted).collect::<Vec<_>>().join(".")
 }

@@ -147,6 +147,7 @@ fn one_by_one(good: &mut Good, socket: &str, root: &str) {
         let is_1 = release < Release::V2_1;
         good.replace(is_1.then_some("containerd.format"), &format!("{version}\n"), "");
         good.replace(is_1.then_some("containerd.format"), &version, "version = 1");
+        good.replace(is_1.then_some("containerd.format"), &version, "version = 0");
         good.replace((release != Release::V1_6).then_some("containerd.format"), &version, "version = 7");
     }
 }
@@ -242,6 +243,15 @@ fn of_lists_of_plugins(good: &mut Good) {
     good.slip("lists of short names", "containerd.format", format!("{version}\n{several}\n{rest}"));
     let long = "disabled_plugins = ['io.containerd.snapshotter.v1.zfs', 'io.containerd.grpc.v1.cri']";
     good.slip("no CRI", "containerd.parts", format!("{version}\n{long}\n{rest}"));
+    let ours =
+        "disabled_plugins = ['io.containerd.snapshotter.v1.zfs', 'io.containerd.snapshotter.v1.cvmfs-snapshotter']";
+    good.slip("disabled", "containerd.disabled", format!("{version}\n{ours}\n{rest}"));
+    let both = "disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.snapshotter.v1.cvmfs-snapshotter']";
+    good.slip("disabled, and no CRI", "containerd.disabled", format!("{version}\n{both}\n{rest}"));
+    if !is_1 {
+        let transfer = "disabled_plugins = ['io.containerd.transfer.v1.local']";
+        good.slip("no transfer service", "containerd.disabled", format!("{version}\n{transfer}\n{rest}"));
+    }
     let named = rest.replacen(&format!("{OF_CRI}\n"), "", 1);
     good.slip("no CRI, and nobody names us", "containerd.parts", format!("{version}\n{long}\n{named}"));
     if !is_1 {

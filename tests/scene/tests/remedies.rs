@@ -195,7 +195,8 @@ impl Patient<'_> {
             let line = format!("snapshotter = {quote}{OURS}{quote}");
             lines.iter().any(|one| *one == line)
         });
-        let has_cri = !lines.iter().any(|line| line.starts_with("disabled_plugins") && line.contains("cri"));
+        let is_off = |part: &str| lines.iter().any(|line| line.starts_with("disabled_plugins") && line.contains(part));
+        let has_cri = !["cri", OURS, "transfer"].into_iter().any(is_off);
         assert!(is_used && has_cri && lines.contains(&PROXY), "{}: {text}\n{}", self.slip.name, dump.stdout);
     }
 }
@@ -245,6 +246,8 @@ fn effects(release: Release, stage: &Stage) -> Vec<Case> {
         all.push((best.replace(CRI_1, CRI_2), Effect::Overlayfs, "Kubernetes uses overlayfs"));
         return all;
     }
+    let transfer = format!("{version}\ndisabled_plugins = [\"io.containerd.transfer.v1.local\"]\n{others}");
+    all.push((transfer, Effect::NoCri, "the CRI of containerd does not start"));
     let ours = format!("{UNPACK}\nplatform = \"linux\"\n{OF_CRI}\n");
     let with = |platform: &str| best.replace(&ours, &ours.replace("platform = \"linux\"", platform));
     all.extend([

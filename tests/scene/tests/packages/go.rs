@@ -249,7 +249,10 @@ fn root_beside_a_go_snapshotter_under_another_unit_nothing_changes_until_it_is_r
     let (deb, rpm) = (node.give(&one(&folder(), DEB)), node.give(&one(&folder(), RPM)));
     let nothing_changes = |said: &str| {
         assert!(said.contains(&format!("process {pid} (go_cvmfs, of {OTHER}) listens at {SOCKET}")), "{said}");
-        assert!(said.lines().any(|line| line.ends_with(&format!("to replace it: {ANY_BY_HAND}"))), "{said}");
+        assert!(
+            said.lines().any(|line| line.ends_with(&format!("to replace it, which disables {OTHER}: {ANY_BY_HAND}"))),
+            "{said}"
+        );
         assert_eq!(machine.property(OTHER, "MainPID"), pid, "{said}");
         for unit in [SERVICE, SOCKET_UNIT] {
             let state = ["ActiveState", "UnitFileState"].map(|name| machine.property(unit, name));
@@ -272,4 +275,38 @@ fn root_beside_a_go_snapshotter_under_another_unit_nothing_changes_until_it_is_r
     assert_replaced(&node, &pid, &said);
     assert_eq!(["MainPID", "UnitFileState"].map(|name| machine.property(OTHER, name)), ["0", "disabled"]);
     node.assert_nothing_is_lost(&running);
+}
+
+/// All that a supervisor runs was killed with it, and the supervisor disabled.
+#[test]
+fn root_a_go_snapshotter_among_others_under_a_supervisor_is_not_killed_with_them() {
+    const OTHER: &str = "supervisor.service";
+    let Some(node) = Node::start("go-supervised") else { return };
+    let machine = &node.machine;
+    let program = "/usr/bin/go_cvmfs";
+    let unit = format!("{UNITS}/{OTHER}");
+    install(&node, program, &unit);
+    let text = fs::read_to_string(machine.path(&unit)).expect("it was written");
+    let alone = format!("ExecStart={program} {ARGUMENTS}");
+    assert!(text.contains(&alone), "{text}");
+    let among = format!("ExecStart=/bin/sh -c '{program} {ARGUMENTS} & sleep infinity & wait'");
+    machine.write(&unit, &text.replace(&alone, &among));
+    serve(&node, OTHER);
+    let running = node.run_container();
+    node.dpkg(&format!("--force-confold --install {}", node.give(&one(&folder(), DEB))));
+
+    let processes = || node.shell(&format!("grep -l '/{OTHER}$' /proc/[0-9]*/cgroup 2>/dev/null || true")).ok();
+    let before = processes();
+    let said = node.shell(&format!("( {ANY_BY_HAND} ) 2>&1 || true")).ok();
+    assert!(said.contains(&format!("{OTHER} runs others too")), "{said}");
+    assert_eq!(processes(), before, "{said}");
+    assert_eq!(machine.property(OTHER, "UnitFileState"), "enabled", "{said}");
+    node.assert_nothing_is_lost(&running);
+
+    let (_, by_hand) = said.trim_end().rsplit_once("then: ").expect("it says what to do");
+    let said = node.shell(&format!("( {by_hand} ) 2>&1")).ok();
+    node.assert_serves();
+    node.assert_nothing_is_lost(&running);
+    let left: Vec<String> = processes().lines().map(str::to_owned).collect();
+    assert_eq!((left.len(), machine.property(OTHER, "ActiveState").as_str()), (2, "active"), "{said}");
 }

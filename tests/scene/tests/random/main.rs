@@ -90,7 +90,7 @@ enum Operation {
 }
 
 const LABELS: [&str; 4] = ["l", "a.b/c", "containerd.io/gc.root", REF];
-const VALUES: [&str; 4] = ["", "1", "two words", "sha256:c1"];
+const VALUES: [&str; 5] = ["", "1", "two words", "sha256:c1", "sha256:c2"];
 
 /// Mostly one of `kind`.
 fn who(kind: Kind) -> impl Strategy<Value = Who> {
