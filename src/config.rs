@@ -327,7 +327,8 @@ impl Named {
                 self.repository = Some(name.to_owned());
             }
             "absolute-mountpoint" => {
-                const ALLOWED: &str = "it is an absolute path, without \"..\", colons, commas, quotes or backslashes";
+                const ALLOWED: &str =
+                    "it is an absolute path below \"/\", without \"..\", colons, commas, quotes or backslashes";
                 let path = entry.string(ALLOWED)?;
                 // The Go snapshotter takes an empty text as "not given".
                 if !path.is_empty() {

@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 pub use self::error::Error;
 use self::root::{SNAPSHOTS, StateRoot};
+use crate::attach::Mode;
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded, MetricsAddress};
 use crate::metrics::{Gauges, METRICS, endpoint};
@@ -35,13 +36,31 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
+/// Set by a unit: the one value of `attach` that it is made for.
+const ONLY_ATTACH: &str = "CVMFS_SNAPSHOTTER_ATTACH";
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 
 /// Checks the configuration file and nothing else.
 pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
     let loaded = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    check_metrics(arguments, &loaded.config)?;
     if loaded.unknown.is_empty() { Ok(()) } else { Err(Error::UnknownKeys(loaded.unknown)) }
+}
+
+/// A unit that keeps to itself what is mounted says so; containers would miss it in silence.
+fn check_attach(wanted: Mode) -> Result<(), Error> {
+    let only_links = std::env::var_os(ONLY_ATTACH).is_some_and(|only| only == "symlink");
+    if only_links && wanted != Mode::Symlink { Err(Error::BindInNamespace) } else { Ok(()) }
+}
+
+fn check_metrics(arguments: &Arguments, config: &Config) -> Result<(), Error> {
+    match &config.metrics {
+        Some(MetricsAddress::Unix(path)) if *path == arguments.address => {
+            Err(Error::MetricsAtAddress { address: path.clone() })
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Makes the metadata anew, and says of what.
@@ -77,6 +96,8 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     for key in &unknown {
         log::warn!("{}, {key}", arguments.config_file().display());
     }
+    check_attach(config.attach)?;
+    check_metrics(arguments, &config)?;
     raise_descriptor_limit();
     server::check_address(&arguments.address).map_err(Error::Address)?;
     let pools = Pools::start(&config).map_err(Error::Threads)?;

@@ -6,6 +6,7 @@
 //! is made: what hangs keeps nobody from what is known.
 #![forbid(unsafe_code)]
 
+mod anew;
 mod child;
 pub mod configuration;
 mod containerd;
@@ -27,7 +28,6 @@ pub use self::reach::probe as probe_path;
 pub use self::repositories::probe as probe_repository;
 use crate::cli::{self, Arguments};
 use crate::table::{Progress, printable};
-use crate::types::shell;
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,7 +99,7 @@ pub fn run(arguments: &Arguments, wanted: &cli::Doctor, out: &mut dyn Write) -> 
     let asked = service::ask(arguments);
     let arguments = &service::as_started(arguments, &asked);
     progress.say("looking at the node");
-    let config = node::look(arguments, &mut findings);
+    let config = node::look(arguments, &asked, &mut findings);
     progress.say("asking the repositories");
     let daemon = service::look(arguments, config.as_ref(), asked, &mut findings);
     progress.say("asking containerd");
@@ -192,11 +192,6 @@ fn counts(findings: &[Finding]) -> String {
         format!("{count} {}{}", state.as_str(), if count == 1 { "" } else { "s" })
     };
     format!("{}, {}; good: {}\n", of(State::Problem), of(State::Warning), count(State::Good))
-}
-
-/// Removes an image of Kubernetes and pulls it again.
-fn pull_anew(reference: &str) -> String {
-    format!("crictl rmi {0} && crictl pull {0}", shell(reference))
 }
 
 #[cfg(test)]

@@ -59,7 +59,8 @@ fn as_json(found: &[Found], left: Option<&HashSet<PathBuf>>) -> String {
         let removed = left.map(|left| !left.contains(&one.path));
         json!({"path": one.path, "what": one.what, "bytes": one.bytes, "removed": removed})
     });
-    let bytes: u64 = found.iter().filter_map(|one| one.bytes).sum();
+    let goes = |one: &&Found| left.is_none_or(|left| !left.contains(&one.path));
+    let bytes: u64 = found.iter().filter(goes).filter_map(|one| one.bytes).sum();
     let report = json!({"dry_run": left.is_none(), "bytes": bytes, "leftovers": leftovers.collect::<Vec<_>>()});
     format!("{report:#}\n")
 }

@@ -66,7 +66,16 @@ pub type Late = Arc<OnceLock<Arc<Snapshotter>>>;
 
 /// The socket that this process was started with, if there is one.
 pub fn inherited() -> Result<Option<Bound>> {
-    sys::inherited_socket().map(socket::inherit).transpose()
+    let Some((socket, count)) = sys::inherited_sockets() else { return Ok(None) };
+    let bound = socket::inherit(socket)?;
+    if count > 1 {
+        // Who calls at another one waits in vain; whoever calls here need not.
+        let address = bound.file.address().display();
+        log::error!(
+            "{count} sockets came with the start (LISTEN_FDS), and {address} alone is served: the socket unit needs one ListenStream="
+        );
+    }
+    Ok(Some(bound))
 }
 
 /// Listens on `address`, for root and `allowed_uids`.

@@ -7,7 +7,9 @@ mod report;
 use std::collections::HashMap;
 use std::path::Path;
 
-pub use self::report::Report;
+#[cfg(test)]
+pub use self::report::Source;
+pub use self::report::{Image, Report};
 use crate::admin::{self, Daemon};
 use crate::cli::Status;
 use crate::proto::admin::Snapshot;

@@ -33,7 +33,7 @@ use nix::sys::time::TimeSpec;
 use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 
 #[cfg(feature = "server")]
-pub use self::descriptors::{hand_over, inherited_socket};
+pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::memory::share_arenas;
 use crate::types::Quoted;
 

@@ -12,6 +12,11 @@ use crate::{config, rebuild, server, snapshotter, store, sys, takeover};
 #[derive(Debug)]
 pub enum Error {
     Config(config::Error),
+    MetricsAtAddress {
+        address: PathBuf,
+    },
+    /// What is bound in a mount namespace of its own, containerd does not see.
+    BindInNamespace,
     /// The address cannot be one.
     Address(server::Error),
     /// `--check-config` found keys that nobody reads.
@@ -58,6 +63,15 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Config(cause) => cause.fmt(f),
+            Self::MetricsAtAddress { address } => write!(
+                f,
+                "metrics-address = {address:?} is the socket that containerd calls: name another path"
+            ),
+            Self::BindInNamespace => f.write_str(
+                "attach = \"bind\" is not possible in the mount namespace that symlink-only.conf gives this service: set attach = \
+                 \"symlink\", or remove that file from /etc/systemd/system/cvmfs-snapshotter.service.d and run \"systemctl \
+                 daemon-reload\"",
+            ),
             Self::UnknownKeys(keys) => {
                 let keys: Vec<String> = keys.iter().map(|k| format!("{:?} (line {})", k.key, k.line)).collect();
                 write!(
@@ -129,6 +143,8 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_)
+            | Self::MetricsAtAddress { .. }
+            | Self::BindInNamespace
             | Self::UnknownKeys(_)
             | Self::Address(_)
             | Self::RootNotAbsolute(_)

@@ -11,7 +11,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use super::configuration::{self, Configuration};
 use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
-use super::{Finding, Findings, State, child, images, reach};
+use super::{Finding, Findings, State, child, images, reach, systemd};
 use crate::admin::{Error, Peer};
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
 use crate::proto::admin::DescribeResponse;
@@ -49,6 +49,8 @@ methods! {
     CONTENT Unary "Info" InfoRequest => InfoResponse;
 }
 
+/// Of the first of the usual ones.
+const UNIT: &str = "containerd";
 /// For containerd to say what it made of its configuration.
 const DUMP_LIMIT: Duration = Duration::from_secs(10);
 /// For its first answer.
@@ -61,6 +63,8 @@ const EXPLAINED: [&str; 2] = ["containerd.type", "containerd.format"];
 struct Node {
     socket: PathBuf,
     file: PathBuf,
+    /// What would be started there, if none runs.
+    program: OsString,
 }
 
 /// Those that an admin names, or else those that are there.
@@ -75,7 +79,8 @@ fn nodes(wanted: &Doctor) -> Vec<Node> {
         }
         (socket, Some(file)) => {
             let socket = socket.clone().unwrap_or_else(|| SOCKETS[0].into());
-            return vec![Node { socket, file: file.clone() }];
+            let program = Node::at(socket.clone(), file.clone()).program;
+            return vec![Node { socket, file: file.clone(), program }];
         }
     }
     let all = usual().map(|(socket, file)| Node::at(socket.into(), file.into()));
@@ -136,11 +141,17 @@ struct Looked {
 }
 
 impl Node {
-    /// With the file that the process has which listens there; else with this one.
+    /// With the file that the process has which listens there, or what its unit would start; else with this one.
     fn at(socket: PathBuf, file: PathBuf) -> Self {
         let process = Peer::connect(&socket).ok().and_then(|peer| peer.process());
-        let named = process.and_then(child::command_line).and_then(|words| configuration_of(&words));
-        Self { socket, file: named.unwrap_or(file) }
+        let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(UNIT)).flatten();
+        let words = process.map_or_else(of_unit, child::command_line).unwrap_or_default();
+        let program = words.first().filter(|program| Path::new(program).is_absolute());
+        Self {
+            socket,
+            file: configuration_of(&words).unwrap_or(file),
+            program: program.map_or_else(|| "containerd".into(), OsString::clone),
+        }
     }
 
     /// What starts its containerd itself, from a template: its name and its other one.
@@ -189,7 +200,7 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
         Ok((peer, version, plugins))
     });
     // The program that runs, or the one that would be started.
-    let program = process.map_or_else(|| "containerd".into(), |pid| OsString::from(format!("/proc/{pid}/exe")));
+    let program = process.map_or_else(|| node.program.clone(), |pid| OsString::from(format!("/proc/{pid}/exe")));
     let said = asked.as_ref().ok().map(|(_, text, _)| text.clone());
     findings.push(match &asked {
         Ok((_, text, _)) => {
@@ -205,7 +216,9 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     let (configuration, about_file) = read(node, &program, &file);
     let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
     let judged = configuration.as_ref().map(|configuration| {
-        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&program));
+        // A file for a later one is not meant for the program that happens to be found.
+        let fits = |version: &Version| configuration.written.version.is_none_or(|format| format <= version.format());
+        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&program).filter(fits));
         let version = version.unwrap_or_else(|| configuration.suggests());
         judge(version, configuration, &place, &file)
     });
@@ -272,7 +285,14 @@ fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Opt
             return (None, Some(Finding::warning(CHECK, what, remedy)));
         }
         Err(e) => {
-            let remedy = format!("correct that file; {} tells when it is good", dump_command(&node.file));
+            let mends = match &e {
+                configuration::Error::Unreadable { path, .. } if *path != node.file => {
+                    format!("see to it that {} can be read, or take it out of imports", path.display())
+                }
+                configuration::Error::Unreadable { .. } => "see to it that it can be read".to_owned(),
+                configuration::Error::Syntax { .. } => "correct that line".to_owned(),
+            };
+            let remedy = format!("{mends}; {} tells when it is good", dump_command(&node.file));
             return (None, Some(Finding::problem(CHECK, e.to_string(), remedy)));
         }
     };

@@ -6,24 +6,24 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
 use serde_json::Value;
 
+use super::anew::{KUBERNETES, pull_anew};
 use super::configuration::Configuration;
 use super::containerd::{CONTENT, IMAGES, NAMESPACES};
-use super::{Finding, Findings, NAMED, pull_anew, reach};
+use super::{Finding, Findings, NAMED, reach};
 use crate::admin::{Error, Peer, Result};
 use crate::proto::containerd::{InfoRequest, ListImagesRequest, ListNamespacesRequest};
 use crate::proto::snapshots::StatSnapshotRequest;
 use crate::rebuild::DEFAULT_NAME as NAME;
 use crate::server::service::STAT;
 use crate::table::Progress;
-use crate::types::{Digest, shell};
+use crate::types::Digest;
 
-/// containerd's namespace of Kubernetes.
-const KUBERNETES: &str = "k8s.io";
 /// On the configuration of an image: the chain that a snapshotter has of it.
 const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
 /// No manifest is larger.
@@ -45,13 +45,12 @@ impl Image {
     }
 
     fn pull_anew(&self) -> String {
-        let Self { namespace, name, .. } = self;
-        if self.is_of_kubernetes() {
-            return pull_anew(name);
-        }
-        let nerdctl = format!("nerdctl --namespace {} --snapshotter {NAME}", shell(namespace));
-        format!("{nerdctl} rmi {0} && {nerdctl} pull {0}", shell(name))
+        all_anew(&[self])
     }
+}
+
+fn all_anew(images: &[&Image]) -> String {
+    pull_anew(images.iter().map(|image| (image.namespace.as_str(), image.name.as_str())))
 }
 
 pub fn look(
@@ -63,11 +62,15 @@ pub fn look(
 ) {
     let Some(content) = content else { return };
     let cannot = |why: String| {
-        let what = format!("containerd's images cannot be looked at: {why}");
+        let what = format!("containerd's images in {} cannot be looked at: {why}", content.display());
         Finding::warning(OTHER, what, "see containerd's log: journalctl -u containerd -n 50")
     };
-    let images = reach::touch(content).map_err(|e| e.to_string());
-    let images = match images.and_then(|_| all_images(peer, content, progress).map_err(|e| e.to_string())) {
+    let reached = match reach::touch(content) {
+        // Made by the first pull.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        reached => reached.map(drop).map_err(|e| e.to_string()),
+    };
+    let images = match reached.and_then(|()| all_images(peer, content, progress).map_err(|e| e.to_string())) {
         Ok(images) => images,
         Err(why) => return findings.push(cannot(why)),
     };
@@ -122,7 +125,7 @@ fn about_others(others: &[&Image], pause: Option<&str>) -> Vec<Finding> {
 }
 
 fn about_gone(gone: &[&Image]) -> Vec<Finding> {
-    let named = gone.iter().take(NAMED).map(|image| {
+    let named = gone.iter().take(NAMED).enumerate().map(|(n, image)| {
         Finding::problem(
             GONE,
             format!(
@@ -130,7 +133,14 @@ fn about_gone(gone: &[&Image]) -> Vec<Finding> {
                  one than then; its containers do not start, and a new pull alone mends nothing",
                 image.name, image.namespace
             ),
-            format!("put the old state root back; or remove its containers, then {}", image.pull_anew()),
+            match (n, gone.len()) {
+                (0, 1) => format!("put the old state root back; or remove its containers, then {}", all_anew(gone)),
+                (0, count) => format!(
+                    "put the old state root back; or remove the containers of all {count} of {GONE}, then {}",
+                    all_anew(gone)
+                ),
+                (_, _) => format!("with the first one of {GONE}"),
+            },
         )
     });
     named.chain(rest_of(gone).map(|what| Finding::problem(GONE, what, "as above"))).collect()
@@ -228,4 +238,24 @@ fn configuration_of(content: &Path, digest: &str, depth: usize) -> Option<String
         return Some(configuration.to_owned());
     }
     blob["manifests"].as_array()?.iter().find_map(|one| configuration_of(content, one["digest"].as_str()?, depth + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Followed one after the other, the second pull found layers that the third image still held.
+    #[test]
+    fn images_that_are_gone_are_all_removed_before_one_is_pulled() {
+        let image =
+            |name: &str| Image { namespace: KUBERNETES.to_owned(), name: name.to_owned(), unpacked: BTreeMap::new() };
+        let images = ["a:1", "b:1"].map(image);
+        let remedies = |images: &[&Image]| -> Vec<String> {
+            about_gone(images).into_iter().filter_map(|finding| finding.remedy).collect()
+        };
+        let [first, second] = &remedies(&[&images[0], &images[1]])[..] else { panic!("one for each") };
+        assert!(first.ends_with("then crictl rmi a:1 b:1 && crictl pull a:1 && crictl pull b:1"), "{first}");
+        assert_eq!(second, "with the first one of images.gone");
+        assert!(remedies(&[&images[0]])[0].ends_with("remove its containers, then crictl rmi a:1 && crictl pull a:1"));
+    }
 }

@@ -31,7 +31,7 @@ impl Version {
     }
 
     /// The highest version of the format of its file.
-    fn format(self) -> i64 {
+    pub fn format(self) -> i64 {
         match self {
             Self(..2, ..) => 2,
             Self(2, ..3, _) => 3,
@@ -397,6 +397,12 @@ mod tests {
             assert!(block.contains(line), "{block}");
         }
         assert!(!remedy_of("1.6.20", "containerd.plugin", &[CRI_1, SAYS]).contains("exports"), "1.6.20 knows none");
+
+        // In a file that is not there yet, or says nothing.
+        for (version, first) in [("1.6.20", true), ("1.7.24", true), ("2.1.9", false)] {
+            let whole = remedy_of(version, "containerd.plugin", &[]);
+            assert_eq!(whole.starts_with("as the first line of c: version = 2\nadd to c:\n"), first, "{whole}");
+        }
 
         // A list in brackets takes no further table.
         let inline = "[plugins.'io.containerd.transfer.v1.local']\nunpack_config = [{platform = \"linux\", snapshotter = \"overlayfs\"}]\n";

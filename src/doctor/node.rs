@@ -8,7 +8,8 @@ use std::path::Path;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::{Finding, Findings, reach};
+use super::service::Asked;
+use super::{Finding, Findings, State, reach};
 use crate::cli::Arguments;
 use crate::config::{self, Config, Loaded};
 use crate::sys;
@@ -21,9 +22,11 @@ const LITTLE_ROOM: u64 = 20;
 const CONTAINERDS: [&str; 5] = ["version", "plugins", "proxy_plugins", "root", "state"];
 
 /// The result is the configuration, if there is one that can be used.
-pub fn look(arguments: &Arguments, findings: &mut Findings<'_>) -> Option<Config> {
+pub fn look(arguments: &Arguments, asked: &Asked, findings: &mut Findings<'_>) -> Option<Config> {
     findings.push(overlayfs());
-    findings.extend(state_root(&arguments.root));
+    let of_root = state_root(&arguments.root);
+    // A daemon that runs has one: where it is by now is found out later.
+    findings.extend(of_root.into_iter().filter(|one| asked.is_err() || one.state != State::Note));
     let (about_file, config) = configuration(arguments);
     findings.extend(about_file);
     config
@@ -122,12 +125,11 @@ fn room(root: &Path, found: &nix::sys::statvfs::Statvfs) -> Finding {
     let is_full = free < all / LITTLE_ROOM || (files > 0 && free_files < files / LITTLE_ROOM);
     let said =
         format!("{} of {} and {free_files} of {files} inodes are free for {}", size(free), size(all), root.display());
-    if is_full {
-        Finding::warning(
-            CHECK,
-            said,
-            "see what takes it: cvmfs-snapshotter status; remove images and containers, then cvmfs-snapshotter gc",
-        )
+    let remedy = "see what takes it: cvmfs-snapshotter status; remove images and containers, then cvmfs-snapshotter gc";
+    if free == 0 || (files > 0 && free_files == 0) {
+        Finding::problem(CHECK, format!("{said}: nothing can be pulled or started"), remedy)
+    } else if is_full {
+        Finding::warning(CHECK, said, remedy)
     } else {
         Finding::good(CHECK, said)
     }

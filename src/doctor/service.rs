@@ -9,14 +9,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Finding, Findings, NAMED, child, node, pull_anew, reach, repositories, systemd};
+use super::anew::{KUBERNETES, pull_anew};
+use super::{Finding, Findings, NAMED, child, node, reach, repositories, systemd};
 use crate::admin::{self, Daemon, Error};
 use crate::cli::{self, Arguments};
 use crate::config::{Config, MetricsAddress};
 use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
-use crate::status::Report;
+use crate::status::{Image, Report};
 use crate::types::{Timestamp, shell};
 
 /// What replaces a Go snapshotter without a normal stop; the packages say it as well.
@@ -81,11 +82,16 @@ pub fn look(
     if config.is_some() {
         findings.extend(not_restarted(arguments, &described));
     }
-    findings.extend(moved(&described));
+    let moved = moved(&described);
+    let is_in_place = moved.is_none();
+    findings.extend(moved);
     for one in &described.repositories {
         findings.extend(repository(one, arguments));
     }
-    findings.extend(snapshots(&daemon, &described));
+    // Of a state root that is elsewhere everything seems to be gone, and nothing is.
+    if is_in_place {
+        findings.extend(snapshots(&daemon, &described));
+    }
     findings.extend(pulls(&described));
     findings.extend(config.and_then(|config| config.metrics.as_ref()).and_then(metrics));
     Some(described)
@@ -120,7 +126,8 @@ fn not_running(e: &Error) -> Finding {
         Error::Call { .. } => Finding::problem(
             CHECK,
             format!("{e}{}", last_words()),
-            "see its log: journalctl -u cvmfs-snapshotter -n 50; a restart harms nothing: systemctl restart cvmfs-snapshotter",
+            "mend what its last words name, if there are any; see its log: journalctl -u cvmfs-snapshotter -n 50. A restart \
+             harms nothing: systemctl restart cvmfs-snapshotter",
         ),
     }
 }
@@ -233,32 +240,8 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
         Ok(snapshots) => {
             findings.extend(containers(&snapshots));
             let report = Report::new(described, &snapshots, &HashMap::new(), 0);
-            let is_away = described.repositories.iter().any(|one| !one.trouble.is_empty());
-            let broken: Vec<_> =
-                report.images.iter().filter_map(|image| Some((image, image.broken.as_ref()?))).collect();
-            for (image, why) in broken.iter().take(NAMED) {
-                let name = image.reference.as_deref().unwrap_or(&image.key);
-                let anew = match &image.reference {
-                    _ if is_away => "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned(),
-                    Some(reference) => format!(
-                        "make it available again (any repository in \"repositories\" that has it will do), or remove the image and \
-                         pull it anew: {}",
-                        pull_anew(reference)
-                    ),
-                    None => "make it available again (any repository in \"repositories\" that has it will do), or remove the image \
-                             that uses it and pull it anew"
-                        .to_owned(),
-                };
-                findings.push(Finding::problem(CHECK, format!("no container can start on {name}: {why}"), anew));
-            }
-            if broken.len() > NAMED {
-                findings.push(Finding::problem(
-                    CHECK,
-                    format!("and {} more images", broken.len() - NAMED),
-                    "cvmfs-snapshotter status lists them",
-                ));
-            }
-            if broken.is_empty() {
+            findings.extend(broken_images(&report.images, &described.repositories));
+            if findings.iter().all(|one| one.check != CHECK) {
                 findings
                     .push(Finding::good(CHECK, format!("the files of all {} images can be had", report.images.len())));
             }
@@ -279,6 +262,57 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
                 "{} entries in {} are of another snapshotter, and are left alone",
                 found.foreign, described.snapshots
             ),
+        ));
+    }
+    findings
+}
+
+/// Images on which no container can start.
+fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> {
+    const CHECK: &str = "state.images";
+    let is_away = |image: &Image| {
+        let of = |name: &String| repositories.iter().any(|one| one.name == *name && !one.trouble.is_empty());
+        image.broken_in.as_ref().is_some_and(of)
+    };
+    let broken: Vec<&Image> = images.iter().filter(|image| image.broken.is_some()).collect();
+    let lost: Vec<(&str, &str)> = broken
+        .iter()
+        .filter(|image| !is_away(image))
+        .filter_map(|image| Some((image.namespace.as_deref().unwrap_or(KUBERNETES), image.reference.as_deref()?)))
+        .collect();
+    let mut is_said = false;
+    let mut remedy = |image: &Image| {
+        let again = match &image.broken_in {
+            _ if is_away(image) => {
+                return "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned();
+            }
+            Some(_) => "make it available again (any repository in \"repositories\" that has it will do), or ",
+            None => "",
+        };
+        if image.reference.is_none() {
+            return format!("{again}remove the image that uses it, and its containers, and pull it anew");
+        }
+        // Images that share what is lost have to go together.
+        if std::mem::replace(&mut is_said, true) {
+            return format!("{again}with the first one of {CHECK}");
+        }
+        let containers = if lost.len() == 1 { "its containers" } else { "the containers of all these images" };
+        format!("{again}remove {containers}, then {}", pull_anew(lost.iter().copied()))
+    };
+    let mut findings: Vec<Finding> = broken
+        .iter()
+        .take(NAMED)
+        .map(|image| {
+            let name = image.reference.as_deref().unwrap_or(&image.key);
+            let why = image.broken.as_deref().unwrap_or_default();
+            Finding::problem(CHECK, format!("no container can start on {name}: {why}"), remedy(image))
+        })
+        .collect();
+    if broken.len() > NAMED {
+        findings.push(Finding::problem(
+            CHECK,
+            format!("and {} more images", broken.len() - NAMED),
+            "cvmfs-snapshotter status lists them",
         ));
     }
     findings
@@ -315,7 +349,8 @@ fn metrics(address: &MetricsAddress) -> Option<Finding> {
         "config.metrics",
         format!("no metrics are served at {at}: {why}"),
         "journalctl -u cvmfs-snapshotter says why. For an IP address the unit needs a line more: systemctl edit \
-         cvmfs-snapshotter, [Service] RestrictAddressFamilies=AF_INET AF_INET6; then systemctl restart cvmfs-snapshotter",
+         cvmfs-snapshotter, [Service] RestrictAddressFamilies=AF_INET AF_INET6, and under symlink-only.conf PrivateNetwork=no as \
+         well; then systemctl restart cvmfs-snapshotter",
     ))
 }
 
@@ -331,4 +366,53 @@ fn pulls(described: &DescribeResponse) -> Option<Finding> {
              crictl pull or nerdctl pull. The count begins anew when the daemon does: systemctl restart cvmfs-snapshotter",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Source;
+
+    #[test]
+    fn what_mends_an_image_depends_on_where_the_lost_layer_came_from() {
+        let image = |name: &str, namespace: Option<&str>, broken_in: Option<&str>| Image {
+            reference: Some(name.to_owned()),
+            key: format!("key of {name}"),
+            layers: 1,
+            published: 0,
+            source: Source::Mixed,
+            below: None,
+            broken: Some("it is lost".to_owned()),
+            broken_in: broken_in.map(str::to_owned),
+            namespace: namespace.map(str::to_owned),
+            users: Vec::new(),
+            bytes: 0,
+            created: 0,
+        };
+        let repository = |name: &str, trouble: &str| Repository {
+            name: name.to_owned(),
+            trouble: trouble.to_owned(),
+            ..Repository::default()
+        };
+        let repositories = [repository("well", ""), repository("away", "not mounted")];
+        let images = [
+            image("a:1", Some("default"), None),
+            image("b:1", Some(KUBERNETES), None),
+            image("c:1", None, Some("well")),
+            image("d:1", None, Some("away")),
+            Image { reference: None, ..image("", None, None) },
+        ];
+        let remedies: Vec<String> =
+            broken_images(&images, &repositories).into_iter().filter_map(|finding| finding.remedy).collect();
+        let nerdctl = "nerdctl --namespace default --snapshotter cvmfs-snapshotter";
+        let all = format!(
+            "remove the containers of all these images, then {nerdctl} rmi a:1 && {nerdctl} pull a:1 && \
+             crictl rmi b:1 c:1 && crictl pull b:1 && crictl pull c:1"
+        );
+        assert_eq!(remedies[0], all);
+        assert_eq!(remedies[1], "with the first one of state.images");
+        assert!(remedies[2].starts_with("make it available again") && remedies[2].ends_with(&remedies[1]));
+        assert!(remedies[3].starts_with("bring the repository back"), "{}", remedies[3]);
+        assert!(remedies[4].starts_with("remove the image that uses it"), "{}", remedies[4]);
+    }
 }

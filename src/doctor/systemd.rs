@@ -88,9 +88,14 @@ fn not_enabled() -> Option<Finding> {
     })
 }
 
-/// What the service is started with; words with spaces in them are not told from several.
+/// What our service is started with.
 pub fn command_line() -> Option<Vec<OsString>> {
-    let said = property(SERVICE, "ExecStart")?;
+    command_line_of(SERVICE)
+}
+
+/// What a service is started with; words with spaces in them are not told from several.
+pub fn command_line_of(unit: &str) -> Option<Vec<OsString>> {
+    let said = property(unit, "ExecStart")?;
     let words = said.split_once(" argv[]=")?.1.split_once(" ;")?.0;
     Some(words.split(' ').map(OsString::from).collect())
 }

@@ -174,13 +174,16 @@ impl Client {
         let mut buffer = [0; 1024];
         while !request.windows(4).any(|end| end == b"\r\n\r\n") {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || request.len() > REQUEST_BYTES {
+            if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             self.patience(left)?;
             match self.read(&mut buffer)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => request.extend_from_slice(&buffer[..n]),
+            }
+            if request.len() > REQUEST_BYTES {
+                return Err(io::ErrorKind::InvalidData.into());
             }
         }
         Ok(String::from_utf8_lossy(&request).into_owned())
@@ -264,6 +267,8 @@ mod tests {
             assert!(ask(&address, "GET / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
             assert!(ask(&address, "POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
             assert_eq!(ask(&address, &"x".repeat(3 * REQUEST_BYTES)), "", "what is no request is cut off");
+            let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(REQUEST_BYTES));
+            assert_eq!(ask(&address, &long), "", "one that is too long is cut off");
             assert!(
                 matches!(serve(&address, Gauges::default), Err(Error::Tcp { .. } | Error::Unix(_))),
                 "it is in use"

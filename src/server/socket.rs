@@ -167,10 +167,7 @@ pub fn check(address: &Path) -> Result<&Path> {
 pub fn inherit(socket: OwnedFd) -> Result<Bound> {
     let refuse = |why: String| Err(Error::Inherited { why });
     let failed = |e: nix::Error| Error::Inherited { why: e.desc().to_owned() };
-    let name: SockaddrStorage = {
-        use std::os::fd::AsRawFd;
-        getsockname(socket.as_raw_fd()).map_err(failed)?
-    };
+    let name: SockaddrStorage = getsockname(socket.as_raw_fd()).map_err(failed)?;
     if name.family() != Some(AddressFamily::Unix) {
         return refuse("it is no unix socket".to_owned());
     }
@@ -195,6 +192,11 @@ pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
         DirBuilder::new().recursive(true).mode(reach.directory_mode()).create(parent).map_err(directory_error)?;
     }
     let status = fs::metadata(parent).map_err(directory_error)?;
+    // It may be somebody's who wants it so; or an earlier start made it, for root only.
+    if reach == Reach::Everybody && status.mode() & 0o001 == 0 {
+        let shown = parent.display();
+        log::warn!("only its owner gets to the socket {}: \"chmod o+x {shown}\" lets all in", address.display());
+    }
     let mode = status.mode() & 0o7777;
     // A sticky directory (/tmp) lets nobody but the owner replace a file.
     let trusted_owner = status.uid() == 0 || status.uid() == geteuid().as_raw();

@@ -115,8 +115,8 @@ impl fmt::Display for Error {
             ),
             Self::Broken { key, id } => write!(
                 f,
-                "the files of snapshot {key} (number {id}) are missing from disk: remove what stands on it and \
-                 then itself with \"ctr snapshots --snapshotter cvmfs-snapshotter rm\", and pull the image again"
+                "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \
+                 stand on it, then pull these again; \"cvmfs-snapshotter doctor\" says which"
             ),
             Self::Cancelled => f.write_str("the caller gave up before the work was done"),
             Self::System(cause) => cause.fmt(f),

@@ -51,6 +51,10 @@ pub struct Image {
     pub below: Option<&'static str>,
     /// Why no container can start on it.
     pub broken: Option<String>,
+    /// The repository of what that is about; none, if it was downloaded.
+    pub broken_in: Option<String>,
+    /// containerd's namespace, as far as keys of its snapshots tell.
+    pub namespace: Option<String>,
     /// Keys of the snapshots of containers, and of views, on it.
     pub users: Vec<String>,
     /// Bytes of its downloaded layers on this node's disk; others may share them.
@@ -248,6 +252,14 @@ fn none_if_empty(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
 }
 
+/// containerd's keys are `namespace/number/name`; ours begin with another word.
+fn namespace_of(key: &str) -> Option<&str> {
+    let mut parts = key.splitn(3, '/');
+    let (namespace, number) = (parts.next()?, parts.next()?);
+    let is_containerds = namespace != "cvmfs" && number.parse::<u64>().is_ok() && parts.next().is_some();
+    is_containerds.then_some(namespace)
+}
+
 fn image(
     top: &Snapshot,
     by_key: &HashMap<&str, &Snapshot>,
@@ -265,9 +277,11 @@ fn image(
         Below::LAYERS => Some("layers"),
         Below::FLAT => Some("flat"),
     };
-    let of_layers = chain.iter().map(|one| one.trouble.as_str()).find(|trouble| !trouble.is_empty());
+    let of_layers = chain.iter().find(|one| !one.trouble.is_empty());
     // The whole root, where there is one, does without the layers, and they without it.
     let broken = if below == Some("flat") && top.flat_trouble.is_empty() { None } else { of_layers };
+    let mut keys = users.iter().map(String::as_str).chain(chain.iter().map(|one| one.key.as_str()));
+    let namespace = keys.find_map(namespace_of).map(str::to_owned);
     Image {
         reference: none_if_empty(&top.image).map(str::to_owned),
         key: top.key.clone(),
@@ -279,7 +293,9 @@ fn image(
             _ => Source::Mixed,
         },
         below,
-        broken: broken.map(str::to_owned),
+        broken: broken.map(|one| one.trouble.clone()),
+        broken_in: broken.and_then(|one| none_if_empty(&one.repository)).map(str::to_owned),
+        namespace,
         users,
         bytes: chain.iter().filter_map(|one| usages.get(&one.id)).sum(),
         created: top.created,
@@ -344,6 +360,19 @@ mod tests {
         assert_eq!(json["images"][2]["source"], "mixed");
         assert_eq!(json["images"][1]["used_by"], json!(["container", "view"]));
         assert_eq!(json["containers"][0], json!({"snapshot": "container", "bytes": 4000}));
+    }
+
+    #[test]
+    fn the_namespace_of_an_image_is_in_the_keys_of_what_containerd_named() {
+        for (key, namespace) in [
+            ("k8s.io/12/sha256:a", Some("k8s.io")),
+            ("default/1/a/b", Some("default")),
+            ("cvmfs/0/sha256:a", None),
+            ("a/b/c", None),
+            ("a/1", None),
+        ] {
+            assert_eq!(namespace_of(key), namespace, "{key}");
+        }
     }
 
     #[test]

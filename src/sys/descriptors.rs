@@ -11,12 +11,13 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 /// Where systemd begins to count: `sd_listen_fds`(3).
 const FIRST: i32 = 3;
 
-/// The first socket that systemd, or who acts like it, has opened for this process.
-pub fn inherited_socket() -> Option<OwnedFd> {
+/// The first socket that systemd, or who acts like it, has opened for this process, and how many it has.
+pub fn inherited_sockets() -> Option<(OwnedFd, u32)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
     // The variables may have been meant for a process above us.
-    if number("LISTEN_PID") != Some(std::process::id()) || number("LISTEN_FDS").is_none_or(|n| n == 0) {
+    let count = number("LISTEN_FDS").filter(|count| *count > 0)?;
+    if number("LISTEN_PID") != Some(std::process::id()) {
         return None;
     }
     if TAKEN.swap(true, Ordering::SeqCst) {
@@ -31,7 +32,7 @@ pub fn inherited_socket() -> Option<OwnedFd> {
         let _ = socket.into_raw_fd();
         return None;
     }
-    Some(socket)
+    Some((socket, count))
 }
 
 /// Gives a connection to gRPC for good. It must not block.

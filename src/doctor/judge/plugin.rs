@@ -186,7 +186,8 @@ fn missing(case: &Case<'_>) -> Finding {
             case.add(&TABLE, &lines.join("\n"))
         }
     };
-    Finding::problem("containerd.plugin", "containerd does not know this snapshotter", remedy(&[step]))
+    let steps: Vec<String> = case.first_line().into_iter().chain([step]).collect();
+    Finding::problem("containerd.plugin", "containerd does not know this snapshotter", remedy(&steps))
 }
 
 pub fn exports(case: &Case<'_>, proxy: &Proxy, findings: &mut Vec<Finding>) {

@@ -22,6 +22,16 @@ impl Case<'_> {
         self.found.written.version.unwrap_or(1)
     }
 
+    /// What a file must begin with in which nothing stands so far: containerd 1 takes one without a version for one of
+    /// version 1, and passes over what else it is told here.
+    pub fn first_line(&self) -> Option<String> {
+        let written = &self.found.written;
+        let is_empty = written.version.is_none() && written.tables.is_empty() && written.plugins.is_empty();
+        let highest = self.version.format();
+        (is_empty && self.version < Version(2, 0, 0))
+            .then(|| format!("as the first line of {}: version = {highest}", self.file))
+    }
+
     /// The CRI's table of images in which a key counts.
     fn images(&self) -> Vec<&'static str> {
         let old = if self.format() < 2 && self.found.home(&["plugins", "cri"]).is_some() {

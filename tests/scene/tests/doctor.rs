@@ -269,11 +269,11 @@ fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
     stage.snapshotter.end(Signal::SIGTERM);
     fs::remove_dir_all(stage.snapshotter.root()).expect("the state root can be removed");
     stage.snapshotter.start_again();
-    for (reference, namespace, pull) in
-        [(&reference, "k8s.io", "crictl pull"), (&other, "default", "nerdctl --namespace default")]
-    {
-        assert_finds(&stage, "images.gone", "problem", &format!("{reference} (namespace {namespace})|{pull}"));
+    for (reference, namespace) in [(&reference, "k8s.io"), (&other, "default")] {
+        assert_finds(&stage, "images.gone", "problem", &format!("{reference} (namespace {namespace})"));
     }
+    let pulls = format!("crictl pull {reference}|nerdctl --namespace default --snapshotter {OURS} pull {other}");
+    assert_finds(&stage, "images.gone", "problem", &pulls);
     assert_says_nothing_of(&stage, "images.other-snapshotter");
     show(&stage);
     // It says what helps, and what does not.
@@ -311,6 +311,10 @@ fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_w
         "problem",
         &format!("works in {}|bring it back to {}", away.display(), root.display()),
     );
+    // That it seems empty, or not to be there, is no news of its own, and nothing to be mended.
+    for check in ["state.images", "state.containers", "node.state-root"] {
+        assert_says_nothing_of(&stage, check);
+    }
     fs::create_dir(&root).expect("a directory can be made");
     assert_finds(&stage, "state.root", "problem", "another directory");
     fs::remove_dir(&root).expect("a directory can be removed");
