@@ -525,6 +525,20 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     assert_eq!(code, Some(0), "a node as the packages leave it is good:\n{all}");
     scene::tell::tell(format_args!("the doctor of a good node:\n{all}"));
 
+    // Of a containerd that does not run, the file that its unit names counts.
+    const CONTAINERD: &str = "containerd.service";
+    let start = machine.property(CONTAINERD, "ExecStart");
+    let program = start.split("path=").nth(1).and_then(|rest| rest.split(' ').next()).expect("it starts a program");
+    let good = fs::read_to_string(machine.path("/etc/containerd/config.toml")).expect("it is there");
+    machine.write("/etc/containerd/site.toml", &good.replace("type = \"snapshot\"", ""));
+    let start = format!("[Service]\nExecStart=\nExecStart={program} --config /etc/containerd/site.toml\n");
+    machine.drop_in(CONTAINERD, "site", &start);
+    machine.run(&["systemctl", "stop", CONTAINERD]).ok();
+    let all = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]).stdout;
+    assert!(all.contains("| in /etc/containerd/site.toml, table [proxy_plugins.cvmfs-snapshotter]: type"), "{all}");
+    machine.drop_in(CONTAINERD, "site", "");
+    machine.restart(CONTAINERD);
+
     machine.run(&["systemctl", "disable", "--quiet", "cvmfs-snapshotter.socket"]).ok();
     let (said, code) = diagnosis(&machine, "daemon.enabled");
     assert!(said.starts_with("warning") && code == Some(1), "{said}");
