@@ -49,8 +49,8 @@ methods! {
     CONTENT Unary "Info" InfoRequest => InfoResponse;
 }
 
-/// Of the first of the usual ones.
-const UNIT: &str = "containerd";
+/// The program, and the unit of the first of the usual ones.
+const CONTAINERD: &str = "containerd";
 /// For containerd to say what it made of its configuration.
 const DUMP_LIMIT: Duration = Duration::from_secs(10);
 /// For its first answer.
@@ -144,13 +144,13 @@ impl Node {
     /// With the file that the process has which listens there, or what its unit would start; else with this one.
     fn at(socket: PathBuf, file: PathBuf) -> Self {
         let process = Peer::connect(&socket).ok().and_then(|peer| peer.process());
-        let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(UNIT)).flatten();
+        let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
         let words = process.map_or_else(of_unit, child::command_line).unwrap_or_default();
         let program = words.first().filter(|program| Path::new(program).is_absolute());
         Self {
             socket,
             file: configuration_of(&words).unwrap_or(file),
-            program: program.map_or_else(|| "containerd".into(), OsString::clone),
+            program: program.map_or_else(|| CONTAINERD.into(), OsString::clone),
         }
     }
 
@@ -216,8 +216,11 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     let (configuration, about_file) = read(node, &program, &file);
     let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
     let judged = configuration.as_ref().map(|configuration| {
-        // A file for a later one is not meant for the program that happens to be found.
-        let fits = |version: &Version| configuration.written.version.is_none_or(|format| format <= version.format());
+        // A file for a later one is not meant for a program that was only found by its name.
+        let is_meant = program != CONTAINERD;
+        let fits = |version: &Version| {
+            is_meant || configuration.written.version.is_none_or(|format| format <= version.format())
+        };
         let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&program).filter(fits));
         let version = version.unwrap_or_else(|| configuration.suggests());
         judge(version, configuration, &place, &file)

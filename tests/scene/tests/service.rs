@@ -517,6 +517,7 @@ fn diagnosis(machine: &Machine, check: &str) -> (String, Option<i32>) {
 
 #[test]
 fn root_the_doctor_knows_what_keeps_a_service_from_running() {
+    const CONTAINERD: &str = "containerd.service";
     let sandbox = Sandbox::enter("doctor");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
@@ -526,7 +527,6 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     scene::tell::tell(format_args!("the doctor of a good node:\n{all}"));
 
     // Of a containerd that does not run, the file that its unit names counts.
-    const CONTAINERD: &str = "containerd.service";
     let start = machine.property(CONTAINERD, "ExecStart");
     let program = start.split("path=").nth(1).and_then(|rest| rest.split(' ').next()).expect("it starts a program");
     let good = fs::read_to_string(machine.path("/etc/containerd/config.toml")).expect("it is there");
