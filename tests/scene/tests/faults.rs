@@ -35,7 +35,7 @@ fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
     let c = d.snapshotter.client();
     let message = refused(c.mounts("on-bad"), Code::UNAVAILABLE);
     assert!(
-        message.contains("\"bad\"") && message.contains("ctr snapshots --snapshotter cvmfs-snapshotter rm"),
+        message.contains("\"bad\"") && message.contains("remove all containers and images that stand on it"),
         "{message}"
     );
     refused(c.prepare("new", "bad", &[]), Code::UNAVAILABLE);
