@@ -243,7 +243,7 @@ mod tests {
             include_str!("doctor.rs").split("#[cfg(test)]").next().unwrap(),
             include_str!("doctor/containerd.rs"),
             include_str!("doctor/images.rs"),
-            include_str!("doctor/judge.rs").split("#[cfg(test)]").next().unwrap(),
+            include_str!("doctor/judge.rs"),
             include_str!("doctor/judge/parts.rs"),
             include_str!("doctor/judge/plugin.rs"),
             include_str!("doctor/judge/pulls.rs"),
