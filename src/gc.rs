@@ -54,29 +54,32 @@ fn look(daemon: &Daemon) -> admin::Result<Vec<Found>> {
     Ok(on_disk.collect())
 }
 
+/// Whether a cleanup left it. None: there was none.
+fn stays(one: &Found, left: Option<&HashSet<PathBuf>>) -> bool {
+    left.is_some_and(|left| left.contains(&one.path))
+}
+
 fn as_json(found: &[Found], left: Option<&HashSet<PathBuf>>) -> String {
     let leftovers = found.iter().map(|one| {
-        let removed = left.map(|left| !left.contains(&one.path));
+        let removed = left.map(|_| !stays(one, left));
         json!({"path": one.path, "what": one.what, "bytes": one.bytes, "removed": removed})
     });
-    let goes = |one: &&Found| left.is_none_or(|left| !left.contains(&one.path));
-    let bytes: u64 = found.iter().filter(goes).filter_map(|one| one.bytes).sum();
+    let bytes: u64 = found.iter().filter(|one| !stays(one, left)).filter_map(|one| one.bytes).sum();
     let report = json!({"dry_run": left.is_none(), "bytes": bytes, "leftovers": leftovers.collect::<Vec<_>>()});
     format!("{report:#}\n")
 }
 
 fn as_table(found: &[Found], left: Option<&HashSet<PathBuf>>) -> String {
-    let stays = |one: &Found| left.is_some_and(|left| left.contains(&one.path));
     let mut rows = vec![["PATH", "WHAT", "SIZE", ""].map(str::to_owned).to_vec()];
     rows.extend(found.iter().map(|one| {
         let bytes = one.bytes.map_or_else(|| "-".to_owned(), table::size);
-        let note = if stays(one) { "in use, or see the log: next time" } else { "" };
+        let note = if stays(one, left) { "in use, or see the log: next time" } else { "" };
         vec![one.path.display().to_string(), one.what.to_owned(), bytes, note.to_owned()]
     }));
     let mut text = if found.is_empty() { String::new() } else { table::table(&rows) };
     let (gone, bytes) = found
         .iter()
-        .filter(|one| !stays(one))
+        .filter(|one| !stays(one, left))
         .fold((0, 0), |(count, bytes), one| (count + 1, bytes + one.bytes.unwrap_or(0)));
     let verb = if left.is_some() { "were removed" } else { "would be removed" };
     // Writing into memory cannot fail.

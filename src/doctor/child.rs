@@ -21,15 +21,17 @@ pub struct Said {
 
 /// None: it cannot be started, or was not done after `limit`.
 pub fn ask<S: AsRef<OsStr>>(program: &OsStr, arguments: &[S], limit: Duration) -> Option<Said> {
-    let mut command = Command::new(program);
-    command.args(arguments);
-    run(&mut command, limit).ok()?
+    ask_as(program, program, arguments, limit)
 }
 
 /// As `ask`, of a containerd: that of k3s is one of many programs in one file, which looks at how it is called.
 pub fn ask_containerd<S: AsRef<OsStr>>(program: &OsStr, arguments: &[S], limit: Duration) -> Option<Said> {
+    ask_as("containerd".as_ref(), program, arguments, limit)
+}
+
+fn ask_as<S: AsRef<OsStr>>(name: &OsStr, program: &OsStr, arguments: &[S], limit: Duration) -> Option<Said> {
     let mut command = Command::new(program);
-    command.arg0("containerd").args(arguments);
+    command.arg0(name).args(arguments);
     run(&mut command, limit).ok()?
 }
 

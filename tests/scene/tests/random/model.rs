@@ -93,7 +93,7 @@ impl Model {
         if self.snapshots.values().filter(found).any(|s| matches!(s.files, Files::Layer(_))) {
             return Err(Code::ALREADY_EXISTS);
         }
-        if self.remote(&reference, parent).is_some() {
+        if self.has_remote(&reference, parent) {
             // Or it would not find ours any more.
             return self.create(Kind::ACTIVE, key, parent, labels);
         }
@@ -103,10 +103,10 @@ impl Model {
         Err(Code::ALREADY_EXISTS)
     }
 
-    /// The one remote snapshot for (ref, parent). A name of ours is at most one letter.
-    pub fn remote(&self, reference: &str, parent: &str) -> Option<(&String, &Snapshot)> {
-        let is_meant = |name: &str, s: &Snapshot| name.ends_with(&format!("/{reference}")) && s.parent == parent;
-        self.snapshots.iter().find(|(name, snapshot)| is_meant(name, snapshot))
+    /// Whether the one remote snapshot for (ref, parent) is there. A name of ours is at most one letter.
+    fn has_remote(&self, reference: &str, parent: &str) -> bool {
+        let end = format!("/{reference}");
+        self.snapshots.iter().any(|(name, snapshot)| name.ends_with(&end) && snapshot.parent == parent)
     }
 
     pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> Answer {
