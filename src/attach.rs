@@ -24,7 +24,7 @@ use parking_lot::{Mutex, MutexGuard};
 use self::place::Retired;
 use self::skeleton::Plan;
 pub use self::skeleton::skeletons;
-use crate::overlay::{Edition, Form, Places};
+use crate::overlay::{Edition, Places};
 use crate::repository::lane::{LOOK_UP, Pulse, alive};
 use crate::repository::scan::{Directory, Scan};
 use crate::sys::{Error, FileType, Result, Sys};
@@ -42,11 +42,12 @@ pub enum Mode {
 /// What is to be attached, and as what.
 pub struct Attach<'a> {
     pub id: SnapshotId,
-    pub form: Form,
     pub source: &'a Path,
     pub scan: &'a Scan,
     /// Whether its mask, if it needs one, will be used: that of a layer above may do.
     pub masked: bool,
+    /// No layer lies below it, so there is nothing that it could delete.
+    pub is_lowest: bool,
 }
 
 /// So long a release waits for a thread that is attaching the same layer right now. One that
@@ -56,8 +57,6 @@ const RELEASE_WAIT: Duration = Duration::from_millis(50);
 const ATTACH_WAIT: Duration = Duration::from_secs(2);
 /// A skeleton that is taken away between looking and building is looked at again so many times.
 const TRIES: usize = 8;
-/// Bytes of a file that a mask shows otherwise than the repository.
-pub const MOST_COPIED: u64 = 1 << 20;
 
 pub struct Attacher {
     places: Places,
@@ -140,16 +139,16 @@ impl Attacher {
 
     /// Attaches what `wanted` says, unless it is attached already.
     pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
-        let Attach { id, form, source, scan, masked } = *wanted;
+        let Attach { id, source, scan, masked, is_lowest } = *wanted;
         let home = self.places.home(id);
         let needs_mask = masked && scan.has_mask();
-        let needs_hide = form == Form::Layer && scan.hides();
+        let needs_hide = !is_lowest && scan.hides();
         for _ in 0..TRIES {
             // What the repository has to say is asked before the slot is locked: whoever hangs
             // there must not keep the slot.
-            let (edition, is_begun) = self.edition_of(id, form, source)?;
-            let place = self.places.root(id, form, edition);
-            let (mask, hide) = (self.places.mask(id, form, edition), self.places.hide(id, edition));
+            let (edition, is_begun) = self.edition_of(id, source)?;
+            let place = self.places.root(id, edition);
+            let (mask, hide) = (self.places.mask(id, edition), self.places.hide(id, edition));
             let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
             if needs_mask {
                 mask_plan = self.plan(&mask, is_begun, source, scan, Directory::has_mask)?;
@@ -191,10 +190,10 @@ impl Attacher {
 
     /// The edition that is of `source`, or else the next one; and whether it is there. There are
     /// no more than repositories have the layer.
-    fn edition_of(&self, id: SnapshotId, form: Form, source: &Path) -> Result<(Edition, bool)> {
+    fn edition_of(&self, id: SnapshotId, source: &Path) -> Result<(Edition, bool)> {
         let mut edition = Edition(0);
         loop {
-            match self.source_of(&self.places.root(id, form, edition))? {
+            match self.source_of(&self.places.root(id, edition))? {
                 None => return Ok((edition, false)),
                 Some(of) if of == source => return Ok((edition, true)),
                 Some(_) => edition.0 += 1,

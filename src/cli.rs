@@ -171,9 +171,8 @@ fn status() -> Command {
             "Show, of the running daemon: its repositories and whether they answer; images (the ends \
             of chains of layers, and what containers stand on) with their layers, how many of these \
             are published, where their files come from (lazy: all are published; mixed; local: all \
-            were downloaded; broken: no container can start on it, with the reason), what containers \
-            stand on (layers, or the flat root file system that the repository has of the image), \
-            how many containers use it, and what it takes on disk. Exit status: 0, or 1 if no daemon \
+            were downloaded; broken: no container can start on it, with the reason), how many \
+            containers use it, and what it takes on disk. Exit status: 0, or 1 if no daemon \
             can be asked.",
         )
         .arg(json())

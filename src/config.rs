@@ -19,7 +19,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::attach::Mode;
 use crate::logging::{self, Format};
-use crate::types::{RootfsMode, SOCKET_PATH_BYTES};
+use crate::types::SOCKET_PATH_BYTES;
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
@@ -30,7 +30,6 @@ pub struct Config {
     pub repositories: Vec<RepositoryAt>,
     /// So long a call waits for an answer of a repository.
     pub repository_timeout: Duration,
-    pub rootfs: RootfsMode,
     pub attach: Mode,
     /// Threads that do the work of calls. None: the larger of 32 and the number of cores.
     pub workers: Option<usize>,
@@ -65,7 +64,6 @@ impl Default for Config {
         Self {
             repositories: vec![RepositoryAt::named(DEFAULT_REPOSITORY)],
             repository_timeout: Duration::from_secs(10),
-            rootfs: RootfsMode::Auto,
             attach: Mode::Symlink,
             workers: None,
             queue: 1024,
@@ -228,15 +226,6 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
         "repository-timeout" => {
             let seconds = entry.number(TIMEOUT, "it is a number of seconds from 1 to 3600")?;
             config.repository_timeout = Duration::from_secs(seconds.try_into().unwrap_or(u64::MAX));
-        }
-        "rootfs" => {
-            const ALLOWED: &str = "it is \"auto\", \"flat\" or \"layers\"";
-            config.rootfs = match entry.string(ALLOWED)? {
-                "auto" => RootfsMode::Auto,
-                "flat" => RootfsMode::Flat,
-                "layers" => RootfsMode::Layers,
-                _ => return entry.refuse(ALLOWED),
-            };
         }
         "attach" => {
             const ALLOWED: &str = "it is \"bind\" or \"symlink\"";
@@ -458,7 +447,6 @@ mod tests {
             "absolute-mountpoint",
             "repositories",
             "repository-timeout",
-            "rootfs",
             "attach",
             "workers",
             "queue",
@@ -572,7 +560,6 @@ mod tests {
             "repositories = [1]",
             "repository-timeout = 0",
             "repository-timeout = \"10s\"",
-            "rootfs = \"flatter\"",
             "attach = 1",
             "workers = 0",
             "workers = 257",

@@ -398,6 +398,6 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .map(|at| Repository::new(at.name.clone(), at.path.clone(), config.repository_timeout, Arc::clone(&sys)))
         .collect();
     let overlay_options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
-    let ways = Ways { attach: config.attach, rootfs: config.rootfs, overlay_options };
+    let ways = Ways { attach: config.attach, overlay_options };
     Snapshotter::new(store, repositories, sys, &root.snapshots, ways).map_err(Error::Threads)
 }

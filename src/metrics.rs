@@ -38,7 +38,7 @@ pub struct Metrics {
     unreadable: Counter,
     layers: Family<Labels<1>, Counter>,
     fallbacks: Family<Labels<1>, Counter>,
-    attached: Family<Labels<2>, Counter>,
+    attached: Family<Labels<1>, Counter>,
     scans: Histograms<1>,
     waits: Histograms<1>,
     outages: Family<Labels<1>, Counter>,
@@ -103,13 +103,13 @@ impl Metrics {
         let attached = Family::default();
         registry.register(
             "attachments",
-            "Layers and whole root file systems that were brought under the state root, by form (layer, flat) and result (attached, failed)",
+            "Layers that were brought under the state root, by result (attached, failed)",
             Family::clone(&attached),
         );
         let scans = Histograms::new_with_constructor(seconds as fn() -> Histogram);
         registry.register_with_unit(
             "scan_duration",
-            "First walks over layers and root file systems in search of markers, by result (done, failed)",
+            "First walks over layers in search of markers, by result (done, failed)",
             Unit::Seconds,
             scans.clone(),
         );
@@ -173,10 +173,8 @@ impl Metrics {
         for reason in Reason::ALL {
             drop(self.fallbacks.get_or_create(&reason.labels()));
         }
-        for form in ["layer", "flat"] {
-            for result in ["attached", "failed"] {
-                drop(self.attached.get_or_create(&[("form", form.to_owned()), ("result", result.to_owned())]));
-            }
+        for result in ["attached", "failed"] {
+            drop(self.attached.get_or_create(&[("result", result.to_owned())]));
         }
         for result in ["done", "failed"] {
             drop(self.scans.get_or_create(&[("result", result.to_owned())]));
@@ -220,8 +218,8 @@ impl Metrics {
         self.fallbacks.get_or_create(&reason.labels()).inc();
     }
 
-    pub fn attached(&self, form: &'static str, result: &'static str) {
-        self.attached.get_or_create(&[("form", form.to_owned()), ("result", result.to_owned())]).inc();
+    pub fn attached(&self, result: &'static str) {
+        self.attached.get_or_create(&[("result", result.to_owned())]).inc();
     }
 
     pub fn scanned(&self, result: &'static str, since: Instant) {

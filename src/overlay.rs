@@ -48,25 +48,19 @@ impl Places {
         self.home(id).join("record")
     }
 
-    /// Where something published is attached.
-    pub fn root(&self, id: SnapshotId, form: Form, edition: Edition) -> PathBuf {
-        self.home(id).join(match form {
-            Form::Layer => edition.of("fs"),
-            Form::Flat => edition.of("flat"),
-        })
+    /// Where a published layer is attached.
+    pub fn root(&self, id: SnapshotId, edition: Edition) -> PathBuf {
+        self.home(id).join(edition.of("fs"))
     }
 
     pub fn bound(&self, id: SnapshotId) -> PathBuf {
         self.home(id).join(BOUND)
     }
 
-    /// The skeleton above it: whiteouts for names nobody may see. The name of a layer's is
-    /// short because up to 127 of them share one page of mount options.
-    pub fn mask(&self, id: SnapshotId, form: Form, edition: Edition) -> PathBuf {
-        self.home(id).join(match form {
-            Form::Layer => edition.of("m"),
-            Form::Flat => edition.of("flat-mask"),
-        })
+    /// The skeleton above it: whiteouts for names nobody may see. Its name is short because up to
+    /// 127 of them share one page of mount options.
+    pub fn mask(&self, id: SnapshotId, edition: Edition) -> PathBuf {
+        self.home(id).join(edition.of("m"))
     }
 
     /// The skeleton below an attached layer: what the layer deletes from those below.
@@ -87,24 +81,6 @@ impl Edition {
     }
 }
 
-/// What of a repository is attached as a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// The snapshot's own layer.
-    Layer,
-    /// The whole root file system of the image whose uppermost layer the snapshot is.
-    Flat,
-}
-
-impl Form {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Layer => "layer",
-            Self::Flat => "flat",
-        }
-    }
-}
-
 /// What the mask of a layer hides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mask {
@@ -120,19 +96,7 @@ pub struct Mask {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lower {
     Local(SnapshotId),
-    Remote {
-        id: SnapshotId,
-        edition: Edition,
-        digest: Digest,
-        mask: Mask,
-        hides: bool,
-    },
-    /// Everything below, in one.
-    Flat {
-        id: SnapshotId,
-        edition: Edition,
-        masked: bool,
-    },
+    Remote { id: SnapshotId, edition: Edition, digest: Digest, mask: Mask, hides: bool },
 }
 
 /// What of one snapshot stands among the lower directories of its chain.
@@ -160,8 +124,7 @@ pub fn shown(chain: &[Lower]) -> Vec<Shown> {
             masked_catalogs |= mask.top_catalogs;
             Shown::Masked
         }
-        Lower::Flat { masked: true, .. } => Shown::Masked,
-        Lower::Remote { .. } | Lower::Flat { .. } => Shown::Unmasked,
+        Lower::Remote { .. } => Shown::Unmasked,
     };
     chain.iter().map(one).collect()
 }
@@ -171,22 +134,21 @@ fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
     let mut directories = Vec::new();
     let mut has_local = false;
     for (lower, shown) in chain.iter().zip(shown(chain)) {
-        let (id, form, edition, hides) = match lower {
+        let (id, edition, hides) = match lower {
             Lower::Local(id) => {
                 has_local = true;
-                (*id, Form::Layer, Edition::default(), false)
+                (*id, Edition::default(), false)
             }
-            Lower::Remote { id, edition, hides, .. } => (*id, Form::Layer, *edition, *hides),
-            Lower::Flat { id, edition, .. } => (*id, Form::Flat, *edition, false),
+            Lower::Remote { id, edition, hides, .. } => (*id, *edition, *hides),
         };
         if shown == Shown::Not {
             continue;
         }
         if shown == Shown::Masked {
-            directories.push(places.mask(id, form, edition));
+            directories.push(places.mask(id, edition));
             has_local = true;
         }
-        directories.push(places.root(id, form, edition));
+        directories.push(places.root(id, edition));
         if hides {
             directories.push(places.hide(id, edition));
             has_local = true;
@@ -250,10 +212,6 @@ mod tests {
         Lower::Remote { id: SnapshotId(id), edition: Edition(0), digest, mask, hides }
     }
 
-    fn flat(edition: u32, masked: bool) -> Lower {
-        Lower::Flat { id: SnapshotId(4), edition: Edition(edition), masked }
-    }
-
     fn local(id: u64) -> Lower {
         Lower::Local(SnapshotId(id))
     }
@@ -290,9 +248,6 @@ mod tests {
                 vec![remote(4, 'a', TOP, false), remote(3, 'b', TOP, false), remote(2, 'a', TOP, false), local(1)],
                 "4/m:4/fs:3/fs:1/fs",
             ),
-            (vec![flat(0, true)], "4/flat-mask:4/flat"),
-            (vec![flat(0, false)], "4/flat"),
-            (vec![flat(2, true)], "4/flat-mask2:4/flat2"),
         ] {
             assert_eq!(lower(&chain), expected);
         }

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use self::containerd::Known;
 pub use self::report::Report;
 use crate::bolt::file;
-use crate::overlay::{Edition, Form, Places};
+use crate::overlay::{Edition, Places};
 use crate::store::sidecar::Sidecar;
 use crate::store::{self, Store};
 use crate::sys::{self, FileType, Sys};
@@ -197,11 +197,8 @@ fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
         let Some(id) = name.to_str().and_then(SnapshotId::from_directory_name) else { continue };
         found.ids.push(id);
         let is_link = |path: &Path| sys.lstat(path).is_ok_and(|status| status.file_type == FileType::Symlink);
-        let is_attached = sys.lstat(&places.bound(id)).is_ok()
-            || [Form::Layer, Form::Flat]
-                .map(|form| places.root(id, form, Edition(0)))
-                .iter()
-                .any(|root| is_link(root) || is_link(&root.with_extension("of")));
+        let root = places.root(id, Edition(0));
+        let is_attached = sys.lstat(&places.bound(id)).is_ok() || is_link(&root) || is_link(&root.with_extension("of"));
         // A Go snapshotter's attachment has nothing beside it.
         if is_attached || mounts.contains(&places.fs(id)) {
             found.leftovers.push(id);

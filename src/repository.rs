@@ -1,9 +1,9 @@
 //! What a repository publishes: from digests to the directories with their files.
 //!
 //! Only reads. A layer lies in `<repository>/.layers/<first 2 hex>/<64 hex>/layerfs`, keyed
-//! by the digest of the compressed blob; the whole root file system of an image in
-//! `.flat/<first 2 hex>/<64 hex>`, keyed by the digest of its configuration. Any directory in
-//! that layout will do. Each question may hang, so it is asked on one of the repository's own
+//! by the digest of the compressed blob. Any directory in that layout will do. The roots of whole
+//! images that a publisher unpacks below `.flat` are not read: they differ from the images.
+//! Each question may hang, so it is asked on one of the repository's own
 //! threads (`start`, `Asked::wait`), and nowhere else. Threads and health belong to one mount of
 //! the repository: what hangs in an old mount is nothing to one that was mounted in its place.
 #![forbid(unsafe_code)]
@@ -29,7 +29,6 @@ use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
-use self::scan::{Extent, Subject};
 use self::watch::Watch;
 use crate::metrics::METRICS;
 use crate::sys::{self, FileType, Status, Sys};
@@ -37,7 +36,6 @@ use crate::types::Digest;
 
 const LAYERS: &str = ".layers";
 const LAYER_ROOT: &str = "layerfs";
-const FLAT: &str = ".flat";
 /// Every CernVM-FS mount answers this at its root with its name.
 const MAGIC_NAME: &str = "user.fqrn";
 
@@ -233,28 +231,15 @@ impl Repository {
         }
     }
 
-    /// The top of what a scan is about. Asks the repository, as all that follow do.
-    pub fn top(&self, subject: &Subject) -> Result<PathBuf, Missing> {
-        self.top_since(subject, Instant::now())
-    }
-
-    /// As `top`. That the repository's server is there need not be asked if it answered a
-    /// question that was asked after `since`: one is enough for all layers of a container.
-    pub fn top_since(&self, subject: &Subject, since: Instant) -> Result<PathBuf, Missing> {
-        match subject.extent {
-            Extent::Layer | Extent::Bottom => self.directory(&layer_path(&subject.digest), since),
-            Extent::Flat => self.directory(&flat_path(&subject.digest), since),
-        }
-    }
-
-    /// The top of an unpacked layer.
+    /// The top of an unpacked layer. Asks the repository, as all that follow do.
     pub fn layer(&self, digest: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&layer_path(digest), Instant::now())
+        self.layer_since(digest, Instant::now())
     }
 
-    /// The whole root file system of the image with this configuration.
-    pub fn flat(&self, config: &Digest) -> Result<PathBuf, Missing> {
-        self.directory(&flat_path(config), Instant::now())
+    /// As `layer`. That the repository's server is there need not be asked if it answered a
+    /// question that was asked after `since`: one is enough for all layers of a container.
+    pub fn layer_since(&self, digest: &Digest, since: Instant) -> Result<PathBuf, Missing> {
+        self.directory(&layer_path(digest), since)
     }
 
     /// The manifest of an image. None: it has none that can be used.
@@ -285,14 +270,6 @@ impl Repository {
         }
         mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
         Ok(None)
-    }
-
-    /// Where a layer has `path`, and what it is: no link, and below none.
-    pub fn in_layer(&self, digest: &Digest, path: &Path) -> Result<(PathBuf, FileType), Missing> {
-        let below = layer_path(digest).join(path);
-        self.layer(digest)?;
-        let found = self.lead_to(&below)?.ok_or(Missing::NotPublished)?;
-        Ok((self.path.join(below), found.file_type))
     }
 
     /// What is at the end of a way of real directories. A link on it may lead to files of the host.
@@ -349,11 +326,6 @@ impl Repository {
             other => other,
         }
     }
-}
-
-/// Where a repository has the whole root of an image.
-fn flat_path(config: &Digest) -> PathBuf {
-    [FLAT, &config.hex()[..2], config.hex()].iter().collect()
 }
 
 /// Where a repository has a layer.
@@ -491,8 +463,6 @@ mod tests {
         assert_eq!(repository.manifest(&image), Ok(None));
         fs::write(&at, good).unwrap();
         assert_eq!(repository.manifest(&image).unwrap().map(|found| found.config), Some(digest('a')));
-        std::os::unix::fs::symlink("/etc", cvmfs.join(".flat")).unwrap();
-        assert_eq!(repository.flat(&digest('a')), Err(Missing::LeadsOut { path: cvmfs.join(".flat") }));
     }
 
     /// It was mounted between the two questions, and the answer was "not published".
@@ -526,12 +496,10 @@ mod tests {
             counted.fetch_add(usize::from(call == "statfs"), Ordering::SeqCst);
         });
         let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
-        let subject =
-            |digit| Subject { extent: Extent::Layer, digest: digest(digit), repository: repository.name().to_owned() };
         for call in 1..4 {
             let since = Instant::now();
             for digit in ['a', 'b', 'a'] {
-                repository.top_since(&subject(digit), since).unwrap();
+                repository.layer_since(&digest(digit), since).unwrap();
                 assert_eq!(asked.load(Ordering::SeqCst), call);
             }
         }

@@ -14,7 +14,6 @@ mod layers;
 mod list;
 mod metadata;
 mod recovery;
-mod rootfs;
 mod scans;
 
 use std::collections::HashMap;
@@ -43,7 +42,7 @@ use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
     Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING,
-    LABELS_BYTES, Labels, Layer, Mount, RootfsMode, Snapshot, SnapshotId, Timestamp,
+    LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
 /// So many pulled layers wait at most until something is done ahead for their containers;
@@ -88,7 +87,6 @@ pub enum Asks {
 #[derive(Clone, Debug)]
 pub struct Ways {
     pub attach: Mode,
-    pub rootfs: RootfsMode,
     /// For every overlay, such as `index=off`.
     pub overlay_options: Vec<String>,
 }
@@ -107,11 +105,9 @@ impl Snapshotter {
         let store = Arc::new(store);
         let sources = Arc::new(Sources {
             store: Arc::clone(&store),
-            sys: Arc::clone(&sys),
             attacher: Attacher::new(places.clone(), ways.attach, Arc::clone(&sys)),
             scans: Scans::new(Arc::clone(&store), Arc::clone(&sys)),
             repositories: repositories.into_iter().map(Arc::new).collect(),
-            rootfs: ways.rootfs,
         });
         let (ahead, pulled) = bounded(AHEAD);
         let background = Arc::clone(&sources);
@@ -368,7 +364,7 @@ impl Snapshotter {
         for local in chain.iter().filter(|snapshot| snapshot.layer.is_none()) {
             self.require_files(local)?;
         }
-        let (lower, attached): (_, Vec<_>) = self.sources.attach_below(chain)?.into_iter().unzip();
+        let (lower, attached): (_, Vec<_>) = self.sources.attach_chain(chain)?.into_iter().unzip();
         Ok((lower, attached.into_iter().flatten().collect()))
     }
 
@@ -384,7 +380,7 @@ impl Snapshotter {
 fn work_ahead(sources: &Arc<Sources>, pulled: &Receiver<Key>) {
     while let Ok(key) = pulled.recv() {
         // A bug costs what was done ahead, not this thread.
-        match catch_unwind(AssertUnwindSafe(|| sources.prepare(&key))) {
+        match catch_unwind(AssertUnwindSafe(|| sources.prefetch_scan(&key))) {
             Ok(Ok(())) => {}
             Ok(Err(why)) => log::debug!("what containers on {key} need is done when they need it: {why}"),
             Err(_) => log::error!("what containers on {key} need could not be done ahead: a bug in the snapshotter"),

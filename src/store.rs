@@ -26,7 +26,7 @@ use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, St
 
 use self::aside::{Aside, Locks};
 use self::group::Turns;
-use self::transaction::{BY_REF, CLEANUP, IDS, META, ROOTFS, SCANS, SNAPSHOTS};
+use self::transaction::{BY_REF, CLEANUP, IDS, META, SCANS, SNAPSHOTS};
 pub use self::transaction::{Lookup, Read, Write};
 use crate::types::{Quoted, SnapshotId};
 
@@ -357,7 +357,7 @@ fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result:
     let above = occupied.map_or(1, |id| id.0.saturating_add(1));
     // A start that has nothing to write must not need space.
     let read = database.begin_read()?;
-    if let (Ok(meta), Ok(_)) = (read.open_table(META), read.open_table(ROOTFS))
+    if let (Ok(meta), Ok(_)) = (read.open_table(META), read.open_table(SCANS))
         && meta.get(SCHEMA)?.is_some_and(|v| v.value() == SCHEMA_VERSION)
         && meta.get(NEXT_ID)?.is_some_and(|v| v.value() >= above)
     {
@@ -385,7 +385,6 @@ fn initialise(database: &Database, occupied: Option<SnapshotId>) -> std::result:
     transaction.open_table(BY_REF)?;
     transaction.open_table(CLEANUP)?;
     transaction.open_table(SCANS)?;
-    transaction.open_table(ROOTFS)?;
     transaction.commit()?;
     Ok(first_id)
 }

@@ -7,7 +7,6 @@
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The label by which containerd asks for a remote layer; its value is the chainID.
@@ -235,36 +234,6 @@ pub struct Layer {
     pub digest: Digest,
     /// The repository it was pulled from; for people, the digest alone finds the files.
     pub repository: String,
-}
-
-/// What lies below the containers of a chain of published layers, once that was decided.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rootfs {
-    Layers,
-    Flat(Flat),
-}
-
-/// What the configuration wants there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RootfsMode {
-    /// The published root file system of the image where there is one, else its layers.
-    Auto,
-    /// As `Auto`, and a warning for each image that has none.
-    Flat,
-    /// Always the layers.
-    Layers,
-}
-
-/// The whole root file system of an image, as a repository publishes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Flat {
-    /// Of the image's configuration.
-    pub config: Digest,
-    pub repository: String,
-    /// What the publisher added and the image does not have.
-    pub hidden: Vec<PathBuf>,
-    /// What the publisher changed, and the layer that has it as the image does.
-    pub repaired: Vec<(PathBuf, Digest)>,
 }
 
 /// A snapshot as the store keeps it.

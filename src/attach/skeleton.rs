@@ -4,10 +4,10 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::Path;
 
-use super::{Attacher, MOST_COPIED, beside};
+use super::{Attacher, beside};
 use crate::overlay::Mask;
 use crate::repository::lane::{Pulse, alive};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
@@ -22,13 +22,6 @@ pub(super) enum Plan<'a> {
 
 pub(super) struct Planned<'a> {
     directory: &'a Directory,
-    attributes: Attributes,
-    copies: Vec<Copied<'a>>,
-}
-
-pub(super) struct Copied<'a> {
-    name: &'a OsStr,
-    content: Vec<u8>,
     attributes: Attributes,
 }
 
@@ -50,17 +43,12 @@ impl Attacher {
         let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
         let planned = needed.map(|directory| {
             alive();
-            let like = directory.like.as_deref().map_or_else(|| source.join(&directory.path), Path::to_owned);
-            let mut attributes = self.sys.attributes(&like)?;
+            let mut attributes = self.sys.attributes(&source.join(&directory.path))?;
             if directory.path.as_os_str().is_empty() {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
             }
-            let copies = directory.copies.iter().map(|(name, from)| {
-                let content = self.sys.read_file(from, MOST_COPIED)?;
-                Ok(Copied { name, content, attributes: self.sys.attributes(from)? })
-            });
-            Ok(Planned { directory, attributes, copies: copies.collect::<Result<_>>()? })
+            Ok(Planned { directory, attributes })
         });
         Ok(Plan::Build(planned.collect::<Result<_>>()?))
     }
@@ -82,18 +70,13 @@ impl Attacher {
         };
         let new = beside(place);
         self.sys.remove_tree(&new)?;
-        for Planned { directory, copies, .. } in planned {
+        for Planned { directory, .. } in planned {
             let path = new.join(&directory.path);
             self.sys.create_dir(&path, 0o755)?;
             fill(self, &path, directory, pulse)?;
-            for copied in copies {
-                let at = path.join(copied.name);
-                self.sys.write_file(&at, &copied.content)?;
-                self.sys.set_attributes(&at, &copied.attributes)?;
-            }
         }
         // Children first: making an entry changes the time of its directory.
-        for Planned { directory, attributes, .. } in planned.iter().rev() {
+        for Planned { directory, attributes } in planned.iter().rev() {
             pulse.beat();
             self.sys.set_attributes(&new.join(&directory.path), attributes)?;
         }

@@ -381,7 +381,6 @@ mod tests {
             layers: 1,
             published: 0,
             source: Source::Mixed,
-            below: None,
             broken: Some("it is lost".to_owned()),
             broken_in: broken_in.map(str::to_owned),
             namespace: namespace.map(str::to_owned),

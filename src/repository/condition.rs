@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use super::lane::alive;
 use super::missing::Missing;
 use super::{LAYER_ROOT, LAYERS, Repository, probe};
+use crate::types::Digest;
 
 /// Entries that are looked at to see whose they are.
 const OWNED_ENTRIES: usize = 32;
@@ -56,7 +57,7 @@ impl Repository {
 
     /// Says once if nothing at the top of an image belongs to root: the publisher dropped the
     /// owners, or the client shows one of its own. Nobody but the site's admin can mend that.
-    pub fn notice_owners(&self, what: &str, top: &Path) {
+    pub fn notice_owners(&self, digest: &Digest, top: &Path) {
         if self.owners_told.load(Ordering::Relaxed) {
             return;
         }
@@ -64,7 +65,7 @@ impl Repository {
             && !self.owners_told.swap(true, Ordering::Relaxed)
         {
             log::warn!(repository = self.name.as_str();
-                "everything in {what} of repository {} belongs to uid {uid}, gid {gid}: containers will see that \
+                "everything in layer {digest} of repository {} belongs to uid {uid}, gid {gid}: containers will see that \
                  instead of the owners of the image. Either the CernVM-FS client claims the files (set \
                  CVMFS_CLAIM_OWNERSHIP=no), or the publisher dropped the owners (map {uid} to 0 with CVMFS_UID_MAP \
                  and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);

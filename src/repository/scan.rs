@@ -3,9 +3,10 @@
 //! A publisher unpacks a layer's tar as it is, so deletions stay in the form of the OCI
 //! image format: `.wh.<name>` deletes `<name>` of the layers below, `.wh..wh..opq` empties
 //! its directory of them. Kernel overlayfs knows neither, and no container may see them.
-//! `.cvmfscatalog` and `.cvmfsautocatalog` are the publisher's. The rules for odd cases are
-//! those of containerd's own unpacking, because its result is what a container is promised
-//! to see. What cannot be read is an error, never a directory without markers.
+//! Other names are the publisher's own (`is_publishers`). All of them can stand in every directory of
+//! every layer, the lowest included. The rules for odd cases are those of containerd's own
+//! unpacking, because its result is what a container is promised to see. What cannot be read is an
+//! error, never a directory without markers.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -25,12 +26,16 @@ use super::lane::Pulse;
 use crate::sys::{self, FileType, Sys};
 use crate::types::Digest;
 
-/// Mark the root of a nested catalog of CernVM-FS; the second one where the publisher
-/// decided by itself to make one.
+/// Files that mark the root of a nested catalog of CernVM-FS; the second one stands where the
+/// publisher itself decided to make one (`CVMFS_AUTOCATALOGS`).
 pub const CATALOG_MARKERS: [&str; 2] = [".cvmfscatalog", ".cvmfsautocatalog"];
-/// Counts up whenever the rules below find something else in the same layer: what was kept
-/// under older rules is then found anew.
-pub const RULES: u32 = 2;
+/// The file that tells a publisher where to make nested catalogs.
+const DIRTAB: &[u8] = b".cvmfsdirtab";
+/// From version 2.14 on, a file with this prefix lists what the client fetches together.
+const BUNDLE_PREFIX: &[u8] = b".cvmfsbundle-";
+/// Version of the rules in this file. It is counted up whenever they find something else in the
+/// same layer: a scan that was stored under older rules is then made again.
+pub const SCAN_FORMAT_VERSION: u32 = 3;
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 /// At the top of a layer, names with this prefix are records of AUFS and mean nothing.
@@ -48,23 +53,9 @@ const MOST_BYTES: usize = 64 << 20;
 /// A walk shows life after so many entries of one directory.
 const BEAT: usize = 100;
 
-/// What is looked for, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Extent {
-    /// A layer with others below it: everything, everywhere.
-    Layer,
-    /// The lowest layer of a chain: there is nothing below that it could delete, so only its
-    /// top is looked at, for what is to be hidden.
-    Bottom,
-    /// A whole root file system: deletions are done, catalog markers are everywhere.
-    Flat,
-}
-
-/// Whose markers. What is found is kept under this.
+/// Names a scan: one layer in one repository.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Subject {
-    pub extent: Extent,
-    /// Of a layer, or of the configuration whose root file system it is.
+pub struct ScanKey {
     pub digest: Digest,
     pub repository: String,
 }
@@ -86,10 +77,6 @@ pub struct Directory {
     pub opaque: bool,
     /// Names in the layer that no container may see.
     pub hidden: Vec<OsString>,
-    /// The directory that this one is to look like, if not like itself. Never found by a scan.
-    pub like: Option<PathBuf>,
-    /// Files to be shown as they are elsewhere: name, and where. Never found by a scan.
-    pub copies: Vec<(OsString, PathBuf)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,8 +125,8 @@ pub struct Progress {
 
 /// Walks the directories at `top`. What is found is a matter of names only: owners and
 /// modes look different through another mount of the same repository.
-pub fn scan(sys: &dyn Sys, top: &Path, extent: Extent, progress: &Progress) -> Result<Scan> {
-    let walk = Walk { sys, top, extent, progress, state: Mutex::default(), changed: Condvar::new() };
+pub fn scan(sys: &dyn Sys, top: &Path, progress: &Progress) -> Result<Scan> {
+    let walk = Walk { sys, top, progress, state: Mutex::default(), changed: Condvar::new() };
     walk.state.lock().unread.push(Unread { parent: Arc::from(Path::new("")), name: OsString::new() });
     walk.read_until(FEW);
     if !walk.is_over() {
@@ -161,7 +148,6 @@ struct Unread {
 struct Walk<'a> {
     sys: &'a dyn Sys,
     top: &'a Path,
-    extent: Extent,
     progress: &'a Progress,
     state: Mutex<State>,
     changed: Condvar,
@@ -247,9 +233,9 @@ impl Walk<'_> {
                 self.progress.pulse.beat();
             }
             let kept = match file_type {
-                _ if self.extent != Extent::Flat && is_whiteout(name) => &mut markers,
-                FileType::Other if CATALOG_MARKERS.iter().any(|marker| name == *marker) => &mut markers,
-                FileType::Directory if self.extent != Extent::Bottom => &mut below,
+                _ if is_whiteout(name) => &mut markers,
+                FileType::Other if is_publishers(name) => &mut markers,
+                FileType::Directory => &mut below,
                 _ => return,
             };
             bytes += cost(name);
@@ -265,10 +251,6 @@ impl Walk<'_> {
             return Err(sys::Error { call: "read directory", path: at, errno: Errno::EIO }.into());
         }
         let mut directory = Directory::of(path, is_top, markers);
-        if self.extent == Extent::Bottom {
-            directory.opaque = false;
-            directory.deleted.clear();
-        }
         if !directory.deleted.is_empty() {
             // A name that the layer both deletes and has is simply there: a file hides what is
             // below, and a directory is merged with it, for unpacking it removes the whiteout.
@@ -297,7 +279,7 @@ impl Walk<'_> {
 }
 
 impl Scan {
-    /// Something in it is to be hidden, or shown otherwise.
+    /// Something in it is to be hidden.
     pub fn has_mask(&self) -> bool {
         self.directories.iter().any(Directory::has_mask)
     }
@@ -306,24 +288,12 @@ impl Scan {
     pub fn hides(&self) -> bool {
         self.directories.iter().any(Directory::hides)
     }
-
-    /// The entry for `path`, made with those above it where there is none.
-    pub fn directory(&mut self, path: &Path) -> &mut Directory {
-        let missing = |scan: &Self, path: &Path| scan.directories.binary_search_by(|d| d.path.as_path().cmp(path));
-        for above in path.ancestors().collect::<Vec<_>>().into_iter().rev() {
-            if let Err(at) = missing(self, above) {
-                self.directories.insert(at, Directory { path: above.to_owned(), ..Directory::default() });
-            }
-        }
-        let at = missing(self, path).unwrap_or_else(|at| at);
-        &mut self.directories[at]
-    }
 }
 
 impl Directory {
-    /// Something of it is to be hidden, or shown otherwise.
+    /// Something of it is to be hidden.
     pub fn has_mask(&self) -> bool {
-        !self.hidden.is_empty() || !self.copies.is_empty() || self.like.is_some()
+        !self.hidden.is_empty()
     }
 
     /// It deletes something of the layers below.
@@ -363,6 +333,13 @@ fn is_whiteout(name: &OsStr) -> bool {
     name.as_bytes().starts_with(WHITEOUT_PREFIX)
 }
 
+/// Whether a publisher puts files of this name beside those of an image. A directory of such a name
+/// is the image's.
+fn is_publishers(name: &OsStr) -> bool {
+    let bytes = name.as_bytes();
+    CATALOG_MARKERS.iter().any(|marker| name == *marker) || bytes == DIRTAB || bytes.starts_with(BUNDLE_PREFIX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -380,17 +357,13 @@ mod tests {
         top
     }
 
-    fn find(sys: &dyn Sys, top: &Path, extent: Extent) -> Result<Scan> {
-        scan(sys, top, extent, &Progress::default())
+    fn find(sys: &dyn Sys, top: &Path) -> Result<Scan> {
+        scan(sys, top, &Progress::default())
     }
 
     /// `path: -deleted … !hidden … =opaque`, one line a directory.
     fn shown(top: &tempfile::TempDir) -> Vec<String> {
-        shown_as(top, Extent::Layer)
-    }
-
-    fn shown_as(top: &tempfile::TempDir, extent: Extent) -> Vec<String> {
-        let scan = find(&Host, top.path(), extent).unwrap();
+        let scan = find(&Host, top.path()).unwrap();
         scan.directories
             .iter()
             .map(|d| {
@@ -452,7 +425,7 @@ mod tests {
     fn odd_names_are_found() {
         let long = format!("d/.wh.{}", "n".repeat(251));
         let top = layer(&["d"], &["d/.wh.two words", "d/.wh.line\nbreak", &long]);
-        let scan = find(&Host, top.path(), Extent::Layer).unwrap();
+        let scan = find(&Host, top.path()).unwrap();
         let deleted: Vec<usize> = scan.directories[1].deleted.iter().map(|n| n.len()).collect();
         assert_eq!(deleted, [10, 251, 9]);
     }
@@ -463,18 +436,17 @@ mod tests {
     }
 
     #[test]
-    fn of_the_bottom_layer_only_the_top_is_read() {
-        let top = layer(&["d"], &[".cvmfscatalog", ".wh.x", ".wh..wh..opq", "d/.wh.y", "d/.cvmfscatalog"]);
-        assert_eq!(shown_as(&top, Extent::Bottom), [": !.cvmfscatalog !.wh..wh..opq !.wh.x"]);
-        let read = Progress::default();
-        scan(&Host, top.path(), Extent::Bottom, &read).unwrap();
-        assert_eq!(read.directories.into_inner(), 1);
+    fn every_name_of_the_publisher_is_hidden_in_every_directory() {
+        let names = [".cvmfsautocatalog", ".cvmfsbundle-python", ".cvmfscatalog", ".cvmfsdirtab"];
+        let files: Vec<String> = names.iter().flat_map(|n| [(*n).to_owned(), format!("a/b/{n}")]).collect();
+        let top = layer(&["a/b"], &files.iter().map(String::as_str).collect::<Vec<_>>());
+        let hidden = names.map(|name| format!(" !{name}")).concat();
+        assert_eq!(shown(&top), [format!(":{hidden}"), "a:".to_owned(), format!("a/b:{hidden}")]);
     }
 
     #[test]
-    fn in_a_root_file_system_only_catalog_markers_are_hidden() {
-        let top = layer(&["a/b"], &[".cvmfscatalog", "a/b/.cvmfscatalog", "a/.wh.file"]);
-        assert_eq!(shown_as(&top, Extent::Flat), [": !.cvmfscatalog", "a:", "a/b: !.cvmfscatalog"]);
+    fn names_that_only_resemble_the_publishers_are_the_images_own() {
+        assert_eq!(shown(&layer(&["a"], &[".cvmfs", "a/.cvmfscatalog.old", "a/.cvmfsbundle", "a/cvmfsdirtab"])), [":"]);
     }
 
     #[test]
@@ -484,7 +456,7 @@ mod tests {
         let marked: Vec<String> = names.iter().map(|name| format!("{name}/.wh.gone")).collect();
         let files: Vec<&str> = marked.iter().map(String::as_str).collect();
         let top = layer(&directories, &files);
-        let scan = find(&Host, top.path(), Extent::Layer).unwrap();
+        let scan = find(&Host, top.path()).unwrap();
         let found = scan.directories.iter().filter(|d| d.deleted == ["gone"]).count();
         let parents = 1 + 7 + 7 * 31;
         assert_eq!((found, scan.directories.len()), (400, 400 + parents));
@@ -499,7 +471,7 @@ mod tests {
         for unreadable in ["", "d", "d/0", "d/150", "d/299"] {
             let at = top.path().join(unreadable);
             let sys = crate::sys::failing::Failing::refusing(at.clone(), nix::errno::Errno::EIO);
-            let Err(Error::System(e)) = find(&sys, top.path(), Extent::Layer) else { panic!("{unreadable} was read") };
+            let Err(Error::System(e)) = find(&sys, top.path()) else { panic!("{unreadable} was read") };
             assert_eq!((e.path, e.errno), (at, nix::errno::Errno::EIO));
         }
     }
@@ -509,7 +481,7 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let sys = crate::sys::failing::Failing::endless(MOST_BYTES / 200);
         let read = Progress::default();
-        assert_eq!(scan(&sys, top.path(), Extent::Layer, &read), Err(Error::TooMuch { top: top.path().to_owned() }));
+        assert_eq!(scan(&sys, top.path(), &read), Err(Error::TooMuch { top: top.path().to_owned() }));
         assert!(read.directories.into_inner() < 100);
     }
 }

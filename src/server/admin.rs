@@ -16,7 +16,7 @@ use crate::proto::health::health_check_response::ServingStatus;
 use crate::repository::Missing;
 use crate::snapshotter::inspect::{Ask, Inspected, Of};
 use crate::snapshotter::{Asks, Rest, Snapshotter};
-use crate::types::{Kind, LABEL_IMAGE_REF, Rootfs, SnapshotId, Timestamp};
+use crate::types::{Kind, LABEL_IMAGE_REF, SnapshotId, Timestamp};
 
 /// What gRPC's health protocol calls the service that containerd uses.
 const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
@@ -95,7 +95,6 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
         started: started.0,
         snapshots: setup.snapshots.display().to_string(),
         attach: convert::attach(setup.attach).to_owned(),
-        rootfs: convert::rootfs(setup.rootfs).to_owned(),
         repositories: repositories.collect(),
         found: MessageField::some(Found {
             unknown: setup.found.unknown.len() as u64,
@@ -119,7 +118,7 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
 }
 
 fn inspected_snapshot(one: Inspected) -> Snapshot {
-    let Inspected { snapshot, rootfs, trouble, flat_trouble } = one;
+    let Inspected { snapshot, trouble } = one;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {
@@ -135,13 +134,7 @@ fn inspected_snapshot(one: Inspected) -> Snapshot {
         image: snapshot.labels.get(LABEL_IMAGE_REF).cloned().unwrap_or_default(),
         digest,
         repository,
-        below: EnumOrUnknown::new(match rootfs {
-            None => snapshot::Below::UNDECIDED,
-            Some(Rootfs::Layers) => snapshot::Below::LAYERS,
-            Some(Rootfs::Flat(_)) => snapshot::Below::FLAT,
-        }),
         trouble: trouble.unwrap_or_default(),
-        flat_trouble: flat_trouble.unwrap_or_default(),
         ..Snapshot::default()
     }
 }

@@ -10,7 +10,7 @@ use crate::attach::Mode;
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots::{Info, Kind as WireKind, UpdateSnapshotRequest};
 use crate::snapshotter::{Error, LabelChange, Result, Wanted};
-use crate::types::{Key, Kind, Labels, Mount, RootfsMode, Snapshot, Timestamp};
+use crate::types::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
 
 pub fn wanted(key: &str, parent: &str, labels: HashMap<String, String>) -> Result<Wanted> {
     Ok(Wanted { key: Key::parse(key)?, parent: Key::parse_optional(parent)?, labels: labels.into_iter().collect() })
@@ -50,15 +50,6 @@ pub fn attach(mode: Mode) -> &'static str {
     match mode {
         Mode::Bind => "bind",
         Mode::Symlink => "symlink",
-    }
-}
-
-/// As in the configuration.
-pub fn rootfs(mode: RootfsMode) -> &'static str {
-    match mode {
-        RootfsMode::Auto => "auto",
-        RootfsMode::Flat => "flat",
-        RootfsMode::Layers => "layers",
     }
 }
 

@@ -9,10 +9,9 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::tests::{Place, check_files, check_flat, key, list_all, publish_flat, pull, remove_all, wanted};
+use super::tests::{Place, check_files, key, list_all, pull, remove_all, wanted};
 use super::*;
 use crate::faults::{Effect, Fault, Kind as StepKind, Step, Steps};
-use crate::overlay::Form;
 use crate::store::disk::{Disk, Left};
 use crate::store::sidecar::Sidecar;
 use crate::sys::Host;
@@ -28,7 +27,7 @@ const ERRNOS: [Errno; 7] =
 /// A row of the table.
 struct Operation {
     name: &'static str,
-    ways: &'static [(Mode, Form)],
+    modes: &'static [Mode],
     /// Brings the world into the state that the operation begins with.
     before: fn(&World, &Snapshotter),
     run: fn(&Snapshotter) -> Result<()>,
@@ -38,9 +37,8 @@ struct Operation {
     touches: &'static [&'static str],
 }
 
-const BOTH: &[(Mode, Form)] =
-    &[(Mode::Symlink, Form::Layer), (Mode::Bind, Form::Layer), (Mode::Symlink, Form::Flat), (Mode::Bind, Form::Flat)];
-const ONE: &[(Mode, Form)] = &[(Mode::Symlink, Form::Layer)];
+const BOTH: &[Mode] = &[Mode::Symlink, Mode::Bind];
+const ONE: &[Mode] = &[Mode::Symlink];
 
 fn exists(s: &Snapshotter, name: &str) -> bool {
     s.stat(&key(name)).is_ok()
@@ -56,7 +54,7 @@ fn removed_containers(_: &World, s: &Snapshotter) {
 
 const PREPARE: Operation = Operation {
     name: "prepare",
-    ways: BOTH,
+    modes: BOTH,
     before: |_, _| {},
     run: |s| s.prepare(wanted("new", TOP, &[])).map(drop),
     has_happened: |s| exists(s, "new"),
@@ -65,7 +63,7 @@ const PREPARE: Operation = Operation {
 
 const VIEW: Operation = Operation {
     name: "view",
-    ways: BOTH,
+    modes: BOTH,
     before: |_, _| {},
     run: |s| s.view(wanted("new", TOP, &[])).map(drop),
     has_happened: |s| exists(s, "new"),
@@ -74,7 +72,7 @@ const VIEW: Operation = Operation {
 
 const REMOTE_PREPARE: Operation = Operation {
     name: "remote prepare",
-    ways: ONE,
+    modes: ONE,
     before: |_, s| {
         s.remove(&key(TOP)).unwrap();
         s.cleanup(&|| false).unwrap();
@@ -91,7 +89,7 @@ const REMOTE_PREPARE: Operation = Operation {
 
 const COMMIT: Operation = Operation {
     name: "commit",
-    ways: ONE,
+    modes: ONE,
     before: |world, s| {
         s.prepare(wanted("active", "base", &[])).unwrap();
         world.fill(s, "active");
@@ -103,7 +101,7 @@ const COMMIT: Operation = Operation {
 
 const REMOVE: Operation = Operation {
     name: "remove",
-    ways: ONE,
+    modes: ONE,
     before: |_, s| drop(s.prepare(wanted("victim", TOP, &[])).unwrap()),
     run: |s| s.remove(&key("victim")),
     has_happened: |s| !exists(s, "victim"),
@@ -112,7 +110,7 @@ const REMOVE: Operation = Operation {
 
 const CLEANUP: Operation = Operation {
     name: "cleanup",
-    ways: ONE,
+    modes: ONE,
     before: |world, s| {
         for name in ["a", "b"] {
             s.prepare(wanted(name, "base", &[])).unwrap();
@@ -127,7 +125,7 @@ const CLEANUP: Operation = Operation {
 
 const DETACH: Operation = Operation {
     name: "detach",
-    ways: BOTH,
+    modes: BOTH,
     before: removed_containers,
     run: |s| s.cleanup(&|| false).map(drop),
     has_happened: |_| true,
@@ -136,7 +134,7 @@ const DETACH: Operation = Operation {
 
 const ATTACH: Operation = Operation {
     name: "attach",
-    ways: BOTH,
+    modes: BOTH,
     before: |world, s| {
         s.prepare(wanted("new", TOP, &[])).unwrap();
         world.lose_attachments();
@@ -148,7 +146,7 @@ const ATTACH: Operation = Operation {
 
 const SCAN: Operation = Operation {
     name: "scan",
-    ways: BOTH,
+    modes: BOTH,
     before: |_, s| {
         // Of the uppermost layer and of the whole root.
         let bottom = super::tests::digest(1);
@@ -162,7 +160,7 @@ const SCAN: Operation = Operation {
 
 const START: Operation = Operation {
     name: "start",
-    ways: BOTH,
+    modes: BOTH,
     before: |world, s| {
         removed_containers(world, s);
         // A snapshot was being made, and a cleanup was under way.
@@ -184,11 +182,8 @@ struct World {
 }
 
 impl World {
-    fn new(operation: &Operation, mode: Mode, form: Form) -> Self {
+    fn new(operation: &Operation, mode: Mode) -> Self {
         let place = Place::new(mode);
-        if form == Form::Flat {
-            publish_flat(&place);
-        }
         let world = Self { place, disk: Disk::default() };
         {
             let s = world.open(&world.disk, &Arc::new(Steps::with(Fault::None))).unwrap();
@@ -240,13 +235,11 @@ impl World {
             Host.unmount(&point, sys::Unmount::Plain).unwrap();
         }
         for entry in fs::read_dir(self.place.snapshots()).unwrap() {
-            for name in ["fs", "flat"] {
-                let link = entry.as_ref().unwrap().path().join(name);
-                let leads_to = fs::read_link(&link);
-                if leads_to.is_ok_and(|target| target.is_absolute()) {
-                    fs::remove_file(&link).unwrap();
-                    fs::create_dir(&link).unwrap();
-                }
+            let link = entry.unwrap().path().join("fs");
+            let leads_to = fs::read_link(&link);
+            if leads_to.is_ok_and(|target| target.is_absolute()) {
+                fs::remove_file(&link).unwrap();
+                fs::create_dir(&link).unwrap();
             }
         }
     }
@@ -266,9 +259,9 @@ enum End {
 
 /// One case: the operation meets the fault, and a new process finds what is left. The result is
 /// the steps that were taken.
-fn try_case(operation: &Operation, (mode, form): (Mode, Form), fault: Fault, left: Left) -> Vec<Step> {
-    let case = format!("{}, {mode:?}, {form:?}, {fault:?}, {left:?}", operation.name);
-    let world = World::new(operation, mode, form);
+fn try_case(operation: &Operation, mode: Mode, fault: Fault, left: Left) -> Vec<Step> {
+    let case = format!("{}, {mode:?}, {fault:?}, {left:?}", operation.name);
+    let world = World::new(operation, mode);
     let untouched = |s: &Snapshotter| {
         let mut all = records(s);
         all.retain(|name, _| !operation.touches.contains(&name.as_str()));
@@ -313,7 +306,7 @@ fn try_case(operation: &Operation, (mode, form): (Mode, Form), fault: Fault, lef
     assert!(again.is_ok() || (happened && is_done), "{case}: again: {}", again.unwrap_err());
     if exists(&s, "new") {
         let mounts = s.mounts(&key("new")).unwrap();
-        if form == Form::Flat { check_flat(&mounts) } else { check_files(&world.place, &mounts) }
+        check_files(&world.place, &mounts);
     }
     remove_all(&world.place, &s);
     taken
@@ -356,13 +349,13 @@ fn check_disk(world: &World, s: &Snapshotter, case: &str) {
 fn walk(operation: &Operation) {
     let mut cases = 0;
     let mut lengths = Vec::new();
-    for (n, &way) in operation.ways.iter().enumerate() {
+    for (n, &mode) in operation.modes.iter().enumerate() {
         let mut length = 0;
         for at in 0.. {
             let mut faults: Vec<(Fault, Left)> = Vec::new();
             let seed = u64::try_from(at).unwrap();
             for (number, errno) in ERRNOS.into_iter().enumerate() {
-                // The first way meets every error at every step, the others one after the other.
+                // The first mode meets every error at every step, the others one after the other.
                 if n == 0 || number == at % ERRNOS.len() {
                     faults.push((Fault::Fails(at, errno), Left::Written));
                 }
@@ -373,7 +366,7 @@ fn walk(operation: &Operation) {
             }
             let mut is_over = true;
             for (fault, left) in faults {
-                is_over &= try_case(operation, way, fault, left).len() <= at;
+                is_over &= try_case(operation, mode, fault, left).len() <= at;
                 cases += 1;
             }
             if is_over {
@@ -392,9 +385,10 @@ fn walk(operation: &Operation) {
 /// The changes of an operation as docs/design.md names them, in order: `layer` and `id` stand
 /// for numbers, a run of steps of the metadata is one transaction, and of steps that differ
 /// only in the entry of a skeleton the first is named.
-fn story(operation: &Operation, way: (Mode, Form)) -> Vec<String> {
+fn story(operation: &Operation, mode: Mode) -> Vec<String> {
     let mut story: Vec<String> = Vec::new();
-    for step in try_case(operation, way, Fault::None, Left::Written).iter().filter(|step| step.kind == StepKind::Change)
+    for step in
+        try_case(operation, mode, Fault::None, Left::Written).iter().filter(|step| step.kind == StepKind::Change)
     {
         let named = if is_metadata(step) {
             "transaction".to_owned()
@@ -435,7 +429,6 @@ fn told() -> BTreeMap<String, Vec<String>> {
 #[test]
 fn root_the_crash_table_of_the_design_names_every_step_in_order() {
     let told = told();
-    let layers = |mode| (mode, Form::Layer);
     for (heading, operation, mode) in [
         ("Prepare", &PREPARE, Mode::Symlink),
         ("Prepare of a published layer", &REMOTE_PREPARE, Mode::Symlink),
@@ -448,7 +441,7 @@ fn root_the_crash_table_of_the_design_names_every_step_in_order() {
         ("Scan", &SCAN, Mode::Symlink),
         ("Start", &START, Mode::Symlink),
     ] {
-        let steps = story(operation, layers(mode));
+        let steps = story(operation, mode);
         let rows: Vec<String> = steps.iter().map(|step| format!("| `{step}` |")).collect();
         assert_eq!(told.get(heading), Some(&steps), "docs/design.md, {heading}:\n{}", rows.join("\n"));
     }

@@ -18,7 +18,7 @@ use super::tests::{list_all, lower};
 use super::*;
 use crate::repository::Missing;
 use crate::repository::manifest::ImageRef;
-use crate::repository::scan::{self, Extent, Progress};
+use crate::repository::scan::{self, Progress};
 use crate::sys::{Attributes, FileSystem, FileType, Host, Status, Unmount};
 use crate::types::LABEL_IMAGE_REF;
 
@@ -128,15 +128,11 @@ impl Place {
         self.repository().join(".layers").join(&hex[..2]).join(hex).join("layerfs")
     }
 
-    fn flat(&self) -> PathBuf {
-        self.repository().join(".flat/09").join(digest(9).hex())
-    }
-
     fn manifest(&self) -> PathBuf {
         self.repository().join(".metadata").join(IMAGE).join("manifest.json")
     }
 
-    /// The manifest of an image with these layers, whose root is `flat`.
+    /// The manifest of an image with these layers.
     fn publish_manifest(&self, layers: &[u8]) {
         let descriptor = |n: u8| serde_json::json!({ "Digest": digest(n).as_str() });
         let layers: Vec<_> = layers.iter().map(|n| descriptor(*n)).collect();
@@ -149,7 +145,7 @@ impl Place {
         let store = Store::open(&self.dir.path().join("metadata.redb"), None).unwrap();
         let sys: Arc<dyn Sys> = Arc::<Watched>::clone(&self.sys);
         let repository = Repository::new("r".into(), self.repository(), Duration::from_secs(10), Arc::clone(&sys));
-        let ways = Ways { attach: Mode::Symlink, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
+        let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };
         Snapshotter::new(store, vec![repository], sys, &self.snapshots(), ways).unwrap()
     }
 
@@ -181,10 +177,7 @@ fn check_snapshot(call: &str, below: &Path) {
     let place = names.next().unwrap_or("fs");
     let stem = place.trim_end_matches(".new").trim_end_matches(".of").trim_end_matches(".new");
     let stem = stem.trim_end_matches(|c: char| c.is_ascii_digit());
-    assert!(
-        ["fs", "work", "record", "m", "h", "flat", "flat-mask", "bound"].contains(&stem),
-        "{call} of {below:?} in the snapshots"
-    );
+    assert!(["fs", "work", "record", "m", "h", "bound"].contains(&stem), "{call} of {below:?} in the snapshots");
 }
 
 fn check_published(call: &str, below: &Path) {
@@ -192,16 +185,10 @@ fn check_published(call: &str, below: &Path) {
     let names: Vec<&str> = below.iter().map(|name| name.to_str().unwrap_or("not UTF-8")).collect();
     let is_hex = |name: &str| name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
     match names[..] {
-        [] | [".layers" | ".flat" | ".metadata"] => {}
-        [".layers" | ".flat", two, ref rest @ ..] => {
+        [] | [".layers"] => {}
+        [".layers", two, ref rest @ ..] => {
             assert!(two.len() == 2 && is_hex(two), "{call} of {below:?}");
             assert!(rest.first().is_none_or(|hex| hex.len() == 64 && is_hex(hex)), "{call} of {below:?}");
-        }
-        [".metadata", ref rest @ ..] => {
-            let image = rest.join("/");
-            let image = image.trim_end_matches("/manifest.json");
-            let good = IMAGE.starts_with(image) || ImageRef::parse(image).is_some();
-            assert!(good, "{call} of {below:?}");
         }
         _ => panic!("{call} of {below:?} in the repository"),
     }
@@ -243,8 +230,6 @@ fn root_no_client_string_reaches_a_path() {
         fs::create_dir_all(place.layer(n)).unwrap();
         fs::write(place.layer(n).join(".wh.gone"), "").unwrap();
     }
-    place.publish_manifest(&[1]);
-    fs::create_dir_all(place.flat()).unwrap();
     let s = place.open();
     let mut done = BTreeMap::<&str, usize>::new();
     let mut count = |call, ok: bool| *done.entry(call).or_default() += usize::from(ok);
@@ -414,44 +399,9 @@ fn root_a_link_on_the_way_to_a_layer_is_not_followed() {
     }
 }
 
-/// The root of an image shows `etc/hosts` as a layer has it, by a copy. Which layer was decided once;
-/// when the layer had a link there later, the copy was one of the host's file.
+/// What can stand in the place of a manifest.
 #[test]
-fn root_a_file_that_became_a_link_is_not_copied_from_the_host() {
-    for linked in ["etc/hosts", "etc"] {
-        let place = Place::new();
-        let outside = place.dir.path().join("evil");
-        fs::create_dir(&outside).unwrap();
-        fs::write(outside.join("hosts"), "a secret of the host").unwrap();
-        for (top, text) in [(place.layer(1), "of the image"), (place.flat(), "")] {
-            fs::create_dir_all(top.join("etc")).unwrap();
-            fs::write(top.join("etc/hosts"), text).unwrap();
-        }
-        place.publish_manifest(&[1]);
-        let s = place.open();
-        let chain = pull(&s, 1, "");
-        let copy = place.snapshots().join("1/flat-mask/etc/hosts");
-        s.prepare(wanted("first", &chain, &[])).unwrap();
-        assert_eq!(fs::read_to_string(&copy).unwrap(), "of the image");
-        s.remove(&key("first")).unwrap();
-        s.cleanup(&|| false).unwrap();
-        assert!(!copy.exists());
-        fs::rename(place.layer(1).join(linked), place.dir.path().join("before")).unwrap();
-        symlink(outside.join(if linked == "etc" { "" } else { "hosts" }), place.layer(1).join(linked)).unwrap();
-        place.sys.asked.lock().clear();
-        // What it makes of it does not matter, as long as the host's file is not in it.
-        let _ = s.prepare(wanted("second", &chain, &[]));
-        assert!(!fs::read_to_string(&copy).unwrap_or_default().contains("secret"));
-        let read = |(call, path): &(&str, PathBuf)| *call == "read_file" && path.starts_with(place.layer(1));
-        assert!(linked != "etc" || !place.sys.asked.lock().iter().any(read), "it was read through the link");
-        drop(s);
-        place.check_paths();
-    }
-}
-
-/// What stands in the place of a manifest, or is no manifest of this image: the layers are used.
-#[test]
-fn root_a_manifest_that_is_none_costs_nothing_but_the_whole_root() {
+fn root_a_file_that_is_no_manifest_is_passed_over() {
     type Make = fn(&Path);
     let cases: [(&str, Make); 12] = [
         ("a fifo", |at| device(at, SFlag::S_IFIFO)),
@@ -472,35 +422,17 @@ fn root_a_manifest_that_is_none_costs_nothing_but_the_whole_root() {
     ];
     let place = Place::new();
     fs::create_dir_all(place.layer(1)).unwrap();
-    fs::create_dir_all(place.flat()).unwrap();
     place.publish_manifest(&[1]);
     let good = place.manifest().with_extension("good");
     fs::rename(place.manifest(), &good).unwrap();
-    for (n, (what, make)) in cases.into_iter().enumerate() {
+    let repository = Repository::new("r".into(), place.repository(), Duration::from_secs(10), Arc::new(Host));
+    for (what, make) in cases {
         make(&place.manifest());
-        // Another state each time: what was decided for a chain is kept.
-        let _ = fs::remove_file(place.dir.path().join("metadata.redb"));
-        fs::remove_dir_all(place.snapshots()).unwrap();
-        fs::create_dir(place.snapshots()).unwrap();
-        let s = place.open();
-        let chain = pull(&s, 1, "");
-        let mounts = s.prepare(wanted(&format!("container {n}"), &chain, &[])).unwrap();
-        let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
-        let is_flat = lower.contains("/flat");
+        let manifest = repository.manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
         // Of a key that stands twice the last one counts, and `Config` comes before `config`.
-        assert_eq!(is_flat, what == "keys that stand twice", "{what}: {lower}");
-        drop(s);
-        wait_for_the_end(&place);
+        assert_eq!(manifest.is_some(), what == "keys that stand twice", "{what}");
         let at = place.manifest();
         if at.is_dir() && !at.is_symlink() { fs::remove_dir(at).unwrap() } else { fs::remove_file(at).unwrap() }
-    }
-    place.check_paths();
-}
-
-/// The thread that works ahead lets go of the store a moment later.
-fn wait_for_the_end(place: &Place) {
-    while let Err(crate::store::Error::InUse { .. }) = Store::open(&place.dir.path().join("metadata.redb"), None) {
-        std::thread::yield_now();
     }
 }
 
@@ -521,7 +453,7 @@ fn a_million_entries_are_walked_and_a_million_markers_are_too_many() {
         let sys = Watched::default();
         let entries = (0..names.count).map(|n| ((names.name)(n).into(), names.file_type)).collect();
         sys.entries.lock().insert(dir.path().to_owned(), entries);
-        let found = scan::scan(&sys, dir.path(), Extent::Layer, &Progress::default());
+        let found = scan::scan(&sys, dir.path(), &Progress::default());
         match expected {
             Some(markers) => assert_eq!(found.unwrap().directories[0].hidden.len(), markers),
             None => assert_eq!(found, Err(scan::Error::TooMuch { top: dir.path().to_owned() })),
@@ -539,7 +471,7 @@ fn a_tree_that_is_deeper_than_paths_are_long_is_refused() {
         nix::sys::stat::mkdirat(&at, name.as_c_str(), FileMode::S_IRWXU).unwrap();
         at = nix::dir::Dir::openat(&at, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
     }
-    let found = scan::scan(&Host, dir.path(), Extent::Layer, &Progress::default());
+    let found = scan::scan(&Host, dir.path(), &Progress::default());
     let Err(scan::Error::System(e)) = found else { panic!("it was read to the end") };
     assert_eq!(e.errno, Errno::ENAMETOOLONG);
     assert!(e.to_string().len() < 10_000);

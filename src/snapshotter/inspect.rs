@@ -6,15 +6,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::cleanup::needs_its_directory;
-use super::layers::layer_subject;
 use super::list::Rest;
-use super::rootfs::flat_subject;
 use super::{Error, Found, Result, Snapshotter};
 use crate::attach::Mode;
-use crate::repository::scan::Subject;
 use crate::repository::{Condition, Missing, Repository};
 use crate::store::Lookup;
-use crate::types::{Rootfs, RootfsMode, Snapshot, SnapshotId};
+use crate::types::{Digest, Snapshot, SnapshotId};
 
 /// Of the list for cleanup, so many at a time.
 const LEFTOVERS: usize = 1_000;
@@ -29,12 +26,8 @@ pub enum Ask {
 #[derive(Debug)]
 pub struct Inspected {
     pub snapshot: Snapshot,
-    /// What was decided for containers on it.
-    pub rootfs: Option<Rootfs>,
     /// Why its files cannot be had.
     pub trouble: Option<String>,
-    /// And those of the whole root that was decided for.
-    pub flat_trouble: Option<String>,
 }
 
 /// How the daemon is set up.
@@ -42,7 +35,6 @@ pub struct Inspected {
 pub struct Setup {
     pub snapshots: PathBuf,
     pub attach: Mode,
-    pub rootfs: RootfsMode,
     pub found: Found,
 }
 
@@ -61,12 +53,13 @@ pub enum Of {
     Detached,
 }
 
-/// Something published, and why nobody could provide it so far.
-struct Question {
+/// A published layer, and why no repository could provide it so far.
+struct AvailabilityQuery {
     /// Its place among the inspected.
-    n: usize,
-    subject: Subject,
-    is_flat: bool,
+    index: usize,
+    digest: Digest,
+    /// The repository it was pulled from, whose answer is told.
+    repository: String,
     missing: Missing,
 }
 
@@ -75,7 +68,6 @@ impl Snapshotter {
         Setup {
             snapshots: self.places.all().to_owned(),
             attach: self.sources.attacher.mode(),
-            rootfs: self.sources.rootfs,
             found: self.found.get().cloned().unwrap_or_default(),
         }
     }
@@ -102,64 +94,48 @@ impl Snapshotter {
             None => self.list(None, |_| true)?,
             Some(rest) => self.list_rest(rest, |_| true)?,
         };
-        let mut inspected: Vec<Inspected> = self.store.read(|tx| {
-            let with_rootfs = |snapshot: Snapshot| {
-                let rootfs = tx.rootfs(snapshot.id)?;
-                Ok::<_, Error>(Inspected { snapshot, rootfs, trouble: None, flat_trouble: None })
-            };
-            chunk.found.into_iter().map(with_rootfs).collect()
-        })?;
+        let mut inspected: Vec<Inspected> =
+            chunk.found.into_iter().map(|snapshot| Inspected { snapshot, trouble: None }).collect();
         for one in inspected.iter_mut().filter(|one| one.snapshot.layer.is_none()) {
             one.trouble = self.require_files(&one.snapshot).err().map(|e| e.to_string());
         }
         if ask == Ask::Repositories {
-            for Question { n, is_flat, missing, subject } in self.unanswered(&inspected) {
-                let what = if is_flat { "root file system" } else { "layer" };
-                let missing = format!("{what} {} of repository {}: {missing}", subject.digest, subject.repository);
-                let trouble = if is_flat { &mut inspected[n].flat_trouble } else { &mut inspected[n].trouble };
-                *trouble = Some(missing);
+            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected) {
+                inspected[index].trouble = Some(format!("layer {digest} of repository {repository}: {missing}"));
             }
         }
         Ok((inspected, chunk.rest))
     }
 
-    /// What no repository has. A layer may come from any of them, a root from its own.
-    fn unanswered(&self, inspected: &[Inspected]) -> Vec<Question> {
-        let mut questions = Vec::new();
-        for (n, one) in inspected.iter().enumerate() {
-            let missing = || Missing::NotConfigured { instead: None };
+    /// The layers that no repository has.
+    fn find_unavailable(&self, inspected: &[Inspected]) -> Vec<AvailabilityQuery> {
+        let mut queries: Vec<AvailabilityQuery> = Vec::new();
+        for (index, one) in inspected.iter().enumerate() {
             if let Some(layer) = &one.snapshot.layer {
                 let first = self.sources.candidates(&layer.repository).swap_remove(0);
-                let subject = layer_subject(&one.snapshot, layer, &first);
-                questions.push(Question { n, subject, is_flat: false, missing: missing() });
-            }
-            if let Some(Rootfs::Flat(flat)) = &one.rootfs {
-                questions.push(Question { n, subject: flat_subject(flat), is_flat: true, missing: missing() });
+                queries.push(AvailabilityQuery {
+                    index,
+                    digest: layer.digest.clone(),
+                    repository: first.name().to_owned(),
+                    missing: Missing::NotConfigured { instead: None },
+                });
             }
         }
         for repository in &self.sources.repositories {
-            let is_for = |q: &Question| !q.is_flat || q.subject.repository == repository.name();
-            let subjects: Vec<Subject> = questions.iter().filter(|q| is_for(q)).map(|q| q.subject.clone()).collect();
-            let mut answers = answers(repository, subjects).into_iter();
-            questions.retain_mut(|question| {
-                if !is_for(question) {
-                    return true;
-                }
-                match answers.next() {
-                    Some(Ok(())) => false,
-                    // What its own repository says is what matters.
-                    Some(Err(missing)) => {
-                        let is_own = question.subject.repository == repository.name();
-                        if is_own || matches!(question.missing, Missing::NotConfigured { .. }) {
-                            question.missing = missing;
-                        }
-                        true
+            let digests = queries.iter().map(|query| query.digest.clone()).collect();
+            let mut answers = answers(repository, digests).into_iter();
+            queries.retain_mut(|query| match answers.next() {
+                Some(Ok(())) => false,
+                Some(Err(missing)) => {
+                    if query.repository == repository.name() || matches!(query.missing, Missing::NotConfigured { .. }) {
+                        query.missing = missing;
                     }
-                    None => true,
+                    true
                 }
+                None => true,
             });
         }
-        questions
+        queries
     }
 
     /// What the next cleanup would take away, from id `next` on, and where it goes on.
@@ -178,12 +154,12 @@ impl Snapshotter {
     }
 }
 
-/// Whether the repository has each of `subjects`: all asked with one question.
-fn answers(repository: &Arc<Repository>, subjects: Vec<Subject>) -> Vec<std::result::Result<(), Missing>> {
-    let (asked, count) = (Arc::clone(repository), subjects.len());
+/// Whether the repository has each of the layers `digests`: all are asked with one question.
+fn answers(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::result::Result<(), Missing>> {
+    let (asked, count) = (Arc::clone(repository), digests.len());
     if count == 0 {
         return Vec::new();
     }
-    let look = move || subjects.iter().map(|subject| asked.top(subject).map(drop)).collect();
+    let look = move || digests.iter().map(|digest| asked.layer(digest).map(drop)).collect();
     Repository::ask(repository, look).unwrap_or_else(|missing| vec![Err(missing); count])
 }

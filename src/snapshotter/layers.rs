@@ -2,7 +2,7 @@
 //! them. All questions go through the repositories' own threads and come back in time.
 #![forbid(unsafe_code)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,15 +12,13 @@ use super::scans::{Pending, Scans};
 use super::{Error, Result, cleanup};
 use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
 use crate::metrics::{METRICS, Reason};
-use crate::overlay::{self, Edition, Form, Lower, Shown};
+use crate::overlay::{self, Edition, Lower, Shown};
 use crate::repository::lane::Turn;
-use crate::repository::scan::{Extent, Scan, Subject};
+use crate::repository::scan::{Scan, ScanKey};
 use crate::repository::{Asked, Missing, Repository};
-use crate::store::Store;
-use crate::sys::{FileType, Sys};
+use crate::store::{Lookup, Store};
 use crate::types::{
-    Digest, Flat, InvalidDigest, Key, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Layer, Quoted, RootfsMode, Snapshot,
-    SnapshotId,
+    Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId,
 };
 
 /// Why the layer of a pull is downloaded after all.
@@ -106,36 +104,32 @@ impl Fallback {
 /// What it takes to bring published files under a chain; shared with the repositories' threads.
 pub struct Sources {
     pub store: Arc<Store>,
-    pub sys: Arc<dyn Sys>,
     pub attacher: Attacher,
     pub scans: Scans,
     /// In the order in which they are asked.
     pub repositories: Vec<Arc<Repository>>,
-    pub rootfs: RootfsMode,
 }
 
-/// Something published that is wanted as a snapshot.
+/// A published layer that is to be attached for a snapshot.
 #[derive(Clone)]
-pub struct Piece {
-    pub id: SnapshotId,
-    pub form: Form,
-    pub subject: Subject,
-    /// Of a whole root: what else is hidden and changed.
-    pub flat: Option<Flat>,
+struct AttachTarget {
+    id: SnapshotId,
+    scan_key: ScanKey,
     /// Whether its mask will be used, if it needs one.
-    pub masked: bool,
+    masked: bool,
+    is_lowest: bool,
 }
 
-/// A piece in its place. It stays there while this lives.
+/// A layer in its place. It stays there while this lives.
 pub struct Attached {
     pub pin: Pin,
     pub scan: Arc<Scan>,
     masked: bool,
 }
 
-/// Why a piece is not in its place.
+/// Why a layer is not in its place.
 #[derive(Debug)]
-pub enum Trouble {
+enum Trouble {
     /// The repository cannot provide it.
     Missing(Missing),
     /// Our own disk, or our own store.
@@ -144,7 +138,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// What a caller who needs `layer` is told.
-    pub fn of(self, layer: &Layer) -> Error {
+    fn of(self, layer: &Layer) -> Error {
         match self {
             Self::Missing(why) => unavailable(layer, why),
             Self::Own(e) => e,
@@ -173,19 +167,19 @@ impl Limits {
     }
 }
 
-/// A piece, and what is known of its markers.
-type Scanned = (Piece, Arc<Scan>);
+/// A layer, and what is known of its markers.
+type Scanned = (AttachTarget, Arc<Scan>);
 type Tried = std::result::Result<Attached, Trouble>;
 
-/// How far the search for the markers of a piece is. Those of many pieces are begun together and
+/// How far the search for the markers of a layer is. Those of many layers are begun together and
 /// waited for in turn.
-pub enum Looking {
+enum Looking {
     Known(Arc<Scan>),
     /// Where what is to be looked through lies.
     Asked(std::result::Result<Asked<std::result::Result<PathBuf, Missing>>, Missing>),
 }
 
-pub enum Walking {
+enum Walking {
     Known(Arc<Scan>),
     Begun(std::result::Result<Pending, Missing>),
 }
@@ -194,7 +188,7 @@ pub enum Walking {
 struct Wanted<'a> {
     snapshot: &'a Snapshot,
     layer: &'a Layer,
-    subject: Subject,
+    scan_key: ScanKey,
     /// The first that is asked.
     repository: Arc<Repository>,
 }
@@ -225,24 +219,22 @@ impl Sources {
     }
 
     /// Attaches the layers of `chain`, nearest first; None where a snapshot is local.
-    pub fn attach_layers(
-        self: &Arc<Self>,
-        chain: &[Snapshot],
-        limits: Limits,
-    ) -> Result<Vec<(Lower, Option<Attached>)>> {
+    pub fn attach_chain(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Vec<(Lower, Option<Attached>)>> {
+        // All repositories have the same limits.
+        let limits = Limits::of(&self.repositories[0]);
         let remote = chain.iter().filter_map(|snapshot| Some((snapshot, snapshot.layer.as_ref()?)));
         let wanted: Vec<Wanted<'_>> = remote
             .map(|(snapshot, layer)| {
                 let repository = self.candidates(&layer.repository).swap_remove(0);
-                Wanted { snapshot, layer, subject: layer_subject(snapshot, layer, &repository), repository }
+                Wanted { snapshot, layer, scan_key: scan_key(layer, &repository), repository }
             })
             .collect();
-        let looking = wanted.iter().map(|one| self.look(&one.subject, &one.repository));
+        let looking = wanted.iter().map(|one| self.look(&one.scan_key, &one.repository));
         let looking = looking.collect::<Result<Vec<_>>>()?;
         let walking = wanted
             .iter()
             .zip(looking)
-            .map(|(one, looking)| looking.walk(self, &one.subject, &one.repository, limits, Turn::Next));
+            .map(|(one, looking)| looking.walk(self, &one.scan_key, &one.repository, limits, Turn::Next));
         let walking: Vec<_> = walking.collect();
         let scans: Vec<_> = walking.into_iter().map(|walking| walking.result(limits)).collect();
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
@@ -260,7 +252,7 @@ impl Sources {
         for ((needs_mask, attached), one) in needed.into_iter().zip(&mut attached).zip(&wanted) {
             if needs_mask && !attached.masked {
                 *attached =
-                    self.attach(&one.piece(true), &one.repository, limits).map_err(|trouble| trouble.of(one.layer))?;
+                    self.attach(&one.target(true), &one.repository, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
         let lowers = all(&attached);
@@ -281,21 +273,21 @@ impl Sources {
     ) -> Vec<Tried> {
         // With their places in `wanted`.
         let mut tried: Vec<(usize, Tried)> = Vec::with_capacity(wanted.len());
-        let mut pieces = Vec::with_capacity(wanted.len());
+        let mut targets = Vec::with_capacity(wanted.len());
         for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
             match scan {
                 Err(missing) => tried.push((n, Err(missing.into()))),
-                Ok(scan) => pieces.push((n, (one.piece(masked[n]), scan))),
+                Ok(scan) => targets.push((n, (one.target(masked[n]), scan))),
             }
         }
         let repository = |n: usize| &wanted[n].repository;
-        pieces.sort_by(|(a, _), (b, _)| repository(*a).name().cmp(repository(*b).name()));
+        targets.sort_by(|(a, _), (b, _)| repository(*a).name().cmp(repository(*b).name()));
         let since = Instant::now();
         let mut begun = Vec::new();
-        for of_one in pieces.chunk_by(|(a, _), (b, _)| repository(*a).name() == repository(*b).name()) {
+        for of_one in targets.chunk_by(|(a, _), (b, _)| repository(*a).name() == repository(*b).name()) {
             for some in of_one.chunks(of_one.len().div_ceil(Repository::AT_ONCE)) {
-                let (places, pieces): (Vec<_>, Vec<_>) = some.iter().cloned().unzip();
-                begun.push((self.begin(pieces, repository(places[0]), since), places));
+                let (places, targets): (Vec<_>, Vec<_>) = some.iter().cloned().unzip();
+                begun.push((self.begin(targets, repository(places[0]), since), places));
             }
         }
         for (begun, places) in begun {
@@ -310,10 +302,10 @@ impl Sources {
 
     /// The repository that the layer came from cannot provide it: another one may.
     fn attach_from_others(self: &Arc<Self>, one: &Wanted<'_>, why: Missing) -> Result<Attached> {
-        let Wanted { snapshot, layer, .. } = one;
+        let layer = one.layer;
         for other in self.candidates(&layer.repository).iter().skip(1) {
-            let piece = Piece { subject: layer_subject(snapshot, layer, other), ..one.piece(true) };
-            match self.attach(&piece, other, Limits::of(other)) {
+            let target = AttachTarget { scan_key: scan_key(layer, other), ..one.target(true) };
+            match self.attach(&target, other, Limits::of(other)) {
                 Ok(attached) => return Ok(attached),
                 Err(Trouble::Own(e)) => return Err(e),
                 Err(Trouble::Missing(_)) => {}
@@ -326,33 +318,46 @@ impl Sources {
         Err(unavailable(layer, Missing::NotConfigured { instead }))
     }
 
-    /// Attaches one piece, looked through before if need be.
-    pub fn attach(self: &Arc<Self>, piece: &Piece, repository: &Arc<Repository>, limits: Limits) -> Tried {
-        let looking = self.look(&piece.subject, repository).map_err(Trouble::Own)?;
-        let scan = looking.walk(self, &piece.subject, repository, limits, Turn::Next).result(limits)?;
-        self.begin(vec![(piece.clone(), scan)], repository, Instant::now())?.wait(limits.all)?.swap_remove(0)
+    /// Attaches one layer, looked through before if need be.
+    fn attach(self: &Arc<Self>, target: &AttachTarget, repository: &Arc<Repository>, limits: Limits) -> Tried {
+        let looking = self.look(&target.scan_key, repository).map_err(Trouble::Own)?;
+        let scan = looking.walk(self, &target.scan_key, repository, limits, Turn::Next).result(limits)?;
+        self.begin(vec![(target.clone(), scan)], repository, Instant::now())?.wait(limits.all)?.swap_remove(0)
     }
 
-    pub fn look(&self, subject: &Subject, repository: &Arc<Repository>) -> Result<Looking> {
-        if let Some(scan) = self.scans.known(subject)? {
+    fn look(&self, scan_key: &ScanKey, repository: &Arc<Repository>) -> Result<Looking> {
+        if let Some(scan) = self.scans.known(scan_key)? {
             return Ok(Looking::Known(scan));
         }
-        let (asked, wanted) = (Arc::clone(repository), subject.clone());
-        Ok(Looking::Asked(Repository::start(repository, move || asked.top(&wanted), drop)))
+        let (asked, digest) = (Arc::clone(repository), scan_key.digest.clone());
+        Ok(Looking::Asked(Repository::start(repository, move || asked.layer(&digest), drop)))
     }
 
-    /// Has `pieces` attached on a thread of the repository, one after the other. What it answered
+    /// Begins to scan a layer that was just pulled, for the first container that will need it.
+    pub fn prefetch_scan(self: &Arc<Self>, key: &Key) -> Result<()> {
+        let snapshot = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
+        let Some(layer) = snapshot.and_then(|snapshot| snapshot.layer) else { return Ok(()) };
+        let Some(repository) = self.named(&layer.repository) else { return Ok(()) };
+        let scan_key = scan_key(&layer, repository);
+        let looking = self.look(&scan_key, repository)?;
+        match looking.walk(self, &scan_key, repository, Limits::of(repository), Turn::Last) {
+            Walking::Known(_) => Ok(()),
+            Walking::Begun(begun) => begun.map(drop).map_err(|why| unavailable(&layer, why)),
+        }
+    }
+
+    /// Has `targets` attached on a thread of the repository, one after the other. What it answered
     /// after `since` says that it is there.
     fn begin(
         self: &Arc<Self>,
-        pieces: Vec<Scanned>,
+        targets: Vec<Scanned>,
         repository: &Arc<Repository>,
         since: Instant,
     ) -> std::result::Result<Asked<Vec<Tried>>, Missing> {
-        let ids: Vec<SnapshotId> = pieces.iter().map(|(piece, _)| piece.id).collect();
+        let ids: Vec<SnapshotId> = targets.iter().map(|(target, _)| target.id).collect();
         let job = {
             let (sources, repository) = (Arc::clone(self), Arc::clone(repository));
-            move || pieces.iter().map(|(piece, scan)| sources.attach_now(piece, scan, &repository, since)).collect()
+            move || targets.iter().map(|(target, scan)| sources.attach_now(target, scan, &repository, since)).collect()
         };
         let late = {
             let sources = Arc::clone(self);
@@ -365,31 +370,28 @@ impl Sources {
     }
 
     /// On a thread of the repository.
-    fn attach_now(&self, piece: &Piece, scan: &Arc<Scan>, repository: &Repository, since: Instant) -> Tried {
-        let top = repository.top_since(&piece.subject, since)?;
-        let scan = match &piece.flat {
-            None => Arc::clone(scan),
-            Some(flat) => Arc::new(repaired(scan, flat, repository)?),
-        };
-        let Piece { id, form, masked, .. } = *piece;
-        let pin = self.attacher.attach(&Attach { id, form, source: &top, scan: &scan, masked }).map_err(|e| {
+    fn attach_now(&self, target: &AttachTarget, scan: &Arc<Scan>, repository: &Repository, since: Instant) -> Tried {
+        let AttachTarget { id, masked, is_lowest, scan_key: ScanKey { digest, .. } } = target;
+        let (id, masked, is_lowest) = (*id, *masked, *is_lowest);
+        let top = repository.layer_since(digest, since)?;
+        let pin = self.attacher.attach(&Attach { id, source: &top, scan, masked, is_lowest }).map_err(|e| {
             // Gone while we were at it?
             // Or another thread hangs in it, and keeps this one from attaching.
             let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::EAGAIN;
-            METRICS.attached(form.as_str(), "failed");
-            if of_repository || repository.top(&piece.subject).is_err() {
+            METRICS.attached("failed");
+            if of_repository || repository.layer(digest).is_err() {
                 Trouble::Missing(repository.unreadable(e))
             } else {
                 Trouble::Own(Error::System(e))
             }
         })?;
         if pin.fresh {
-            METRICS.attached(form.as_str(), "attached");
+            METRICS.attached("attached");
         }
-        if pin.fresh && piece.subject.extent != Extent::Layer {
-            repository.notice_owners(&describe(&piece.subject), &top);
+        if pin.fresh && is_lowest {
+            repository.notice_owners(digest, &top);
         }
-        Ok(Attached { pin, scan, masked })
+        Ok(Attached { pin, scan: Arc::clone(scan), masked })
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
@@ -419,10 +421,10 @@ impl Sources {
 }
 
 impl Looking {
-    pub fn walk(
+    fn walk(
         self,
         sources: &Sources,
-        subject: &Subject,
+        scan_key: &ScanKey,
         repository: &Arc<Repository>,
         limits: Limits,
         turn: Turn,
@@ -431,7 +433,7 @@ impl Looking {
             Self::Known(scan) => Walking::Known(scan),
             Self::Asked(asked) => {
                 let top = asked.and_then(|asked| asked.wait(limits.all)).and_then(|top| top);
-                Walking::Begun(top.and_then(|top| sources.scans.start(subject, repository, top, turn)))
+                Walking::Begun(top.and_then(|top| sources.scans.start(scan_key, repository, top, turn)))
             }
         }
     }
@@ -447,8 +449,9 @@ impl Walking {
 }
 
 impl Wanted<'_> {
-    fn piece(&self, masked: bool) -> Piece {
-        Piece { id: self.snapshot.id, form: Form::Layer, subject: self.subject.clone(), flat: None, masked }
+    fn target(&self, masked: bool) -> AttachTarget {
+        let is_lowest = self.snapshot.parent.is_none();
+        AttachTarget { id: self.snapshot.id, scan_key: self.scan_key.clone(), masked, is_lowest }
     }
 }
 
@@ -458,7 +461,8 @@ fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Sc
         None => Lower::Local(snapshot.id),
         Some(layer) => {
             let known = scans.next().flatten().map(|(scan, edition)| (attach::skeletons(scan), edition));
-            let ((mask, hides), edition) = known.unwrap_or_default();
+            let ((mask, deletes), edition) = known.unwrap_or_default();
+            let hides = deletes && snapshot.parent.is_some();
             Lower::Remote { id: snapshot.id, edition, digest: layer.digest.clone(), mask, hides }
         }
     };
@@ -471,41 +475,10 @@ fn masked(chain: &[Snapshot], lowers: &[Lower]) -> Vec<bool> {
     remote.map(|(_, shown)| shown == Shown::Masked).collect()
 }
 
-pub fn layer_subject(snapshot: &Snapshot, layer: &Layer, repository: &Repository) -> Subject {
-    let extent = if snapshot.parent.is_none() { Extent::Bottom } else { Extent::Layer };
-    Subject { extent, digest: layer.digest.clone(), repository: repository.name().to_owned() }
+fn scan_key(layer: &Layer, repository: &Repository) -> ScanKey {
+    ScanKey { digest: layer.digest.clone(), repository: repository.name().to_owned() }
 }
 
-pub fn unavailable(layer: &Layer, why: Missing) -> Error {
+fn unavailable(layer: &Layer, why: Missing) -> Error {
     Error::LayerUnavailable { digest: layer.digest.clone(), repository: layer.repository.clone(), why }
-}
-
-fn describe(subject: &Subject) -> String {
-    match subject.extent {
-        Extent::Layer | Extent::Bottom => format!("layer {}", subject.digest),
-        Extent::Flat => format!("root file system {}", subject.digest),
-    }
-}
-
-/// With what the publisher of a whole root added and changed.
-fn repaired(scan: &Scan, flat: &Flat, repository: &Repository) -> std::result::Result<Scan, Missing> {
-    let mut scan = scan.clone();
-    let split = |path: &Path| {
-        (path.parent().unwrap_or(Path::new("")).to_owned(), path.file_name().unwrap_or_default().to_owned())
-    };
-    for path in &flat.hidden {
-        let (above, name) = split(path);
-        scan.directory(&above).hidden.push(name);
-    }
-    for (path, layer) in &flat.repaired {
-        // It was no link when this was decided, and may be one now.
-        let (own, file_type) = repository.in_layer(layer, path)?;
-        if file_type == FileType::Directory {
-            scan.directory(path).like = Some(own);
-        } else {
-            let (above, name) = split(path);
-            scan.directory(&above).copies.push((name, own));
-        }
-    }
-    Ok(scan)
 }

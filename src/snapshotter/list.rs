@@ -127,7 +127,7 @@ mod tests {
     use crate::snapshotter::{Wanted, Ways};
     use crate::store::Store;
     use crate::sys::Host;
-    use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, RootfsMode, Timestamp};
+    use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Timestamp};
 
     struct Node {
         s: Snapshotter,
@@ -140,7 +140,7 @@ mod tests {
             let store = Store::open(&dir.path().join("metadata.redb"), None).unwrap();
             let repository =
                 Repository::new("r".into(), dir.path().join("cvmfs"), Duration::from_secs(1), Arc::new(Host));
-            let ways = Ways { attach: Mode::Symlink, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
+            let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };
             let s = Snapshotter::new(store, vec![repository], Arc::new(Host), dir.path(), ways).unwrap();
             Self { s, _dir: dir }
         }

@@ -45,8 +45,8 @@ impl Snapshotter {
                     return;
                 };
                 needed.add(&layer.digest);
-            })?;
-            tx.for_each_flat(|flat| needed.add(&flat.config)).map_err(Error::from)
+            })
+            .map_err(Error::from)
         })?;
         let mut others = Vec::new();
         self.sys.for_each_entry(self.places.all(), &mut |name, _| {

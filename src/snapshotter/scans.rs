@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use super::{Error, Result};
 use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
-use crate::repository::scan::{self, Progress, Scan, Subject};
+use crate::repository::scan::{self, Progress, Scan, ScanKey};
 use crate::repository::{Missing, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
@@ -26,7 +26,7 @@ pub struct Scans {
 }
 
 /// A walk hangs with the mount it is on: one of the next mount is another.
-type Key = (Subject, u64);
+type Key = (ScanKey, u64);
 
 struct Shared {
     store: Arc<Store>,
@@ -56,19 +56,19 @@ impl Scans {
     }
 
     /// What is known already. Asks the store only.
-    pub fn known(&self, subject: &Subject) -> Result<Option<Arc<Scan>>> {
-        self.shared.known(subject)
+    pub fn known(&self, scan_key: &ScanKey) -> Result<Option<Arc<Scan>>> {
+        self.shared.known(scan_key)
     }
 
     /// Begins a walk of `top`, unless there is one. One that somebody waits for is `Next`.
     pub fn start(
         &self,
-        subject: &Subject,
+        scan_key: &ScanKey,
         repository: &Arc<Repository>,
         top: PathBuf,
         turn: Turn,
     ) -> std::result::Result<Pending, Missing> {
-        let key = (subject.clone(), repository.mount_number());
+        let key = (scan_key.clone(), repository.mount_number());
         let (walk, is_new) = {
             let mut under_way = self.shared.under_way.lock();
             let is_new = !under_way.contains_key(&key);
@@ -118,25 +118,25 @@ impl Pending {
 }
 
 impl Shared {
-    fn known(&self, subject: &Subject) -> Result<Option<Arc<Scan>>> {
-        self.store.read(|tx| Ok(tx.scan(subject).map_err(Error::from)?.map(Arc::new)))
+    fn known(&self, scan_key: &ScanKey) -> Result<Option<Arc<Scan>>> {
+        self.store.read(|tx| Ok(tx.scan(scan_key).map_err(Error::from)?.map(Arc::new)))
     }
 
     fn walk(&self, key: &Key, walk: &Walk, repository: &Repository, top: &Path) {
         if walk.begun.swap(true, Ordering::SeqCst) {
             return;
         }
-        let subject = &key.0;
+        let scan_key = &key.0;
         // Finished between the question of who wants it and this job.
-        if let Ok(Some(known)) = self.known(subject) {
+        if let Ok(Some(known)) = self.known(scan_key) {
             self.finish(key, walk, Ok(known));
             return;
         }
         let since = Instant::now();
-        let result = match scan::scan(self.sys.as_ref(), top, subject.extent, &walk.progress) {
+        let result = match scan::scan(self.sys.as_ref(), top, &walk.progress) {
             Ok(found) => {
-                if let Err(e) = self.store.write(|tx| tx.put_scan(subject, &found).map_err(Error::from)) {
-                    log::warn!("{} will be looked through again: {e}", subject.digest);
+                if let Err(e) = self.store.write(|tx| tx.put_scan(scan_key, &found).map_err(Error::from)) {
+                    log::warn!("{} will be looked through again: {e}", scan_key.digest);
                 }
                 Ok(Arc::new(found))
             }
@@ -145,7 +145,7 @@ impl Shared {
         };
         METRICS.scanned(if result.is_ok() { "done" } else { "failed" }, since);
         if let Err(why) = &result {
-            log::debug!("{} will be looked through when it is needed: {why}", subject.digest);
+            log::debug!("{} will be looked through when it is needed: {why}", scan_key.digest);
         }
         self.finish(key, walk, result);
     }

@@ -12,9 +12,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::faults::{Fault, Steps};
-use crate::overlay::Form;
 use crate::repository::lane::Turn;
-use crate::repository::scan::{Extent, Subject};
+use crate::repository::scan::ScanKey;
 use crate::sys::Host;
 use crate::sys::failing::Failing;
 use crate::types::LABEL_IMAGE_REF;
@@ -95,7 +94,7 @@ impl Place {
             Repository::new(name.into(), self.dir.path().join(dir), timeout, Arc::clone(&sys))
         };
         let repositories = repositories.iter().map(repository).collect();
-        let ways = Ways { attach: self.mode, rootfs: RootfsMode::Auto, overlay_options: Vec::new() };
+        let ways = Ways { attach: self.mode, overlay_options: Vec::new() };
         Snapshotter::new(store, repositories, sys, &self.snapshots(), ways).unwrap()
     }
 
@@ -160,11 +159,11 @@ pub fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
 /// The number of directories with markers in layer `n`.
 fn look_through(s: &Snapshotter, place: &Place, n: u8) -> usize {
     let repository = &s.sources.repositories[0];
-    let subject = Subject { extent: Extent::Layer, digest: digest(n), repository: repository.name().to_owned() };
+    let scan_key = ScanKey { digest: digest(n), repository: repository.name().to_owned() };
     let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let found = match s.sources.scans.known(&subject).unwrap() {
+    let found = match s.sources.scans.known(&scan_key).unwrap() {
         Some(known) => known,
-        None => s.sources.scans.start(&subject, repository, place.layer(n), Turn::Next).unwrap().wait(soon).unwrap(),
+        None => s.sources.scans.start(&scan_key, repository, place.layer(n), Turn::Next).unwrap().wait(soon).unwrap(),
     };
     found.directories.len()
 }
@@ -194,36 +193,10 @@ pub fn remove_all(place: &Place, s: &Snapshotter) {
     assert_eq!((place.on_disk(), place.mounts()), (Vec::<String>::new(), 0));
 }
 
-/// Publishes the image of both layers whole: what its manifest says, and its root.
-pub fn publish_flat(place: &Place) {
-    let cvmfs = place.dir.path().join("cvmfs");
-    let metadata = cvmfs.join(".metadata/example.org/image:1");
-    fs::create_dir_all(&metadata).unwrap();
-    let [one, two, config] = [1, 2, 9].map(|n| digest(n).as_str().to_owned());
-    let manifest =
-        format!(r#"{{"Config":{{"Digest":"{config}"}},"Layers":[{{"Digest":"{one}"}},{{"Digest":"{two}"}}]}}"#);
-    fs::write(metadata.join("manifest.json"), manifest).unwrap();
-    let top = cvmfs.join(".flat/09").join(digest(9).hex());
-    for file in [".cvmfscatalog", "dir/new", "dir/.cvmfscatalog", "environment"] {
-        fs::create_dir_all(top.join(file).parent().unwrap()).unwrap();
-        fs::write(top.join(file), "").unwrap();
-    }
-}
-
 /// The lower directories of the only mount.
 pub fn lower(mounts: &[Mount]) -> Vec<&Path> {
     let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
     lower.split(':').map(Path::new).collect()
-}
-
-/// As `check_files`, where the whole root is the only lower directory.
-pub fn check_flat(mounts: &[Mount]) {
-    let [mask, flat] = lower(mounts)[..] else { panic!("{mounts:?}") };
-    for hidden in [".cvmfscatalog", "dir/.cvmfscatalog", "environment"] {
-        assert!(flat.join(hidden).exists());
-        assert_eq!(fs::symlink_metadata(mask.join(hidden)).unwrap().mode() & 0o170_000, 0o020_000);
-    }
-    assert!(flat.join("dir/new").exists());
 }
 
 /// The lower directories hold what they should: a layer whose attachment was cut short
@@ -310,50 +283,39 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     assert_eq!(look_through(&s, &place, 2), 2);
 }
 
-/// The first container need not wait: what it stands on was decided and looked through.
 #[test]
-fn root_a_pull_does_ahead_what_the_first_container_needs() {
-    for (form, extents) in [(Form::Layer, ["bottom", "layer"].as_slice()), (Form::Flat, &["flat"])] {
-        let place = Place::new(Mode::Symlink);
-        if form == Form::Flat {
-            publish_flat(&place);
-        }
-        let s = place.restart();
-        let chain = pull(&s, 1, "");
-        pull(&s, 2, &chain);
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while scanned(&s) != extents {
-            assert!(std::time::Instant::now() < until, "{form:?}: {:?}", scanned(&s));
-            std::thread::yield_now();
-        }
-        assert_eq!(place.on_disk(), Vec::<String>::new(), "nothing is attached for it");
+fn root_the_layers_of_a_pull_are_scanned_before_a_container_needs_them() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.restart();
+    let chain = pull(&s, 1, "");
+    pull(&s, 2, &chain);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while scans(&s) != 2 {
+        assert!(std::time::Instant::now() < until, "{} layers were scanned", scans(&s));
+        std::thread::yield_now();
     }
+    assert_eq!(place.on_disk(), Vec::<String>::new(), "nothing is attached for it");
 }
 
-/// The extents of what was looked through, in order.
-fn scanned(s: &Snapshotter) -> Vec<String> {
-    let all = s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap();
-    let mut extents: Vec<String> = all.iter().map(|key| key.split(' ').next().unwrap().to_owned()).collect();
-    extents.sort();
-    extents
+/// How many scans are stored.
+fn scans(s: &Snapshotter) -> usize {
+    s.store.read(|tx| tx.scans_of_nobody(|_| false).map_err(Error::from)).unwrap().len()
 }
 
 #[test]
 fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
     let place = Place::new(Mode::Symlink);
-    publish_flat(&place);
     let s = place.restart();
     let chain = pull(&s, 1, "");
     let top = pull(&s, 2, &chain);
     s.view(wanted("view", &top, &[])).unwrap();
-    look_through(&s, &place, 2);
     s.remove(&key("view")).unwrap();
     drop(s);
     let s = place.restart();
-    assert_eq!(scanned(&s), ["flat", "layer"]);
+    assert_eq!(scans(&s), 2);
     remove_all(&place, &s);
     drop(s);
-    assert_eq!(scanned(&place.restart()), Vec::<String>::new());
+    assert_eq!(scans(&place.restart()), 0);
 }
 
 /// Layers were attached for a snapshot that was gone by then, and nobody took them away.

@@ -10,7 +10,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::proto::admin::snapshot::{Below, Kind};
+use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::table::{age, size, table};
 use crate::types::Timestamp;
@@ -47,8 +47,6 @@ pub struct Image {
     pub layers: usize,
     pub published: usize,
     pub source: Source,
-    /// "flat" or "layers", once a container needed it.
-    pub below: Option<&'static str>,
     /// Why no container can start on it.
     pub broken: Option<String>,
     /// The repository of what that is about; none, if it was downloaded.
@@ -137,7 +135,6 @@ impl Report {
                 "layers": one.layers,
                 "published": one.published,
                 "source": one.source.as_str(),
-                "below": one.below,
                 "broken": one.broken,
                 "used_by": one.users,
                 "bytes": one.bytes,
@@ -153,7 +150,6 @@ impl Report {
                 "started": daemon.started / NANOS,
                 "snapshots": daemon.snapshots,
                 "attach": daemon.attach,
-                "rootfs": daemon.rootfs,
             },
             "repositories": repositories.collect::<Vec<Value>>(),
             "images": images.collect::<Vec<Value>>(),
@@ -226,7 +222,7 @@ impl Report {
     }
 
     fn image_rows(&self) -> Vec<Vec<String>> {
-        let head = ["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "STANDS ON", "USED BY", "ON DISK", "AGE"];
+        let head = ["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "USED BY", "ON DISK", "AGE"];
         let row = |one: &Image| {
             let source = if one.broken.is_some() { "broken" } else { one.source.as_str() };
             vec![
@@ -234,7 +230,6 @@ impl Report {
                 one.layers.to_string(),
                 one.published.to_string(),
                 source.to_owned(),
-                one.below.unwrap_or("-").to_owned(),
                 one.users.len().to_string(),
                 size(one.bytes),
                 self.since(one.created),
@@ -272,14 +267,7 @@ fn image(
         chain.push(parent);
     }
     let published = chain.iter().filter(|one| !one.digest.is_empty()).count();
-    let below = match top.below.enum_value_or_default() {
-        Below::UNDECIDED => None,
-        Below::LAYERS => Some("layers"),
-        Below::FLAT => Some("flat"),
-    };
-    let of_layers = chain.iter().find(|one| !one.trouble.is_empty());
-    // The whole root, where there is one, does without the layers, and they without it.
-    let broken = if below == Some("flat") && top.flat_trouble.is_empty() { None } else { of_layers };
+    let broken = chain.iter().find(|one| !one.trouble.is_empty());
     let mut keys = users.iter().map(String::as_str).chain(chain.iter().map(|one| one.key.as_str()));
     let namespace = keys.find_map(namespace_of).map(str::to_owned);
     Image {
@@ -292,7 +280,6 @@ fn image(
             all if all == chain.len() => Source::Lazy,
             _ => Source::Mixed,
         },
-        below,
         broken: broken.map(|one| one.trouble.clone()),
         broken_in: broken.and_then(|one| none_if_empty(&one.repository)).map(str::to_owned),
         namespace,
@@ -376,18 +363,11 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_broken_only_if_neither_its_root_nor_its_layers_can_be_had() {
-        let image = |below, trouble: &str, flat_trouble: &str| {
-            let mut below_it = snapshot(1, "base", "", Kind::COMMITTED, "sha256:1");
-            below_it.trouble = trouble.to_owned();
-            let mut top = snapshot(2, "top", "base", Kind::COMMITTED, "sha256:2");
-            (top.below, top.flat_trouble) = (EnumOrUnknown::new(below), flat_trouble.to_owned());
-            report(&[below_it, top]).images[0].broken.clone()
-        };
-        assert_eq!(image(Below::LAYERS, "", ""), None);
-        assert_eq!(image(Below::LAYERS, "gone", ""), Some("gone".to_owned()));
-        assert_eq!(image(Below::FLAT, "gone", ""), None);
-        assert_eq!(image(Below::FLAT, "", "gone"), None);
-        assert_eq!(image(Below::FLAT, "gone", "gone"), Some("gone".to_owned()));
+    fn an_image_is_broken_if_a_layer_of_it_cannot_be_had() {
+        let mut base = snapshot(1, "base", "", Kind::COMMITTED, "sha256:1");
+        let top = snapshot(2, "top", "base", Kind::COMMITTED, "sha256:2");
+        assert_eq!(report(&[base.clone(), top.clone()]).images[0].broken, None);
+        base.trouble = "gone".to_owned();
+        assert_eq!(report(&[base, top]).images[0].broken, Some("gone".to_owned()));
     }
 }

@@ -10,11 +10,10 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use super::{Error, Result};
 use crate::proto::record::{
-    LayerScan, RemoteLayer, Repaired, RootfsChoice, ScannedDirectory, SnapshotRecord, Usage as UsageRecord,
-    snapshot_record::Kind as KindRecord,
+    LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord, snapshot_record::Kind as KindRecord,
 };
-use crate::repository::scan::{Directory, RULES, Scan};
-use crate::types::{Digest, Flat, Key, Kind, Layer, Rootfs, Snapshot, SnapshotId, Timestamp, Usage};
+use crate::repository::scan::{Directory, SCAN_FORMAT_VERSION, Scan};
+use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// Encoding into memory cannot fail: no field of ours is required.
 pub fn encode(message: &impl Message) -> Vec<u8> {
@@ -103,43 +102,6 @@ fn to_path(bytes: Vec<u8>) -> Option<PathBuf> {
     (names.as_os_str() == path.as_os_str() && !path.as_os_str().as_bytes().contains(&0)).then_some(path)
 }
 
-pub fn encode_rootfs(rootfs: &Rootfs) -> Vec<u8> {
-    encode(&match rootfs {
-        Rootfs::Layers => RootfsChoice::default(),
-        Rootfs::Flat(flat) => RootfsChoice {
-            config: flat.config.as_str().to_owned(),
-            repository: flat.repository.clone(),
-            hidden: flat.hidden.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect(),
-            repaired: flat
-                .repaired
-                .iter()
-                .map(|(path, layer)| Repaired {
-                    path: path.as_os_str().as_bytes().to_vec(),
-                    layer: layer.as_str().to_owned(),
-                    ..Repaired::default()
-                })
-                .collect(),
-            ..RootfsChoice::default()
-        },
-    })
-}
-
-pub fn decode_rootfs(id: SnapshotId, bytes: &[u8]) -> Result<Rootfs> {
-    let damaged = || Error::BadRow { table: "rootfs", key: id.to_string() };
-    let record = RootfsChoice::parse_from_bytes(bytes).map_err(|_| damaged())?;
-    if record.config.is_empty() {
-        return Ok(Rootfs::Layers);
-    }
-    let config = Digest::parse(&record.config).map_err(|_| damaged())?;
-    let repaired = record.repaired.into_iter().map(|one| Some((to_path(one.path)?, Digest::parse(&one.layer).ok()?)));
-    Ok(Rootfs::Flat(Flat {
-        config,
-        repository: record.repository,
-        hidden: record.hidden.into_iter().map(to_path).collect::<Option<_>>().ok_or_else(damaged)?,
-        repaired: repaired.collect::<Option<_>>().ok_or_else(damaged)?,
-    }))
-}
-
 pub fn encode_scan(scan: &Scan) -> Vec<u8> {
     let directories = scan.directories.iter().map(|d| ScannedDirectory {
         path: d.path.as_os_str().as_bytes().to_vec(),
@@ -148,14 +110,14 @@ pub fn encode_scan(scan: &Scan) -> Vec<u8> {
         hidden: to_bytes(&d.hidden),
         ..ScannedDirectory::default()
     });
-    encode(&LayerScan { directories: directories.collect(), rules: RULES, ..LayerScan::default() })
+    encode(&LayerScan { directories: directories.collect(), rules: SCAN_FORMAT_VERSION, ..LayerScan::default() })
 }
 
 /// None: made by other rules than today's.
 pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
     let damaged = || Error::BadRow { table: "scans", key: key.to_owned() };
     let record = LayerScan::parse_from_bytes(bytes).map_err(|_| damaged())?;
-    if record.rules != RULES {
+    if record.rules != SCAN_FORMAT_VERSION {
         return Ok(None);
     }
     let directories = record.directories.into_iter().map(|d| {
@@ -164,7 +126,6 @@ pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
             deleted: to_names(d.deleted)?,
             opaque: d.opaque,
             hidden: to_names(d.hidden)?,
-            ..Directory::default()
         })
     });
     let directories = directories.collect::<Option<_>>().ok_or_else(damaged)?;

@@ -10,8 +10,8 @@ use std::path::Path;
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, Value, WriteTransaction};
 
 use super::{Error, Result, record};
-use crate::repository::scan::{Extent, Scan, Subject};
-use crate::types::{Flat, Key, Kind, LABEL_SNAPSHOT_REF, Rootfs, Snapshot, SnapshotId};
+use crate::repository::scan::{Scan, ScanKey};
+use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Snapshot, SnapshotId};
 
 /// Counters and the schema version, by name.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -26,10 +26,8 @@ pub(super) const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefiniti
 /// Ids that may have something on disk that nothing needs any more, and whether a cleanup
 /// has begun with them.
 pub(super) const CLEANUP: TableDefinition<u64, bool> = TableDefinition::new("cleanup");
-/// `<extent> <digest> <repository>` to `LayerScan`.
+/// `<digest> <repository>` to `LayerScan`.
 pub(super) const SCANS: TableDefinition<&str, &[u8]> = TableDefinition::new("scans");
-/// Id of the uppermost snapshot of a chain to `RootfsChoice`.
-pub(super) const ROOTFS: TableDefinition<u64, &[u8]> = TableDefinition::new("rootfs");
 
 /// A read transaction.
 pub struct Read<'s> {
@@ -218,9 +216,9 @@ pub trait Lookup {
         Ok(row.is_some())
     }
 
-    fn scan(&self, subject: &Subject) -> Result<Option<Scan>> {
+    fn scan(&self, key: &ScanKey) -> Result<Option<Scan>> {
         let scans = self.table(SCANS)?;
-        let key = scan_key(subject);
+        let key = scan_row(key);
         let row = scans.get(key.as_str()).map_err(|e| self.error(e))?;
         row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
     }
@@ -230,29 +228,11 @@ pub trait Lookup {
         let mut keys = Vec::new();
         for row in self.table(SCANS)?.iter().map_err(|e| self.error(e))? {
             let (key, _) = row.map_err(|e| self.error(e))?;
-            if !key.value().split(' ').nth(1).is_some_and(&is_needed) {
+            if !key.value().split(' ').next().is_some_and(&is_needed) {
                 keys.push(key.value().to_owned());
             }
         }
         Ok(keys)
-    }
-
-    /// Calls `each` for every whole root file system that was decided for.
-    fn for_each_flat(&self, mut each: impl FnMut(Flat)) -> Result<()> {
-        for row in self.table(ROOTFS)?.iter().map_err(|e| self.error(e))? {
-            let (id, value) = row.map_err(|e| self.error(e))?;
-            if let Rootfs::Flat(flat) = record::decode_rootfs(SnapshotId(id.value()), value.value())? {
-                each(flat);
-            }
-        }
-        Ok(())
-    }
-
-    /// What was decided for the chain below and with snapshot `id`.
-    fn rootfs(&self, id: SnapshotId) -> Result<Option<Rootfs>> {
-        let table = self.table(ROOTFS)?;
-        let row = table.get(id.0).map_err(|e| self.error(e))?;
-        row.map(|row| record::decode_rootfs(id, row.value())).transpose()
     }
 }
 
@@ -313,9 +293,6 @@ impl<'s> Write<'s> {
         self.open(SNAPSHOTS)?.remove(snapshot.key.as_str()).map_err(|e| self.error(e))?;
         self.unindex(snapshot)?;
         self.open(IDS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
-        if snapshot.layer.is_some() {
-            self.open(ROOTFS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
-        }
         self.count_child(snapshot, -1)
     }
 
@@ -417,9 +394,9 @@ impl<'s> Write<'s> {
         Ok(())
     }
 
-    pub fn put_scan(&self, subject: &Subject, scan: &Scan) -> Result<()> {
+    pub fn put_scan(&self, key: &ScanKey, scan: &Scan) -> Result<()> {
         let record = record::encode_scan(scan);
-        self.open(SCANS)?.insert(scan_key(subject).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
+        self.open(SCANS)?.insert(scan_row(key).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
         Ok(())
     }
 
@@ -430,21 +407,10 @@ impl<'s> Write<'s> {
         }
         Ok(())
     }
-
-    pub fn put_rootfs(&self, id: SnapshotId, rootfs: &Rootfs) -> Result<()> {
-        let record = record::encode_rootfs(rootfs);
-        self.open(ROOTFS)?.insert(id.0, record.as_slice()).map_err(|e| self.error(e))?;
-        Ok(())
-    }
 }
 
-fn scan_key(subject: &Subject) -> String {
-    let extent = match subject.extent {
-        Extent::Layer => "layer",
-        Extent::Bottom => "bottom",
-        Extent::Flat => "flat",
-    };
-    format!("{extent} {} {}", subject.digest, subject.repository)
+fn scan_row(key: &ScanKey) -> String {
+    format!("{} {}", key.digest, key.repository)
 }
 
 fn index_row(snapshot: &Snapshot) -> Option<(&str, &str, &str)> {

@@ -62,7 +62,6 @@ fn root_status_tells_where_images_come_from_and_who_uses_them() {
     });
     let now = status(&stage);
     assert_eq!(image(&now, &lazy)["used_by"].as_array().map(Vec::len), Some(1));
-    assert_eq!(image(&now, &lazy)["below"], "layers");
     assert_eq!(json(stage.snapshotter.admin(&["status", "--json", "--quick"]))["containers"][0]["bytes"], Value::Null);
 
     // What a layer is withdrawn from is broken, and only that.
@@ -196,7 +195,7 @@ fn root_metrics_count_what_happens_and_prometheus_likes_them() {
         ("layers_published_total{repository=\"scene.test\"}", 3),
         ("layers_downloaded_total{reason=\"not_published\"}", 3),
         ("layers_downloaded_total{reason=\"no_digest\"}", 0),
-        ("attachments_total{form=\"layer\",result=\"attached\"}", 3),
+        ("attachments_total{result=\"attached\"}", 3),
         ("call_duration_seconds_count{method=\"Prepare\",code=\"ALREADY_EXISTS\"}", 3),
         ("repository_up{repository=\"scene.test\"}", 1),
         ("repository_outages_total{repository=\"scene.test\"}", 0),

@@ -185,12 +185,12 @@ fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configurat
 
     let config = stage.sandbox.path("s/config.toml");
     let good = fs::read_to_string(&config).expect("the configuration can be read");
-    fs::write(&config, format!("{good}version = 2\nrootsf = \"flat\"\n")).expect("the configuration can be written");
+    fs::write(&config, format!("{good}version = 2\nattahc = \"bind\"\n")).expect("the configuration can be written");
     assert_finds(&stage, "config.in-use", "warning", "restart");
     assert_finds(&stage, "config.file", "warning", "version|/etc/containerd/config.toml");
-    assert_finds(&stage, "config.file", "warning", "rootsf|spelling");
-    fs::write(&config, format!("{good}rootfs = 3\n")).expect("the configuration can be written");
-    assert_finds(&stage, "config.file", "problem", "rootfs = 3 is not possible");
+    assert_finds(&stage, "config.file", "warning", "attahc|spelling");
+    fs::write(&config, format!("{good}attach = 3\n")).expect("the configuration can be written");
+    assert_finds(&stage, "config.file", "problem", "attach = 3 is not possible");
     fs::write(&config, &good).expect("the configuration can be written");
 
     stage.repository.with_client(Mount::kill);

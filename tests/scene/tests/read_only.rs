@@ -43,14 +43,11 @@ fn root_nothing_in_the_repository_is_opened_for_writing() {
             });
             text += &fs::read_to_string(&trace).expect("there is a trace");
         };
-        // Layers with a marker, a whole root, one that is not published.
+        // Layers with a marker, and one that is not published.
         let image = stage.shell_image("layers:1", "x");
         let reference = stage.publish_and_push(&image);
-        let flat = stage.shell_image("flat:1", "y");
-        let flat_reference = stage.publish_and_push(&flat);
-        stage.repository.publish_flat(&flat, &flat_reference, &[]);
         let local = stage.registry.push(&stage.shell_image("local:1", "z"));
-        let all = [&reference, &flat_reference, &local];
+        let all = [&reference, &local];
         life(&mut stage, 1, Signal::SIGKILL, &|stage| {
             for reference in all {
                 stage.ours.pull(reference);

@@ -548,18 +548,18 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     assert!(diagnosis(&machine, "daemon.unit").0.contains("/opt/go/cvmfs_snapshotter"));
     fs::remove_file(machine.path("/etc/systemd/system/cvmfs-snapshotter.service")).expect("it can be removed");
 
-    configure(&machine.path("/"), "rootfs = 3");
+    configure(&machine.path("/"), "attach = 3");
     machine.run(&["systemctl", "daemon-reload"]).ok();
     machine.run(&["systemctl", "stop", "cvmfs-snapshotter.socket", SERVICE]).ok();
     assert!(!machine.run(&["systemctl", "start", SERVICE]).status.success());
     let (said, code) = diagnosis(&machine, "daemon.running");
-    assert!(said.contains("Its last words: ") && said.contains("rootfs = 3 is not possible"), "{said}");
+    assert!(said.contains("Its last words: ") && said.contains("attach = 3 is not possible"), "{said}");
     assert_eq!(code, Some(2));
     // A question at the socket would have started it, until systemd had given up the socket as well.
     machine.run(&["systemctl", "restart", "cvmfs-snapshotter.socket"]).ok();
     diagnosis(&machine, "daemon.running");
     assert_eq!(machine.property("cvmfs-snapshotter.socket", "ActiveState"), "active", "it changes nothing");
-    assert!(diagnosis(&machine, "config.file").0.contains("rootfs = 3 is not possible"));
+    assert!(diagnosis(&machine, "config.file").0.contains("attach = 3 is not possible"));
 
     // The file that the unit names counts, although nobody can be asked.
     machine.write("/etc/other.toml", "workers = 0\n");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{digest, options, refused};
+use scene::alone::{digest, refused};
 use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
@@ -16,44 +16,6 @@ use scene::stage::names;
 
 /// Long enough that a busy machine does not reach it by itself.
 const TIMEOUT: Duration = Duration::from_secs(4);
-
-/// The root is only in one repository, which hangs; the layers are in the other one as well.
-#[test]
-fn root_layers_of_another_repository_stand_in_for_a_root_that_does_not_answer() {
-    let sandbox = Sandbox::enter("stand-in");
-    let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));
-    let builder = scene::image::Builder::new(&sandbox.path("images"));
-    let layer = |name: &str| {
-        builder.layer(|l| {
-            l.file(format!("dir/{name}"), name);
-        })
-    };
-    let image = builder.image("a:1", &[layer("1"), layer("2")], &[]);
-    for repository in [&one, &two] {
-        repository.publish(&image);
-    }
-    one.publish_flat(&image, "example.org/a:1", &[]);
-    let more = format!("repositories = [\"{}\"]\nrepository-timeout = 4", two.dir().display());
-    let snapshotter = Snapshotter::start(&sandbox.path("s"), one.dir(), &more);
-    let c = snapshotter.client();
-    let parent = c.pull_image(&image, "example.org/a:1");
-    let lower = |key: &str| {
-        let mounts = c.prepare(key, &parent, &[]).expect("a container starts");
-        options(&mounts).iter().find(|o| o.starts_with("lowerdir=")).expect("an overlay").clone()
-    };
-    assert!(lower("a").contains("/flat"));
-    one.with_client(|mount| mount.signal(Signal::SIGSTOP));
-    assert!(!lower("b").contains("/flat"));
-    let mounted = Mounted::new(&c.mounts("b").expect("it is there"), &sandbox.path("mnt")).expect("an overlay");
-    assert_eq!(names(&mounted.path().join("dir")), ["1", "2"]);
-    drop(mounted);
-    one.with_client(|mount| mount.signal(Signal::SIGCONT));
-    let mut n = 0;
-    eventually("the root is used again", || {
-        n += 1;
-        lower(&format!("again-{n}")).contains("/flat")
-    });
-}
 
 #[test]
 fn root_several_repositories_are_asked_in_order_and_stand_in_for_each_other() {

@@ -19,8 +19,7 @@ pub struct Pushed {
     text: String,
 }
 
-/// Images on common layers; of each the first `published` layers are in the repository, and of
-/// those that are called "flat…" the whole root file system as well.
+/// Images on common layers; of each the first `published` layers are in the repository.
 pub fn push_images(stage: &Stage, names: &[(&str, usize)]) -> Vec<Pushed> {
     let base = stage.base_layer();
     let mut layers: Vec<Blob> = Vec::new();
@@ -45,9 +44,6 @@ pub fn push_images(stage: &Stage, names: &[(&str, usize)]) -> Vec<Pushed> {
     stage.repository.publish_layers(&layers);
     let push = |(image, text): (Image, String)| {
         let reference = stage.registry.push(&image);
-        if image.name.starts_with("flat") {
-            stage.repository.publish_flat(&image, &reference, &[]);
-        }
         Pushed { reference, name: image.name, text }
     };
     images.into_iter().map(push).collect()

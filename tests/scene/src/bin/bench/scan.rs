@@ -43,7 +43,7 @@ pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
 }
 
 fn scan(home: &Path, repository: &Path) -> (f64, f64) {
-    let contestant = Contestant::ours(OURS, home, repository, "repository-timeout = 600\nrootfs = \"layers\"");
+    let contestant = Contestant::ours(OURS, home, repository, "repository-timeout = 600");
     let client = contestant.client();
     let chain = pull(&client);
     let (took, result) = seconds(|| client.prepare("container", &chain, &[]));

@@ -22,13 +22,8 @@ const FIRST: usize = 8;
 const LATER: usize = 30;
 const AT_ONCE: usize = 100;
 const REFERENCE: &str = "registry.example.org/bench/start:1";
-/// Ours, as it can be configured. The first is the default of packages, for images without a
-/// published root.
-const WAYS: [(&str, &str); 3] = [
-    ("ours, symlinks", "attach = \"symlink\"\nrootfs = \"layers\""),
-    ("ours, binds", "attach = \"bind\"\nrootfs = \"layers\""),
-    ("ours, whole root", "attach = \"symlink\"\nrootfs = \"flat\""),
-];
+/// Ours, as it can be configured. The first is the default of packages.
+const WAYS: [(&str, &str); 2] = [("ours, symlinks", "attach = \"symlink\""), ("ours, binds", "attach = \"bind\"")];
 
 pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     say.that(&format!("start: making and publishing an image of {LAYERS} layers"));
@@ -36,7 +31,6 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let image = image(&builder);
     let repository = Repository::mounted(&sandbox.path("start-cvmfs"));
     repository.publish(&image);
-    repository.publish_flat(&image, REFERENCE, &[]);
     let dir = |name: &str| sandbox.path(&format!("start-{name}"));
     let mut contestants: Vec<Contestant> = WAYS
         .iter()

@@ -17,7 +17,7 @@ use scene::process::{cache, run};
 use scene::registry::Fetched;
 use scene::sandbox::mounts_below;
 use scene::snapshotter::Snapshotter;
-use scene::stage::{PAUSE, Stage};
+use scene::stage::Stage;
 
 /// Debian packages in a layer.
 const PACKAGES: usize = 8;
@@ -32,53 +32,42 @@ fn main() -> ExitCode {
     let begun = Instant::now();
     let say = |text: &str| println!("[{:5.1} s] {text}", begun.elapsed().as_secs_f64());
 
-    say("starting a registry, three containerd and two cvmfs-snapshotter, all with a place of their own");
-    let stage = Stage::set("demo", "rootfs = \"layers\"");
-    let pause = stage.registry.reference(PAUSE);
-    let auto = Snapshotter::start(&stage.sandbox.path("a"), stage.repository.dir(), "rootfs = \"auto\"");
-    let flat_side = Containerd::with_snapshotter(&stage.sandbox.path("f"), &pause, &auto.socket());
+    say("starting a registry, two containerd and a cvmfs-snapshotter, all with a place of their own");
+    let stage = Stage::set("demo", "");
     let image = build(&stage, &say);
     say("pushing the image to the registry on loopback");
     let reference = stage.registry.push(&image);
-    say("publishing it in a CernVM-FS repository, as DUCC does: layers, manifest, root file system");
+    say("publishing its layers in a CernVM-FS repository, as DUCC does");
     stage.repository.publish(&image);
-    stage.repository.publish_flat(&image, &reference, &["usr", "usr/lib", "usr/share"]);
 
     say("pulling through containerd's overlayfs: every layer is fetched and unpacked");
     let normal = measure(&stage, &stage.normal, &[], &image, &reference);
-    say("pulling through cvmfs-snapshotter, layer upon layer (rootfs = \"layers\"), all caches empty");
+    say("pulling through cvmfs-snapshotter, all caches empty");
     stage.repository.mount_cold();
-    let layers = measure(&stage, &stage.ours, &[&stage.snapshotter], &image, &reference);
-    say("pulling through cvmfs-snapshotter, published root file system (rootfs = \"auto\"), all caches empty");
-    stage.repository.mount_cold();
-    let flat = measure(&stage, &flat_side, &[&auto], &image, &reference);
-    say(&format!("a container answered: {}", flat.answer.trim()));
-    print_table([&normal, &layers, &flat]);
+    let ours = measure(&stage, &stage.ours, &[&stage.snapshotter], &image, &reference);
+    say(&format!("a container answered: {}", ours.answer.trim()));
+    print_table([&normal, &ours]);
     if let Some(file) = std::env::var_os("DEMO_PICTURE") {
-        fs::write(&file, draw([&normal, &layers, &flat], &image)).expect("the picture can be written");
+        fs::write(&file, draw([&normal, &ours], &image)).expect("the picture can be written");
         say(&format!("drew {}", file.display()));
     }
 
     say("comparing the root file systems: type, mode, owner, mtime, links, xattrs, content");
     let mut differences = 0;
-    for (side, form) in [(&stage.ours, "layers"), (&flat_side, "flat")] {
-        for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
-            let comparison = stage.compare_with(side, &image, writable);
-            println!(
-                "          {form}, {name}: {} entries, {} MB of content, {} differences",
-                comparison.entries,
-                comparison.bytes / 1_000_000,
-                comparison.differences.len()
-            );
-            for difference in comparison.differences.iter().take(20) {
-                println!("            {difference}");
-            }
-            differences += comparison.differences.len();
+    for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
+        let comparison = stage.compare(&image, writable);
+        println!(
+            "          {name}: {} entries, {} MB of content, {} differences",
+            comparison.entries,
+            comparison.bytes / 1_000_000,
+            comparison.differences.len()
+        );
+        for difference in comparison.differences.iter().take(20) {
+            println!("            {difference}");
         }
+        differences += comparison.differences.len();
     }
-    let same_answers = normal.answer == layers.answer && normal.answer == flat.answer;
-    let fine = differences == 0 && same_answers && flat.lower < layers.lower;
-    drop((flat_side, auto));
+    let fine = differences == 0 && normal.answer == ours.answer;
     drop(stage);
     say(if fine {
         "done; nothing is left running or mounted"
@@ -210,7 +199,7 @@ fn disk_use(dir: &Path) -> u64 {
     output.split('\t').next().and_then(|bytes| bytes.parse().ok()).expect("du prints a number")
 }
 
-fn draw(sides: [&Measured; 3], image: &Image) -> String {
+fn draw(sides: [&Measured; 2], image: &Image) -> String {
     #[allow(clippy::cast_precision_loss)]
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let size: u64 = image.layers.iter().map(|layer| layer.size).sum();
@@ -226,13 +215,13 @@ fn draw(sides: [&Measured; 3], image: &Image) -> String {
     picture::svg(&title, &groups)
 }
 
-fn print_table(sides: [&Measured; 3]) {
+fn print_table(sides: [&Measured; 2]) {
     #[allow(clippy::cast_precision_loss)]
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    println!("\n  {:36} {:>12} {:>10} {:>10} {:>14}", "", "normal pull", "layers", "flat", "normal / flat");
+    println!("\n  {:36} {:>12} {:>18} {:>14}", "", "normal pull", "cvmfs-snapshotter", "normal / ours");
     let row = |name: &str, digits: usize, of: &dyn Fn(&Measured) -> f64| {
-        let [normal, layers, flat] = sides.map(of);
-        println!("  {name:36} {normal:>12.digits$} {layers:>10.digits$} {flat:>10.digits$} {:>14.1}", normal / flat);
+        let [normal, ours] = sides.map(of);
+        println!("  {name:36} {normal:>12.digits$} {ours:>18.digits$} {:>14.1}", normal / ours);
     };
     row("pull, seconds", 2, &|m| m.pull_seconds);
     row("fetched from the registry, MB", 3, &|m| megabytes(m.fetched.bytes));
@@ -242,8 +231,8 @@ fn print_table(sides: [&Measured; 3]) {
     row("find over the whole root, first, s", 2, &|m| m.find_seconds[0]);
     row("find over the whole root, again, s", 2, &|m| m.find_seconds[1]);
     let count = |name: &str, of: &dyn Fn(&Measured) -> usize| {
-        let [normal, layers, flat] = sides.map(of);
-        println!("  {name:36} {normal:>12} {layers:>10} {flat:>10}");
+        let [normal, ours] = sides.map(of);
+        println!("  {name:36} {normal:>12} {ours:>18}");
     };
     count("lower directories", &|m| m.lower);
     count("mounts while one container runs", &|m| m.mounts);

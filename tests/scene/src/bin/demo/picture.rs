@@ -6,13 +6,13 @@ use std::fmt::Write as _;
 pub struct Group {
     pub name: &'static str,
     pub unit: &'static str,
-    /// Normal pull, layers, flat.
-    pub values: [f64; 3],
+    /// Of each of `SIDES`.
+    pub values: [f64; 2],
 }
 
-const SIDES: [&str; 3] = ["normal pull", "cvmfs-snapshotter, layers", "cvmfs-snapshotter, flat"];
+const SIDES: [&str; 2] = ["normal pull", "cvmfs-snapshotter"];
 /// Of Okabe and Ito: told apart by everybody.
-const COLOURS: [&str; 3] = ["#777777", "#0072b2", "#009e73"];
+const COLOURS: [&str; 2] = ["#777777", "#0072b2"];
 const WIDTH: f64 = 860.0;
 const LEFT: f64 = 210.0;
 const LONGEST: f64 = 520.0;
@@ -22,7 +22,7 @@ const TOP: f64 = 70.0;
 
 pub fn svg(title: &str, groups: &[Group]) -> String {
     #[allow(clippy::cast_precision_loss)]
-    let height = TOP + groups.len() as f64 * (3.0 * BAR + GAP);
+    let height = TOP + groups.len() as f64 * (2.0 * BAR + GAP);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"13\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>\n\
