@@ -1,9 +1,10 @@
 //! Which mounts describe a snapshot. Pure: it names paths, it touches none.
 //!
 //! Every lower directory lies below `<root>/snapshotter/snapshots`, so that containerd can
-//! shorten the option string: mount data is cut at one page. An overlay without an upper
-//! directory always has a local directory among its lower ones, because CernVM-FS reports
-//! a maximum name length of 0, and overlayfs takes the largest of its layers.
+//! shorten the option string: mount data is cut at one page. The uppermost directory of an overlay
+//! is always a local one. It is the top of what a container sees, which is root's, whatever a layer
+//! says of its own top; and an overlay of CernVM-FS alone cannot be used, because its maximum name
+//! length is 0 and overlayfs takes the largest of its layers.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
@@ -129,32 +130,28 @@ pub fn shown(chain: &[Lower]) -> Vec<Shown> {
     chain.iter().map(one).collect()
 }
 
-/// The lower directories of a chain, uppermost first, and whether one of them is local.
+/// The lower directories of a chain, uppermost first, and whether the uppermost is a published one.
 fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
     let mut directories = Vec::new();
-    let mut has_local = false;
-    for (lower, shown) in chain.iter().zip(shown(chain)) {
+    let shown = shown(chain);
+    for (lower, shown) in chain.iter().zip(&shown) {
         let (id, edition, hides) = match lower {
-            Lower::Local(id) => {
-                has_local = true;
-                (*id, Edition::default(), false)
-            }
+            Lower::Local(id) => (*id, Edition::default(), false),
             Lower::Remote { id, edition, hides, .. } => (*id, *edition, *hides),
         };
-        if shown == Shown::Not {
+        if *shown == Shown::Not {
             continue;
         }
-        if shown == Shown::Masked {
+        if *shown == Shown::Masked {
             directories.push(places.mask(id, edition));
-            has_local = true;
         }
         directories.push(places.root(id, edition));
         if hides {
             directories.push(places.hide(id, edition));
-            has_local = true;
         }
     }
-    (directories, has_local)
+    let is_published = matches!((chain.first(), shown.first()), (Some(Lower::Remote { .. }), Some(Shown::Unmasked)));
+    (directories, is_published)
 }
 
 /// The mounts of an active snapshot `id` over `chain`; `options` go to every overlay.
@@ -176,16 +173,14 @@ pub fn active(places: &Places, id: SnapshotId, chain: &[Lower], options: &[Strin
 
 /// The mounts of a view `id` of `chain`.
 pub fn view(places: &Places, id: SnapshotId, chain: &[Lower], options: &[String]) -> Vec<Mount> {
-    let (mut lower, has_local) = lower_directories(places, chain);
+    let (mut lower, is_published) = lower_directories(places, chain);
+    if is_published {
+        lower.insert(0, places.fs(id));
+    }
     match lower.as_slice() {
         [] => bind(&places.fs(id), "ro"),
         [only] => bind(only, "ro"),
-        _ => {
-            if !has_local {
-                lower.push(places.fs(id));
-            }
-            overlay(&[lowerdir(&lower)], options)
-        }
+        _ => overlay(&[lowerdir(&lower)], options),
     }
 }
 
@@ -297,13 +292,15 @@ mod tests {
     }
 
     #[test]
-    fn a_view_always_has_a_local_lower_directory() {
+    fn the_uppermost_directory_of_a_view_is_always_local() {
         let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), chain, &[]));
         let plain = [remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)];
-        assert_eq!(view(&plain), "overlay overlay lowerdir=/s/2/fs:/s/1/fs:/s/9/fs");
-        assert_eq!(view(&plain[..1]), "bind /s/2/fs ro,rbind");
+        assert_eq!(view(&plain), "overlay overlay lowerdir=/s/9/fs:/s/2/fs:/s/1/fs");
+        assert_eq!(view(&plain[..1]), "overlay overlay lowerdir=/s/9/fs:/s/2/fs");
+        assert_eq!(view(&[remote(2, 'b', PLAIN, false), local(1)]), "overlay overlay lowerdir=/s/9/fs:/s/2/fs:/s/1/fs");
         assert_eq!(view(&[remote(2, 'b', TOP, false)]), "overlay overlay lowerdir=/s/2/m:/s/2/fs");
-        // Equal layers leave one directory, which overlayfs alone would refuse.
-        assert_eq!(view(&[remote(2, 'b', PLAIN, false), remote(1, 'b', PLAIN, false)]), "bind /s/2/fs ro,rbind");
+        // Equal layers leave one directory.
+        let equal = [remote(2, 'b', PLAIN, false), remote(1, 'b', PLAIN, false)];
+        assert_eq!(view(&equal), "overlay overlay lowerdir=/s/9/fs:/s/2/fs");
     }
 }
