@@ -1,33 +1,35 @@
-//! Brings what is published under `snapshots/<id>/` and takes it away again.
+//! Brings published layers under `snapshots/<id>/` and takes them away again.
 //!
-//! Attaching is lazy, idempotent and safe from many threads: each snapshot has a slot with a
-//! lock, and whoever is about to use what is attached holds a pin on it until the store
-//! knows. Nothing that somebody was told to mount is exchanged: the same layer from another
-//! source is another edition. Knows directories and mounts, not chains and not containerd. Presence is
-//! completeness: whatever is made is made beside its place and renamed into it. `attach` asks the
-//! repository, so it runs on the repository's threads; `release` never does, not even where
-//! a mount of it hangs.
+//! Attaching is lazy, idempotent and safe from many threads. It has two halves. `survey` asks the
+//! repository, so it runs on one of the repository's threads, and changes nothing but that it may
+//! mount. `attach` works on the local disk only, under the lock of the snapshot. Whoever attaches
+//! holds a pin from before the survey until the store knows the user, and nothing that is pinned is
+//! taken away. Nothing that somebody was told to mount is exchanged: the same layer from another
+//! source is another edition. Knows directories and mounts, not chains and not containerd. Presence
+//! is completeness: whatever is made is made beside its place and renamed into it. `release` never
+//! asks a repository, not even where a mount of it hangs.
 #![forbid(unsafe_code)]
 
 mod place;
 mod skeleton;
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use self::place::Retired;
-use self::skeleton::Plan;
 pub use self::skeleton::skeletons;
+use self::skeleton::{Part, Plan};
 use crate::overlay::{Edition, Places};
-use crate::repository::lane::{LOOK_UP, Pulse, alive};
-use crate::repository::scan::{Directory, Scan};
-use crate::sys::{Error, FileType, Result, Sys};
+use crate::repository::lane::without_repository;
+use crate::repository::scan::Scan;
+use crate::sys::{DirHandle, Error, FileType, Result, Sys};
 use crate::types::SnapshotId;
 
 /// Where `snapshots/<id>/fs` of a published layer leads.
@@ -39,24 +41,50 @@ pub enum Mode {
     Symlink,
 }
 
-/// What is to be attached, and as what.
-pub struct Attach<'a> {
+/// A layer that is to be attached.
+#[derive(Clone)]
+pub struct AttachRequest {
     pub id: SnapshotId,
-    pub source: &'a Path,
-    pub scan: &'a Scan,
+    /// Where the repository has it.
+    pub source: PathBuf,
+    pub scan: Arc<Scan>,
     /// Whether its mask, if it needs one, will be used: that of a layer above may do.
     pub masked: bool,
     /// No layer lies below it, so there is nothing that it could delete.
     pub is_lowest: bool,
 }
 
-/// So long a release waits for a thread that is attaching the same layer right now. One that
-/// takes longer may hang in the repository, and a cleanup must not.
+impl AttachRequest {
+    fn needs(&self, part: Part) -> bool {
+        match part {
+            Part::Mask => self.masked && self.scan.has_mask(),
+            Part::Hide => !self.is_lowest && self.scan.hides(),
+        }
+    }
+}
+
+/// What the repository said about a layer that is to be attached.
+pub struct Survey {
+    edition: Edition,
+    /// Something of this edition is on disk.
+    pub is_begun: bool,
+    mask: Plan,
+    hide: Plan,
+    /// With `Mode::Bind`, the mount point below the snapshot's directory that shows the layer; a new
+    /// one, if it was mounted for this survey.
+    point: Option<Point>,
+}
+
+struct Point {
+    /// Below the snapshot's directory.
+    name: PathBuf,
+    is_new: bool,
+    /// Where the link led when this was mounted.
+    before: Option<PathBuf>,
+}
+
+/// How long a release waits for a thread that attaches the same layer right now.
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
-/// And so long one thread that attaches waits for another that does not get on.
-const ATTACH_WAIT: Duration = Duration::from_secs(2);
-/// A skeleton that is taken away between looking and building is looked at again so many times.
-const TRIES: usize = 8;
 
 pub struct Attacher {
     places: Places,
@@ -71,43 +99,28 @@ pub struct Attacher {
 
 #[derive(Default)]
 struct Slot {
-    turn: Mutex<()>,
-    /// Users that the store does not know yet. Counted up with the lock held; counted down
-    /// without it, because its holder may hang.
+    /// Held while something is built or taken away, which is work on the local disk only.
+    lock: Mutex<()>,
+    /// Users that the store does not know yet. Counted up with the lock held.
     pins: AtomicUsize,
-    /// Of whoever holds the lock.
-    pulse: Pulse,
-}
-
-impl Slot {
-    /// None: its holder hangs. One that builds a large skeleton does not.
-    fn take(&self) -> Option<MutexGuard<'_, ()>> {
-        loop {
-            // Waiting here is no sign that the repository hangs.
-            alive();
-            if let Some(turn) = self.turn.try_lock_for(LOOK_UP) {
-                self.pulse.beat();
-                return Some(turn);
-            }
-            if self.pulse.silence() > ATTACH_WAIT {
-                return None;
-            }
-        }
-    }
 }
 
 /// Keeps a layer attached while it lives.
 pub struct Pin {
     slot: Arc<Slot>,
-    pub edition: Edition,
-    /// It was attached just now.
-    pub fresh: bool,
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
         self.slot.pins.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// What is in its place now.
+pub struct Attachment {
+    pub edition: Edition,
+    /// It was attached just now.
+    pub fresh: bool,
 }
 
 /// What a caller of `release` wants done.
@@ -137,55 +150,80 @@ impl Attacher {
         self.mode
     }
 
-    /// Attaches what `wanted` says, unless it is attached already.
-    pub fn attach(&self, wanted: &Attach<'_>) -> Result<Pin> {
-        let Attach { id, source, scan, masked, is_lowest } = *wanted;
-        let home = self.places.home(id);
-        let needs_mask = masked && scan.has_mask();
-        let needs_hide = !is_lowest && scan.hides();
-        for _ in 0..TRIES {
-            // What the repository has to say is asked before the slot is locked: whoever hangs
-            // there must not keep the slot.
-            let (edition, is_begun) = self.edition_of(id, source)?;
-            let place = self.places.root(id, edition);
-            let (mask, hide) = (self.places.mask(id, edition), self.places.hide(id, edition));
-            let (mut mask_plan, mut hide_plan) = (Plan::NotNeeded, Plan::NotNeeded);
-            if needs_mask {
-                mask_plan = self.plan(&mask, is_begun, source, scan, Directory::has_mask)?;
-            }
-            if needs_hide {
-                hide_plan = self.plan(&hide, is_begun, source, scan, Directory::hides)?;
-            }
-            let bound = match self.mode {
-                Mode::Bind => Some(self.sys.stat(source)?),
-                Mode::Symlink => None,
-            };
+    /// What `id` has on disk is not taken away while the pin lives. Waits for a release that is
+    /// under way.
+    pub fn pin(&self, id: SnapshotId) -> Pin {
+        loop {
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-            let Some(_turn) = slot.take() else {
-                self.replace(id, &slot);
-                continue;
-            };
-            let of = self.source_of(&place)?;
-            if of.as_deref().is_some_and(|of| of != source) {
-                // Another thread was faster, with another source.
-                continue;
+            let guard = slot.lock.lock();
+            // A release that ended meanwhile may have taken the slot off the map.
+            if self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+                slot.pins.fetch_add(1, Ordering::SeqCst);
+                drop(guard);
+                return Pin { slot };
             }
-            self.ensure_directory(&home, 0o700)?;
-            // A link to the layer itself tells as much; one to a mount does not.
-            if self.mode == Mode::Bind || (of.is_none() && (needs_mask || needs_hide)) {
-                self.note_source(&place, source)?;
-            }
-            if !self.build(&mask, &mask_plan, &slot.pulse, Self::build_mask)?
-                || !self.build(&hide, &hide_plan, &slot.pulse, Self::build_hide)?
-            {
-                // It was there when we looked, and was taken away meanwhile.
-                continue;
-            }
-            let fresh = self.ensure_leads(&home, &place, source, bound)?;
-            slot.pins.fetch_add(1, Ordering::SeqCst);
-            return Ok(Pin { slot: Arc::clone(&slot), edition, fresh });
         }
-        Err(Error { call: "settle", path: home, errno: Errno::EAGAIN })
+    }
+
+    /// Asks the repository for what an attach needs. `layer` is the open `request.source`, and
+    /// `ignored` names extended attributes that are not the layer's. The caller holds a pin.
+    pub fn survey(&self, request: &AttachRequest, layer: &DirHandle, ignored: &[OsString]) -> Result<Survey> {
+        let id = request.id;
+        let (edition, is_begun) = without_repository(|| self.edition_of(id, &request.source))?;
+        let plan = |part, place: PathBuf| self.plan(request, part, &place, is_begun, layer, ignored);
+        let mask = plan(Part::Mask, self.places.mask(id, edition))?;
+        let hide = plan(Part::Hide, self.places.hide(id, edition))?;
+        let point = match self.mode {
+            Mode::Bind => Some(self.point(id, edition, layer)?),
+            Mode::Symlink => None,
+        };
+        Ok(Survey { edition, is_begun, mask, hide, point })
+    }
+
+    /// Attaches a layer that was surveyed under `pin`, unless it is attached already. None: another
+    /// thread was faster with another source, and this one has to be surveyed again.
+    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey) -> Result<Option<Attachment>> {
+        let attached = self.try_to_attach(pin, request, &survey);
+        if !matches!(attached, Ok(Some(_))) {
+            self.discard(request.id, survey);
+        }
+        attached
+    }
+
+    fn try_to_attach(&self, pin: &Pin, request: &AttachRequest, survey: &Survey) -> Result<Option<Attachment>> {
+        let AttachRequest { id, ref source, .. } = *request;
+        let Survey { edition, ref mask, ref hide, ref point, .. } = *survey;
+        let home = self.places.home(id);
+        let _guard = pin.slot.lock.lock();
+        let place = self.places.root(id, edition);
+        let recorded = self.source_of(&place)?;
+        if recorded.as_deref().is_some_and(|recorded| recorded != source) {
+            return Ok(None);
+        }
+        self.ensure_directory(&home, 0o700)?;
+        let has_skeletons = request.needs(Part::Mask) || request.needs(Part::Hide);
+        // A link to the layer itself tells as much; one to a mount does not.
+        if self.mode == Mode::Bind || (recorded.is_none() && has_skeletons) {
+            self.note_source(&place, source)?;
+        }
+        self.build(&request.scan, Part::Mask, &self.places.mask(id, edition), mask)?;
+        self.build(&request.scan, Part::Hide, &self.places.hide(id, edition), hide)?;
+        let fresh = self.ensure_leads(&home, &place, source, point.as_ref())?;
+        Ok(Some(Attachment { edition, fresh }))
+    }
+
+    /// Whether an error is of our own disk, and not of a repository.
+    pub fn is_local(&self, error: &Error) -> bool {
+        error.path.starts_with(self.places.all()) && !error.is_dead()
+    }
+
+    /// Takes away what a survey mounted, when nobody waits for it any more.
+    pub fn discard(&self, id: SnapshotId, survey: Survey) {
+        if let Some(point) = survey.point.filter(|point| point.is_new)
+            && let Err(e) = self.unbind(&self.places.home(id).join(&point.name))
+        {
+            log::warn!("a mount of a layer stays until the layer is detached: {e}");
+        }
     }
 
     /// The edition that is of `source`, or else the next one; and whether it is there. There are
@@ -222,40 +260,32 @@ impl Attacher {
         }
     }
 
-    /// A thread that holds the slot hangs, in a bind mount of an old mount say: the next one gets
-    /// another slot. Should the first one wake up, what it does is found and put right when the
-    /// layer is next attached.
-    fn replace(&self, id: SnapshotId, slot: &Arc<Slot>) {
-        let mut slots = self.slots.lock();
-        if slots.get(&id).is_some_and(|current| Arc::ptr_eq(current, slot)) {
-            slots.insert(id, Arc::default());
-        }
-    }
-
-    /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked
-    /// while nobody can attach the layer or begin to use it.
+    /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked while
+    /// nobody attaches the layer or holds a pin on it, and nobody can until this returns.
     pub fn release<E: From<Error>>(
         &self,
         id: SnapshotId,
         decide: impl FnOnce() -> std::result::Result<Release, E>,
     ) -> std::result::Result<Released, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let Some(_turn) = slot.turn.try_lock_for(RELEASE_WAIT) else { return Ok(Released::NotYet) };
+        let Some(_guard) = slot.lock.try_lock_for(RELEASE_WAIT) else { return Ok(Released::NotYet) };
         if slot.pins.load(Ordering::SeqCst) > 0 {
             return Ok(Released::NotYet);
         }
-        if decide()? == Release::Remove {
-            let home = self.places.home(id);
-            self.unmount_home(&home)?;
-            self.sys.remove_tree(&home)?;
-        }
-        // Only we and the map hold the slot, and under the map's lock nobody else can begin
-        // to: two threads never work on one layer in two slots.
+        let released = decide().and_then(|decision| {
+            if decision == Release::Remove {
+                let home = self.places.home(id);
+                self.unmount_home(&home)?;
+                self.sys.remove_tree(&home)?;
+            }
+            Ok(Released::Done)
+        });
+        // Whoever waits for this slot finds that it is not on the map any more, and takes the next one.
         let mut slots = self.slots.lock();
-        if Arc::strong_count(&slot) == 2 {
+        if slots.get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
             slots.remove(&id);
         }
-        Ok(Released::Done)
+        released
     }
 
     /// The type of what is there; a dead mount counts as a directory.

@@ -399,5 +399,5 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
         .collect();
     let overlay_options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
     let ways = Ways { attach: config.attach, overlay_options };
-    Snapshotter::new(store, repositories, sys, &root.snapshots, ways).map_err(Error::Threads)
+    Ok(Snapshotter::new(store, repositories, sys, &root.snapshots, ways))
 }

@@ -16,9 +16,10 @@ mod missing;
 pub mod scan;
 mod watch;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -26,12 +27,12 @@ use parking_lot::Mutex;
 
 pub use self::condition::Condition;
 use self::health::Health;
-use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, Ticket, Turn, alive};
+use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
 use self::watch::Watch;
 use crate::metrics::METRICS;
-use crate::sys::{self, FileType, Status, Sys};
+use crate::sys::{self, DirHandle, FileType, Sys};
 use crate::types::Digest;
 
 const LAYERS: &str = ".layers";
@@ -43,6 +44,8 @@ const MAGIC_NAME: &str = "user.fqrn";
 const CALLS: (usize, usize) = (4, 16);
 /// Walks over layers at once, each of them with a few threads, and such that may be stuck.
 const SCANS: (usize, usize) = (2, 6);
+/// Threads that ask one repository, those included that hang in mounts which were replaced.
+const MAX_THREADS: usize = 64;
 /// A repository that gets on is waited for longer than one that does not answer: so many times.
 const SLOW: u32 = 6;
 
@@ -51,26 +54,29 @@ pub struct Repository {
     path: PathBuf,
     timeout: Duration,
     sys: Arc<dyn Sys>,
-    mount: Mutex<Arc<Mount>>,
+    mount: Mutex<Arc<MountGeneration>>,
+    /// Of all mounts that came one after the other.
+    threads: ThreadBudget,
     /// Somebody was told that the owners of files are lost.
     owners_told: AtomicBool,
-    watch: Watch,
 }
 
-/// What belongs to one mount of the repository.
-struct Mount {
+/// One mount of a repository: its threads, its health and what is known of it. A remount is another one.
+pub struct MountGeneration {
     number: u64,
     health: Health,
+    watch: Watch,
     calls: Lane,
     scans: Lane,
     /// What was mounted there when it ceased to answer; see `Sys::mounted_fuse`.
     device: Mutex<Option<u64>>,
     /// When the last question was asked that its server answered, and no cache.
     answered: Mutex<Option<Instant>>,
+    client_attributes: OnceLock<Arc<Vec<OsString>>>,
 }
 
 /// The next mount has threads of its own.
-impl Drop for Mount {
+impl Drop for MountGeneration {
     fn drop(&mut self) {
         self.health.close();
         self.calls.close();
@@ -81,7 +87,7 @@ impl Drop for Mount {
 /// The result of a job on a thread of the repository, once it is there.
 pub struct Asked<T> {
     ticket: Ticket<T>,
-    mount: Arc<Mount>,
+    mount: Arc<MountGeneration>,
     repository: Arc<Repository>,
 }
 
@@ -91,8 +97,9 @@ impl Repository {
 
     /// A wait for its answers takes `timeout` at most.
     pub fn new(name: String, path: PathBuf, timeout: Duration, sys: Arc<dyn Sys>) -> Self {
-        let mount = Mutex::new(Arc::new(Mount::new(0, &name, &path, timeout, &sys)));
-        Self { name, path, timeout, sys, mount, owners_told: AtomicBool::new(false), watch: Watch::default() }
+        let threads = ThreadBudget::new(MAX_THREADS);
+        let mount = Mutex::new(Arc::new(MountGeneration::new(0, &name, &path, timeout, &threads, &sys)));
+        Self { name, path, timeout, sys, mount, threads, owners_told: AtomicBool::new(false) }
     }
 
     pub fn name(&self) -> &str {
@@ -108,22 +115,18 @@ impl Repository {
     }
 
     /// The mount that is there now.
-    fn mount(&self) -> Arc<Mount> {
+    pub fn mount(&self) -> Arc<MountGeneration> {
         let mut current = self.mount.lock();
         if current.health.sick().is_some() {
             let device = self.sys.mounted_fuse(&self.path).ok().flatten();
             if device.is_some() && device != *current.device.lock() {
                 log::info!(repository = self.name.as_str(); "repository {} was mounted anew", self.name);
-                let next = Mount::new(current.number + 1, &self.name, &self.path, self.timeout, &self.sys);
+                let number = current.number + 1;
+                let next = MountGeneration::new(number, &self.name, &self.path, self.timeout, &self.threads, &self.sys);
                 *current = Arc::new(next);
             }
         }
         Arc::clone(&current)
-    }
-
-    /// Counts the mounts that came one after the other.
-    pub fn mount_number(&self) -> u64 {
-        self.mount().number
     }
 
     /// When a call that begins now waits no longer, even if the repository gets on.
@@ -152,19 +155,7 @@ impl Repository {
         Self::start(repository, job, drop)?.wait(until)
     }
 
-    /// Has a long walk done, on other threads; nobody is told of its end.
-    pub fn walk(&self, turn: Turn, pulse: Pulse, job: impl FnOnce() + Send + 'static) -> Result<(), Missing> {
-        let mount = self.mount();
-        mount.health.check().map_err(Missing::Sick)?;
-        mount.scans.run(turn, pulse, Box::new(job)).map_err(|stuck| self.stuck(&mount, stuck))
-    }
-
-    /// To be told to whoever waited in vain.
-    pub fn no_answer(&self) -> Missing {
-        self.no_answer_of(&self.mount())
-    }
-
-    fn no_answer_of(&self, mount: &Mount) -> Missing {
+    fn no_answer_of(&self, mount: &MountGeneration) -> Missing {
         if let Some(sick) = mount.health.sick() {
             return Missing::Sick(sick);
         }
@@ -173,13 +164,17 @@ impl Repository {
         missing
     }
 
-    fn stuck(&self, mount: &Mount, AllStuck { threads }: AllStuck) -> Missing {
+    fn stuck(&self, mount: &MountGeneration, AllStuck { threads }: AllStuck) -> Missing {
+        if threads == 0 {
+            // It was not asked, so nothing is known about it.
+            return Missing::NoThread;
+        }
         let missing = Missing::Stuck { threads };
         self.suspect(mount, missing.to_string());
         missing
     }
 
-    fn suspect(&self, mount: &Mount, why: String) {
+    fn suspect(&self, mount: &MountGeneration, why: String) {
         if mount.health.sick().is_none() {
             *mount.device.lock() = self.sys.mounted_fuse(&self.path).ok().flatten();
         }
@@ -194,24 +189,19 @@ impl Repository {
         Missing::Unreadable(error)
     }
 
-    /// Another wait has ended in vain, and a probe has not helped.
-    pub fn is_hopeless(&self) -> bool {
-        self.mount.lock().health.is_hopeless()
-    }
-
     /// Whether it can be used, as far as that is known: not older than a quarter of a minute, if
     /// somebody asks that often. Waits for nothing; a look goes on in the background.
     pub fn seems_well(repository: &Arc<Self>) -> bool {
         let mount = repository.mount();
         let is_sick = mount.health.sick().is_some();
-        if !is_sick && repository.watch.wants_a_look() {
-            let asked = Arc::clone(repository);
-            let look = move || asked.watch.saw(probe(asked.sys.as_ref(), &asked.path).is_ok());
+        if !is_sick && mount.watch.wants_a_look() {
+            let (asked, of) = (Arc::clone(repository), Arc::clone(&mount));
+            let look = move || of.watch.saw(probe(asked.sys.as_ref(), &asked.path).is_ok());
             if mount.calls.run(Turn::Last, Pulse::default(), Box::new(look)).is_err() {
-                repository.watch.saw(false);
+                mount.watch.saw(false);
             }
         }
-        !is_sick && repository.watch.can_be_used(repository.timeout)
+        !is_sick && mount.watch.can_be_used(repository.timeout)
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.
@@ -231,28 +221,53 @@ impl Repository {
         }
     }
 
-    /// The top of an unpacked layer. Asks the repository, as all that follow do.
-    pub fn layer(&self, digest: &Digest) -> Result<PathBuf, Missing> {
+    /// An unpacked layer, held open. Asks the repository, as all that follow do.
+    pub fn layer(&self, digest: &Digest) -> Result<DirHandle, Missing> {
         self.layer_since(digest, Instant::now())
     }
 
     /// As `layer`. That the repository's server is there need not be asked if it answered a
     /// question that was asked after `since`: one is enough for all layers of a container.
-    pub fn layer_since(&self, digest: &Digest, since: Instant) -> Result<PathBuf, Missing> {
-        self.directory(&layer_path(digest), since)
+    pub fn layer_since(&self, digest: &Digest, since: Instant) -> Result<DirHandle, Missing> {
+        let below = layer_path(digest);
+        let layer = if let Some(layer) = self.open(&below)? {
+            layer
+        } else {
+            mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
+            // It may have been mounted after the first look.
+            self.open(&below)?.ok_or(Missing::NotPublished)?
+        };
+        self.require_server(&layer, since)?;
+        Ok(layer)
+    }
+
+    /// Where an unpacked layer is, if there is one. Asks nobody.
+    pub fn layer_path(&self, digest: &Digest) -> PathBuf {
+        self.path.join(layer_path(digest))
+    }
+
+    /// The names of the extended attributes that are not the layers' but the client's, which shows them
+    /// on every file in some of its settings, and on its root in all of them.
+    /// Asked once for each mount.
+    pub fn client_attributes(&self) -> Result<Arc<Vec<OsString>>, Missing> {
+        let mount = self.mount();
+        if let Some(known) = mount.client_attributes.get() {
+            return Ok(Arc::clone(known));
+        }
+        let names = Arc::new(self.sys.attribute_names(&self.path).map_err(|e| self.unreadable(e))?);
+        alive();
+        Ok(Arc::clone(mount.client_attributes.get_or_init(|| names)))
     }
 
     /// The manifest of an image. None: it has none that can be used.
     pub fn manifest(&self, image: &ImageRef) -> Result<Option<Manifest>, Missing> {
         for path in image.manifests() {
             let at = self.path.join(&path);
-            let text = match self.lead_to(&path) {
-                Ok(Some(status)) if status.file_type == FileType::Other => {
-                    self.sys.read_file(&at, manifest::MOST_BYTES)
-                }
+            let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { continue };
+            let text = match self.open(directory) {
+                Ok(Some(directory)) => self.sys.read_file(&directory.entry(name), manifest::MOST_BYTES),
                 Ok(None) => continue,
-                Ok(Some(_)) => Err(sys::Error { call: "read", path: at.clone(), errno: Errno::EISDIR }),
-                Err(Missing::LeadsOut { .. }) => {
+                Err(Missing::LeadsOut { .. } | Missing::NotADirectory { .. }) => {
                     Err(sys::Error { call: "read", path: at.clone(), errno: Errno::ELOOP })
                 }
                 Err(missing) => return Err(missing),
@@ -272,49 +287,45 @@ impl Repository {
         Ok(None)
     }
 
-    /// What is at the end of a way of real directories. A link on it may lead to files of the host.
-    fn lead_to(&self, below: &Path) -> Result<Option<Status>, Missing> {
-        let mut path = self.path.clone();
-        let mut found = None;
-        for name in below {
-            path.push(name);
-            match self.sys.lstat(&path) {
-                Ok(Status { file_type: FileType::Symlink, .. }) => return Err(Missing::LeadsOut { path }),
-                Ok(status) => found = Some(status),
-                // A reference may be longer than names of files are.
-                Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ENAMETOOLONG) => return Ok(None),
-                Err(e) => return Err(self.unreadable(e)),
-            }
+    /// Opens a directory of the repository. No link is followed: it may lead to files of the host.
+    fn open(&self, below: &Path) -> Result<Option<DirHandle>, Missing> {
+        let opened = self.sys.open_dir(&self.path).and_then(|root| {
             alive();
+            self.sys.open_below(&root, below)
+        });
+        alive();
+        match opened {
+            Ok(directory) => Ok(Some(directory)),
+            // A reference may be longer than names of files are.
+            Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENAMETOOLONG) => Ok(None),
+            Err(e) if matches!(e.errno, Errno::ELOOP | Errno::ENOTDIR) => Err(self.obstacle(below)),
+            Err(e) => Err(self.unreadable(e)),
         }
-        Ok(found)
     }
 
-    fn directory(&self, below: &Path, since: Instant) -> Result<PathBuf, Missing> {
-        let path = self.path.join(below);
-        let found = if let Some(found) = self.lead_to(below)? {
-            found
-        } else {
-            mounted(self.sys.as_ref(), &self.path).map_err(|e| self.known(e))?;
-            // It may have been mounted after the first look.
-            self.lead_to(below)?.ok_or(Missing::NotPublished)?
-        };
-        if found.file_type != FileType::Directory {
-            return Err(Missing::NotADirectory { path });
+    /// What on the way to `below` is no directory.
+    fn obstacle(&self, below: &Path) -> Missing {
+        let mut path = self.path.clone();
+        for name in below {
+            path.push(name);
+            match self.sys.lstat(&path).map(|status| status.file_type) {
+                Ok(FileType::Directory) => alive(),
+                Ok(FileType::Symlink) => return Missing::LeadsOut { path },
+                Ok(FileType::Other) | Err(_) => break,
+            }
         }
-        self.require_server(&path, since)?;
-        Ok(path)
+        Missing::NotADirectory { path }
     }
 
     /// The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs`
     /// never.
-    fn require_server(&self, path: &Path, since: Instant) -> Result<(), Missing> {
+    fn require_server(&self, layer: &DirHandle, since: Instant) -> Result<(), Missing> {
         let mount = self.mount();
         if mount.answered.lock().is_some_and(|asked| asked >= since) {
             return Ok(());
         }
         let asked = Instant::now();
-        self.sys.statfs(path).map_err(|e| self.unreadable(e))?;
+        self.sys.dir_statfs(layer).map_err(|e| self.unreadable(e))?;
         alive();
         *mount.answered.lock() = Some(asked);
         Ok(())
@@ -333,8 +344,15 @@ fn layer_path(digest: &Digest) -> PathBuf {
     [LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT].iter().collect()
 }
 
-impl Mount {
-    fn new(number: u64, name: &str, path: &Path, timeout: Duration, sys: &Arc<dyn Sys>) -> Self {
+impl MountGeneration {
+    fn new(
+        number: u64,
+        name: &str,
+        path: &Path,
+        timeout: Duration,
+        threads: &ThreadBudget,
+        sys: &Arc<dyn Sys>,
+    ) -> Self {
         let probe = {
             let (path, sys) = (path.to_owned(), Arc::clone(sys));
             Box::new(move || probe(sys.as_ref(), &path).map_err(|why| why.to_string()))
@@ -342,11 +360,42 @@ impl Mount {
         Self {
             number,
             health: Health::new(name, timeout, probe),
-            calls: Lane::new("repository", CALLS.0, CALLS.1, timeout),
-            scans: Lane::new("scan", SCANS.0, SCANS.1, timeout),
+            watch: Watch::default(),
+            calls: Lane::new("repository", CALLS, timeout, threads),
+            scans: Lane::new("scan", SCANS, timeout, threads),
             device: Mutex::default(),
             answered: Mutex::default(),
+            client_attributes: OnceLock::new(),
         }
+    }
+}
+
+impl MountGeneration {
+    /// Counts the mounts of the repository that came one after the other.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Another wait has ended in vain, and a probe has not helped.
+    pub fn is_hopeless(&self) -> bool {
+        self.health.is_hopeless()
+    }
+
+    /// What is told to whoever waited in vain for this mount.
+    pub fn no_answer(&self, repository: &Repository) -> Missing {
+        repository.no_answer_of(self)
+    }
+
+    /// Queues a scan, which has threads of its own; nobody is told of its end.
+    pub fn spawn_scan(
+        &self,
+        repository: &Repository,
+        turn: Turn,
+        pulse: Pulse,
+        job: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Missing> {
+        self.health.check().map_err(Missing::Sick)?;
+        self.scans.run(turn, pulse, Box::new(job)).map_err(|stuck| repository.stuck(self, stuck))
     }
 }
 
@@ -362,6 +411,7 @@ impl<T> Asked<T> {
         result.map_err(|lost| match lost {
             Lost::Silent => repository.no_answer_of(&mount),
             Lost::Late => Missing::Slow { limit: repository.timeout * SLOW },
+            Lost::Dropped => Missing::NoThread,
             // Its own message is in the log. The fence of our caller answers the call.
             Lost::Panicked => panic!("a job on a thread of repository {} panicked", repository.name),
         })
@@ -410,12 +460,16 @@ mod tests {
         Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap()
     }
 
+    fn path_of(repository: &Repository, digit: char) -> Result<PathBuf, Missing> {
+        repository.layer(&digest(digit)).map(|layer| layer.path().to_owned())
+    }
+
     #[test]
     fn absent_means_not_published_only_where_a_repository_is() {
         let dir = tempfile::tempdir().unwrap();
         let timeout = Duration::from_secs(10);
         let repository = Repository::new("r".into(), dir.path().join("cvmfs"), timeout, Arc::new(Host));
-        let layer = |digit| repository.layer(&digest(digit));
+        let layer = |digit| path_of(&repository, digit);
         let nowhere = Missing::NotMounted { repository: dir.path().join("cvmfs") };
         assert_eq!(layer('a'), Err(nowhere.clone()));
         fs::create_dir(dir.path().join("cvmfs")).unwrap();
@@ -473,13 +527,13 @@ mod tests {
         let path = format!(".layers/aa/{}/layerfs", "a".repeat(64));
         fs::create_dir_all(away.join(&path)).unwrap();
         let (from, to) = (away, cvmfs.clone());
-        let sys = crate::sys::failing::Failing::meanwhile(move |_, asked| {
+        let sys = crate::sys::failing::Failing::before_call(move |_, asked| {
             if asked == to.join(LAYERS) {
                 let _ = fs::rename(&from, &to);
             }
         });
         let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(sys));
-        assert_eq!(repository.layer(&digest('a')), Ok(cvmfs.join(path)));
+        assert_eq!(path_of(&repository, 'a'), Ok(cvmfs.join(path)));
     }
 
     /// `lstat` goes on answering from the kernel's caches.
@@ -492,7 +546,7 @@ mod tests {
         }
         let asked = Arc::new(std::sync::atomic::AtomicUsize::default());
         let counted = Arc::clone(&asked);
-        let sys = crate::sys::failing::Failing::meanwhile(move |call, _| {
+        let sys = crate::sys::failing::Failing::before_call(move |call, _| {
             counted.fetch_add(usize::from(call == "statfs"), Ordering::SeqCst);
         });
         let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
@@ -513,6 +567,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         xattr::set(dir.path(), MAGIC_NAME, b"a.test").unwrap();
         let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
-        assert_eq!(repository.layer(&digest('a')), Err(Missing::NotPublished));
+        assert_eq!(path_of(&repository, 'a'), Err(Missing::NotPublished));
     }
 }

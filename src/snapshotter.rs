@@ -17,13 +17,10 @@ mod recovery;
 mod scans;
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-use std::thread;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 
 pub use self::cleanup::Cleaned;
@@ -32,11 +29,12 @@ use self::layers::{Attached, Sources};
 pub use self::list::{CHUNK_BYTES, Chunk, Rest};
 pub use self::metadata::LabelChange;
 pub use self::recovery::Found;
-use self::scans::Scans;
+use self::scans::ScanScheduler;
 use crate::attach::{Attacher, Mode};
 use crate::metrics::METRICS;
 use crate::overlay::{self, Lower, Places};
 use crate::repository::Repository;
+use crate::repository::scan::ScanKey;
 use crate::store::sidecar::Sidecar;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
@@ -45,15 +43,9 @@ use crate::types::{
     LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
-/// So many pulled layers wait at most until something is done ahead for their containers;
-/// for what finds no place it is done when it is needed.
-const AHEAD: usize = 4096;
-
 pub struct Snapshotter {
     store: Arc<Store>,
     sources: Arc<Sources>,
-    /// Layers that were just pulled.
-    ahead: Sender<Key>,
     places: Places,
     sys: Arc<dyn Sys>,
     /// For every overlay, such as `index=off`.
@@ -94,35 +86,25 @@ pub struct Ways {
 impl Snapshotter {
     /// `snapshots` is a directory that exists and that nobody else uses. `repositories` are
     /// asked in their order; there is at least one.
-    pub fn new(
-        store: Store,
-        repositories: Vec<Repository>,
-        sys: Arc<dyn Sys>,
-        snapshots: &Path,
-        ways: Ways,
-    ) -> std::io::Result<Self> {
+    pub fn new(store: Store, repositories: Vec<Repository>, sys: Arc<dyn Sys>, snapshots: &Path, ways: Ways) -> Self {
         let places = Places::new(snapshots.to_owned());
         let store = Arc::new(store);
         let sources = Arc::new(Sources {
             store: Arc::clone(&store),
             attacher: Attacher::new(places.clone(), ways.attach, Arc::clone(&sys)),
-            scans: Scans::new(Arc::clone(&store), Arc::clone(&sys)),
+            scans: ScanScheduler::new(Arc::clone(&store), Arc::clone(&sys)),
             repositories: repositories.into_iter().map(Arc::new).collect(),
         });
-        let (ahead, pulled) = bounded(AHEAD);
-        let background = Arc::clone(&sources);
-        thread::Builder::new().name("ahead".to_owned()).spawn(move || work_ahead(&background, &pulled))?;
-        Ok(Self {
+        Self {
             store,
             sources,
-            ahead,
             places,
             sys,
             overlay_options: ways.overlay_options,
             cleaning: parking_lot::Mutex::default(),
             cleanup_waits: AtomicBool::default(),
             found: OnceLock::new(),
-        })
+        }
     }
 
     /// Asks each repository whether it is there, without waiting, and says so where it is not.
@@ -212,6 +194,10 @@ impl Snapshotter {
             Ok(repository) => repository,
             Err(why) => return Ok(Err(Fallback::Missing { digest, why })),
         };
+        let scan_key = ScanKey { digest: digest.clone(), repository: repository.name().to_owned() };
+        if let Some(why) = self.sources.scans.refusal(&scan_key)? {
+            return Ok(Err(Fallback::Missing { digest, why: vec![(scan_key.repository, why)] }));
+        }
         let id = self.store.reserve_id()?;
         let now = Timestamp::now();
         let committed = self.store.write(|tx| {
@@ -226,8 +212,8 @@ impl Snapshotter {
                 return Ok(Err(Fallback::ReferenceTaken { name: other.key.clone() }));
             }
             // Also under the name that a Go snapshotter gave it.
-            if let Some(present) = present.into_iter().find(|s| s.layer.is_some()) {
-                return Ok(Ok(present.key));
+            if present.iter().any(|s| s.layer.is_some()) {
+                return Ok(Ok(()));
             }
             if tx.get(name.as_str())?.is_some() {
                 return Ok(Err(Fallback::NameTaken { name }));
@@ -245,14 +231,13 @@ impl Snapshotter {
                 layer: Some(Layer { digest: digest.clone(), repository: repository.name().to_owned() }),
                 usage: None,
             })?;
-            Ok::<_, Error>(Ok(name))
+            Ok::<_, Error>(Ok(()))
         })?;
-        Ok(committed.map(|name| {
+        if committed.is_ok() {
             METRICS.published(repository.name());
-            if self.ahead.try_send(name).is_err() {
-                log::debug!("many layers were pulled; what their containers need is done when they need it");
-            }
-        }))
+            self.sources.prefetch_scan(&scan_key, &repository);
+        }
+        Ok(committed)
     }
 
     /// An ordinary snapshot: layers below it attached, directories made, then the record.
@@ -373,17 +358,6 @@ impl Snapshotter {
             Ok(_) => Ok(()),
             Err(sys::Error { errno: Errno::ENOENT, .. }) => Err(Error::Broken { key: local.key.clone(), id: local.id }),
             Err(e) => Err(e.into()),
-        }
-    }
-}
-
-fn work_ahead(sources: &Arc<Sources>, pulled: &Receiver<Key>) {
-    while let Ok(key) = pulled.recv() {
-        // A bug costs what was done ahead, not this thread.
-        match catch_unwind(AssertUnwindSafe(|| sources.prefetch_scan(&key))) {
-            Ok(Ok(())) => {}
-            Ok(Err(why)) => log::debug!("what containers on {key} need is done when they need it: {why}"),
-            Err(_) => log::error!("what containers on {key} need could not be done ahead: a bug in the snapshotter"),
         }
     }
 }

@@ -9,6 +9,7 @@
 
 #[cfg(feature = "server")]
 mod descriptors;
+mod directory;
 #[cfg(test)]
 pub mod failing;
 mod memory;
@@ -18,6 +19,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -27,13 +29,14 @@ use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
-use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, Statfs, fstatfs, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
 use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_sockets};
+pub use self::directory::DirHandle;
 pub use self::memory::share_arenas;
 use crate::types::Quoted;
 
@@ -143,6 +146,15 @@ pub struct FileSystem {
     pub fuse: bool,
 }
 
+impl From<Statfs> for FileSystem {
+    fn from(found: Statfs) -> Self {
+        Self {
+            read_only: found.flags().contains(FsFlags::ST_RDONLY),
+            fuse: found.filesystem_type() == FUSE_SUPER_MAGIC,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmount {
     /// Fails with EBUSY while a file below is in use.
@@ -168,12 +180,11 @@ pub trait Sys: Send + Sync {
     fn remove_dir(&self, path: &Path) -> Result<()>;
     /// Removes a tree, without following links or entering mounts. Absent is fine.
     fn remove_tree(&self, path: &Path) -> Result<()>;
-    fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()>;
+    fn bind_read_only(&self, source: &DirHandle, target: &Path) -> Result<()>;
     fn unmount(&self, target: &Path, how: Unmount) -> Result<()>;
 
     fn stat(&self, path: &Path) -> Result<Status>;
     fn lstat(&self, path: &Path) -> Result<Status>;
-    fn attributes(&self, path: &Path) -> Result<Attributes>;
     fn read_link(&self, path: &Path) -> Result<PathBuf>;
     /// Names and types, in no order, without `.` and `..`.
     fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
@@ -183,6 +194,26 @@ pub trait Sys: Send + Sync {
     }
     /// As `read_dir`, without holding all names at once.
     fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()>;
+    /// Holds a directory open. Follows links: this is for paths that an administrator chose.
+    fn open_dir(&self, path: &Path) -> Result<DirHandle>;
+    /// Holds a directory open that is `below` another one. No link is followed, here and in the calls
+    /// that follow: ELOOP or ENOTDIR if there is one.
+    fn open_below(&self, dir: &DirHandle, below: &Path) -> Result<DirHandle>;
+    fn dir_status(&self, dir: &DirHandle) -> Result<Status>;
+    /// As `statfs`.
+    fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem>;
+    /// Everything about a directory that shows through an overlay, without the extended attributes
+    /// named in `ignored`.
+    fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes>;
+    /// As `for_each_entry`, until `each` breaks it off. The result is the status of the directory.
+    fn for_each_entry_below(
+        &self,
+        dir: &DirHandle,
+        below: &Path,
+        each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
+    ) -> Result<Status>;
+    /// The names of the extended attributes of a file or directory.
+    fn attribute_names(&self, path: &Path) -> Result<Vec<OsString>>;
     /// The content of a file; EFBIG if it has more than `limit` bytes, ELOOP if it is a link.
     fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
     /// The value of one extended attribute; none where there is no such attribute.
@@ -262,10 +293,11 @@ impl Sys for Host {
         tree::remove(path).map_err(|e| Error::new("remove tree", path, e))
     }
 
-    fn bind_read_only(&self, source: &Path, target: &Path) -> Result<()> {
+    fn bind_read_only(&self, source: &DirHandle, target: &Path) -> Result<()> {
         const CALL: &str = "bind mount on";
         const NOTHING: Option<&str> = None;
-        mount(Some(source), target, NOTHING, MsFlags::MS_BIND, NOTHING).map_err(|e| Error::new(CALL, target, e))?;
+        mount(Some(&source.proc_path()), target, NOTHING, MsFlags::MS_BIND, NOTHING)
+            .map_err(|e| Error::new(CALL, target, e))?;
         // A remount sets all flags of the mount anew, so those it has are said again.
         let flags = statvfs(target).map_err(|e| Error::new(CALL, target, e))?.flags();
         let mut remount = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
@@ -300,21 +332,40 @@ impl Sys for Host {
         fs::symlink_metadata(path).map(|m| Status::from(&m)).map_err(|e| Error::io("lstat", path, &e))
     }
 
-    fn attributes(&self, path: &Path) -> Result<Attributes> {
-        let status = self.lstat(path)?;
-        let xattrs = match xattr::list(path) {
-            Ok(names) => names
-                .filter(|name| shows_through_overlay(name))
-                .filter_map(|name| match xattr::get(path, &name) {
-                    Ok(value) => value.map(|value| Ok((name, value))),
-                    Err(e) => Some(Err(Error::io("read the attributes of", path, &e))),
-                })
-                .collect::<Result<_>>()?,
-            // A file system without extended attributes has none to show.
-            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Vec::new(),
-            Err(e) => return Err(Error::io("list the attributes of", path, &e)),
-        };
-        Ok(Attributes { mode: status.mode, uid: status.uid, gid: status.gid, mtime: status.mtime, xattrs })
+    fn open_dir(&self, path: &Path) -> Result<DirHandle> {
+        DirHandle::open(path)
+    }
+
+    fn open_below(&self, dir: &DirHandle, below: &Path) -> Result<DirHandle> {
+        dir.open_below(below)
+    }
+
+    fn dir_status(&self, dir: &DirHandle) -> Result<Status> {
+        dir.status()
+    }
+
+    fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem> {
+        fstatfs(dir.as_fd()).map(FileSystem::from).map_err(|e| Error::new("statfs", dir.path(), e))
+    }
+
+    fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes> {
+        dir.open_below(below)?.attributes(ignored)
+    }
+
+    fn for_each_entry_below(
+        &self,
+        dir: &DirHandle,
+        below: &Path,
+        each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
+    ) -> Result<Status> {
+        dir.for_each_entry(below, each)
+    }
+
+    fn attribute_names(&self, path: &Path) -> Result<Vec<OsString>> {
+        match xattr::list_deref(path) {
+            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(Vec::new()),
+            names => names.map(Iterator::collect).map_err(|e| Error::io("list the attributes of", path, &e)),
+        }
     }
 
     fn read_link(&self, path: &Path) -> Result<PathBuf> {
@@ -353,11 +404,7 @@ impl Sys for Host {
     }
 
     fn statfs(&self, path: &Path) -> Result<FileSystem> {
-        let found = statfs(path).map_err(|e| Error::new("statfs", path, e))?;
-        Ok(FileSystem {
-            read_only: found.flags().contains(FsFlags::ST_RDONLY),
-            fuse: found.filesystem_type() == FUSE_SUPER_MAGIC,
-        })
+        statfs(path).map(FileSystem::from).map_err(|e| Error::new("statfs", path, e))
     }
 
     fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)> {
@@ -463,14 +510,6 @@ fn mounts(table: &[u8]) -> impl Iterator<Item = MountLine> + '_ {
         }
         Some(MountLine { point: PathBuf::from(OsString::from_vec(point)), device, is_fuse })
     })
-}
-
-/// `trusted.overlay.*` is overlayfs's own; the magic attributes of CernVM-FS are computed
-/// for whoever asks and are no part of an image.
-fn shows_through_overlay(name: &OsStr) -> bool {
-    const CVMFS_MAGIC: [&[u8]; 3] = [b"user.fqrn", b"user.revision", b"user.catalog_counters"];
-    let name = name.as_encoded_bytes();
-    !name.starts_with(b"trusted.overlay.") && !CVMFS_MAGIC.contains(&name)
 }
 
 #[cfg(test)]

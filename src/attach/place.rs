@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Attacher, beside};
-use crate::overlay::BOUND;
-use crate::sys::{Error, FileType, Result, Status, Unmount};
+use super::{Attacher, Point, beside};
+use crate::overlay::{BOUND, Edition};
+use crate::repository::lane::without_repository;
+use crate::sys::{DirHandle, Error, FileType, Result, Status, Unmount};
+use crate::types::SnapshotId;
 
 /// More mounts than this on one directory are not ours to untangle.
 const STACKED_MOUNTS: usize = 16;
@@ -28,9 +30,9 @@ pub(super) struct Retired {
 }
 
 impl Attacher {
-    /// Makes `place` in `home` lead to `source`, or to a mount of it if `bound` says what that
-    /// looks like. Whether there was anything to do.
-    pub(super) fn ensure_leads(&self, home: &Path, place: &Path, source: &Path, bound: Option<Status>) -> Result<bool> {
+    /// Makes `place` in `home` lead to `source`, or to the mount of it at `point`. Whether there was
+    /// anything to do.
+    pub(super) fn ensure_leads(&self, home: &Path, place: &Path, source: &Path, point: Option<&Point>) -> Result<bool> {
         let old = match self.link_at(place) {
             // A directory: where the Go snapshotter had bound it.
             Err(e) if e.errno == Errno::EINVAL => {
@@ -40,44 +42,65 @@ impl Attacher {
             }
             old => old?,
         };
-        let old_point = old.as_ref().filter(|old| old.starts_with(BOUND)).map(|old| home.join(old));
-        match (bound, &old, &old_point) {
-            (None, Some(old), _) if old == source => return Ok(false),
-            (Some(wanted), _, Some(point)) if self.is_bound(point, wanted)? => return Ok(false),
-            _ => {}
-        }
-        let new_point = bound.map(|_| self.bind(home, source)).transpose()?;
-        if let Err(e) = self.put_link(place, new_point.as_deref().unwrap_or(source)) {
-            if let Some(unused) = new_point {
-                let _ = self.unbind(&home.join(unused));
+        let target = match point {
+            None => source,
+            // Whoever leads it elsewhere by now has looked at the layer as late as this survey.
+            Some(point) if old.is_some() && (!point.is_new || old != point.before) => {
+                if point.is_new {
+                    self.unbind(&home.join(&point.name))?;
+                }
+                return Ok(false);
             }
-            return Err(e);
+            Some(point) => &point.name,
+        };
+        if old.as_deref() == Some(target) {
+            return Ok(false);
         }
-        if old_point.is_some() {
-            self.retire(home);
+        self.put_link(place, target)?;
+        if let Some(old) = old.filter(|old| old.starts_with(BOUND)) {
+            self.retired.lock().push(Retired { since: Instant::now(), point: home.join(old) });
             self.unmount_retired();
         }
         Ok(true)
     }
 
-    /// Binds `source`, read-only, at a point where nothing was; says where in `home` that is.
-    fn bind(&self, home: &Path, source: &Path) -> Result<PathBuf> {
-        self.ensure_directory(&home.join(BOUND), 0o700)?;
-        let (name, point) = loop {
-            let name = Path::new(BOUND).join(self.next_point.fetch_add(1, Ordering::Relaxed).to_string());
-            let point = home.join(&name);
-            match self.sys.create_dir(&point, 0o755) {
-                // An earlier process's.
-                Err(e) if e.errno == Errno::EEXIST => {}
-                result => break result.map(|()| (name, point))?,
-            }
-        };
-        if let Err(e) = self.sys.bind_read_only(source, &point) {
+    /// The mount point in the directory of `id` that shows the open `layer`: the one that is led to, if
+    /// that does, or else a new one.
+    pub(super) fn point(&self, id: SnapshotId, edition: Edition, layer: &DirHandle) -> Result<Point> {
+        let home = self.places.home(id);
+        let led_to = without_repository(|| match self.link_at(&self.places.root(id, edition)) {
+            Err(e) if e.errno == Errno::EINVAL => Ok(None),
+            led_to => led_to,
+        })?;
+        if let Some(name) = led_to.as_ref().filter(|target| target.starts_with(BOUND))
+            && self.is_bound(&home.join(name), self.sys.dir_status(layer)?)?
+        {
+            return Ok(Point { name: name.clone(), is_new: false, before: None });
+        }
+        let name = without_repository(|| self.create_point(&home))?;
+        let point = home.join(&name);
+        if let Err(e) = self.sys.bind_read_only(layer, &point) {
             // The mount may be there and writable: that must not stay.
-            let _ = self.unbind(&point);
+            if let Err(undo) = self.unbind(&point) {
+                log::error!("{} may be writable: {undo}", point.display());
+            }
             return Err(e);
         }
-        Ok(name)
+        Ok(Point { name, is_new: true, before: led_to })
+    }
+
+    /// A directory where nothing was ever mounted; the result is where in `home` it is.
+    fn create_point(&self, home: &Path) -> Result<PathBuf> {
+        self.ensure_directory(home, 0o700)?;
+        self.ensure_directory(&home.join(BOUND), 0o700)?;
+        loop {
+            let name = Path::new(BOUND).join(self.next_point.fetch_add(1, Ordering::Relaxed).to_string());
+            match self.sys.create_dir(&home.join(&name), 0o755) {
+                // An earlier process's.
+                Err(e) if e.errno == Errno::EEXIST => {}
+                result => return result.map(|()| name),
+            }
+        }
     }
 
     /// Whether the layer is mounted there, read-only. It is not if its server died, if it was mounted
@@ -154,7 +177,7 @@ impl Attacher {
         if self.led_to(home)?.contains(point) { Ok(()) } else { self.unbind(point) }
     }
 
-    fn unbind(&self, point: &Path) -> Result<()> {
+    pub(super) fn unbind(&self, point: &Path) -> Result<()> {
         self.unmount_all(point)?;
         match self.sys.remove_dir(point) {
             Err(e) if e.errno != Errno::ENOENT => Err(e),

@@ -3,106 +3,113 @@
 //! into it.
 #![forbid(unsafe_code)]
 
-use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::{Attacher, beside};
-use crate::overlay::Mask;
-use crate::repository::lane::{Pulse, alive};
-use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
-use crate::sys::{Attributes, Result};
+use nix::errno::Errno;
 
-/// A skeleton that is to be built, as far as the repository has a say in it.
-pub(super) enum Plan<'a> {
-    NotNeeded,
-    IsThere,
-    Build(Vec<Planned<'a>>),
+use super::{AttachRequest, Attacher, beside};
+use crate::overlay::Mask;
+use crate::repository::lane::{alive, without_repository};
+use crate::repository::scan::{CATALOG_MARKERS, Directory, NO_OWNER, Scan};
+use crate::sys::{Attributes, DirHandle, Error, Result};
+
+/// Extended attributes of the directories of one skeleton, in bytes. A directory of an image has a
+/// hundred.
+const MAX_ATTRIBUTES: usize = 8 << 20;
+
+/// One of the two skeletons of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Mask,
+    Hide,
 }
 
-pub(super) struct Planned<'a> {
-    directory: &'a Directory,
-    attributes: Attributes,
+impl Part {
+    fn is_for(self, directory: &Directory) -> bool {
+        match self {
+            Self::Mask => directory.has_mask(),
+            Self::Hide => directory.hides(),
+        }
+    }
+}
+
+/// What is to be done for a skeleton.
+pub(super) enum Plan {
+    Nothing,
+    /// To build it of the scan's directories with these places, each to look like this.
+    Build(Vec<(usize, Attributes)>),
 }
 
 impl Attacher {
-    /// Reads what a skeleton at `place`, which is needed, is built of, unless it is there.
-    pub(super) fn plan<'a>(
+    /// Reads what a skeleton at `place` is built of, unless it is there or not needed. An edition that
+    /// `is_begun` may have its skeletons.
+    pub(super) fn plan(
         &self,
+        request: &AttachRequest,
+        part: Part,
         place: &Path,
         is_begun: bool,
-        source: &Path,
-        scan: &'a Scan,
-        wanted: impl Fn(&Directory) -> bool,
-    ) -> Result<Plan<'a>> {
-        let with_parents: HashSet<&Path> =
-            scan.directories.iter().filter(|d| wanted(d)).flat_map(|d| d.path.ancestors()).collect();
-        if is_begun && self.lstat(place)?.is_some() {
-            return Ok(Plan::IsThere);
+        layer: &DirHandle,
+        ignored: &[OsString],
+    ) -> Result<Plan> {
+        if !request.needs(part) || (is_begun && without_repository(|| self.lstat(place))?.is_some()) {
+            return Ok(Plan::Nothing);
         }
-        let needed = scan.directories.iter().filter(|d| with_parents.contains(d.path.as_path()));
-        let planned = needed.map(|directory| {
+        let scan = &request.scan;
+        let mut bytes = 0;
+        let mut planned = Vec::new();
+        for directory in scan.with_parents(|directory| part.is_for(directory)) {
+            let path = scan.path(directory);
+            let mut attributes = self.sys.attributes_below(layer, &path, ignored)?;
             alive();
-            let mut attributes = self.sys.attributes(&source.join(&directory.path))?;
-            if directory.path.as_os_str().is_empty() {
+            if directory == 0 {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
             }
-            Ok(Planned { directory, attributes })
-        });
-        Ok(Plan::Build(planned.collect::<Result<_>>()?))
+            // Somebody has to be able to write below it.
+            for id in [&mut attributes.uid, &mut attributes.gid] {
+                *id = if *id == NO_OWNER { 0 } else { *id };
+            }
+            bytes += attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+            if bytes > MAX_ATTRIBUTES {
+                return Err(Error {
+                    call: "keep the attributes of",
+                    path: layer.path().join(path),
+                    errno: Errno::E2BIG,
+                });
+            }
+            planned.push((directory, attributes));
+        }
+        Ok(Plan::Build(planned))
     }
 
-    /// Builds what was planned, unless it is there. False: it is needed, was there when the plan
-    /// was made, and is not any more.
-    pub(super) fn build(
-        &self,
-        place: &Path,
-        plan: &Plan<'_>,
-        pulse: &Pulse,
-        fill: impl Fn(&Self, &Path, &Directory, &Pulse) -> Result<()>,
-    ) -> Result<bool> {
-        let planned = match plan {
-            Plan::NotNeeded => return Ok(true),
-            _ if self.lstat(place)?.is_some() => return Ok(true),
-            Plan::IsThere => return Ok(false),
-            Plan::Build(planned) => planned,
-        };
+    /// Builds what was planned, unless another thread has done so.
+    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> Result<()> {
+        let Plan::Build(planned) = plan else { return Ok(()) };
+        if self.lstat(place)?.is_some() {
+            return Ok(());
+        }
         let new = beside(place);
         self.sys.remove_tree(&new)?;
-        for Planned { directory, .. } in planned {
-            let path = new.join(&directory.path);
+        for (directory, _) in planned {
+            let path = new.join(scan.path(*directory));
             self.sys.create_dir(&path, 0o755)?;
-            fill(self, &path, directory, pulse)?;
+            let directory = &scan.directories[*directory];
+            let names = match part {
+                Part::Mask => &directory.hidden,
+                Part::Hide => &directory.deleted,
+            };
+            if part == Part::Hide && directory.opaque {
+                self.sys.make_opaque(&path)?;
+            }
+            names.iter().try_for_each(|name| self.sys.create_whiteout(&path.join(name)))?;
         }
         // Children first: making an entry changes the time of its directory.
-        for Planned { directory, attributes } in planned.iter().rev() {
-            pulse.beat();
-            self.sys.set_attributes(&new.join(&directory.path), attributes)?;
+        for (directory, attributes) in planned.iter().rev() {
+            self.sys.set_attributes(&new.join(scan.path(*directory)), attributes)?;
         }
-        self.sys.rename(&new, place)?;
-        Ok(true)
-    }
-
-    pub(super) fn build_mask(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
-        self.create_whiteouts(path, &directory.hidden, pulse)
-    }
-
-    pub(super) fn build_hide(&self, path: &Path, directory: &Directory, pulse: &Pulse) -> Result<()> {
-        if directory.opaque {
-            self.sys.make_opaque(path)?;
-        }
-        self.create_whiteouts(path, &directory.deleted, pulse)
-    }
-
-    fn create_whiteouts(&self, path: &Path, names: &[OsString], pulse: &Pulse) -> Result<()> {
-        pulse.beat();
-        names.iter().try_for_each(|name| {
-            pulse.beat();
-            // The thread is not stuck in the repository either.
-            alive();
-            self.sys.create_whiteout(&path.join(name))
-        })
+        self.sys.rename(&new, place)
     }
 }
 
@@ -110,8 +117,9 @@ impl Attacher {
 /// anything of the layers below.
 pub fn skeletons(scan: &Scan) -> (Mask, bool) {
     let mut mask = Mask::default();
-    for directory in &scan.directories {
-        let is_top = directory.path.as_os_str().is_empty();
+    for (place, directory) in scan.directories.iter().enumerate() {
+        let is_top = place == 0;
+        mask.others |= directory.has_no_owner;
         for name in &directory.hidden {
             match CATALOG_MARKERS.iter().position(|marker| is_top && name == marker) {
                 Some(n) => mask.top_catalogs |= 1 << n,

@@ -26,10 +26,10 @@ pub struct Condition {
 impl Repository {
     /// How it is: asked, and waited for within bounds.
     pub fn condition(repository: &Arc<Self>) -> Result<Condition, Missing> {
-        let asked = Arc::clone(repository);
+        let (asked, mount) = (Arc::clone(repository), repository.mount());
         Self::ask(repository, move || {
             let probed = probe(asked.sys.as_ref(), &asked.path);
-            asked.watch.saw(probed.is_ok());
+            mount.watch.saw(probed.is_ok());
             probed.map_err(|why| asked.known(why))?;
             Ok(Condition { owner: asked.owner_of_all() })
         })?

@@ -4,7 +4,8 @@
 //! whoever needs an answer waits beside it and walks away in time. Knows jobs, not what they
 //! do: a job calls `alive` whenever it got an answer, and is stuck when it has not for long.
 //! Invariants: `width` jobs run at once beside those that are stuck, never more than `most`
-//! threads exist, and what a job brings after its caller has left goes to `late`.
+//! threads exist, what a job brings after its caller has left goes to `late`, and whoever waits for
+//! a job that is dropped without having run is told so at once.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
@@ -12,7 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,23 +27,29 @@ pub const LOOK_UP: Duration = Duration::from_millis(100);
 
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// When something last got on.
+/// When something last got on. None: it does not wait for the repository at the moment.
 #[derive(Clone, Debug)]
-pub struct Pulse(Arc<Mutex<Instant>>);
+pub struct Pulse(Arc<Mutex<Option<Instant>>>);
 
 impl Default for Pulse {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
+        Self(Arc::new(Mutex::new(Some(Instant::now()))))
     }
 }
 
 impl Pulse {
     pub fn beat(&self) {
-        *self.0.lock() = Instant::now();
+        *self.0.lock() = Some(Instant::now());
+    }
+
+    /// From here on the job works on the local disk: however long that takes, the repository is not
+    /// to blame.
+    pub fn pause(&self) {
+        *self.0.lock() = None;
     }
 
     pub fn silence(&self) -> Duration {
-        self.0.lock().elapsed()
+        self.0.lock().map_or(Duration::ZERO, |since| since.elapsed())
     }
 }
 
@@ -54,6 +61,14 @@ thread_local! {
 /// The job on this thread got an answer. Does nothing on other threads.
 pub fn alive() {
     JOB.with_borrow(|pulse| pulse.iter().for_each(Pulse::beat));
+}
+
+/// Does `work` that is on the local disk: however long it takes, the repository is not to blame.
+pub fn without_repository<T>(work: impl FnOnce() -> T) -> T {
+    JOB.with_borrow(|pulse| pulse.iter().for_each(Pulse::pause));
+    let done = work();
+    alive();
+    done
 }
 
 #[derive(Clone, Debug)]
@@ -68,8 +83,39 @@ struct Shared {
     most: usize,
     /// A job that gets no answer for longer counts as stuck.
     stuck_after: Duration,
+    budget: ThreadBudget,
     state: Mutex<State>,
     work: Condvar,
+}
+
+/// How many threads several lanes may have together: those of one repository, over all its mounts. What
+/// hangs in a mount that was replaced keeps its threads until the old client ends.
+#[derive(Clone, Debug)]
+pub struct ThreadBudget {
+    used: Arc<AtomicUsize>,
+    max: usize,
+}
+
+impl ThreadBudget {
+    pub fn new(max: usize) -> Self {
+        Self { used: Arc::default(), max }
+    }
+
+    /// None: the budget is used up. The thread gives its part back when it drops the guard.
+    fn take(&self) -> Option<BudgetGuard> {
+        let below_max = |used: usize| (used < self.max).then_some(used + 1);
+        self.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, below_max).ok()?;
+        Some(BudgetGuard(Arc::clone(&self.used)))
+    }
+}
+
+#[derive(Debug)]
+struct BudgetGuard(Arc<AtomicUsize>);
+
+impl Drop for BudgetGuard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(Default)]
@@ -110,6 +156,8 @@ pub enum Lost {
     /// The time is over; the job gets on.
     Late,
     Panicked,
+    /// The job was dropped before it ran: no thread could be started for it.
+    Dropped,
 }
 
 /// How long a result is waited for.
@@ -141,15 +189,49 @@ enum Answer<T> {
     Awaited,
     Here(T),
     Panicked,
+    Dropped,
     /// Nobody waits any more.
     Unwanted,
 }
 
+/// Held by a job. When the job goes without an answer, whoever waits for it is told.
+struct Promise<T> {
+    cell: Arc<Cell<T>>,
+}
+
+impl<T> Promise<T> {
+    fn is_unwanted(&self) -> bool {
+        matches!(*self.cell.answer.lock(), Answer::Unwanted)
+    }
+
+    /// The value, if nobody waits for it any more.
+    fn settle(&self, answer: Answer<T>) -> Option<T> {
+        let mut current = self.cell.answer.lock();
+        if let Answer::Unwanted = *current {
+            return if let Answer::Here(value) = answer { Some(value) } else { None };
+        }
+        *current = answer;
+        self.cell.changed.notify_all();
+        None
+    }
+}
+
+impl<T> Drop for Promise<T> {
+    fn drop(&mut self) {
+        let mut answer = self.cell.answer.lock();
+        if matches!(*answer, Answer::Awaited) {
+            *answer = Answer::Dropped;
+            self.cell.changed.notify_all();
+        }
+    }
+}
+
 impl Lane {
-    /// `width` threads, and further ones in place of those that are stuck, `most` in all.
-    pub fn new(name: &str, width: usize, most: usize, stuck_after: Duration) -> Self {
-        let (state, work) = (Mutex::default(), Condvar::new());
-        Self { shared: Arc::new(Shared { name: name.to_owned(), width, most, stuck_after, state, work }) }
+    /// `width` threads, and further ones in place of those that are stuck, `most` in all, as far as
+    /// `budget` goes.
+    pub fn new(name: &str, (width, most): (usize, usize), stuck_after: Duration, budget: &ThreadBudget) -> Self {
+        let (budget, state, work) = (budget.clone(), Mutex::default(), Condvar::new());
+        Self { shared: Arc::new(Shared { name: name.to_owned(), width, most, stuck_after, budget, state, work }) }
     }
 
     /// Queues `job`. What it returns when its ticket is gone is handed to `late`, on the
@@ -167,23 +249,16 @@ impl Lane {
             pulse: pulse.clone(),
         });
         let ticket = Ticket { cell: Arc::clone(&cell), lane: self.clone() };
+        let promise = Promise { cell };
         let work: Job = Box::new(move || {
-            cell.begun.store(true, Ordering::SeqCst);
-            if matches!(*cell.answer.lock(), Answer::Unwanted) {
+            promise.cell.begun.store(true, Ordering::SeqCst);
+            if promise.is_unwanted() {
                 return;
             }
-            let result = catch_unwind(AssertUnwindSafe(job));
-            let mut answer = cell.answer.lock();
-            match (result, &*answer) {
-                (Ok(result), Answer::Unwanted) => {
-                    drop(answer);
-                    late(result);
-                    return;
-                }
-                (Ok(result), _) => *answer = Answer::Here(result),
-                (Err(_), _) => *answer = Answer::Panicked,
+            let answer = catch_unwind(AssertUnwindSafe(job)).map_or(Answer::Panicked, Answer::Here);
+            if let Some(unwanted) = promise.settle(answer) {
+                late(unwanted);
             }
-            cell.changed.notify_all();
         });
         self.run(Turn::Last, pulse, work)?;
         Ok(ticket)
@@ -205,21 +280,44 @@ impl Lane {
             self.shared.work.notify_one();
             return Ok(());
         }
+        if self.spawn(&mut state) || threads > stuck {
+            return Ok(());
+        }
+        // Nobody would ever take these jobs. Dropped, they tell whoever waits for them; that is done
+        // without the lock, because it runs other people's code.
+        let jobs = std::mem::take(&mut state.jobs);
+        drop(state);
+        drop(jobs);
+        Err(AllStuck { threads })
+    }
+
+    /// Whether another thread was started.
+    fn spawn(&self, state: &mut State) -> bool {
+        let Some(budget) = self.shared.budget.take() else {
+            log::error!(
+                "no thread is left for {}: {} hang in mounts that were replaced; end the client \
+                 processes of those mounts",
+                self.shared.name,
+                self.shared.budget.max
+            );
+            return false;
+        };
         // Counted before it runs, so that the next caller does not start one as well.
         let number = state.next_number;
         state.next_number += 1;
         state.running.insert(number, Pulse::default());
         let shared = Arc::clone(&self.shared);
         let name = format!("{}-{number}", shared.name);
-        if let Err(e) = thread::Builder::new().name(name).spawn(move || shared.work(number)) {
+        let work = move || {
+            shared.work(number);
+            drop(budget);
+        };
+        if let Err(e) = thread::Builder::new().name(name).spawn(work) {
             state.running.remove(&number);
             log::error!("cannot start a thread for {}: {e}", self.shared.name);
-            if state.running.is_empty() && state.idle == 0 {
-                state.jobs.clear();
-                return Err(AllStuck { threads: 0 });
-            }
+            return false;
         }
-        Ok(())
+        true
     }
 
     /// Threads without a job end.
@@ -292,6 +390,7 @@ impl<T> Ticket<T> {
         match std::mem::replace(&mut *answer, Answer::Unwanted) {
             Answer::Here(value) => Ok(value),
             Answer::Panicked => Err(Lost::Panicked),
+            Answer::Dropped => Err(Lost::Dropped),
             Answer::Awaited | Answer::Unwanted => Err(lost),
         }
     }
@@ -314,6 +413,10 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
     const SHORT: Duration = Duration::from_millis(40);
+
+    fn lane(threads: (usize, usize), stuck_after: Duration) -> Lane {
+        Lane::new("t", threads, stuck_after, &ThreadBudget::new(100))
+    }
 
     fn within(limit: Duration) -> Patience {
         Patience { silence: SOON, until: Instant::now() + limit }
@@ -338,7 +441,7 @@ mod tests {
 
     #[test]
     fn stuck_threads_are_replaced_and_bounded() {
-        let lane = Lane::new("t", 2, 3, SHORT);
+        let lane = self::lane((2, 3), SHORT);
         let mut held = vec![stuck(&lane), stuck(&lane)];
         // Both are merely busy: the third waits.
         let ran = Arc::new(AtomicUsize::new(0));
@@ -362,7 +465,7 @@ mod tests {
 
     #[test]
     fn what_comes_too_late_is_handed_over() {
-        let lane = Lane::new("t", 1, 1, SOON);
+        let lane = self::lane((1, 1), SOON);
         let (release, released) = mpsc::channel::<()>();
         let (send, late) = mpsc::channel();
         let job = move || {
@@ -378,7 +481,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_answer_and_the_thread_lives_on() {
-        let lane = Lane::new("t", 1, 1, SOON);
+        let lane = self::lane((1, 1), SOON);
         for _ in 0..3 {
             let ticket = lane.start(|| -> u8 { panic!("on purpose") }, drop).unwrap();
             assert_eq!(ticket.wait(within(SOON), never), Err(Lost::Panicked));
@@ -388,7 +491,7 @@ mod tests {
 
     #[test]
     fn a_job_that_gets_on_is_late_and_one_that_does_not_is_silent() {
-        let lane = Lane::new("t", 2, 2, SOON);
+        let lane = self::lane((2, 2), SOON);
         let patience = || Patience { silence: SHORT * 2, until: Instant::now() + SHORT * 10 };
         let (stop, stopped) = mpsc::channel::<()>();
         let job = move || {
@@ -408,7 +511,7 @@ mod tests {
 
     #[test]
     fn an_urgent_job_is_the_next_one() {
-        let lane = Lane::new("t", 1, 1, SOON);
+        let lane = self::lane((1, 1), SOON);
         let (release, _ticket) = stuck(&lane);
         let order = Arc::new(Mutex::new(Vec::new()));
         let (done, both) = mpsc::channel();
@@ -426,5 +529,68 @@ mod tests {
             both.recv_timeout(SOON).unwrap();
         }
         assert_eq!(*order.lock(), [2, 1]);
+    }
+
+    /// They waited until their deadlines, up to a minute, for a thread that nobody could start.
+    #[test]
+    fn jobs_that_no_thread_can_take_are_given_up_at_once() {
+        let stuck_after = Duration::from_millis(500);
+        let lane = Lane::new("t", (1, 2), stuck_after, &ThreadBudget::new(1));
+        let (release, held) = stuck(&lane);
+        let queued = lane.start(|| 1, drop).unwrap();
+        thread::sleep(stuck_after * 2);
+        assert_eq!(lane.start(|| 2, drop).map(drop), Err(AllStuck { threads: 1 }));
+        assert_eq!(queued.wait(within(SOON), never), Err(Lost::Dropped));
+        drop(release);
+        assert_eq!(held.wait(within(SOON), never), Ok(()));
+        // The thread is free a moment after its job has answered.
+        let until = Instant::now() + SOON;
+        let next = loop {
+            match lane.start(|| 3, drop) {
+                Ok(ticket) => break ticket,
+                Err(AllStuck { .. }) => assert!(Instant::now() < until, "the thread never came back"),
+            }
+        };
+        assert_eq!(next.wait(within(SOON), never), Ok(3));
+    }
+
+    #[test]
+    fn threads_that_hang_in_replaced_lanes_count_against_the_budget() {
+        let budget = ThreadBudget::new(3);
+        let old = Lane::new("old", (2, 4), SHORT, &budget);
+        let held = [stuck(&old), stuck(&old)];
+        old.close();
+        let new = Lane::new("new", (2, 4), SHORT, &budget);
+        let (release, last) = stuck(&new);
+        thread::sleep(SHORT * 2);
+        assert_eq!(new.start(|| 1, drop).map(drop), Err(AllStuck { threads: 1 }));
+        drop(release);
+        last.wait(within(SOON), never).unwrap();
+        for (release, ticket) in held {
+            drop(release);
+            ticket.wait(within(SOON), never).unwrap();
+        }
+        assert_eq!(new.start(|| 2, drop).unwrap().wait(within(SOON), never), Ok(2));
+    }
+
+    #[test]
+    fn a_job_that_works_on_the_local_disk_is_not_silent() {
+        let lane = self::lane((1, 1), SHORT);
+        let (release, released) = mpsc::channel::<()>();
+        let (begun, has_begun) = mpsc::channel();
+        let pulse = Pulse::default();
+        let paused = pulse.clone();
+        let job = move || {
+            paused.pause();
+            begun.send(()).unwrap();
+            let _ = released.recv();
+        };
+        lane.run(Turn::Last, pulse.clone(), Box::new(job)).unwrap();
+        has_begun.recv_timeout(SOON).unwrap();
+        thread::sleep(SHORT * 2);
+        assert_eq!((pulse.silence(), lane.silence()), (Duration::ZERO, Duration::ZERO));
+        let waiting = lane.start(|| 1, drop).unwrap();
+        drop(release);
+        assert_eq!(waiting.wait(within(SOON), never), Ok(1));
     }
 }

@@ -41,6 +41,8 @@ pub enum Missing {
     Stuck {
         threads: usize,
     },
+    /// No thread could be started to ask it.
+    NoThread,
     /// The markers are still being looked for, so many directories are done.
     BeingScanned {
         directories: usize,
@@ -62,6 +64,7 @@ impl Missing {
             | Self::Slow { .. }
             | Self::Sick(_)
             | Self::Stuck { .. }
+            | Self::NoThread
             | Self::BeingScanned { .. } => Reason::NoAnswer,
             Self::Unreadable(_) | Self::NotADirectory { .. } | Self::LeadsOut { .. } | Self::Unscannable(_) => {
                 Reason::Unreadable
@@ -100,6 +103,7 @@ impl fmt::Display for Missing {
             Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
             Self::Sick(sick) => sick.fmt(f),
             Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
+            Self::NoThread => f.write_str("no thread can be started to ask the repository (see the log)"),
             Self::BeingScanned { directories } => {
                 write!(f, "it is still being looked through, {directories} directories are done")
             }

@@ -9,21 +9,17 @@
 //! error, never a directory without markers.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
-use std::collections::HashSet;
+mod walk;
+
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 
-use nix::errno::Errno;
-use parking_lot::{Condvar, Mutex};
-
+pub use self::walk::scan;
 use super::lane::Pulse;
-use crate::sys::{self, FileType, Sys};
+use crate::sys;
 use crate::types::Digest;
 
 /// Files that mark the root of a nested catalog of CernVM-FS; the second one stands where the
@@ -41,17 +37,21 @@ const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 /// At the top of a layer, names with this prefix are records of AUFS and mean nothing.
 const META_PREFIX: &[u8] = b".wh..wh.";
 
-/// Threads that read directories of one tree. The time goes to the FUSE server's round
-/// trips, not to our cores: four need half the time of one.
-const WALKERS: usize = 4;
-/// A tree with fewer directories is read by one.
-const FEW: usize = 64;
-/// Names that a scan holds at once, in bytes: directories that are still to be read, and
-/// markers. A layer of a million entries needs a few megabytes.
-const MOST_BYTES: usize = 64 << 20;
-
-/// A walk shows life after so many entries of one directory.
-const BEAT: usize = 100;
+/// Names and directories that a scan holds at once, in bytes. A layer of a million entries needs a few
+/// megabytes.
+const MAX_MEMORY: usize = 64 << 20;
+/// Directories of a layer. Of a million, a scan over FUSE takes minutes.
+const MAX_DIRECTORIES: usize = 1_000_000;
+/// Directories of the result. A mask and a hide have as many each, on the local disk.
+const MAX_MARKED: usize = 65_536;
+/// Names in the result, in bytes. An ordinary layer has a few kilobytes.
+const MAX_NAMES: usize = 8 << 20;
+/// Length of the path of a directory of the result, in bytes: the kernel takes 4096, and the path of
+/// the state root comes before it.
+const MAX_PATH: usize = 3_584;
+/// What the kernel shows instead of a user or group that has no number here. A publisher that keeps
+/// owners gives it to directories which the layer's tar does not name.
+pub const NO_OWNER: u32 = u32::MAX;
 
 /// Names a scan: one layer in one repository.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -60,8 +60,8 @@ pub struct ScanKey {
     pub repository: String,
 }
 
-/// The directories that hold markers, and their parents; a directory stands after its
-/// parent, and the first is the top.
+/// The directories that hold markers or have no owner, and their parents. A directory stands after
+/// its parent, siblings are sorted by name, and the first one is the top.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
     pub directories: Vec<Directory>,
@@ -69,40 +69,59 @@ pub struct Scan {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Directory {
-    /// Relative to the top of the layer, empty for the top itself.
-    pub path: PathBuf,
+    /// Its parent's place in the scan; that of the top is its own, 0.
+    pub parent: usize,
+    /// Empty for the top.
+    pub name: OsString,
     /// Names that the layer deletes from the layers below.
     pub deleted: Vec<OsString>,
     /// Nothing of this directory shows from the layers below.
     pub opaque: bool,
     /// Names in the layer that no container may see.
     pub hidden: Vec<OsString>,
+    /// Nothing could be written below it as long as it shows.
+    pub has_no_owner: bool,
+}
+
+/// A bound that a layer can exceed. It is not used then, and not scanned again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    Memory,
+    Directories,
+    Marked,
+    Names,
+    Path,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => write!(f, "more names of directories and markers than {} MiB hold", MAX_MEMORY >> 20),
+            Self::Directories => write!(f, "more than {MAX_DIRECTORIES} directories"),
+            Self::Marked => write!(f, "markers in more than {MAX_MARKED} directories, with those above them"),
+            Self::Names => write!(f, "names of markers of more than {} MiB", MAX_NAMES >> 20),
+            Self::Path => write!(f, "a marker in a directory whose path is longer than {MAX_PATH} bytes"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     System(sys::Error),
-    /// Not an image that anybody built: it would take too much memory.
-    TooMuch {
-        top: PathBuf,
-    },
+    /// Not an image that anybody built for use.
+    Exceeds(Limit),
     /// A thread of ours failed.
-    Panicked {
-        top: PathBuf,
-    },
+    Panicked,
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::System(cause) => cause.fmt(f),
-            Self::TooMuch { top } => write!(
-                f,
-                "{} has more names of directories and markers than {} MiB hold",
-                top.display(),
-                MOST_BYTES >> 20
-            ),
-            Self::Panicked { top } => write!(f, "looking through {} hit a bug in the snapshotter", top.display()),
+            Self::Exceeds(limit) => {
+                write!(f, "the layer has {limit} and cannot be shown; pull the image again to download the layer")
+            }
+            Self::Panicked => f.write_str("its scan hit a bug in the snapshotter"),
         }
     }
 }
@@ -123,163 +142,8 @@ pub struct Progress {
     pub pulse: Pulse,
 }
 
-/// Walks the directories at `top`. What is found is a matter of names only: owners and
-/// modes look different through another mount of the same repository.
-pub fn scan(sys: &dyn Sys, top: &Path, progress: &Progress) -> Result<Scan> {
-    let walk = Walk { sys, top, progress, state: Mutex::default(), changed: Condvar::new() };
-    walk.state.lock().unread.push(Unread { parent: Arc::from(Path::new("")), name: OsString::new() });
-    walk.read_until(FEW);
-    if !walk.is_over() {
-        thread::scope(|scope| {
-            for _ in 0..WALKERS {
-                scope.spawn(|| walk.read_until(usize::MAX));
-            }
-        });
-    }
-    walk.result()
-}
-
-/// A directory by its parent, which it shares with its siblings.
-struct Unread {
-    parent: Arc<Path>,
-    name: OsString,
-}
-
-struct Walk<'a> {
-    sys: &'a dyn Sys,
-    top: &'a Path,
-    progress: &'a Progress,
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    unread: Vec<Unread>,
-    /// Walkers that read a directory, and may find more.
-    busy: usize,
-    bytes: usize,
-    marked: BTreeMap<PathBuf, Directory>,
-    failed: Option<Error>,
-}
-
-impl State {
-    fn is_over(&self) -> bool {
-        self.failed.is_some() || (self.unread.is_empty() && self.busy == 0)
-    }
-}
-
-impl Walk<'_> {
-    fn is_over(&self) -> bool {
-        self.state.lock().is_over()
-    }
-
-    /// Reads directories until all are, or somebody failed, or this one has read `limit`.
-    fn read_until(&self, limit: usize) {
-        for _ in 0..limit {
-            let next = {
-                let mut state = self.state.lock();
-                while state.unread.is_empty() && !state.is_over() {
-                    self.changed.wait(&mut state);
-                }
-                if state.is_over() {
-                    return;
-                }
-                state.busy += 1;
-                state.unread.pop()
-            };
-            let Some(next) = next else { return };
-            // A panic must not leave the others waiting for this one.
-            let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next)))
-                .unwrap_or_else(|_| Err(Error::Panicked { top: self.top.to_owned() }));
-            self.progress.directories.fetch_add(1, Ordering::Relaxed);
-            self.progress.pulse.beat();
-            let mut state = self.state.lock();
-            state.busy -= 1;
-            state.bytes = state.bytes.saturating_sub(cost(&next.name));
-            match found {
-                Ok((directory, below)) => {
-                    let parent: Arc<Path> = Arc::from(directory.path.as_path());
-                    state.bytes += below.iter().map(|name| cost(name)).sum::<usize>() + directory.cost();
-                    state.unread.extend(below.into_iter().map(|name| Unread { parent: Arc::clone(&parent), name }));
-                    if directory.opaque || !directory.hidden.is_empty() {
-                        state.marked.insert(directory.path.clone(), directory);
-                    }
-                    if state.bytes > MOST_BYTES {
-                        state.failed = Some(Error::TooMuch { top: self.top.to_owned() });
-                    }
-                }
-                Err(e) => state.failed = Some(e),
-            }
-            self.changed.notify_all();
-        }
-    }
-
-    /// The markers of one directory, and the directories in it.
-    fn read(&self, unread: &Unread) -> Result<(Directory, Vec<OsString>)> {
-        let path = unread.parent.join(&unread.name);
-        let at = self.top.join(&path);
-        let is_top = path.as_os_str().is_empty();
-        let mut below = Vec::new();
-        let mut markers = Vec::new();
-        let mut bytes = 0;
-        let mut entries = 0_usize;
-        let mut leads_out = false;
-        self.sys.for_each_entry(&at, &mut |name, file_type| {
-            entries += 1;
-            leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
-            // Names come many at a time: a large directory gets on while it is being read.
-            if entries.is_multiple_of(BEAT) {
-                self.progress.pulse.beat();
-            }
-            let kept = match file_type {
-                _ if is_whiteout(name) => &mut markers,
-                FileType::Other if is_publishers(name) => &mut markers,
-                FileType::Directory => &mut below,
-                _ => return,
-            };
-            bytes += cost(name);
-            if bytes <= MOST_BYTES {
-                kept.push(name.to_owned());
-            }
-        })?;
-        if bytes > MOST_BYTES {
-            return Err(Error::TooMuch { top: self.top.to_owned() });
-        }
-        if leads_out {
-            // As the kernel says to a file system that hands out such names.
-            return Err(sys::Error { call: "read directory", path: at, errno: Errno::EIO }.into());
-        }
-        let mut directory = Directory::of(path, is_top, markers);
-        if !directory.deleted.is_empty() {
-            // A name that the layer both deletes and has is simply there: a file hides what is
-            // below, and a directory is merged with it, for unpacking it removes the whiteout.
-            let mut absent: HashSet<OsString> = directory.deleted.drain(..).collect();
-            self.sys.for_each_entry(&at, &mut |name, _| {
-                absent.remove(name);
-            })?;
-            directory.deleted = absent.into_iter().collect();
-            directory.deleted.sort();
-        }
-        Ok((directory, below))
-    }
-
-    fn result(self) -> Result<Scan> {
-        let State { mut marked, failed, .. } = self.state.into_inner();
-        if let Some(e) = failed {
-            return Err(e);
-        }
-        let parents: HashSet<PathBuf> =
-            marked.keys().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
-        for path in parents.into_iter().chain([PathBuf::new()]) {
-            marked.entry(path.clone()).or_insert_with(|| Directory { path, ..Directory::default() });
-        }
-        Ok(Scan { directories: marked.into_values().collect() })
-    }
-}
-
 impl Scan {
-    /// Something in it is to be hidden.
+    /// Something in it is to be hidden, or shown with another owner.
     pub fn has_mask(&self) -> bool {
         self.directories.iter().any(Directory::has_mask)
     }
@@ -288,12 +152,32 @@ impl Scan {
     pub fn hides(&self) -> bool {
         self.directories.iter().any(Directory::hides)
     }
+
+    /// Where the directory at `place` is, from the top of the layer.
+    pub fn path(&self, mut place: usize) -> PathBuf {
+        let mut names = Vec::new();
+        while place != 0 {
+            names.push(self.directories[place].name.as_os_str());
+            place = self.directories[place].parent;
+        }
+        names.into_iter().rev().collect()
+    }
+
+    /// The places of the directories that are `wanted`, and of those above them, in their order.
+    pub fn with_parents(&self, wanted: impl Fn(&Directory) -> bool) -> Vec<usize> {
+        let mut is_needed = vec![false; self.directories.len()];
+        for (place, directory) in self.directories.iter().enumerate().rev() {
+            is_needed[place] |= wanted(directory);
+            is_needed[directory.parent] |= is_needed[place];
+        }
+        (0..is_needed.len()).filter(|place| is_needed[*place]).collect()
+    }
 }
 
 impl Directory {
-    /// Something of it is to be hidden.
+    /// Something of it is to be hidden, or it is to be shown with another owner.
     pub fn has_mask(&self) -> bool {
-        !self.hidden.is_empty()
+        !self.hidden.is_empty() || self.has_no_owner
     }
 
     /// It deletes something of the layers below.
@@ -301,8 +185,8 @@ impl Directory {
         self.opaque || !self.deleted.is_empty()
     }
 
-    fn of(path: PathBuf, is_top: bool, markers: Vec<OsString>) -> Self {
-        let mut directory = Self { path, hidden: markers, ..Self::default() };
+    fn with_markers(is_top: bool, markers: Vec<OsString>) -> Self {
+        let mut directory = Self { hidden: markers, ..Self::default() };
         for name in &directory.hidden {
             let bytes = name.as_bytes();
             let Some(target) = bytes.strip_prefix(WHITEOUT_PREFIX) else { continue };
@@ -317,16 +201,6 @@ impl Directory {
         directory.hidden.sort();
         directory
     }
-
-    fn cost(&self) -> usize {
-        let names = self.hidden.iter().chain(&self.deleted);
-        if self.hidden.is_empty() { 0 } else { cost(self.path.as_os_str()) + names.map(|n| cost(n)).sum::<usize>() }
-    }
-}
-
-/// What a name takes in memory, about.
-fn cost(name: &OsStr) -> usize {
-    name.len() + 64
 }
 
 fn is_whiteout(name: &OsStr) -> bool {
@@ -343,8 +217,9 @@ fn is_publishers(name: &OsStr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::Host;
+    use crate::sys::{Host, Sys};
     use std::fs;
+    use std::path::Path;
 
     fn layer(directories: &[&str], files: &[&str]) -> tempfile::TempDir {
         let top = tempfile::tempdir().unwrap();
@@ -358,7 +233,7 @@ mod tests {
     }
 
     fn find(sys: &dyn Sys, top: &Path) -> Result<Scan> {
-        scan(sys, top, &Progress::default())
+        scan(sys, &Host.open_dir(top).unwrap(), &Progress::default())
     }
 
     /// `path: -deleted … !hidden … =opaque`, one line a directory.
@@ -366,8 +241,9 @@ mod tests {
         let scan = find(&Host, top.path()).unwrap();
         scan.directories
             .iter()
-            .map(|d| {
-                let mut line = format!("{}:", d.path.display());
+            .enumerate()
+            .map(|(place, d)| {
+                let mut line = format!("{}:", scan.path(place).display());
                 for name in &d.deleted {
                     line = format!("{line} -{}", name.display());
                 }
@@ -460,7 +336,7 @@ mod tests {
         let found = scan.directories.iter().filter(|d| d.deleted == ["gone"]).count();
         let parents = 1 + 7 + 7 * 31;
         assert_eq!((found, scan.directories.len()), (400, 400 + parents));
-        assert!(scan.directories.is_sorted_by_key(|d| &d.path));
+        assert!((0..scan.directories.len()).is_sorted_by_key(|place| scan.path(place)));
     }
 
     /// An unreadable directory must not pass for one without deletions.
@@ -479,9 +355,54 @@ mod tests {
     #[test]
     fn names_without_end_do_not_eat_the_memory() {
         let top = tempfile::tempdir().unwrap();
-        let sys = crate::sys::failing::Failing::endless(MOST_BYTES / 200);
+        let sys = crate::sys::failing::Failing::endless(MAX_MEMORY / 200);
         let read = Progress::default();
-        assert_eq!(scan(&sys, top.path(), &read), Err(Error::TooMuch { top: top.path().to_owned() }));
+        let handle = sys.open_dir(top.path()).unwrap();
+        assert_eq!(scan(&sys, &handle, &read), Err(Error::Exceeds(Limit::Memory)));
         assert!(read.directories.into_inner() < 100);
+    }
+
+    /// Each marker made an entry with its whole path for every directory above it, twice: 200 chains of
+    /// directories took 1.7 GiB.
+    #[test]
+    fn deep_chains_of_directories_cost_their_names_and_are_bounded() {
+        let deep = |chains: usize, depth: usize| {
+            let top = tempfile::tempdir().unwrap();
+            for chain in 0..chains {
+                let path: PathBuf = std::iter::once(chain.to_string()).chain(vec!["d".to_owned(); depth]).collect();
+                fs::create_dir_all(top.path().join(&path)).unwrap();
+                fs::write(top.path().join(path).join(".wh.gone"), "").unwrap();
+            }
+            top
+        };
+        let scan = find(&Host, deep(20, 1_000).path()).unwrap();
+        assert_eq!(scan.directories.len(), 1 + 20 * 1_001);
+        let bytes: usize = scan.directories.iter().map(|d| size_of::<Directory>() + d.name.len()).sum();
+        assert!(bytes < 4 << 20, "{bytes} bytes");
+        assert_eq!(find(&Host, deep(70, 1_000).path()), Err(Error::Exceeds(Limit::Marked)));
+        assert_eq!(find(&Host, deep(1, 1_800).path()), Err(Error::Exceeds(Limit::Path)));
+    }
+
+    #[test]
+    fn names_of_markers_are_bounded() {
+        let top = tempfile::tempdir().unwrap();
+        for n in 0..MAX_NAMES / 500 {
+            fs::write(top.path().join(format!(".wh.{n:0250}")), "").unwrap();
+        }
+        assert_eq!(find(&Host, top.path()), Err(Error::Exceeds(Limit::Names)));
+    }
+
+    #[test]
+    fn directories_without_an_owner_are_found_and_the_top_is_none_of_them() {
+        let top = layer(&["a/b/c", "d"], &[]);
+        let found = |path: &str| {
+            let sys = crate::sys::failing::Failing::without_owner(top.path().join(path));
+            let scan = find(&sys, top.path()).unwrap();
+            let unowned = (0..scan.directories.len()).filter(|place| scan.directories[*place].has_no_owner);
+            unowned.map(|place| scan.path(place).display().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(found("a/b"), ["a/b"]);
+        assert_eq!(found("d"), ["d"]);
+        assert_eq!(found(""), Vec::<String>::new());
     }
 }

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
-use super::tests::{Place, key, lower, pull, remove_all, wanted};
+use super::tests::{Place, check_files, key, lower, pull, remove_all, wanted};
 use super::*;
 use crate::sys::Host;
+use crate::sys::failing::Failing;
 
 /// The lower directories of the only mount, as `<id>/<name>`.
 fn lower_names(place: &Place, mounts: &[Mount]) -> Vec<String> {
@@ -316,4 +317,62 @@ fn root_a_container_that_is_mounted_while_its_layer_is_exchanged_has_the_layer()
         }
         remove_all(&place, &s);
     }
+}
+
+/// An attach took a release that lasted longer than 100 ms for a thread that hangs, went on beside it,
+/// and had its layer removed under the container that it was for.
+#[test]
+fn root_a_slow_release_does_not_remove_a_layer_that_is_attached_meanwhile() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        let place = Place::new(mode);
+        let (removal_begins, begun) = crossbeam_channel::bounded(1);
+        let home = place.snapshots().join("2");
+        let sys = Failing::before_call(move |call, path| {
+            if call == "remove_tree" && path == home {
+                let _ = removal_begins.try_send(());
+                std::thread::sleep(std::time::Duration::from_millis(300));
+            }
+        });
+        let s = place.open(Arc::new(sys));
+        let bottom = pull(&s, 1, "");
+        let top = pull(&s, 2, &bottom);
+        s.prepare(wanted("first", &top, &[])).unwrap();
+        assert_eq!(s.stat(&key(&top)).unwrap().id, SnapshotId(2));
+        s.remove(&key("first")).unwrap();
+        // The layer was attached more than two seconds ago.
+        std::thread::sleep(std::time::Duration::from_millis(2_100));
+        let mounts = std::thread::scope(|scope| {
+            let cleanup = scope.spawn(|| s.cleanup(&|| false).unwrap());
+            begun.recv().unwrap();
+            let mounts = s.prepare(wanted("second", &top, &[])).unwrap();
+            cleanup.join().unwrap();
+            mounts
+        });
+        check_files(&place, &mounts);
+        remove_all(&place, &s);
+    }
+}
+
+/// Between the look at a layer and its mount, a publisher can put a link in its place: mount(2) followed
+/// it to the host.
+#[test]
+fn root_a_layer_that_becomes_a_link_before_it_is_mounted_shows_nothing_of_the_host() {
+    let place = Place::new(Mode::Bind);
+    let host = place.dir.path().join("host");
+    fs::create_dir(&host).unwrap();
+    fs::write(host.join("secret"), "").unwrap();
+    publish_third(&place, "cvmfs", false);
+    let (top, away) = (place.layer(3), place.dir.path().join("away"));
+    let sys = Failing::before_call(move |call, _| {
+        if call == "bind_read_only" {
+            fs::rename(&top, &away).unwrap();
+            std::os::unix::fs::symlink(&host, &top).unwrap();
+        }
+    });
+    let s = place.open(Arc::new(sys));
+    let name = pull(&s, 3, "");
+    let mounts = s.prepare(wanted("container", &name, &[])).unwrap();
+    let [layer] = lower(&mounts)[..] else { panic!("{mounts:?}") };
+    assert_eq!((layer.join("secret").exists(), layer.join("three").exists()), (false, true));
+    remove_all(&place, &s);
 }

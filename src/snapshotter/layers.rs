@@ -2,21 +2,18 @@
 //! them. All questions go through the repositories' own threads and come back in time.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::errno::Errno;
-
-use super::scans::{Pending, Scans};
+use super::scans::ScanScheduler;
 use super::{Error, Result, cleanup};
-use crate::attach::{self, Attach, Attacher, Pin, Release, Released};
+use crate::attach::{self, AttachRequest, Attacher, Attachment, Pin, Release, Released, Survey};
 use crate::metrics::{METRICS, Reason};
 use crate::overlay::{self, Edition, Lower, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Scan, ScanKey};
 use crate::repository::{Asked, Missing, Repository};
-use crate::store::{Lookup, Store};
+use crate::store::Store;
 use crate::types::{
     Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId,
 };
@@ -105,25 +102,23 @@ impl Fallback {
 pub struct Sources {
     pub store: Arc<Store>,
     pub attacher: Attacher,
-    pub scans: Scans,
+    pub scans: ScanScheduler,
     /// In the order in which they are asked.
     pub repositories: Vec<Arc<Repository>>,
 }
 
-/// A published layer that is to be attached for a snapshot.
-#[derive(Clone)]
+/// A published layer that is to be attached.
 struct AttachTarget {
-    id: SnapshotId,
-    scan_key: ScanKey,
-    /// Whether its mask will be used, if it needs one.
-    masked: bool,
-    is_lowest: bool,
+    request: AttachRequest,
+    digest: Digest,
+    repository: Arc<Repository>,
 }
 
 /// A layer in its place. It stays there while this lives.
 pub struct Attached {
-    pub pin: Pin,
-    pub scan: Arc<Scan>,
+    _pin: Pin,
+    edition: Edition,
+    scan: Arc<Scan>,
     masked: bool,
 }
 
@@ -167,30 +162,32 @@ impl Limits {
     }
 }
 
-/// A layer, and what is known of its markers.
-type Scanned = (AttachTarget, Arc<Scan>);
 type Tried = std::result::Result<Attached, Trouble>;
+type StartedSurvey = std::result::Result<Asked<Vec<Surveyed>>, Missing>;
 
-/// How far the search for the markers of a layer is. Those of many layers are begun together and
-/// waited for in turn.
-enum Looking {
-    Known(Arc<Scan>),
-    /// Where what is to be looked through lies.
-    Asked(std::result::Result<Asked<std::result::Result<PathBuf, Missing>>, Missing>),
-}
-
-enum Walking {
-    Known(Arc<Scan>),
-    Begun(std::result::Result<Pending, Missing>),
-}
+/// What a repository said about a layer.
+type Surveyed = std::result::Result<Survey, Trouble>;
 
 /// A published layer of a chain.
-struct Wanted<'a> {
+struct ChainLayer<'a> {
     snapshot: &'a Snapshot,
     layer: &'a Layer,
-    scan_key: ScanKey,
-    /// The first that is asked.
+    /// The one that is asked.
     repository: Arc<Repository>,
+}
+
+impl ChainLayer<'_> {
+    fn scan_key(&self) -> ScanKey {
+        ScanKey { digest: self.layer.digest.clone(), repository: self.repository.name().to_owned() }
+    }
+
+    fn target(&self, scan: Arc<Scan>, masked: bool) -> AttachTarget {
+        let digest = self.layer.digest.clone();
+        let source = self.repository.layer_path(&digest);
+        let is_lowest = self.snapshot.parent.is_none();
+        let request = AttachRequest { id: self.snapshot.id, source, scan, masked, is_lowest };
+        AttachTarget { request, digest, repository: Arc::clone(&self.repository) }
+    }
 }
 
 impl Sources {
@@ -223,36 +220,32 @@ impl Sources {
         // All repositories have the same limits.
         let limits = Limits::of(&self.repositories[0]);
         let remote = chain.iter().filter_map(|snapshot| Some((snapshot, snapshot.layer.as_ref()?)));
-        let wanted: Vec<Wanted<'_>> = remote
+        let layers: Vec<ChainLayer<'_>> = remote
             .map(|(snapshot, layer)| {
                 let repository = self.candidates(&layer.repository).swap_remove(0);
-                Wanted { snapshot, layer, scan_key: scan_key(layer, &repository), repository }
+                ChainLayer { snapshot, layer, repository }
             })
             .collect();
-        let looking = wanted.iter().map(|one| self.look(&one.scan_key, &one.repository));
-        let looking = looking.collect::<Result<Vec<_>>>()?;
-        let walking = wanted
-            .iter()
-            .zip(looking)
-            .map(|(one, looking)| looking.walk(self, &one.scan_key, &one.repository, limits, Turn::Next));
-        let walking: Vec<_> = walking.collect();
-        let scans: Vec<_> = walking.into_iter().map(|walking| walking.result(limits)).collect();
+        // All are begun before the first one is waited for.
+        let begun = layers.iter().map(|one| self.scans.start(&one.scan_key(), &one.repository, Turn::Next));
+        let begun = begun.collect::<Result<Vec<_>>>()?;
+        let scans: Vec<_> = begun.into_iter().map(|scan| scan.and_then(|scan| scan.wait(limits.scans))).collect();
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
-        let mut attached = Vec::with_capacity(wanted.len());
-        for (tried, one) in self.attach_together(&wanted, scans, &masked, limits).into_iter().zip(&wanted) {
+        let targets = layers.iter().zip(scans).zip(masked).map(|((one, scan), masked)| Ok(one.target(scan?, masked)));
+        let mut attached = Vec::with_capacity(layers.len());
+        for (tried, one) in self.attach_targets(targets.collect(), limits).into_iter().zip(&layers) {
             attached.push(match tried {
                 Err(Trouble::Missing(why)) => self.attach_from_others(one, why)?,
                 Err(Trouble::Own(e)) => return Err(e),
                 Ok(attached) => attached,
             });
         }
-        let all = |attached: &[Attached]| lowers(chain, attached.iter().map(|one| Some((&*one.scan, one.pin.edition))));
+        let all = |attached: &[Attached]| lowers(chain, attached.iter().map(|one| Some((&*one.scan, one.edition))));
         // A layer of another repository may hide less than the one that it stands in for.
         let needed = self::masked(chain, &all(&attached));
-        for ((needs_mask, attached), one) in needed.into_iter().zip(&mut attached).zip(&wanted) {
+        for ((needs_mask, attached), one) in needed.into_iter().zip(&mut attached).zip(&layers) {
             if needs_mask && !attached.masked {
-                *attached =
-                    self.attach(&one.target(true), &one.repository, limits).map_err(|trouble| trouble.of(one.layer))?;
+                *attached = self.attach(one, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
         let lowers = all(&attached);
@@ -261,51 +254,119 @@ impl Sources {
         Ok(lowers.into_iter().zip(attached).collect())
     }
 
-    /// Attaches what was looked through, each layer from the first repository that is asked. A
-    /// thread of the repository takes several layers, for the way to it and back costs more
-    /// than a layer that is in place.
-    fn attach_together(
+    /// Attaches layers, each from its repository; the results are in the order of `targets`.
+    fn attach_targets(
         self: &Arc<Self>,
-        wanted: &[Wanted<'_>],
-        scans: Vec<std::result::Result<Arc<Scan>, Missing>>,
-        masked: &[bool],
+        targets: Vec<std::result::Result<AttachTarget, Missing>>,
         limits: Limits,
     ) -> Vec<Tried> {
-        // With their places in `wanted`.
-        let mut tried: Vec<(usize, Tried)> = Vec::with_capacity(wanted.len());
-        let mut targets = Vec::with_capacity(wanted.len());
-        for (n, (one, scan)) in wanted.iter().zip(scans).enumerate() {
-            match scan {
-                Err(missing) => tried.push((n, Err(missing.into()))),
-                Ok(scan) => targets.push((n, (one.target(masked[n]), scan))),
+        // With their places in `targets`.
+        let mut tried: Vec<(usize, Tried)> = Vec::with_capacity(targets.len());
+        let mut to_survey = Vec::with_capacity(targets.len());
+        for (place, target) in targets.into_iter().enumerate() {
+            match target {
+                Ok(target) => to_survey.push((place, self.attacher.pin(target.request.id), Arc::new(target))),
+                Err(missing) => tried.push((place, Err(missing.into()))),
             }
         }
-        let repository = |n: usize| &wanted[n].repository;
-        targets.sort_by(|(a, _), (b, _)| repository(*a).name().cmp(repository(*b).name()));
+        to_survey.sort_by(|(_, _, a), (_, _, b)| a.repository.name().cmp(b.repository.name()));
         let since = Instant::now();
         let mut begun = Vec::new();
-        for of_one in targets.chunk_by(|(a, _), (b, _)| repository(*a).name() == repository(*b).name()) {
+        for of_one in to_survey.chunk_by(|(_, _, a), (_, _, b)| a.repository.name() == b.repository.name()) {
+            // A thread of the repository takes several layers, for the way to it and back costs more
+            // than a layer that is in place.
             for some in of_one.chunks(of_one.len().div_ceil(Repository::AT_ONCE)) {
-                let (places, targets): (Vec<_>, Vec<_>) = some.iter().cloned().unzip();
-                begun.push((self.begin(targets, repository(places[0]), since), places));
+                begun.push(self.start_survey(some.iter().map(|(_, _, target)| Arc::clone(target)).collect(), since));
             }
         }
-        for (begun, places) in begun {
+        let mut to_attach = to_survey.into_iter();
+        for (begun, count) in begun {
+            let some = to_attach.by_ref().take(count);
             match begun.and_then(|asked| asked.wait(limits.all)) {
-                Ok(all) => tried.extend(places.into_iter().zip(all)),
-                Err(missing) => tried.extend(places.into_iter().map(|n| (n, Err(missing.clone().into())))),
+                Ok(surveyed) => tried.extend(some.zip(surveyed).map(|((place, pin, target), survey)| {
+                    (place, survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, limits)))
+                })),
+                Err(missing) => tried.extend(some.map(|(place, ..)| (place, Err(missing.clone().into())))),
             }
         }
-        tried.sort_by_key(|(n, _)| *n);
+        tried.sort_by_key(|(place, _)| *place);
         tried.into_iter().map(|(_, one)| one).collect()
     }
 
+    /// Has layers surveyed on a thread of their repository, one after the other; the result says how
+    /// many. What the repository answered after `since` says that it is there. Whoever waits holds the
+    /// pins: a thread that hangs must keep nobody from taking the layers away.
+    fn start_survey(self: &Arc<Self>, targets: Vec<Arc<AttachTarget>>, since: Instant) -> (StartedSurvey, usize) {
+        let count = targets.len();
+        let ids: Vec<SnapshotId> = targets.iter().map(|target| target.request.id).collect();
+        let repository = Arc::clone(&targets[0].repository);
+        let job = {
+            let sources = Arc::clone(self);
+            move || targets.into_iter().map(|target| sources.survey(&target, since)).collect()
+        };
+        let late = {
+            let sources = Arc::clone(self);
+            move |surveyed: Vec<Surveyed>| {
+                for (id, survey) in ids.iter().zip(surveyed) {
+                    if let Ok(survey) = survey {
+                        sources.attacher.discard(*id, survey);
+                    }
+                }
+                sources.release_unused(&ids);
+            }
+        };
+        (Repository::start(&repository, job, late), count)
+    }
+
+    /// On a thread of the repository.
+    fn survey(&self, target: &AttachTarget, since: Instant) -> std::result::Result<Survey, Trouble> {
+        let AttachTarget { request, digest, repository } = target;
+        let layer = repository.layer_since(digest, since)?;
+        let ignored = repository.client_attributes()?;
+        let survey = self.attacher.survey(request, &layer, &ignored).map_err(|e| {
+            METRICS.attached("failed");
+            if self.attacher.is_local(&e) {
+                Trouble::Own(Error::System(e))
+            } else {
+                Trouble::Missing(repository.unreadable(e))
+            }
+        })?;
+        if request.is_lowest && !survey.is_begun {
+            repository.notice_owners(digest, layer.path());
+        }
+        Ok(survey)
+    }
+
+    /// Work on the local disk: the repository has said all that it has to.
+    fn attach_surveyed(self: &Arc<Self>, target: &AttachTarget, pin: Pin, survey: Survey, limits: Limits) -> Tried {
+        let AttachTarget { request, digest, repository } = target;
+        match self.attacher.attach(&pin, request, survey) {
+            Ok(Some(Attachment { edition, fresh })) => {
+                if fresh {
+                    METRICS.attached("attached");
+                }
+                Ok(Attached { _pin: pin, edition, scan: Arc::clone(&request.scan), masked: request.masked })
+            }
+            Ok(None) => {
+                let (request, digest, repository) = (request.clone(), digest.clone(), Arc::clone(repository));
+                let again = AttachTarget { request, digest, repository };
+                self.attach_targets(vec![Ok(again)], limits).swap_remove(0)
+            }
+            Err(e) => {
+                METRICS.attached("failed");
+                Err(Trouble::Own(Error::System(e)))
+            }
+        }
+    }
+
     /// The repository that the layer came from cannot provide it: another one may.
-    fn attach_from_others(self: &Arc<Self>, one: &Wanted<'_>, why: Missing) -> Result<Attached> {
+    fn attach_from_others(self: &Arc<Self>, one: &ChainLayer<'_>, why: Missing) -> Result<Attached> {
         let layer = one.layer;
-        for other in self.candidates(&layer.repository).iter().skip(1) {
-            let target = AttachTarget { scan_key: scan_key(layer, other), ..one.target(true) };
-            match self.attach(&target, other, Limits::of(other)) {
+        let others = self.candidates(&layer.repository).split_off(1);
+        // One bound for all of them together.
+        let limits = others.first().map(|other| Limits::of(other));
+        for (repository, limits) in others.into_iter().zip(limits.into_iter().cycle()) {
+            match self.attach(&ChainLayer { repository, ..*one }, limits) {
                 Ok(attached) => return Ok(attached),
                 Err(Trouble::Own(e)) => return Err(e),
                 Err(Trouble::Missing(_)) => {}
@@ -318,80 +379,20 @@ impl Sources {
         Err(unavailable(layer, Missing::NotConfigured { instead }))
     }
 
-    /// Attaches one layer, looked through before if need be.
-    fn attach(self: &Arc<Self>, target: &AttachTarget, repository: &Arc<Repository>, limits: Limits) -> Tried {
-        let looking = self.look(&target.scan_key, repository).map_err(Trouble::Own)?;
-        let scan = looking.walk(self, &target.scan_key, repository, limits, Turn::Next).result(limits)?;
-        self.begin(vec![(target.clone(), scan)], repository, Instant::now())?.wait(limits.all)?.swap_remove(0)
+    /// Attaches one layer with its mask, scanned before if need be.
+    fn attach(self: &Arc<Self>, one: &ChainLayer<'_>, limits: Limits) -> Tried {
+        let scan = self.scans.start(&one.scan_key(), &one.repository, Turn::Next).map_err(Trouble::Own)?;
+        let scan = scan?.wait(limits.scans)?;
+        self.attach_targets(vec![Ok(one.target(scan, true))], limits).swap_remove(0)
     }
 
-    fn look(&self, scan_key: &ScanKey, repository: &Arc<Repository>) -> Result<Looking> {
-        if let Some(scan) = self.scans.known(scan_key)? {
-            return Ok(Looking::Known(scan));
+    /// Begins to scan a layer that was just pulled, for the first container that will need it. Waits for
+    /// nothing.
+    pub fn prefetch_scan(&self, scan_key: &ScanKey, repository: &Arc<Repository>) {
+        let begun = self.scans.start(scan_key, repository, Turn::Last);
+        if let Err(why) = begun.map_err(|e| e.to_string()).and_then(|begun| begun.map_err(|why| why.to_string())) {
+            log::debug!("{} will be scanned when a container needs it: {why}", scan_key.digest);
         }
-        let (asked, digest) = (Arc::clone(repository), scan_key.digest.clone());
-        Ok(Looking::Asked(Repository::start(repository, move || asked.layer(&digest), drop)))
-    }
-
-    /// Begins to scan a layer that was just pulled, for the first container that will need it.
-    pub fn prefetch_scan(self: &Arc<Self>, key: &Key) -> Result<()> {
-        let snapshot = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
-        let Some(layer) = snapshot.and_then(|snapshot| snapshot.layer) else { return Ok(()) };
-        let Some(repository) = self.named(&layer.repository) else { return Ok(()) };
-        let scan_key = scan_key(&layer, repository);
-        let looking = self.look(&scan_key, repository)?;
-        match looking.walk(self, &scan_key, repository, Limits::of(repository), Turn::Last) {
-            Walking::Known(_) => Ok(()),
-            Walking::Begun(begun) => begun.map(drop).map_err(|why| unavailable(&layer, why)),
-        }
-    }
-
-    /// Has `targets` attached on a thread of the repository, one after the other. What it answered
-    /// after `since` says that it is there.
-    fn begin(
-        self: &Arc<Self>,
-        targets: Vec<Scanned>,
-        repository: &Arc<Repository>,
-        since: Instant,
-    ) -> std::result::Result<Asked<Vec<Tried>>, Missing> {
-        let ids: Vec<SnapshotId> = targets.iter().map(|(target, _)| target.id).collect();
-        let job = {
-            let (sources, repository) = (Arc::clone(self), Arc::clone(repository));
-            move || targets.iter().map(|(target, scan)| sources.attach_now(target, scan, &repository, since)).collect()
-        };
-        let late = {
-            let sources = Arc::clone(self);
-            move |tried: Vec<Tried>| {
-                let attached = ids.into_iter().zip(tried).filter_map(|(id, one)| one.ok().map(|_| id));
-                sources.release_unused(&attached.collect::<Vec<_>>());
-            }
-        };
-        Repository::start(repository, job, late)
-    }
-
-    /// On a thread of the repository.
-    fn attach_now(&self, target: &AttachTarget, scan: &Arc<Scan>, repository: &Repository, since: Instant) -> Tried {
-        let AttachTarget { id, masked, is_lowest, scan_key: ScanKey { digest, .. } } = target;
-        let (id, masked, is_lowest) = (*id, *masked, *is_lowest);
-        let top = repository.layer_since(digest, since)?;
-        let pin = self.attacher.attach(&Attach { id, source: &top, scan, masked, is_lowest }).map_err(|e| {
-            // Gone while we were at it?
-            // Or another thread hangs in it, and keeps this one from attaching.
-            let of_repository = e.path.starts_with(repository.path()) || e.is_dead() || e.errno == Errno::EAGAIN;
-            METRICS.attached("failed");
-            if of_repository || repository.layer(digest).is_err() {
-                Trouble::Missing(repository.unreadable(e))
-            } else {
-                Trouble::Own(Error::System(e))
-            }
-        })?;
-        if pin.fresh {
-            METRICS.attached("attached");
-        }
-        if pin.fresh && is_lowest {
-            repository.notice_owners(digest, &top);
-        }
-        Ok(Attached { pin, scan: Arc::clone(scan), masked })
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
@@ -420,41 +421,6 @@ impl Sources {
     }
 }
 
-impl Looking {
-    fn walk(
-        self,
-        sources: &Sources,
-        scan_key: &ScanKey,
-        repository: &Arc<Repository>,
-        limits: Limits,
-        turn: Turn,
-    ) -> Walking {
-        match self {
-            Self::Known(scan) => Walking::Known(scan),
-            Self::Asked(asked) => {
-                let top = asked.and_then(|asked| asked.wait(limits.all)).and_then(|top| top);
-                Walking::Begun(top.and_then(|top| sources.scans.start(scan_key, repository, top, turn)))
-            }
-        }
-    }
-}
-
-impl Walking {
-    fn result(self, limits: Limits) -> std::result::Result<Arc<Scan>, Missing> {
-        match self {
-            Self::Known(scan) => Ok(scan),
-            Self::Begun(pending) => pending?.wait(limits.scans),
-        }
-    }
-}
-
-impl Wanted<'_> {
-    fn target(&self, masked: bool) -> AttachTarget {
-        let is_lowest = self.snapshot.parent.is_none();
-        AttachTarget { id: self.snapshot.id, scan_key: self.scan_key.clone(), masked, is_lowest }
-    }
-}
-
 /// What overlayfs is to see of `chain`; `scans` are of its published layers, None where one is not known.
 fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Scan, Edition)>>) -> Vec<Lower> {
     let lower = |snapshot: &Snapshot| match &snapshot.layer {
@@ -473,10 +439,6 @@ fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Sc
 fn masked(chain: &[Snapshot], lowers: &[Lower]) -> Vec<bool> {
     let remote = chain.iter().zip(overlay::shown(lowers)).filter(|(snapshot, _)| snapshot.layer.is_some());
     remote.map(|(_, shown)| shown == Shown::Masked).collect()
-}
-
-fn scan_key(layer: &Layer, repository: &Repository) -> ScanKey {
-    ScanKey { digest: layer.digest.clone(), repository: repository.name().to_owned() }
 }
 
 fn unavailable(layer: &Layer, why: Missing) -> Error {

@@ -141,7 +141,7 @@ mod tests {
             let repository =
                 Repository::new("r".into(), dir.path().join("cvmfs"), Duration::from_secs(1), Arc::new(Host));
             let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };
-            let s = Snapshotter::new(store, vec![repository], Arc::new(Host), dir.path(), ways).unwrap();
+            let s = Snapshotter::new(store, vec![repository], Arc::new(Host), dir.path(), ways);
             Self { s, _dir: dir }
         }
 

@@ -1,13 +1,13 @@
-//! Looks through what is published for markers: once, in the background, kept in the store.
+//! Scans published layers for markers: each layer once, in the background, and kept in the store.
 //!
-//! Walks go on threads of the repository they walk, so one that hangs holds nobody up; who
-//! needs the result waits for it, with a limit.
+//! A scan runs on a thread of the repository that it asks, so one that hangs holds nobody up; whoever
+//! needs the result waits for it, with a limit. Invariant: a scan that was begun or queued is finished
+//! with a result or an error, even if its thread panics or cannot be started.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
@@ -16,144 +16,210 @@ use super::{Error, Result};
 use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
 use crate::repository::scan::{self, Progress, Scan, ScanKey};
-use crate::repository::{Missing, Repository};
+use crate::repository::{Missing, MountGeneration, Repository};
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
 
+/// Layers that wait for a scan which no container needs yet. When there are as many, the scan of a
+/// pulled layer is left to the first container that needs it.
+const MAX_QUEUED: usize = 4096;
+
 #[derive(Clone)]
-pub struct Scans {
+pub struct ScanScheduler {
     shared: Arc<Shared>,
 }
 
-/// A walk hangs with the mount it is on: one of the next mount is another.
-type Key = (ScanKey, u64);
+/// A scan hangs with the mount that it reads: one of the next mount is another.
+type JobKey = (ScanKey, u64);
 
 struct Shared {
     store: Arc<Store>,
     sys: Arc<dyn Sys>,
-    /// So that nobody walks a layer beside somebody else.
-    under_way: Mutex<HashMap<Key, Arc<Walk>>>,
+    /// So that nobody scans a layer beside somebody else.
+    in_progress: Mutex<HashMap<JobKey, Entry>>,
 }
 
-/// A walk that is queued or under way, until its result is there.
+/// A job, and the guard that its queued closures hold.
+type Entry = (Arc<ScanJob>, Weak<JobGuard>);
+
+/// A scan that is queued or running, until its result is there.
 #[derive(Default)]
-struct Walk {
+pub struct ScanJob {
     begun: AtomicBool,
     progress: Progress,
     result: Mutex<Option<std::result::Result<Arc<Scan>, Missing>>>,
     changed: Condvar,
 }
 
-/// A walk that somebody may wait for.
-pub struct Pending {
-    walk: Arc<Walk>,
-    repository: Arc<Repository>,
+/// Held by every queued closure of a job. When the last one is gone without a result, because its
+/// thread panicked or never came to it, whoever waits is told.
+struct JobGuard {
+    shared: Arc<Shared>,
+    key: JobKey,
+    job: Arc<ScanJob>,
 }
 
-impl Scans {
+impl Drop for JobGuard {
+    fn drop(&mut self) {
+        let missing = if self.job.begun.load(Ordering::SeqCst) {
+            Missing::Unscannable(scan::Error::Panicked)
+        } else {
+            Missing::NoThread
+        };
+        self.job.finish(Err(missing));
+        self.shared.forget(&self.key, &self.job);
+    }
+}
+
+/// A scan that somebody may wait for.
+pub enum ScanHandle {
+    Known(Arc<Scan>),
+    Running { job: Arc<ScanJob>, mount: Arc<MountGeneration>, repository: Arc<Repository> },
+}
+
+impl ScanScheduler {
     pub fn new(store: Arc<Store>, sys: Arc<dyn Sys>) -> Self {
-        Self { shared: Arc::new(Shared { store, sys, under_way: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { store, sys, in_progress: Mutex::default() }) }
     }
 
-    /// What is known already. Asks the store only.
-    pub fn known(&self, scan_key: &ScanKey) -> Result<Option<Arc<Scan>>> {
-        self.shared.known(scan_key)
+    /// Why the layer cannot be shown, if a scan has found that out.
+    pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
+        Ok(self.shared.known(scan_key)?.and_then(std::result::Result::err))
     }
 
-    /// Begins a walk of `top`, unless there is one. One that somebody waits for is `Next`.
+    /// Begins a scan of the layer, unless it is known or there is one. A scan that somebody waits
+    /// for is `Next`.
     pub fn start(
         &self,
         scan_key: &ScanKey,
         repository: &Arc<Repository>,
-        top: PathBuf,
         turn: Turn,
-    ) -> std::result::Result<Pending, Missing> {
-        let key = (scan_key.clone(), repository.mount_number());
-        let (walk, is_new) = {
-            let mut under_way = self.shared.under_way.lock();
-            let is_new = !under_way.contains_key(&key);
-            (Arc::clone(under_way.entry(key.clone()).or_default()), is_new)
-        };
-        // One that waits in the queue gets a second place further in front; the first that has
-        // its turn does the work.
-        if is_new || (turn == Turn::Next && !walk.begun.load(Ordering::SeqCst)) {
-            let job = {
-                let (shared, walk, key) = (Arc::clone(&self.shared), Arc::clone(&walk), key.clone());
-                let repository = Arc::clone(repository);
-                move || shared.walk(&key, &walk, &repository, &top)
-            };
-            if let Err(missing) = repository.walk(turn, walk.progress.pulse.clone(), job) {
-                if is_new {
-                    self.shared.finish(&key, &walk, Err(missing.clone()));
-                }
-                return Err(missing);
+    ) -> Result<std::result::Result<ScanHandle, Missing>> {
+        if let Some(known) = self.shared.known(scan_key)? {
+            return Ok(known.map(ScanHandle::Known));
+        }
+        let mount = repository.mount();
+        let key = (scan_key.clone(), mount.number());
+        let mut in_progress = self.shared.in_progress.lock();
+        let current = in_progress.get(&key).and_then(|(job, guard)| Some((Arc::clone(job), guard.upgrade()?)));
+        let is_new = current.is_none();
+        if is_new && turn == Turn::Last && in_progress.len() >= MAX_QUEUED {
+            return Ok(Err(Missing::BeingScanned { directories: 0 }));
+        }
+        let (job, guard) = current.unwrap_or_else(|| {
+            let job = Arc::<ScanJob>::default();
+            let guard = JobGuard { shared: Arc::clone(&self.shared), key: key.clone(), job: Arc::clone(&job) };
+            (job, Arc::new(guard))
+        });
+        if is_new {
+            in_progress.insert(key, (Arc::clone(&job), Arc::downgrade(&guard)));
+        }
+        drop(in_progress);
+        // One that waits in the queue gets a second place further in front; the first that has its
+        // turn does the work.
+        if is_new || (turn == Turn::Next && !job.begun.load(Ordering::SeqCst)) {
+            let asked = Arc::clone(repository);
+            let work = move || guard.shared.run(&guard, &asked);
+            if let Err(missing) = mount.spawn_scan(repository, turn, job.progress.pulse.clone(), work) {
+                return Ok(Err(missing));
             }
         }
-        Ok(Pending { walk, repository: Arc::clone(repository) })
+        Ok(Ok(ScanHandle::Running { job, mount, repository: Arc::clone(repository) }))
     }
 }
 
-impl Pending {
-    /// The result, if it comes before `until`. The walk goes on all the same.
+impl ScanHandle {
+    /// The result, if it comes before `until`. The scan goes on all the same.
     pub fn wait(self, until: Instant) -> std::result::Result<Arc<Scan>, Missing> {
-        let mut result = self.walk.result.lock();
+        let (job, mount, repository) = match self {
+            Self::Known(scan) => return Ok(scan),
+            Self::Running { job, mount, repository } => (job, mount, repository),
+        };
+        let mut result = job.result.lock();
         loop {
             if let Some(result) = &*result {
                 return result.clone();
             }
-            // One that waits for its turn is no sign that the repository hangs.
-            let has_begun = self.walk.begun.load(Ordering::SeqCst);
-            let is_silent = has_begun && self.walk.progress.pulse.silence() >= self.repository.timeout();
-            if is_silent || self.repository.is_hopeless() {
-                return Err(self.repository.no_answer());
+            // A scan that waits for its turn is no sign that the repository hangs.
+            let has_begun = job.begun.load(Ordering::SeqCst);
+            let is_silent = has_begun && job.progress.pulse.silence() >= repository.timeout();
+            if is_silent || mount.is_hopeless() {
+                return Err(mount.no_answer(&repository));
             }
             if Instant::now() >= until {
-                let directories = self.walk.progress.directories.load(Ordering::Relaxed);
+                let directories = job.progress.directories.load(Ordering::Relaxed);
                 return Err(Missing::BeingScanned { directories });
             }
             let step = LOOK_UP.min(until.saturating_duration_since(Instant::now()));
-            self.walk.changed.wait_for(&mut result, step);
+            job.changed.wait_for(&mut result, step);
         }
     }
 }
 
 impl Shared {
-    fn known(&self, scan_key: &ScanKey) -> Result<Option<Arc<Scan>>> {
-        self.store.read(|tx| Ok(tx.scan(scan_key).map_err(Error::from)?.map(Arc::new)))
+    /// What the store has: the scan, or why there is none.
+    fn known(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Missing>>> {
+        let stored = self.store.read(|tx| tx.scan(scan_key).map_err(Error::from))?;
+        let refused = |limit| Missing::Unscannable(scan::Error::Exceeds(limit));
+        Ok(stored.map(|scan| scan.map(Arc::new).map_err(refused)))
     }
 
-    fn walk(&self, key: &Key, walk: &Walk, repository: &Repository, top: &Path) {
-        if walk.begun.swap(true, Ordering::SeqCst) {
+    /// On a thread of the repository.
+    fn run(self: &Arc<Self>, guard: &JobGuard, repository: &Repository) {
+        let JobGuard { key, job, .. } = guard;
+        if job.begun.swap(true, Ordering::SeqCst) {
             return;
         }
         let scan_key = &key.0;
         // Finished between the question of who wants it and this job.
         if let Ok(Some(known)) = self.known(scan_key) {
-            self.finish(key, walk, Ok(known));
+            job.finish(known);
+            self.forget(key, job);
             return;
         }
         let since = Instant::now();
-        let result = match scan::scan(self.sys.as_ref(), top, &walk.progress) {
-            Ok(found) => {
-                if let Err(e) = self.store.write(|tx| tx.put_scan(scan_key, &found).map_err(Error::from)) {
-                    log::warn!("{} will be looked through again: {e}", scan_key.digest);
-                }
-                Ok(Arc::new(found))
-            }
-            Err(scan::Error::System(e)) => Err(repository.unreadable(e)),
-            Err(e) => Err(Missing::Unscannable(e)),
-        };
-        METRICS.scanned(if result.is_ok() { "done" } else { "failed" }, since);
-        if let Err(why) = &result {
-            log::debug!("{} will be looked through when it is needed: {why}", scan_key.digest);
+        let scanned = repository.layer(&scan_key.digest).and_then(|layer| {
+            scan::scan(self.sys.as_ref(), &layer, &job.progress).map(Arc::new).map_err(|e| match e {
+                scan::Error::System(e) => repository.unreadable(e),
+                e => Missing::Unscannable(e),
+            })
+        });
+        METRICS.scanned(if scanned.is_ok() { "done" } else { "failed" }, since);
+        if let Err(why) = &scanned {
+            log::debug!("{} will be scanned when it is needed: {why}", scan_key.digest);
         }
-        self.finish(key, walk, result);
+        job.finish(scanned.clone());
+        // The repository has nothing to do with how long the store takes.
+        job.progress.pulse.pause();
+        let stored = match &scanned {
+            Ok(scan) => Some(Ok(scan.as_ref())),
+            Err(Missing::Unscannable(scan::Error::Exceeds(limit))) => Some(Err(*limit)),
+            Err(_) => None,
+        };
+        if let Some(stored) = stored
+            && let Err(e) = self.store.write(|tx| tx.put_scan(scan_key, stored).map_err(Error::from))
+        {
+            log::warn!("{} will be scanned again: {e}", scan_key.digest);
+        }
+        self.forget(key, job);
     }
 
-    /// Whoever comes later finds the result in the store, or walks again.
-    fn finish(&self, key: &Key, walk: &Walk, result: std::result::Result<Arc<Scan>, Missing>) {
-        self.under_way.lock().remove(key);
-        *walk.result.lock() = Some(result);
-        walk.changed.notify_all();
+    /// Whoever comes later finds the result in the store, or scans again.
+    fn forget(&self, key: &JobKey, job: &Arc<ScanJob>) {
+        let mut in_progress = self.in_progress.lock();
+        if in_progress.get(key).is_some_and(|(current, _)| Arc::ptr_eq(current, job)) {
+            in_progress.remove(key);
+        }
+    }
+}
+
+impl ScanJob {
+    /// The first result counts.
+    fn finish(&self, finished: std::result::Result<Arc<Scan>, Missing>) {
+        let mut result = self.result.lock();
+        if result.is_none() {
+            *result = Some(finished);
+            self.changed.notify_all();
+        }
     }
 }

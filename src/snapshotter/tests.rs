@@ -12,8 +12,9 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::faults::{Fault, Steps};
+use crate::repository::Missing;
 use crate::repository::lane::Turn;
-use crate::repository::scan::ScanKey;
+use crate::repository::scan::{self, ScanKey};
 use crate::sys::Host;
 use crate::sys::failing::Failing;
 use crate::types::LABEL_IMAGE_REF;
@@ -95,7 +96,7 @@ impl Place {
         };
         let repositories = repositories.iter().map(repository).collect();
         let ways = Ways { attach: self.mode, overlay_options: Vec::new() };
-        Snapshotter::new(store, repositories, sys, &self.snapshots(), ways).unwrap()
+        Snapshotter::new(store, repositories, sys, &self.snapshots(), ways)
     }
 
     /// A process that finds what another one left.
@@ -157,15 +158,12 @@ pub fn pull(s: &Snapshotter, n: u8, parent: &str) -> String {
 }
 
 /// The number of directories with markers in layer `n`.
-fn look_through(s: &Snapshotter, place: &Place, n: u8) -> usize {
+fn scan_layer(s: &Snapshotter, n: u8) -> usize {
     let repository = &s.sources.repositories[0];
     let scan_key = ScanKey { digest: digest(n), repository: repository.name().to_owned() };
     let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let found = match s.sources.scans.known(&scan_key).unwrap() {
-        Some(known) => known,
-        None => s.sources.scans.start(&scan_key, repository, place.layer(n), Turn::Next).unwrap().wait(soon).unwrap(),
-    };
-    found.directories.len()
+    let scan = s.sources.scans.start(&scan_key, repository, Turn::Next).unwrap().unwrap();
+    scan.wait(soon).unwrap().directories.len()
 }
 
 pub fn list_all(s: &Snapshotter) -> Vec<Snapshot> {
@@ -275,12 +273,34 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
     let s = place.open(Arc::new(Host));
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| look_through(&s, &place, 2));
+            scope.spawn(|| scan_layer(&s, 2));
         }
     });
     // Nobody looks at the layer again.
     fs::remove_dir_all(place.layer(2)).unwrap();
-    assert_eq!(look_through(&s, &place, 2), 2);
+    assert_eq!(scan_layer(&s, 2), 2);
+}
+
+/// A panic left the scan begun for ever: whoever needed the layer waited until its repository was
+/// taken for one that does not answer, again and again.
+#[test]
+fn root_a_scan_that_panics_fails_once_and_the_next_one_works() {
+    let place = Place::new(Mode::Symlink);
+    let top = place.layer(2);
+    let panics = std::sync::atomic::AtomicBool::new(true);
+    let sys = Failing::before_call(move |_, path| {
+        let is_scan = std::thread::current().name().is_some_and(|name| name.starts_with("scan"));
+        assert!(!(is_scan && path == top && panics.swap(false, Ordering::SeqCst)), "on purpose");
+    });
+    let s = place.open(Arc::new(sys));
+    let scan_key = ScanKey { digest: digest(2), repository: "r".to_owned() };
+    let start = || s.sources.scans.start(&scan_key, &s.sources.repositories[0], Turn::Next).unwrap().unwrap();
+    let soon = || std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let begun = std::time::Instant::now();
+    assert_eq!(start().wait(soon()), Err(Missing::Unscannable(scan::Error::Panicked)));
+    assert_eq!(start().wait(soon()).unwrap().directories.len(), 2);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(10), "it was waited for until the repository was blamed");
+    assert_eq!(s.health(), [("r".to_owned(), true)]);
 }
 
 #[test]
@@ -325,8 +345,8 @@ fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
     let shared: Arc<std::sync::OnceLock<Snapshotter>> = Arc::default();
     let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (other, trigger) = (Arc::clone(&shared), Arc::clone(&armed));
-    let sys = Failing::meanwhile(move |call, path| {
-        if call == "stat" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
+    let sys = Failing::before_call(move |call, path| {
+        if call == "dir_status" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
             let s = other.get().unwrap();
             s.remove(&key("container")).unwrap();
             s.cleanup(&|| false).unwrap();
@@ -355,7 +375,7 @@ fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
             let target = away.clone();
             let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
             let is_armed = Arc::clone(&armed);
-            let sys = Failing::meanwhile(move |_, path| {
+            let sys = Failing::before_call(move |_, path| {
                 let of_repository = path.starts_with(&top) && is_armed.load(Ordering::SeqCst);
                 if of_repository && asked.fetch_add(1, Ordering::SeqCst) == step {
                     fs::rename(&top, &target).unwrap();
@@ -401,7 +421,7 @@ fn root_a_cleanup_ends_although_more_is_removed_meanwhile() {
             s.remove(&key(&name)).unwrap();
         }
     };
-    let s = Arc::new(place.open(Arc::new(Failing::meanwhile(meanwhile))));
+    let s = Arc::new(place.open(Arc::new(Failing::before_call(meanwhile))));
     s.prepare(wanted("first", "", &[])).unwrap();
     s.remove(&key("first")).unwrap();
     inside.set(Arc::downgrade(&s)).unwrap();

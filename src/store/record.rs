@@ -4,15 +4,15 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, PathBuf};
 
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use super::{Error, Result};
+use crate::proto::record::layer_scan::Refusal;
 use crate::proto::record::{
     LayerScan, RemoteLayer, ScannedDirectory, SnapshotRecord, Usage as UsageRecord, snapshot_record::Kind as KindRecord,
 };
-use crate::repository::scan::{Directory, SCAN_FORMAT_VERSION, Scan};
+use crate::repository::scan::{Directory, Limit, SCAN_FORMAT_VERSION, Scan};
 use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// Encoding into memory cannot fail: no field of ours is required.
@@ -91,43 +91,79 @@ fn to_bytes(names: &[OsString]) -> Vec<Vec<u8>> {
 
 /// None: one of them is no name of an entry.
 fn to_names(names: Vec<Vec<u8>>) -> Option<Vec<OsString>> {
-    let name = |bytes| to_path(bytes).filter(|name| name.components().count() == 1).map(PathBuf::into_os_string);
-    names.into_iter().map(name).collect()
+    names.into_iter().map(to_name).collect()
 }
 
-/// None: it may lead out of the directory that it is to be below. Whiteouts are made under these.
-fn to_path(bytes: Vec<u8>) -> Option<PathBuf> {
-    let path = PathBuf::from(OsString::from_vec(bytes));
-    let names: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
-    (names.as_os_str() == path.as_os_str() && !path.as_os_str().as_bytes().contains(&0)).then_some(path)
+/// None: it is no name of an entry, and may lead out of the directory that it is to be in.
+fn to_name(bytes: Vec<u8>) -> Option<OsString> {
+    let is_name = !matches!(bytes.as_slice(), b"" | b"." | b"..") && !bytes.iter().any(|b| matches!(b, b'/' | 0));
+    is_name.then(|| OsString::from_vec(bytes))
 }
 
-pub fn encode_scan(scan: &Scan) -> Vec<u8> {
-    let directories = scan.directories.iter().map(|d| ScannedDirectory {
-        path: d.path.as_os_str().as_bytes().to_vec(),
+/// What is stored of a layer: what its scan found, or the bound that it exceeds.
+pub type StoredScan = std::result::Result<Scan, Limit>;
+
+const REFUSALS: [(Limit, Refusal); 5] = [
+    (Limit::Memory, Refusal::MEMORY),
+    (Limit::Directories, Refusal::DIRECTORIES),
+    (Limit::Marked, Refusal::MARKED),
+    (Limit::Names, Refusal::NAMES),
+    (Limit::Path, Refusal::PATH),
+];
+
+pub fn encode_scan(scan: std::result::Result<&Scan, Limit>) -> Vec<u8> {
+    let mut record = LayerScan { version: SCAN_FORMAT_VERSION, ..LayerScan::default() };
+    match scan {
+        Ok(scan) => record.directories = scan.directories.iter().map(encode_directory).collect(),
+        Err(limit) => {
+            let refusal = REFUSALS.iter().find(|(one, _)| *one == limit).map_or(Refusal::NONE, |(_, refusal)| *refusal);
+            record.refusal = EnumOrUnknown::new(refusal);
+        }
+    }
+    encode(&record)
+}
+
+fn encode_directory(d: &Directory) -> ScannedDirectory {
+    ScannedDirectory {
+        // A scan has fewer directories.
+        parent: u32::try_from(d.parent).unwrap_or(0),
+        name: d.name.as_bytes().to_vec(),
         deleted: to_bytes(&d.deleted),
         opaque: d.opaque,
         hidden: to_bytes(&d.hidden),
+        has_no_owner: d.has_no_owner,
         ..ScannedDirectory::default()
-    });
-    encode(&LayerScan { directories: directories.collect(), rules: SCAN_FORMAT_VERSION, ..LayerScan::default() })
+    }
 }
 
 /// None: made by other rules than today's.
-pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<Scan>> {
+pub fn decode_scan(key: &str, bytes: &[u8]) -> Result<Option<StoredScan>> {
     let damaged = || Error::BadRow { table: "scans", key: key.to_owned() };
     let record = LayerScan::parse_from_bytes(bytes).map_err(|_| damaged())?;
-    if record.rules != SCAN_FORMAT_VERSION {
+    if record.version != SCAN_FORMAT_VERSION {
         return Ok(None);
     }
-    let directories = record.directories.into_iter().map(|d| {
-        Some(Directory {
-            path: to_path(d.path)?,
-            deleted: to_names(d.deleted)?,
-            opaque: d.opaque,
-            hidden: to_names(d.hidden)?,
-        })
-    });
-    let directories = directories.collect::<Option<_>>().ok_or_else(damaged)?;
-    Ok(Some(Scan { directories }))
+    match record.refusal.enum_value() {
+        Ok(Refusal::NONE) => {}
+        Ok(refusal) => return Ok(REFUSALS.iter().find(|(_, one)| *one == refusal).map(|(limit, _)| Err(*limit))),
+        Err(_) => return Err(damaged()),
+    }
+    let directories = record.directories.into_iter().enumerate().map(|(place, d)| decode_directory(place, d));
+    let directories = directories.collect::<Option<Vec<_>>>().filter(|all| !all.is_empty()).ok_or_else(damaged)?;
+    Ok(Some(Ok(Scan { directories })))
+}
+
+/// None: it is not what a scan finds. Whiteouts are made under these names.
+fn decode_directory(place: usize, d: ScannedDirectory) -> Option<Directory> {
+    let parent = usize::try_from(d.parent).ok()?;
+    let name = if place == 0 { d.name.is_empty().then(OsString::new)? } else { to_name(d.name)? };
+    let is_below = if place == 0 { parent == 0 } else { parent < place };
+    is_below.then_some(Directory {
+        parent,
+        name,
+        deleted: to_names(d.deleted)?,
+        opaque: d.opaque,
+        hidden: to_names(d.hidden)?,
+        has_no_owner: d.has_no_owner,
+    })
 }

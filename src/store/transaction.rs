@@ -9,8 +9,9 @@ use std::path::Path;
 
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, Value, WriteTransaction};
 
+use super::record::StoredScan;
 use super::{Error, Result, record};
-use crate::repository::scan::{Scan, ScanKey};
+use crate::repository::scan::{Limit, Scan, ScanKey};
 use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Snapshot, SnapshotId};
 
 /// Counters and the schema version, by name.
@@ -216,7 +217,7 @@ pub trait Lookup {
         Ok(row.is_some())
     }
 
-    fn scan(&self, key: &ScanKey) -> Result<Option<Scan>> {
+    fn scan(&self, key: &ScanKey) -> Result<Option<StoredScan>> {
         let scans = self.table(SCANS)?;
         let key = scan_row(key);
         let row = scans.get(key.as_str()).map_err(|e| self.error(e))?;
@@ -394,7 +395,8 @@ impl<'s> Write<'s> {
         Ok(())
     }
 
-    pub fn put_scan(&self, key: &ScanKey, scan: &Scan) -> Result<()> {
+    /// Stores what a scan found, or the bound that the layer exceeds.
+    pub fn put_scan(&self, key: &ScanKey, scan: std::result::Result<&Scan, Limit>) -> Result<()> {
         let record = record::encode_scan(scan);
         self.open(SCANS)?.insert(scan_row(key).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
         Ok(())

@@ -2,44 +2,55 @@
 
 use std::sync::Arc;
 
-use super::{Attributes, Errno, Error, FileSystem, FileType, Host, OsStr, Path, PathBuf, Result, Status, Sys, Unmount};
+use super::{
+    Attributes, ControlFlow, DirHandle, Errno, Error, FileSystem, FileType, Host, OsStr, OsString, Path, PathBuf,
+    Result, Status, Sys, Unmount,
+};
 use crate::faults::{Fault, Kind, Steps, Verdict};
 
 /// Passes every call to the host and records it.
 pub struct Failing {
     host: Host,
     steps: Arc<Steps>,
-    meanwhile: Option<Meanwhile>,
+    before_call: Option<BeforeCall>,
     /// So many directories are in each directory.
     endless: Option<usize>,
+    /// A directory whose owner has no number here.
+    without_owner: Option<PathBuf>,
 }
 
-/// What happens in the world just before a question is asked, and whether it is answered.
-type Meanwhile = Box<dyn Fn(&str, &Path) -> Option<Errno> + Send + Sync>;
+/// Called just before each call; fails the call with the error that it returns.
+type BeforeCall = Box<dyn Fn(&str, &Path, Kind) -> Option<Errno> + Send + Sync>;
 
 impl Failing {
     pub fn with(steps: Arc<Steps>) -> Self {
-        Self { host: Host, steps, meanwhile: None, endless: None }
+        Self { host: Host, steps, before_call: None, endless: None, without_owner: None }
     }
 
-    /// Fails nothing, but lets something happen before each question.
-    pub fn meanwhile(happens: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
-        let happens = move |call: &str, path: &Path| {
+    /// Fails nothing, but lets something happen before each call.
+    pub fn before_call(happens: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
+        let happens = move |call: &str, path: &Path, _: Kind| {
             happens(call, path);
             None
         };
-        Self { meanwhile: Some(Box::new(happens)), ..Self::never() }
+        Self { before_call: Some(Box::new(happens)), ..Self::never() }
     }
 
     /// Fails every question about `path`.
     pub fn refusing(path: PathBuf, errno: Errno) -> Self {
-        let refuse = move |_: &str, asked: &Path| (asked == path).then_some(errno);
-        Self { meanwhile: Some(Box::new(refuse)), ..Self::never() }
+        let refuse =
+            move |_: &str, asked: &Path, kind: Kind| (asked == path && kind == Kind::Question).then_some(errno);
+        Self { before_call: Some(Box::new(refuse)), ..Self::never() }
     }
 
     /// Every directory has so many directories with long names in it.
     pub fn endless(entries: usize) -> Self {
         Self { endless: Some(entries), ..Self::never() }
+    }
+
+    /// The directory at `path` belongs to nobody.
+    pub fn without_owner(path: PathBuf) -> Self {
+        Self { without_owner: Some(path), ..Self::never() }
     }
 
     fn never() -> Self {
@@ -48,8 +59,7 @@ impl Failing {
 
     /// Whether the call is to be made, or half of it.
     fn take(&self, call: &'static str, path: &Path, kind: Kind) -> Result<Amount> {
-        let asked = self.meanwhile.as_ref().filter(|_| kind == Kind::Question);
-        if let Some(errno) = asked.and_then(|happens| happens(call, path)) {
+        if let Some(errno) = self.before_call.as_ref().and_then(|before| before(call, path, kind)) {
             return Err(Error::new(call, path, errno));
         }
         match self.steps.take(call, path, kind) {
@@ -102,18 +112,64 @@ impl Sys for Failing {
         Change remove_tree(path: &Path) -> (), at path, half remove_something(path);
         Change unmount(target: &Path, how: Unmount) -> (), at target;
         Change symlink(target: &Path, link: &Path) -> (), at link;
-        Change bind_read_only(source: &Path, target: &Path) -> (), at target, half bind_writable(source, target);
+        Change bind_read_only(source: &DirHandle, target: &Path) -> (), at target, half bind_writable(source, target);
         Question stat(path: &Path) -> Status, at path;
         Question lstat(path: &Path) -> Status, at path;
-        Question attributes(path: &Path) -> Attributes, at path;
         Question read_link(path: &Path) -> PathBuf, at path;
         Question read_file(path: &Path, limit: u64) -> Vec<u8>, at path;
         Question attribute(path: &Path, name: &str) -> Option<Vec<u8>>, at path;
+        Question attribute_names(path: &Path) -> Vec<OsString>, at path;
+        Question open_dir(path: &Path) -> DirHandle, at path;
         Question statfs(path: &Path) -> FileSystem, at path;
         Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), at path;
         Question mounted_fuse(path: &Path) -> Option<u64>, at path;
         Question mounted(path: &Path) -> Option<u64>, at path;
         Question mounts_below(path: &Path) -> Vec<PathBuf>, at path;
+    }
+
+    fn open_below(&self, dir: &DirHandle, below: &Path) -> Result<DirHandle> {
+        self.take("open_below", &dir.path().join(below), Kind::Question)?;
+        self.host.open_below(dir, below)
+    }
+
+    fn dir_status(&self, dir: &DirHandle) -> Result<Status> {
+        self.take("dir_status", dir.path(), Kind::Question)?;
+        self.host.dir_status(dir)
+    }
+
+    fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem> {
+        self.take("statfs", dir.path(), Kind::Question)?;
+        self.host.dir_statfs(dir)
+    }
+
+    fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes> {
+        self.take("attributes", &dir.path().join(below), Kind::Question)?;
+        self.host.attributes_below(dir, below, ignored)
+    }
+
+    fn for_each_entry_below(
+        &self,
+        dir: &DirHandle,
+        below: &Path,
+        each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
+    ) -> Result<Status> {
+        let path = dir.path().join(below);
+        self.take("for_each_entry", &path, Kind::Question)?;
+        let mut status = match self.endless {
+            None => self.host.for_each_entry_below(dir, below, each)?,
+            Some(entries) => {
+                for n in 0..entries {
+                    if each(OsStr::new(&format!("{n:0200}")), FileType::Directory).is_break() {
+                        break;
+                    }
+                }
+                self.host.dir_status(dir)?
+            }
+        };
+        if self.without_owner.as_ref() == Some(&path) {
+            status.uid = u32::MAX;
+        }
+        Ok(status)
     }
 
     fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
@@ -134,7 +190,7 @@ fn remove_something(path: &Path) {
 }
 
 /// The mount is made, and not read-only yet.
-fn bind_writable(source: &Path, target: &Path) {
+fn bind_writable(source: &DirHandle, target: &Path) {
     const NOTHING: Option<&str> = None;
-    let _ = nix::mount::mount(Some(source), target, NOTHING, nix::mount::MsFlags::MS_BIND, NOTHING);
+    let _ = nix::mount::mount(Some(&source.proc_path()), target, NOTHING, nix::mount::MsFlags::MS_BIND, NOTHING);
 }

@@ -207,7 +207,7 @@ fn root_a_view_of_layers_without_markers_can_be_looked_into() {
         let mut without = view.clone();
         let directories: Vec<&str> = lower.trim_start_matches("lowerdir=").split(':').collect();
         assert_eq!(directories.len(), 3, "{lower}");
-        without[0].options[0] = format!("lowerdir={}:{}", directories[0], directories[1]);
+        without[0].options[0] = format!("lowerdir={}:{}", directories[1], directories[2]);
         let mounted = Mounted::new(&without, &at).expect("an overlay");
         let error = fs::metadata(at.join("dir")).expect_err("names have 0 bytes");
         assert_eq!(error.raw_os_error(), Some(nix::libc::ENAMETOOLONG));

@@ -1,0 +1,310 @@
+//! The walk over the directories of a layer, by a few threads, within bounds of memory.
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::ops::ControlFlow;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use nix::errno::Errno;
+use parking_lot::{Condvar, Mutex};
+
+use super::{
+    Directory, Error, Limit, MAX_DIRECTORIES, MAX_MARKED, MAX_MEMORY, MAX_NAMES, MAX_PATH, NO_OWNER, Progress, Result,
+    Scan, is_publishers, is_whiteout,
+};
+use crate::sys::{self, DirHandle, FileType, Sys};
+
+/// Threads that read directories of one tree. The time goes to the FUSE server's round
+/// trips, not to our cores: four need half the time of one.
+const WALKERS: usize = 4;
+/// A tree with fewer directories is read by one.
+const FEW: usize = 64;
+/// A walk shows life after so many entries of one directory.
+const BEAT: usize = 100;
+
+/// Walks the directories of the layer `top`. What is found is a matter of names, and of whether
+/// directories have an owner at all: who that is may look different through another mount of the
+/// same repository.
+pub fn scan(sys: &dyn Sys, top: &DirHandle, progress: &Progress) -> Result<Scan> {
+    let walk = Walk { sys, top, progress, memory: Arc::default(), state: Mutex::default(), changed: Condvar::new() };
+    let node = walk.node(None, OsString::new());
+    walk.state.lock().unread.push(node);
+    walk.read_until(FEW);
+    if !walk.is_over() {
+        thread::scope(|scope| {
+            let helper = || thread::Builder::new().name("scan-helper".to_owned());
+            for _ in 1..WALKERS {
+                // The scan does without a thread that cannot be started.
+                if helper().spawn_scoped(scope, || walk.read_until(usize::MAX)).is_err() {
+                    break;
+                }
+            }
+            walk.read_until(usize::MAX);
+        });
+    }
+    walk.result()
+}
+
+/// A directory by its parent and its name, so that a deep tree takes no more memory than a wide one.
+/// It is gone with the last directory below it that somebody still has to look at.
+struct Node {
+    parent: Option<Arc<Self>>,
+    name: OsString,
+    /// It is part of the result, as is everything above it.
+    is_marked: AtomicBool,
+    memory: Arc<AtomicUsize>,
+}
+
+impl Node {
+    fn path(&self) -> PathBuf {
+        let mut names: Vec<&OsStr> = self.ancestors().map(|node| node.name.as_os_str()).collect();
+        names.reverse();
+        names.into_iter().collect()
+    }
+
+    /// This one and those above it, without the top.
+    fn ancestors(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |node| node.parent.as_deref()).filter(|node| node.parent.is_some())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.memory.fetch_sub(cost(&self.name), Ordering::Relaxed);
+    }
+}
+
+struct Walk<'a> {
+    sys: &'a dyn Sys,
+    top: &'a DirHandle,
+    progress: &'a Progress,
+    /// Bytes that nodes and marked directories take.
+    memory: Arc<AtomicUsize>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    unread: Vec<Arc<Node>>,
+    /// Walkers that read a directory, and may find more.
+    busy: usize,
+    /// Directories that were read.
+    read: usize,
+    found: Vec<(Arc<Node>, Directory)>,
+    /// Directories of the result so far.
+    marked: usize,
+    /// Bytes of names in the result so far.
+    names: usize,
+    failed: Option<Error>,
+}
+
+impl State {
+    fn is_over(&self) -> bool {
+        self.failed.is_some() || (self.unread.is_empty() && self.busy == 0)
+    }
+
+    /// Counts what the result takes with `directory` in it, and keeps it.
+    fn mark(&mut self, node: &Arc<Node>, directory: Directory) -> Result<()> {
+        let mut path = 0;
+        for above in node.ancestors() {
+            path += above.name.len() + 1;
+            if !above.is_marked.swap(true, Ordering::Relaxed) {
+                self.marked += 1;
+                self.names += above.name.len();
+            }
+        }
+        self.names += directory.hidden.iter().chain(&directory.deleted).map(|name| name.len()).sum::<usize>();
+        let exceeded = [
+            (path > MAX_PATH, Limit::Path),
+            (self.marked > MAX_MARKED, Limit::Marked),
+            (self.names > MAX_NAMES, Limit::Names),
+        ];
+        if let Some((_, limit)) = exceeded.into_iter().find(|(is_exceeded, _)| *is_exceeded) {
+            return Err(Error::Exceeds(limit));
+        }
+        self.found.push((Arc::clone(node), directory));
+        Ok(())
+    }
+}
+
+impl Walk<'_> {
+    fn node(&self, parent: Option<&Arc<Node>>, name: OsString) -> Arc<Node> {
+        self.memory.fetch_add(cost(&name), Ordering::Relaxed);
+        let (parent, memory) = (parent.cloned(), Arc::clone(&self.memory));
+        Arc::new(Node { parent, name, is_marked: AtomicBool::default(), memory })
+    }
+
+    fn is_over(&self) -> bool {
+        self.state.lock().is_over()
+    }
+
+    /// Reads directories until all are, or somebody failed, or this one has read `limit`.
+    fn read_until(&self, limit: usize) {
+        for _ in 0..limit {
+            let next = {
+                let mut state = self.state.lock();
+                while state.unread.is_empty() && !state.is_over() {
+                    self.changed.wait(&mut state);
+                }
+                if state.is_over() {
+                    return;
+                }
+                state.busy += 1;
+                state.unread.pop()
+            };
+            let Some(next) = next else { return };
+            // A panic must not leave the others waiting for this one.
+            let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next)))
+                .unwrap_or(Err(Error::Panicked));
+            self.progress.directories.fetch_add(1, Ordering::Relaxed);
+            self.progress.pulse.beat();
+            let mut state = self.state.lock();
+            state.busy -= 1;
+            state.read += 1;
+            if let Err(e) = found.and_then(|found| self.note(&mut state, &next, found)) {
+                state.failed.get_or_insert(e);
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Keeps what was found in a directory, and which directories are still to be read.
+    fn note(&self, state: &mut State, node: &Arc<Node>, (directory, below): (Directory, Vec<OsString>)) -> Result<()> {
+        state.unread.extend(below.into_iter().map(|name| self.node(Some(node), name)));
+        if directory.opaque || directory.has_mask() {
+            let names = directory.hidden.iter().chain(&directory.deleted);
+            self.memory.fetch_add(names.map(|name| cost(name)).sum(), Ordering::Relaxed);
+            state.mark(node, directory)?;
+        }
+        if self.memory.load(Ordering::Relaxed) > MAX_MEMORY {
+            return Err(Error::Exceeds(Limit::Memory));
+        }
+        if state.read + state.unread.len() > MAX_DIRECTORIES {
+            return Err(Error::Exceeds(Limit::Directories));
+        }
+        Ok(())
+    }
+
+    /// The markers of one directory, and the directories in it.
+    fn read(&self, node: &Node) -> Result<(Directory, Vec<OsString>)> {
+        let path = node.path();
+        let (mut below, mut markers) = (Vec::new(), Vec::new());
+        let (mut bytes, mut entries) = (0, 0_usize);
+        let mut leads_out = false;
+        let status = self.sys.for_each_entry_below(self.top, &path, &mut |name, file_type| {
+            entries += 1;
+            leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
+            // Names come many at a time: a large directory gets on while it is being read.
+            if entries.is_multiple_of(BEAT) {
+                self.progress.pulse.beat();
+            }
+            let kept = match file_type {
+                _ if is_whiteout(name) => &mut markers,
+                FileType::Other if is_publishers(name) => &mut markers,
+                FileType::Directory => &mut below,
+                _ => return ControlFlow::Continue(()),
+            };
+            bytes += cost(name);
+            if bytes > MAX_MEMORY {
+                return ControlFlow::Break(());
+            }
+            kept.push(name.to_owned());
+            ControlFlow::Continue(())
+        })?;
+        if bytes > MAX_MEMORY {
+            return Err(Error::Exceeds(Limit::Memory));
+        }
+        if leads_out {
+            // As the kernel says to a file system that hands out such names.
+            let path = self.top.path().join(path);
+            return Err(sys::Error { call: "read directory", path, errno: Errno::EIO }.into());
+        }
+        let is_top = node.parent.is_none();
+        let mut directory = Directory::with_markers(is_top, markers);
+        // The top of a container is root's, whatever a layer says of its own.
+        directory.has_no_owner = !is_top && (status.uid == NO_OWNER || status.gid == NO_OWNER);
+        if !directory.deleted.is_empty() {
+            // A name that the layer both deletes and has is simply there: a file hides what is
+            // below, and a directory is merged with it, for unpacking it removes the whiteout.
+            let mut absent: HashSet<OsString> = directory.deleted.drain(..).collect();
+            self.sys.for_each_entry_below(self.top, &path, &mut |name, _| {
+                absent.remove(name);
+                ControlFlow::Continue(())
+            })?;
+            directory.deleted = absent.into_iter().collect();
+            directory.deleted.sort();
+        }
+        Ok((directory, below))
+    }
+
+    fn result(self) -> Result<Scan> {
+        let State { found, failed, .. } = self.state.into_inner();
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        let mut tree = Tree { directories: vec![Directory::default()], places: HashMap::new() };
+        for (node, directory) in found {
+            tree.insert(&node, directory);
+        }
+        Ok(tree.sorted())
+    }
+}
+
+/// The result while it is put together: directories in the order in which they were found.
+struct Tree {
+    directories: Vec<Directory>,
+    /// The places of those that have one, by the address of their node.
+    places: HashMap<*const Node, usize>,
+}
+
+impl Tree {
+    fn insert(&mut self, node: &Arc<Node>, mut directory: Directory) {
+        let mut missing = Vec::new();
+        let mut place = 0;
+        for above in node.ancestors() {
+            if let Some(known) = self.places.get(&std::ptr::from_ref(above)) {
+                place = *known;
+                break;
+            }
+            missing.push(above);
+        }
+        for above in missing.into_iter().rev() {
+            self.directories.push(Directory { parent: place, name: above.name.clone(), ..Directory::default() });
+            place = self.directories.len() - 1;
+            self.places.insert(std::ptr::from_ref(above), place);
+        }
+        let entry = &mut self.directories[place];
+        (directory.parent, directory.name) = (entry.parent, std::mem::take(&mut entry.name));
+        *entry = directory;
+    }
+
+    fn sorted(mut self) -> Scan {
+        let mut children: Vec<Vec<usize>> = vec![Vec::new(); self.directories.len()];
+        for (n, directory) in self.directories.iter().enumerate().skip(1) {
+            children[directory.parent].push(n);
+        }
+        for some in &mut children {
+            some.sort_by(|a, b| self.directories[*b].name.cmp(&self.directories[*a].name));
+        }
+        let mut sorted: Vec<Directory> = Vec::with_capacity(self.directories.len());
+        // With the new places of their parents.
+        let mut next = vec![(0, 0)];
+        while let Some((n, parent)) = next.pop() {
+            let place = sorted.len();
+            next.extend(std::mem::take(&mut children[n]).into_iter().map(|child| (child, place)));
+            sorted.push(Directory { parent, ..std::mem::take(&mut self.directories[n]) });
+        }
+        Scan { directories: sorted }
+    }
+}
+
+/// What a name takes in memory, about, with the node or the entry that holds it.
+fn cost(name: &OsStr) -> usize {
+    name.len() + 96
+}
