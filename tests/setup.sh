@@ -224,7 +224,7 @@ build | demo | test | bench | package | lint | containerds)
 esac
 case $want in
 demo | test | bench)
-    packages e2fsprogs findutils gzip libseccomp2 libxml2 mount openssl procps tar
+    packages e2fsprogs findutils gzip libseccomp2 libxml2 mount openssl procps tar xz-utils
     unpack autofs busybox-static containerd docker-registry runc
     containerds 1.6
     ;;
