@@ -158,7 +158,7 @@ fn properties(path: &Path, found: &Metadata) -> Properties {
         let value = xattr::get(path, &name).ok().flatten().unwrap_or_default();
         (name.as_bytes().to_vec(), value)
     });
-    insert_attributes(&mut entry, attributes.collect());
+    insert_attributes(&mut entry, &attributes.collect());
     entry
 }
 
@@ -192,11 +192,11 @@ fn parse_properties(found: &Value) -> Properties {
     let attributes = found["xattrs"].as_object().into_iter().flatten();
     let attributes = attributes
         .map(|(name, value)| (name.clone().into_bytes(), value.as_str().unwrap_or_default().as_bytes().to_vec()));
-    insert_attributes(&mut entry, attributes.collect());
+    insert_attributes(&mut entry, &attributes.collect());
     entry
 }
 
-fn insert_attributes(entry: &mut Properties, attributes: BTreeMap<Vec<u8>, Vec<u8>>) {
+fn insert_attributes(entry: &mut Properties, attributes: &BTreeMap<Vec<u8>, Vec<u8>>) {
     if attributes.is_empty() {
         return;
     }

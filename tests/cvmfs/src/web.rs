@@ -27,6 +27,7 @@ pub struct Web {
 struct Shared {
     root: PathBuf,
     stopping: AtomicBool,
+    down: AtomicBool,
     requests: AtomicU64,
     connections: Mutex<HashMap<u64, TcpStream>>,
 }
@@ -43,6 +44,7 @@ impl Web {
         let shared = Arc::new(Shared {
             root: root.to_owned(),
             stopping: AtomicBool::new(false),
+            down: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             connections: Mutex::default(),
         });
@@ -63,6 +65,18 @@ impl Web {
         format!("http://{}", self.address)
     }
 
+    /// Closes every connection without an answer, those that are there and those to come, until
+    /// [`answer`](Self::answer). The port stays its own, as it would not if the server were dropped.
+    pub fn stop_answering(&self) {
+        self.shared.down.store(true, Ordering::SeqCst);
+        self.shared.disconnect();
+    }
+
+    /// Answers again after [`stop_answering`](Self::stop_answering).
+    pub fn answer(&self) {
+        self.shared.down.store(false, Ordering::SeqCst);
+    }
+
     /// Requests so far, those for missing files included.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
@@ -77,14 +91,18 @@ impl Drop for Web {
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
-        let connections = self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        for connection in connections.values() {
-            let _ = connection.shutdown(Shutdown::Both);
-        }
+        self.shared.disconnect();
     }
 }
 
 impl Shared {
+    fn disconnect(&self) {
+        let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        for connection in connections.values() {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         for (serial, stream) in (0..).zip(listener.incoming()) {
             if self.stopping.load(Ordering::SeqCst) {
@@ -93,6 +111,10 @@ impl Shared {
             let Ok(stream) = stream else { continue };
             let Ok(second) = stream.try_clone() else { continue };
             self.connections.lock().unwrap_or_else(PoisonError::into_inner).insert(serial, second);
+            // Asked after the connection was noted: what comes later is found by `disconnect`.
+            if self.down.load(Ordering::SeqCst) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
             let shared = Arc::clone(self);
             thread::spawn(move || {
                 // A client may go away at any time.

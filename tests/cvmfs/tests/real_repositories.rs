@@ -30,7 +30,7 @@ fn root_the_client_shows_of_real_repositories_what_the_real_client_shows() {
         let program = Path::new(env!("CARGO_BIN_EXE_cvmfs-test-client"));
         let mount = Mount::start(program, &web.url(), &mountpoint, &cache, &[]);
         let mut shown = Listing::read(mount.mountpoint());
-        let mut expected = real::listing(fqrn);
+        let expected = real::listing(fqrn);
         // The real listing has no parts of seconds, and no repository has any.
         assert!(shown.entries.values().all(|entry| entry["nanoseconds"] == "0"));
         shown.leave_out("nanoseconds");

@@ -131,6 +131,16 @@ impl Repository {
         self.real().mount = None;
     }
 
+    /// The web server answers nothing any more, while the client goes on. The client's option
+    /// `--retry-delay` says how long it then tries.
+    pub fn stop_server(&self) {
+        self.real().web.stop_answering();
+    }
+
+    pub fn start_server(&self) {
+        self.real().web.answer();
+    }
+
     /// Talks to the client that is mounted.
     pub fn with_client<T>(&self, with: impl FnOnce(&mut Mount) -> T) -> T {
         with(self.real().mount.as_mut().expect("the repository is mounted"))

@@ -4,15 +4,15 @@
 #![forbid(unsafe_code)]
 #![allow(dead_code)] // each test program uses a part
 
-use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::{self, File, FileTimes, Permissions};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, lchown, symlink};
+use std::os::unix::fs::{PermissionsExt as _, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use cvmfs_testbed::client::Mount;
+use cvmfs_testbed::listing::Listing;
 use cvmfs_testbed::publisher::{Owners, Publisher};
 use cvmfs_testbed::web::Web;
 use nix::mount::{MsFlags, mount};
@@ -172,69 +172,16 @@ pub enum Detail {
     Plain,
 }
 
-/// Everything that a program can see of one file.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Seen {
-    mode: u32,
-    owner: (u32, u32),
-    mtime: (i64, i64),
-    size: u64,
-    device: u64,
-    links: u64,
-    /// The first path with the same inode.
-    same_as: PathBuf,
-    target: Option<OsString>,
-    content: Option<Vec<u8>>,
-    attributes: BTreeMap<OsString, Vec<u8>>,
-}
-
-/// The tree below `root` by path; the root itself is the empty path.
-pub fn seen(root: &Path, detail: Detail) -> BTreeMap<PathBuf, Seen> {
-    let mut all = BTreeMap::new();
-    let mut inodes = BTreeMap::new();
-    look(root, Path::new(""), detail, &mut inodes, &mut all);
-    all
-}
-
-fn look(
-    root: &Path,
-    path: &Path,
-    detail: Detail,
-    inodes: &mut BTreeMap<u64, PathBuf>,
-    all: &mut BTreeMap<PathBuf, Seen>,
-) {
-    let host = if path == Path::new("") { root.to_owned() } else { root.join(path) };
-    let found = host.symlink_metadata().unwrap_or_else(|error| panic!("look at {host:?}: {error}"));
-    let kind = found.file_type();
-    let everything = detail == Detail::Everything;
-    let attributes = if everything {
-        let names = xattr::list(&host).unwrap_or_else(|error| panic!("list the attributes of {host:?}: {error}"));
-        names.filter_map(|name| Some((name.clone(), xattr::get(&host, &name).ok()??))).collect()
-    } else {
-        BTreeMap::new()
-    };
-    let seen = Seen {
-        mode: found.mode(),
-        owner: (found.uid(), found.gid()),
-        mtime: (found.mtime(), if everything { found.mtime_nsec() } else { 0 }),
-        // The size of a directory is its file system's own affair.
-        size: if kind.is_dir() { 0 } else { found.len() },
-        device: if everything { found.rdev() } else { 0 },
-        links: if everything && !kind.is_dir() { found.nlink() } else { 0 },
-        same_as: inodes.entry(found.ino()).or_insert_with(|| path.to_owned()).clone(),
-        target: kind.is_symlink().then(|| fs::read_link(&host).expect("a link can be read").into_os_string()),
-        content: kind.is_file().then(|| fs::read(&host).unwrap_or_else(|error| panic!("read {host:?}: {error}"))),
-        attributes,
-    };
-    all.insert(path.to_owned(), seen);
-    if kind.is_dir() {
-        let entries = fs::read_dir(&host).unwrap_or_else(|error| panic!("list {host:?}: {error}"));
-        let mut names: Vec<_> = entries.map(|entry| entry.expect("a listing comes to its end").file_name()).collect();
-        names.sort();
-        for name in names {
-            look(root, &path.join(name), detail, inodes, all);
+/// The tree below `root`, without the attributes of the top: there a client adds its own.
+pub fn seen(root: &Path, detail: Detail) -> Listing {
+    let mut listing = Listing::read(root);
+    listing.entries.get_mut(Path::new(".")).expect("a tree has a top").remove("xattrs");
+    if detail == Detail::Plain {
+        for property in ["xattrs", "nanoseconds", "device", "links"] {
+            listing.leave_out(property);
         }
     }
+    listing
 }
 
 /// Fails with the first few differences.
@@ -242,22 +189,8 @@ pub fn assert_same(source: &Path, mounted: &Path, detail: Detail) {
     assert_equal(&seen(source, detail), &seen(mounted, detail));
 }
 
-pub fn assert_equal(expected: &BTreeMap<PathBuf, Seen>, found: &BTreeMap<PathBuf, Seen>) {
-    let mut differences: Vec<_> = expected
-        .iter()
-        .filter(|(path, seen)| found.get(*path) != Some(*seen))
-        .map(|(path, seen)| format!("{path:?}: expected {}, found {}", short(Some(seen)), short(found.get(path))))
-        .collect();
-    differences
-        .extend(found.keys().filter(|path| !expected.contains_key(*path)).map(|path| format!("{path:?}: too much")));
-    assert!(
-        differences.is_empty(),
-        "{} differences:\n{}",
-        differences.len(),
-        differences[..differences.len().min(10)].join("\n")
-    );
-}
-
-fn short(seen: Option<&Seen>) -> String {
-    format!("{seen:?}").chars().take(600).collect()
+pub fn assert_equal(expected: &Listing, found: &Listing) {
+    let differences: Vec<_> = expected.compare(found).iter().map(ToString::to_string).collect();
+    let first = differences[..differences.len().min(10)].join("\n");
+    assert!(differences.is_empty(), "{} differences:\n{first}", differences.len());
 }

@@ -47,6 +47,16 @@ pub trait Content: Send + Sync {
 /// Names and entries of a directory, without `.` and `..`.
 pub type Listing = Vec<(Vec<u8>, Arc<Entry>)>;
 
+/// What a catalog says of itself.
+#[derive(Clone, Debug)]
+pub struct CatalogSummary {
+    pub digest: Digest,
+    /// Of the directory whose entries it lists.
+    pub path: Vec<u8>,
+    /// Sorted by name.
+    pub counters: Vec<(String, i64)>,
+}
+
 pub trait Backend: Send + Sync {
     fn lookup(&self, path: &[u8]) -> Result<Arc<Entry>, Errno>;
 
@@ -60,4 +70,9 @@ pub trait Backend: Send + Sync {
     fn fqrn(&self) -> String;
 
     fn revision(&self) -> u64;
+
+    fn root_hash(&self) -> String;
+
+    /// The catalog that lists the directory `path`.
+    fn catalog(&self, path: &[u8]) -> Result<CatalogSummary, Errno>;
 }

@@ -6,11 +6,13 @@
 use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use fuser::Errno;
+
+use crate::error_log::ErrorLog;
 
 #[derive(Clone, Copy, Debug)]
 pub enum Behaviour {
@@ -96,11 +98,13 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Gate {
     state: Mutex<(Behaviour, Vec<Job>)>,
     counts: [AtomicU64; NAMES.len()],
+    log: Arc<ErrorLog>,
 }
 
 impl Gate {
-    pub fn new() -> Self {
-        Self { state: Mutex::new((Behaviour::Normal, Vec::new())), counts: std::array::from_fn(|_| AtomicU64::new(0)) }
+    pub fn new(log: Arc<ErrorLog>) -> Self {
+        let counts = std::array::from_fn(|_| AtomicU64::new(0));
+        Self { state: Mutex::new((Behaviour::Normal, Vec::new())), counts, log }
     }
 
     /// Lets `answer` take its turn with `reply`, now or later.
@@ -135,6 +139,7 @@ impl Gate {
                 if subject == Subject::Other
                     && !matches!(request, Request::Statfs | Request::Release | Request::Releasedir) =>
             {
+                self.log.count(errno);
                 reply.refuse(errno);
             }
             _ => work(move || answer(reply)),

@@ -17,7 +17,7 @@ use cvmfs::fetcher::Fetcher;
 use cvmfs::repository::Repository;
 use fuser::Errno;
 
-use crate::backend::{Backend, Content, Entry, Listing};
+use crate::backend::{Backend, CatalogSummary, Content, Entry, Listing};
 
 pub struct Library {
     url: String,
@@ -108,6 +108,15 @@ impl Backend for Library {
 
     fn revision(&self) -> u64 {
         self.repository.lock().unwrap_or_else(PoisonError::into_inner).manifest.revision.into()
+    }
+
+    fn root_hash(&self) -> String {
+        self.repository.lock().unwrap_or_else(PoisonError::into_inner).manifest.root_catalog.clone()
+    }
+
+    /// The crate does not say of a path which catalog lists it.
+    fn catalog(&self, _: &[u8]) -> Result<CatalogSummary, Errno> {
+        Err(Errno::ENODATA)
     }
 }
 

@@ -1,23 +1,38 @@
-//! `cvmfs-test-client --url URL --mountpoint DIR --cache DIR [--name-length N] [--ttl SECONDS]
-//! [--backend own|crate]`: mounts a CernVM-FS repository and takes commands on stdin.
+//! `cvmfs-test-client --url URL --mountpoint DIR --cache DIR [options]`: mounts a CernVM-FS repository
+//! and takes commands on stdin (`commands`). As the real client does, it works in its cache directory:
+//! `/proc/<pid>/cwd` says where that is. Options, and the real client's parameters:
+//!
+//! - `--name-length N`: what statfs says; the real client says 0.
+//! - `--ttl SECONDS`: how long the kernel keeps names and attributes.
+//! - `--magic-xattrs rootonly|always`: where made-up attributes are listed
+//!   (`CVMFS_MAGIC_XATTRS_VISIBILITY`).
+//! - `--claim-ownership UID:GID`: everything belongs to one user (`CVMFS_CLAIM_OWNERSHIP=yes`).
+//! - `--retry-delay MILLISECONDS`: how long it waits before its second and last try when the server
+//!   cannot be reached (`CVMFS_BACKOFF_INIT`, `CVMFS_MAX_RETRIES`).
+//! - `--backend own|crate`: who reads the repository.
 //!
 //! `served` is the file system as the kernel sees it, `gate` decides when a request is answered,
-//! `inodes` numbers what was seen, `backend` is the boundary to the reader of the repository:
-//! `own` is ours, `library` is the crate `cvmfs`.
+//! `inodes` numbers what was seen, `magic` has the made-up attributes, `error_log` what went wrong.
+//! `backend` is the boundary to the reader of the repository: `own` is ours, `library` is the crate
+//! `cvmfs`.
 
 #![forbid(unsafe_code)]
 
 mod attributes;
 mod backend;
 mod commands;
+mod error_log;
 mod gate;
 mod inodes;
 #[cfg(feature = "cvmfs-crate")]
 mod library;
+mod magic;
 mod options;
 mod own;
 mod served;
 
+use std::env;
+use std::fs;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,6 +41,8 @@ use fuser::{Config, MountOption, Session, SessionACL};
 use nix::mount::{MntFlags, umount2};
 
 use backend::Backend;
+use error_log::ErrorLog;
+use magic::MagicAttributes;
 use options::{Options, Reader};
 use served::{FileSystem, Served};
 
@@ -34,7 +51,7 @@ use served::{FileSystem, Served};
 const THREADS: usize = 12;
 
 fn main() -> ExitCode {
-    match Options::parse(std::env::args_os().skip(1)).map_err(Into::into).and_then(|options| run(&options)) {
+    match Options::parse(env::args_os().skip(1)).map_err(Into::into).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("cvmfs-test-client: {error}");
@@ -43,8 +60,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
-    let served = Arc::new(Served::new(reader(options)?, options.name_length, options.ttl));
+fn run(mut options: Options) -> Result<(), Box<dyn std::error::Error>> {
+    options.mountpoint = options.mountpoint.canonicalize()?;
+    fs::create_dir_all(&options.cache)?;
+    options.cache = options.cache.canonicalize()?;
+    env::set_current_dir(&options.cache)?;
+    let log = Arc::new(ErrorLog::new());
+    let magic = MagicAttributes::new(options.magic_xattrs, &options.url, Arc::clone(&log));
+    let served = Arc::new(Served::new(reader(&options, &log)?, magic, log, &options));
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName("cvmfs2".to_owned()),
@@ -67,9 +90,12 @@ fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     Ok(unmounted?)
 }
 
-fn reader(options: &Options) -> Result<Box<dyn Backend>, Box<dyn std::error::Error>> {
+fn reader(options: &Options, log: &Arc<ErrorLog>) -> Result<Box<dyn Backend>, Box<dyn std::error::Error>> {
     match options.reader {
-        Reader::Own => Ok(Box::new(own::Own::open(&options.url, &options.cache)?)),
+        Reader::Own => {
+            let fetch = own::Fetch::new(&options.url, &options.cache, options.retry_delay)?;
+            Ok(Box::new(own::Own::open(fetch, Arc::clone(log))?))
+        }
         #[cfg(feature = "cvmfs-crate")]
         Reader::Library => Ok(Box::new(library::Library::open(&options.url, &options.cache)?)),
         #[cfg(not(feature = "cvmfs-crate"))]

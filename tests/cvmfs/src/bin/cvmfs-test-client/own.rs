@@ -9,18 +9,19 @@ mod fetch;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use fuser::Errno;
 
-use crate::backend::{Backend, Content, Entry, Listing};
+use crate::backend::{Backend, CatalogSummary, Content, Entry, Listing};
+use crate::error_log::ErrorLog;
 use catalog::Catalog;
 use cvmfs_testbed::format::{self, Digest, Kind, Manifest};
-use fetch::Fetch;
+pub use fetch::Fetch;
 
 pub struct Own {
     fetch: Fetch,
+    log: Arc<ErrorLog>,
     current: RwLock<Arc<Revision>>,
     /// The catalogs read so far, of every revision. Each is locked while it is read, so that those
     /// who want the same one wait and others do not.
@@ -36,11 +37,11 @@ struct Revision {
 }
 
 impl Own {
-    pub fn open(url: &str, cache: &Path) -> Result<Self, fetch::Error> {
-        let fetch = Fetch::new(url, cache)?;
+    pub fn open(fetch: Fetch, log: Arc<ErrorLog>) -> Result<Self, fetch::Error> {
         let manifest = fetch.manifest()?;
-        let root = Arc::new(Catalog::read(&fetch.object(manifest.root, Kind::Catalog)?, b"")?);
-        Ok(Self { fetch, current: RwLock::new(Arc::new(Revision { manifest, root })), catalogs: Mutex::default() })
+        let root = Arc::new(read_catalog(&fetch, manifest.root, b"")?);
+        let current = RwLock::new(Arc::new(Revision { manifest, root }));
+        Ok(Self { fetch, log, current, catalogs: Mutex::default() })
     }
 
     fn current(&self) -> Arc<Revision> {
@@ -53,8 +54,8 @@ impl Own {
         if let Some(catalog) = &*slot {
             return Ok(Arc::clone(catalog));
         }
-        let read = || Catalog::read(&self.fetch.object(digest, Kind::Catalog)?, path);
-        let catalog = Arc::new(read().map_err(|error| complain(&error))?);
+        let read = read_catalog(&self.fetch, digest, path);
+        let catalog = Arc::new(read.map_err(|error| self.log.report(error))?);
         *slot = Some(Arc::clone(&catalog));
         Ok(catalog)
     }
@@ -83,7 +84,7 @@ impl Backend for Own {
     fn open(&self, _: &[u8], entry: &Entry) -> Result<Arc<dyn Content>, Errno> {
         // Files cut into chunks have none; the publisher makes no such files.
         let digest = entry.content.ok_or(Errno::EIO)?;
-        let path = self.fetch.object(digest, Kind::File).map_err(|error| complain(&error))?;
+        let path = self.fetch.object(digest, Kind::File).map_err(|error| self.log.report(error))?;
         Ok(Arc::new(Object(File::open(path)?)))
     }
 
@@ -93,7 +94,7 @@ impl Backend for Own {
             if manifest.revision == self.revision() {
                 return Ok(None);
             }
-            let root = Arc::new(Catalog::read(&self.fetch.object(manifest.root, Kind::Catalog)?, b"")?);
+            let root = Arc::new(read_catalog(&self.fetch, manifest.root, b"")?);
             Ok(Some(Revision { manifest, root }))
         };
         if let Some(revision) = read().map_err(|error| error.to_string())? {
@@ -109,12 +110,18 @@ impl Backend for Own {
     fn revision(&self) -> u64 {
         self.current().manifest.revision
     }
+
+    fn root_hash(&self) -> String {
+        self.current().manifest.root.to_string()
+    }
+
+    fn catalog(&self, path: &[u8]) -> Result<CatalogSummary, Errno> {
+        Ok(self.listing(path)?.summary().clone())
+    }
 }
 
-/// The kernel only gets a number; the words go to stderr.
-fn complain(error: &fetch::Error) -> Errno {
-    eprintln!("cvmfs-test-client: {error}");
-    Errno::EIO
+fn read_catalog(fetch: &Fetch, digest: Digest, path: &[u8]) -> Result<Catalog, fetch::Error> {
+    Catalog::read(&fetch.object(digest, Kind::Catalog)?, digest, path)
 }
 
 struct Object(File);

@@ -19,13 +19,20 @@ use fuser::{
 
 use crate::attributes;
 use crate::backend::{Backend, Content, Entry};
+use crate::error_log::ErrorLog;
 use crate::gate::{Gate, Refuse, Request, Subject};
 use crate::inodes::{Inodes, ROOT};
+use crate::magic::MagicAttributes;
+use crate::options::Options;
 use cvmfs_testbed::format;
 
 pub struct Served {
     pub gate: Gate,
     backend: Box<dyn Backend>,
+    magic: MagicAttributes,
+    log: Arc<ErrorLog>,
+    /// To whom everything belongs, if not to whom the repository says.
+    claimed_by: Option<(u32, u32)>,
     inodes: Inodes,
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
@@ -44,22 +51,33 @@ enum Handle {
 }
 
 impl Served {
-    pub fn new(backend: Box<dyn Backend>, name_length: u32, ttl: Duration) -> Self {
+    pub fn new(backend: Box<dyn Backend>, magic: MagicAttributes, log: Arc<ErrorLog>, options: &Options) -> Self {
         Self {
-            gate: Gate::new(),
+            gate: Gate::new(Arc::clone(&log)),
             backend,
+            magic,
+            log,
+            claimed_by: options.claimed_by,
             inodes: Inodes::default(),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(1),
-            name_length,
-            ttl,
+            name_length: options.name_length,
+            ttl: options.ttl,
             revision: RwLock::new(()),
         }
     }
 
     fn attributes_at(&self, path: &[u8]) -> Result<FileAttr, Errno> {
         let entry = self.backend.lookup(path)?;
-        Ok(attributes::of(self.inodes.number(path, &entry), &entry))
+        Ok(self.attributes(self.inodes.number(path, &entry), &entry))
+    }
+
+    fn attributes(&self, inode: u64, entry: &Entry) -> FileAttr {
+        let mut attributes = attributes::of(inode, entry);
+        if let Some((uid, gid)) = self.claimed_by {
+            (attributes.uid, attributes.gid) = (uid, gid);
+        }
+        attributes
     }
 
     /// What an inode is now, under one of the paths it was seen under.
@@ -81,7 +99,7 @@ impl Served {
     }
 
     fn getattr(&self, inode: u64) -> Result<FileAttr, Errno> {
-        self.find(inode).map(|(_, entry)| attributes::of(inode, &entry))
+        self.find(inode).map(|(_, entry)| self.attributes(inode, &entry))
     }
 
     fn readlink(&self, inode: u64) -> Result<Vec<u8>, Errno> {
@@ -103,10 +121,10 @@ impl Served {
     fn opendir(&self, inode: u64) -> Result<FileHandle, Errno> {
         let (path, entry) = self.find(inode)?;
         let above = self.attributes_at(format::parent(&path))?;
-        let mut listing = vec![(b".".to_vec(), attributes::of(inode, &entry)), (b"..".to_vec(), above)];
+        let mut listing = vec![(b".".to_vec(), self.attributes(inode, &entry)), (b"..".to_vec(), above)];
         for (name, entry) in self.backend.list(&path)? {
             let number = self.inodes.number(&format::join(&path, &name), &entry);
-            listing.push((name, attributes::of(number, &entry)));
+            listing.push((name, self.attributes(number, &entry)));
         }
         Ok(self.keep(Handle::Directory(Arc::new(listing))))
     }
@@ -130,18 +148,18 @@ impl Served {
     }
 
     fn extended_attribute(&self, inode: u64, name: &[u8]) -> Result<Vec<u8>, Errno> {
-        match name {
-            b"user.fqrn" if inode == ROOT => return Ok(self.backend.fqrn().into_bytes()),
-            b"user.revision" if inode == ROOT => return Ok(self.backend.revision().to_string().into_bytes()),
-            _ => {}
+        let (path, entry) = self.find(inode)?;
+        if let Some(value) = self.magic.value(name, &*self.backend, &path, &entry) {
+            return value;
         }
-        let (_, entry) = self.find(inode)?;
         entry.attributes.iter().find(|(each, _)| each == name).map(|(_, value)| value.clone()).ok_or(Errno::ENODATA)
     }
 
     fn extended_attributes(&self, inode: u64) -> Result<Vec<u8>, Errno> {
-        let (_, entry) = self.find(inode)?;
-        Ok(entry.attributes.iter().flat_map(|(name, _)| [name.as_slice(), b"\0"].concat()).collect())
+        let (path, entry) = self.find(inode)?;
+        let mut names = self.magic.list(&path, &entry);
+        names.extend(entry.attributes.iter().flat_map(|(name, _)| [name.as_slice(), b"\0"].concat()));
+        Ok(names)
     }
 
     /// Those in a directory; nothing else has any.
@@ -149,6 +167,11 @@ impl Served {
         let is_directory = entry.is_some_and(|entry| attributes::kind(entry) == FileType::Directory);
         let listed = if is_directory { self.backend.list(path).unwrap_or_default() } else { Vec::new() };
         listed.into_iter().map(|(name, _)| name).collect()
+    }
+
+    fn refuse(&self, reply: impl Refuse, errno: Errno) {
+        self.log.count(errno);
+        reply.refuse(errno);
     }
 
     fn keep(&self, handle: Handle) -> FileHandle {
@@ -237,9 +260,9 @@ impl FileSystem {
     }
 }
 
-fn attribute_reply(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Errno>) {
+fn attribute_reply(served: &Served, reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Errno>) {
     match value {
-        Err(errno) => reply.error(errno),
+        Err(errno) => served.refuse(reply, errno),
         Ok(value) => match u32::try_from(value.len()) {
             Ok(length) if size == 0 => reply.size(length),
             Ok(length) if length <= size => reply.data(&value),
@@ -269,28 +292,28 @@ impl Filesystem for FileSystem {
             Err(errno) if errno.code() == Errno::ENOENT.code() => {
                 reply.entry(&served.ttl, &attributes::of_nothing(), Generation(0));
             }
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
     fn getattr(&self, _: &fuser::Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         self.pass(Request::Getattr, inode, reply, move |served, reply| match served.getattr(inode.0) {
             Ok(attributes) => reply.attr(&served.ttl, &attributes),
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
     fn readlink(&self, _: &fuser::Request, inode: INodeNo, reply: ReplyData) {
         self.pass(Request::Readlink, inode, reply, move |served, reply| match served.readlink(inode.0) {
             Ok(target) => reply.data(&target),
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
     fn open(&self, _: &fuser::Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         self.pass(Request::Open, inode, reply, move |served, reply| match served.open(inode.0) {
             Ok(handle) => reply.opened(handle, FopenFlags::FOPEN_KEEP_CACHE),
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
@@ -307,7 +330,7 @@ impl Filesystem for FileSystem {
     ) {
         self.pass(Request::Read, inode, reply, move |served, reply| match served.read(handle.0, offset, size) {
             Ok(bytes) => reply.data(&bytes),
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
@@ -334,7 +357,7 @@ impl Filesystem for FileSystem {
     fn opendir(&self, _: &fuser::Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         self.pass(Request::Opendir, inode, reply, move |served, reply| match served.opendir(inode.0) {
             Ok(handle) => reply.opened(handle, FopenFlags::empty()),
-            Err(errno) => reply.error(errno),
+            Err(errno) => served.refuse(reply, errno),
         });
     }
 
@@ -343,7 +366,7 @@ impl Filesystem for FileSystem {
             let add = |next, name: &OsStr, each: &FileAttr| reply.add(each.ino, next, each.kind, name);
             match served.readdir(handle.0, offset, add) {
                 Ok(()) => reply.ok(),
-                Err(errno) => reply.error(errno),
+                Err(errno) => served.refuse(reply, errno),
             }
         });
     }
@@ -361,7 +384,7 @@ impl Filesystem for FileSystem {
                 |next, name: &OsStr, each: &FileAttr| reply.add(each.ino, next, name, &served.ttl, each, Generation(0));
             match served.readdir(handle.0, offset, add) {
                 Ok(()) => reply.ok(),
-                Err(errno) => reply.error(errno),
+                Err(errno) => served.refuse(reply, errno),
             }
         });
     }
@@ -382,13 +405,13 @@ impl Filesystem for FileSystem {
     fn getxattr(&self, _: &fuser::Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
         self.pass(Request::Getxattr, inode, reply, move |served, reply| {
-            attribute_reply(reply, size, served.extended_attribute(inode.0, &name));
+            attribute_reply(served, reply, size, served.extended_attribute(inode.0, &name));
         });
     }
 
     fn listxattr(&self, _: &fuser::Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
         self.pass(Request::Listxattr, inode, reply, move |served, reply| {
-            attribute_reply(reply, size, served.extended_attributes(inode.0));
+            attribute_reply(served, reply, size, served.extended_attributes(inode.0));
         });
     }
 }

@@ -11,7 +11,7 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
 
 use super::fetch::Error;
-use crate::backend::{Entry, Listing};
+use crate::backend::{CatalogSummary, Entry, Listing};
 use cvmfs_testbed::format::{self, Digest, Malformed, PathKey, SPECIAL};
 
 pub struct Catalog {
@@ -19,6 +19,7 @@ pub struct Catalog {
     /// Names below each directory, sorted, with the keys of their paths.
     children: HashMap<PathKey, Vec<(Vec<u8>, PathKey)>>,
     nested: HashMap<Vec<u8>, Digest>,
+    summary: CatalogSummary,
 }
 
 /// A row as it stands in the file.
@@ -32,16 +33,17 @@ struct Found {
 }
 
 impl Catalog {
-    /// Reads the catalog file `file` of the subtree at `root`.
-    pub fn read(file: &Path, root: &[u8]) -> Result<Self, Error> {
+    /// Reads the catalog file `file`, which has the name `digest`, of the subtree at `root`.
+    pub fn read(file: &Path, digest: Digest, root: &[u8]) -> Result<Self, Error> {
         let failed = |error| Error::Catalog { path: file.to_owned(), error };
-        let (found, nested) = rows(file).map_err(failed)?;
+        let Rows { found, nested, counters } = rows(file).map_err(failed)?;
         let nested = nested
             .into_iter()
             .map(|(path, digest)| Ok((path, digest.parse()?)))
             .collect::<Result<HashMap<_, Digest>, Malformed>>()?;
+        let summary = CatalogSummary { digest, path: root.to_vec(), counters };
         let top = PathKey::of(root);
-        let mut catalog = Self { entries: HashMap::new(), children: HashMap::new(), nested };
+        let mut catalog = Self { entries: HashMap::new(), children: HashMap::new(), nested, summary };
         let mut groups = HashMap::new();
         for row in found {
             if row.group != 0 {
@@ -87,6 +89,10 @@ impl Catalog {
         }
     }
 
+    pub fn summary(&self) -> &CatalogSummary {
+        &self.summary
+    }
+
     pub fn entry(&self, path: &[u8]) -> Option<Arc<Entry>> {
         self.entries.get(&PathKey::of(path)).cloned()
     }
@@ -108,9 +114,15 @@ impl Catalog {
     }
 }
 
-type References = Vec<(Vec<u8>, String)>;
+/// The file's tables.
+struct Rows {
+    found: Vec<Found>,
+    /// Paths and digests of the catalogs below.
+    nested: Vec<(Vec<u8>, String)>,
+    counters: Vec<(String, i64)>,
+}
 
-fn rows(file: &Path) -> rusqlite::Result<(Vec<Found>, References)> {
+fn rows(file: &Path) -> rusqlite::Result<Rows> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let database = Connection::open_with_flags(file, flags)?;
     let mut select = database.prepare(
@@ -120,7 +132,9 @@ fn rows(file: &Path) -> rusqlite::Result<(Vec<Found>, References)> {
     let found = select.query_map([], read_row)?.collect::<rusqlite::Result<_>>()?;
     let mut select = database.prepare("SELECT path, sha1 FROM nested_catalogs")?;
     let nested = select.query_map([], |row| Ok((bytes(row, 0)?, row.get(1)?)))?.collect::<rusqlite::Result<_>>()?;
-    Ok((found, nested))
+    let mut select = database.prepare("SELECT counter, value FROM statistics ORDER BY counter")?;
+    let counters = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<rusqlite::Result<_>>()?;
+    Ok(Rows { found, nested, counters })
 }
 
 fn read_row(row: &Row) -> rusqlite::Result<Found> {

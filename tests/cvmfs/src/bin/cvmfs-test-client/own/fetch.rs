@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use flate2::read::ZlibDecoder;
@@ -56,6 +57,13 @@ impl Display for Error {
 
 impl std::error::Error for Error {}
 
+impl Error {
+    /// Whether nobody answered, not even with a refusal.
+    fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Http { error, .. } if !matches!(**error, ureq::Error::StatusCode(_)))
+    }
+}
+
 impl From<Malformed> for Error {
     fn from(error: Malformed) -> Self {
         Self::Malformed(error)
@@ -66,18 +74,21 @@ pub struct Fetch {
     url: String,
     cache: PathBuf,
     agent: Agent,
+    /// Between the first try and the second, when the server cannot be reached.
+    retry_delay: Duration,
     /// Those who want an object that is being fetched wait for its lock.
     running: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
 }
 
 impl Fetch {
-    pub fn new(url: &str, cache: &Path) -> Result<Self, Error> {
+    pub fn new(url: &str, cache: &Path, retry_delay: Duration) -> Result<Self, Error> {
         for byte in 0..=255_u8 {
             let path = cache.join(format!("data/{byte:02x}"));
             fs::create_dir_all(&path).map_err(|error| Error::Cache { path, error })?;
         }
         let config = Agent::config_builder().timeout_global(Some(DEADLINE)).proxy(None).build();
-        Ok(Self { url: url.to_owned(), cache: cache.to_owned(), agent: config.into(), running: Mutex::default() })
+        let (url, cache) = (url.to_owned(), cache.to_owned());
+        Ok(Self { url, cache, agent: config.into(), retry_delay, running: Mutex::default() })
     }
 
     /// Never from the cache.
@@ -114,6 +125,16 @@ impl Fetch {
     }
 
     fn get(&self, name: &str) -> Result<Vec<u8>, Error> {
+        match self.try_get(name) {
+            Err(error) if error.is_unreachable() => {
+                thread::sleep(self.retry_delay);
+                self.try_get(name)
+            }
+            answer => answer,
+        }
+    }
+
+    fn try_get(&self, name: &str) -> Result<Vec<u8>, Error> {
         let url = format!("{}/{name}", self.url);
         let failed = |error| Error::Http { url: url.clone(), error: Box::new(error) };
         let mut response = self.agent.get(&url).call().map_err(failed)?;
