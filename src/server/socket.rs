@@ -6,11 +6,11 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
 };
@@ -121,8 +121,9 @@ pub struct Bound {
 /// What stands for a socket in the file system.
 pub struct SocketFile {
     address: PathBuf,
-    /// None: it was there before us and outlives us, systemd's for example.
-    inode: Option<u64>,
+    /// The file itself. While it is held, the file system gives its inode number to no other file. None: it
+    /// was there before us and outlives us, systemd's for example.
+    held: Option<File>,
 }
 
 /// Who may reach the socket's file. The door asks each one who comes who they are.
@@ -177,7 +178,7 @@ pub fn inherit(socket: OwnedFd) -> Result<Bound> {
     }
     match name.as_unix_addr().and_then(|name| name.path()) {
         Some(path) => {
-            let file = SocketFile { address: path.to_owned(), inode: None };
+            let file = SocketFile { address: path.to_owned(), held: None };
             Ok(Bound { listener: UnixListener::from(socket), file })
         }
         None => refuse("it has no path".to_owned()),
@@ -214,8 +215,14 @@ pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
     umask(before);
     let listener = listening.map_err(socket_error)?;
     fs::set_permissions(address, fs::Permissions::from_mode(reach.socket_mode())).map_err(socket_error)?;
-    let inode = fs::symlink_metadata(address).map_err(socket_error)?.ino();
-    Ok(Bound { listener, file: SocketFile { address: address.to_owned(), inode: Some(inode) } })
+    let held = hold(address).map_err(socket_error)?;
+    Ok(Bound { listener, file: SocketFile { address: address.to_owned(), held: Some(held) } })
+}
+
+/// Opens what is at `address` without connecting to it and without following a link.
+fn hold(address: &Path) -> io::Result<File> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+    File::options().read(true).custom_flags(flags.bits()).open(address)
 }
 
 /// Removes what a process that is gone left at `address`.
@@ -254,9 +261,13 @@ impl SocketFile {
 
     /// Takes the socket's file away, unless it is, or has become, somebody else's.
     pub fn remove(&self) {
-        let now = fs::symlink_metadata(&self.address).map(|status| status.ino());
-        let ours = self.inode.is_some_and(|inode| now.is_ok_and(|now| now == inode));
-        if ours && let Err(e) = fs::remove_file(&self.address) {
+        let Some(held) = &self.held else { return };
+        let identity = |status: fs::Metadata| (status.dev(), status.ino());
+        let is_ours = match (held.metadata(), fs::symlink_metadata(&self.address)) {
+            (Ok(ours), Ok(now)) => identity(ours) == identity(now),
+            (Err(_), _) | (_, Err(_)) => false,
+        };
+        if is_ours && let Err(e) = fs::remove_file(&self.address) {
             log::warn!("cannot remove the socket {}: {e}", self.address.display());
         }
     }
@@ -301,11 +312,30 @@ mod tests {
         assert_eq!(mode(&address), 0o600);
         assert!(matches!(bind(&address, Reach::Root), Err(Error::InUse { .. })));
         stale.file.remove();
-        assert!(address.exists() || stale.file.inode == live.file.inode, "another process's socket was removed");
+        assert!(address.exists(), "another process's socket was removed");
         drop(live.listener);
         let open = bind(&address, Reach::Everybody).unwrap();
         assert_eq!(mode(&address), 0o666, "who comes is asked at the door");
         open.file.remove();
+        assert!(!address.exists());
+    }
+
+    /// A file system gives the number of a file that is gone to the next one. Because of that, a daemon that
+    /// ended late took away the socket of the next one.
+    #[test]
+    fn socket_of_another_process_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("s.sock");
+        let old = bind(&address, Reach::Root).unwrap();
+        for _ in 0..100 {
+            fs::remove_file(&address).unwrap();
+            let new = bind(&address, Reach::Root).unwrap();
+            old.file.remove();
+            assert!(address.exists(), "the socket of another process was removed");
+            drop(new);
+        }
+        let last = bind(&address, Reach::Root).unwrap();
+        last.file.remove();
         assert!(!address.exists());
     }
 
