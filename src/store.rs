@@ -13,6 +13,8 @@ pub mod disk;
 mod group;
 pub(crate) mod record;
 pub mod sidecar;
+#[cfg(test)]
+mod tests;
 mod transaction;
 mod trial;
 
@@ -21,6 +23,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 
@@ -282,7 +285,7 @@ impl Store {
     }
 }
 
-/// Whether an error means that the disk is full.
+/// Whether an error means that the disk is full, or that all is used that a quota allows of it.
 pub trait FullDisk {
     fn is_full_disk(&self) -> bool;
 }
@@ -290,7 +293,8 @@ pub trait FullDisk {
 impl FullDisk for Error {
     fn is_full_disk(&self) -> bool {
         let Self::Engine { cause: redb::Error::Io(cause), .. } = self else { return false };
-        cause.raw_os_error() == Some(nix::errno::Errno::ENOSPC as i32)
+        let errno = cause.raw_os_error().map(Errno::from_raw);
+        matches!(errno, Some(Errno::ENOSPC | Errno::EDQUOT))
     }
 }
 

@@ -119,7 +119,9 @@ impl fmt::Display for Error {
                  (cvmfs_config probe), kill or unmount it, and start again",
                 root.display()
             ),
-            Self::Store(cause) if cause.is_full_disk() => write!(f, "{cause}; nothing was changed: free some space"),
+            Self::Store(cause) if cause.is_full_disk() => {
+                write!(f, "{cause}; nothing was changed: free some space, or raise the quota")
+            }
             Self::Store(cause @ store::Error::Damaged { .. }) => write!(
                 f,
                 "{cause}; nothing was changed. Put a copy of the file back if there is one; else stop containerd and \
@@ -162,6 +164,22 @@ impl Error {
             | Self::System(_)
             | Self::Threads(_)
             | Self::Server(_) => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_told_with_what_helps() {
+        for errno in [Errno::ENOSPC, Errno::EDQUOT] {
+            let cause = io::Error::from_raw_os_error(errno as i32).into();
+            let told = Error::Store(store::Error::Engine { path: "/x".into(), cause }).to_string();
+            assert!(told.ends_with("free some space, or raise the quota"), "{told}");
         }
     }
 }

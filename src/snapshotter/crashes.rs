@@ -21,8 +21,16 @@ use crate::sys::failing::Failing;
 const BOTTOM: &str = "cvmfs/0/sha256:chain-1";
 const TOP: &str = "cvmfs/1/sha256:chain-2";
 
-const ERRNOS: [Errno; 7] =
-    [Errno::ENOSPC, Errno::EIO, Errno::EACCES, Errno::ENOENT, Errno::EBUSY, Errno::EMFILE, Errno::ENOTCONN];
+const ERRNOS: [Errno; 8] = [
+    Errno::ENOSPC,
+    Errno::EDQUOT,
+    Errno::EIO,
+    Errno::EACCES,
+    Errno::ENOENT,
+    Errno::EBUSY,
+    Errno::EMFILE,
+    Errno::ENOTCONN,
+];
 
 /// A row of the table.
 struct Operation {
