@@ -50,6 +50,7 @@ pub struct Snapshotter {
     sys: Arc<dyn Sys>,
     /// For every overlay, such as `index=off`.
     overlay_options: Vec<String>,
+    commits: metadata::CommitLocks,
     /// Held by the one cleanup that runs.
     cleaning: parking_lot::Mutex<()>,
     /// Another one waits for it to end.
@@ -101,6 +102,7 @@ impl Snapshotter {
             places,
             sys,
             overlay_options: ways.overlay_options,
+            commits: metadata::CommitLocks::default(),
             cleaning: parking_lot::Mutex::default(),
             cleanup_waits: AtomicBool::default(),
             found: OnceLock::new(),

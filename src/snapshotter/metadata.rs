@@ -1,7 +1,10 @@
 //! The calls that only read or change records: stat, update, usage, commit, remove.
 #![forbid(unsafe_code)]
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use nix::errno::Errno;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{Error, Result, Snapshotter, check_labels};
 use crate::store::Lookup;
@@ -82,40 +85,49 @@ impl Snapshotter {
     /// `parent` may give one to a snapshot that was prepared without.
     pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
         check_labels(&mut labels)?;
+        let _lock = self.commits.lock(key);
+        let (active, on) = self.store.read(|tx| check_commit(tx, name, key, parent))?;
         let now = Timestamp::now();
-        let committed = |active: &Snapshot, parent| Snapshot {
+        let committed = Snapshot {
             id: active.id,
             key: name.clone(),
-            parent,
+            parent: on,
             kind: Kind::Committed,
             created: now,
             updated: now,
-            labels: labels.clone(),
+            labels,
             layer: None,
             usage: None,
         };
-        let (active, on) = self.store.read(|tx| check_commit(tx, name, key, parent))?;
-        let committed_as = committed(&active, on);
-        self.note(&Sidecar { made: active, committed: Some(committed_as) })?;
-        self.store.write(|tx| {
-            let (active, parent) = check_commit(tx, name, key, parent)?;
+        self.write_sidecar(&Sidecar { made: active.clone(), committed: Some(committed.clone()) }).map_err(|e| {
+            // Somebody removed it meanwhile, and its files are gone for that reason.
+            let now = self.store.read(|tx| check_commit(tx, name, key, parent));
+            now.and_then(|(now, _)| is_same(&active, &now)).err().unwrap_or(e)
+        })?;
+        let result = self.store.write(|tx| {
+            let (now, _) = check_commit(tx, name, key, parent)?;
+            is_same(&active, &now)?;
             tx.remove(&active)?;
-            tx.insert(&committed(&active, parent))?;
+            tx.insert(&committed)?;
             Ok(())
-        })
+        });
+        // Of a write that failed nobody knows whether it reached the disk. Any other refusal is certain, and then
+        // the record must not give the snapshot a name that another one may have by now.
+        if result.as_ref().is_err_and(|e| !matches!(e, Error::Store(_))) {
+            let _ = self.write_sidecar(&Sidecar { made: active, committed: None });
+        }
+        result
     }
 
     /// Replaces what lies beside the files of a local snapshot.
-    fn note(&self, sidecar: &Sidecar) -> Result<()> {
-        let place = self.places.record(sidecar.made.id);
-        let new = place.with_extension("new");
-        match self.sys.write_file(&new, &sidecar.encode()) {
-            Err(e) if e.errno == Errno::ENOENT => {
-                return Err(Error::Broken { key: sidecar.made.key.clone(), id: sidecar.made.id });
-            }
-            result => result?,
-        }
-        Ok(self.sys.rename(&new, &place)?)
+    fn write_sidecar(&self, sidecar: &Sidecar) -> Result<()> {
+        let path = self.places.record(sidecar.made.id);
+        let new = path.with_extension("new");
+        let written = self.sys.write_file(&new, &sidecar.encode()).and_then(|()| self.sys.rename(&new, &path));
+        written.map_err(|e| match e.errno {
+            Errno::ENOENT => Error::Broken { key: sidecar.made.key.clone(), id: sidecar.made.id },
+            _ => e.into(),
+        })
     }
 
     /// One short transaction, because containerd holds its lock meanwhile; what the
@@ -131,6 +143,25 @@ impl Snapshotter {
             Ok(())
         })
     }
+}
+
+/// Locks for commits: of those of one key only one may write its record and commit. A fixed number of them, so
+/// that keys of clients take no memory; two keys that share one wait for each other.
+#[derive(Default)]
+pub(super) struct CommitLocks([Mutex<()>; 32]);
+
+impl CommitLocks {
+    fn lock(&self, key: &Key) -> MutexGuard<'_, ()> {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        let n = usize::try_from(hasher.finish() % self.0.len() as u64).unwrap_or(0);
+        self.0[n].lock()
+    }
+}
+
+/// Whether `now` is the snapshot that was looked at before, and not a later one with its key.
+fn is_same(before: &Snapshot, now: &Snapshot) -> Result<()> {
+    if before.id == now.id { Ok(()) } else { Err(Error::NotFound(before.key.clone())) }
 }
 
 /// The active snapshot `key`, and the parent on which it can be committed as `name`.

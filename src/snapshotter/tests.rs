@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+mod commit;
+
 use super::*;
 use crate::faults::{Fault, Steps};
 use crate::repository::Missing;
