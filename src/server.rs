@@ -138,10 +138,12 @@ impl Server {
     pub fn stop(self, until: Instant, drain: impl FnOnce()) {
         self.file.remove();
         let mut inside = self.door.close();
-        match self.load.hold_answers(GOODBYE_LIMIT) {
-            Some(_held) => inside.say_goodbye(),
-            None => log::debug!("a client is slow to take its answers: calls that cross the stop may fail"),
+        let held = self.load.hold_answers(GOODBYE_LIMIT);
+        inside.say_goodbye(|connection| held.is_busy(connection));
+        if held.busy() > 0 {
+            log::debug!("{} clients are slow to take answers: calls of theirs that cross the stop may fail", held.busy());
         }
+        drop(held);
         let since = Instant::now();
         inside.wait_for_end(|| {
             let is_idle = self.load.calls() == 0 && since.elapsed() >= IDLE_LIMIT;

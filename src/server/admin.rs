@@ -4,7 +4,8 @@
 use grpcio::ServiceBuilder;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use super::handlers::{Failure, Handlers};
+use super::handlers::Handlers;
+use super::status::Failure;
 use super::{convert, service};
 use crate::metrics::METRICS;
 use crate::proto::admin::{

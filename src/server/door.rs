@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -38,6 +38,22 @@ impl Admitted {
     /// root, the daemon's own user, and `others`.
     pub fn new(others: &[u32]) -> Self {
         Self(others.iter().copied().chain([0, geteuid().as_raw()]).collect())
+    }
+}
+
+/// A connection, by the number of the descriptor under which gRPC has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionId(RawFd);
+
+impl ConnectionId {
+    pub fn of_descriptor(number: RawFd) -> Self {
+        Self(number)
+    }
+
+    /// What gRPC calls the other end of a connection whose descriptor it was given, `fd:<number>`. None: gRPC
+    /// calls it otherwise.
+    pub fn from_peer(peer: &str) -> Option<Self> {
+        peer.strip_prefix("fd:")?.parse().ok().map(Self)
     }
 }
 
@@ -70,14 +86,14 @@ impl Door {
 
 /// The connections that are open, by their watched duplicates.
 #[derive(Default)]
-pub struct Connections(Vec<OwnedFd>);
+pub struct Connections(Vec<(ConnectionId, OwnedFd)>);
 
 impl Connections {
-    /// Asks every client to take its further calls elsewhere, to the next process. To be
-    /// called while gRPC writes no answer: what it may write then is as small as this, and
-    /// small writes to a unix socket do not mix.
-    pub fn say_goodbye(&self) {
-        for connection in &self.0 {
+    /// Asks the clients to take their further calls elsewhere, to the next process, but for those of connections
+    /// that are busy. To be called while gRPC begins to write no answer: what it may write then on the others
+    /// is as small as this, and small writes to a unix socket do not mix.
+    pub fn say_goodbye(&self, is_busy: impl Fn(ConnectionId) -> bool) {
+        for (_, connection) in self.0.iter().filter(|(id, _)| !is_busy(*id)) {
             // One that is gone, or that does not read, is cut off at the end.
             let _ = send_all(connection, &GOAWAY);
         }
@@ -88,7 +104,7 @@ impl Connections {
         const LOOK: u16 = 20;
         while !self.0.is_empty() && !enough() {
             let ended = {
-                let mut fds: Vec<PollFd<'_>> = self.0.iter().map(watched).collect();
+                let mut fds: Vec<PollFd<'_>> = self.0.iter().map(|(_, connection)| watched(connection)).collect();
                 let _ = poll(&mut fds, PollTimeout::from(LOOK));
                 fds.iter().map(has_event).collect::<Vec<_>>()
             };
@@ -103,7 +119,6 @@ impl Connections {
 }
 
 fn send_all(connection: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
-    use std::os::fd::AsRawFd;
     send(connection.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)
 }
 
@@ -132,7 +147,7 @@ impl<F: FnMut(UnixStream)> Porter<F> {
                     PollFd::new(closed.as_fd(), PollFlags::POLLIN),
                     PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
                 ];
-                fds.extend(inside.0.iter().map(watched));
+                fds.extend(inside.0.iter().map(|(_, connection)| watched(connection)));
                 match poll(&mut fds, PollTimeout::NONE) {
                     Ok(_) => {}
                     Err(Errno::EINTR) => continue,
@@ -179,7 +194,8 @@ impl<F: FnMut(UnixStream)> Porter<F> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e.desc()))?;
         self.judge(&peer, inside.0.len())?;
         stream.set_nonblocking(true).map_err(|e| failed(&e))?;
-        inside.0.push(stream.as_fd().try_clone_to_owned().map_err(|e| failed(&e))?);
+        let id = ConnectionId::of_descriptor(stream.as_raw_fd());
+        inside.0.push((id, stream.as_fd().try_clone_to_owned().map_err(|e| failed(&e))?));
         (self.hand_over)(stream);
         Ok(())
     }
@@ -279,16 +295,19 @@ mod tests {
     #[test]
     fn at_the_end_clients_are_asked_to_go_and_waited_for() {
         let (_dir, path, door, handed_over) = open(Admitted::new(&[]));
-        let mut client = UnixStream::connect(&path).unwrap();
-        let _server = handed_over.recv_timeout(SOON).unwrap();
+        let connect = || (UnixStream::connect(&path).unwrap(), handed_over.recv_timeout(SOON).unwrap());
+        let ((mut client, _server), (mut busy, busy_server)) = (connect(), connect());
+        let busy_id = ConnectionId::from_peer(&format!("fd:{}", busy_server.as_raw_fd())).unwrap();
         let mut inside = door.close();
-        inside.say_goodbye();
+        inside.say_goodbye(|connection| connection == busy_id);
         let mut heard = [0; GOAWAY.len()];
         client.read_exact(&mut heard).unwrap();
         assert_eq!(heard, GOAWAY);
+        busy.set_nonblocking(true).unwrap();
+        assert_eq!(busy.read(&mut heard).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         inside.wait_for_end(|| true);
-        assert_eq!(inside.0.len(), 1, "it waits no longer than it is enough");
-        drop(client);
+        assert_eq!(inside.0.len(), 2, "it waits no longer than it is enough");
+        drop((client, busy));
         inside.wait_for_end(|| false);
         assert!(inside.0.is_empty());
     }

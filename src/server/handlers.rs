@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_channel::oneshot;
-use grpcio::{Method, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink};
+use grpcio::{Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink};
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
-use super::load::{Load, Overload};
-use super::{Late, convert, service, status};
+use super::door::ConnectionId;
+use super::load::Load;
+use super::status::{Code, Failure};
+use super::{Late, convert, service};
 use crate::metrics::METRICS;
 use crate::pool::{Entrance, Refusal};
 use crate::proto::snapshots::{
@@ -42,27 +44,6 @@ impl Waiters {
             Asks::All => &self.pulls,
             Asks::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
         }
-    }
-}
-
-/// Why a call has no answer but a status.
-pub(super) enum Failure {
-    Call(snapshotter::Error),
-    Pool(Refusal),
-    Load(Overload),
-    /// Health was asked for something that is not here.
-    UnknownService(String),
-}
-
-impl From<snapshotter::Error> for Failure {
-    fn from(error: snapshotter::Error) -> Self {
-        Self::Call(error)
-    }
-}
-
-impl From<Overload> for Failure {
-    fn from(overload: Overload) -> Self {
-        Self::Load(overload)
     }
 }
 
@@ -170,7 +151,7 @@ impl Handlers {
         METRICS.expect_calls(name);
         service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
             let (deadline, since) = (context.deadline(), Instant::now());
-            let burden = match handlers.load.take(request.compute_size()) {
+            let burden = match handlers.load.take(ConnectionId::from_peer(&context.peer()), request.compute_size()) {
                 Ok(burden) => burden,
                 Err(overload) => {
                     let answer = sink.fail(failed(name, since, &Failure::Load(overload)));
@@ -184,15 +165,13 @@ impl Handlers {
                 let result = result.map_err(Failure::Pool).flatten();
                 // A refusal may be said on gRPC's own thread, which must not wait.
                 let turn = was_worked_on.then(|| burden.answer());
+                let success = result.is_ok().then(|| since.elapsed());
                 // Sending starts here, on the worker, without another change of threads.
                 let answer = match result {
-                    Ok(response) => {
-                        METRICS.called(name, status::name(RpcStatusCode::OK), since);
-                        sink.success(response)
-                    }
+                    Ok(response) => sink.success(response),
                     Err(failure) => sink.fail(failed(name, since, &failure)),
                 };
-                drop(started.send((answer, turn, burden)));
+                drop(started.send((answer, success, turn, burden)));
             };
             let run = {
                 let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
@@ -217,8 +196,11 @@ impl Handlers {
             // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
             // wait for the end of it: not the worker, which a slow client must not hold.
             context.spawn(async move {
-                if let Ok((answer, turn, burden)) = sending.await {
-                    drop(answer.await);
+                if let Ok((answer, success, turn, burden)) = sending.await {
+                    let code = if answer.await.is_ok() { Code::Ok } else { Code::Cancelled };
+                    if let Some(took) = success {
+                        METRICS.called(name, code.name(), took);
+                    }
                     drop((turn, burden));
                 }
             });
@@ -232,39 +214,9 @@ enum Step<Q, R> {
     PassOn(Asks, Q),
 }
 
-/// The status for a failure, counted.
+/// The status for a failure, counted and logged.
 pub(super) fn failed(method: &str, since: Instant, failure: &Failure) -> RpcStatus {
-    let status = log_and_status(method, failure);
-    METRICS.called(method, status::name(status.code()), since);
-    status
-}
-
-/// The status for a failure, and a line in the log if it shows a fault of this program or host.
-fn log_and_status(method: &str, failure: &Failure) -> RpcStatus {
-    use snapshotter::Error;
-    match failure {
-        Failure::Call(error) => {
-            match error {
-                Error::System(_) | Error::Undo { .. } | Error::Store(_) | Error::Broken { .. } => {
-                    log::error!(method = method; "{error}");
-                }
-                Error::LayerUnavailable { .. } => log::warn!(method = method; "{error}"),
-                _ => log::debug!(method = method; "{error}"),
-            }
-            status::of_error(error)
-        }
-        Failure::Pool(refusal) => {
-            match refusal {
-                Refusal::Panicked(_) => log::error!(method = method; "{refusal}"),
-                Refusal::QueueFull { .. } => log::warn!(method = method; "{refusal}"),
-                Refusal::DeadlinePassed | Refusal::Stopping => log::debug!(method = method; "{refusal}"),
-            }
-            status::of_refusal(refusal)
-        }
-        Failure::Load(overload) => {
-            log::warn!(method = method; "{overload}");
-            status::of_overload(*overload)
-        }
-        Failure::UnknownService(name) => status::of_unknown_service(name),
-    }
+    METRICS.called(method, failure.code().name(), since.elapsed());
+    log::log!(failure.level(), method = method; "{failure}");
+    failure.status()
 }

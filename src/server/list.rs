@@ -10,13 +10,15 @@ use std::time::Instant;
 
 use futures_channel::oneshot;
 use futures_util::SinkExt;
-use grpcio::{Deadline, RpcContext, RpcStatusCode, ServerStreamingSink, WriteFlags};
+use grpcio::{Deadline, RpcContext, ServerStreamingSink, WriteFlags};
 use protobuf::Message;
 
+use super::door::ConnectionId;
 use super::filters::Filters;
-use super::handlers::{Failure, Handlers, Outcome, failed};
+use super::handlers::{Handlers, Outcome, failed};
 use super::load::{Burden, Sending};
-use super::{convert, service, status};
+use super::status::{Code, Failure};
+use super::{convert, service};
 use crate::metrics::METRICS;
 use crate::proto::snapshots::{ListSnapshotsRequest, ListSnapshotsResponse};
 use crate::snapshotter::{self, CHUNK_BYTES, Rest, Snapshotter};
@@ -50,7 +52,8 @@ impl Handlers {
         mut sink: ServerStreamingSink<ListSnapshotsResponse>,
     ) {
         let (deadline, since) = (context.deadline(), Instant::now());
-        let mut answered = self.begin_list(deadline, request);
+        let connection = ConnectionId::from_peer(&context.peer());
+        let mut answered = self.begin_list(connection, deadline, request);
         let handlers = self.clone();
         context.spawn(async move {
             let mut sent = 0;
@@ -68,8 +71,11 @@ impl Handlers {
                     }
                 }
                 let Some(rest) = rest else {
-                    METRICS.called(service::LIST.name, status::name(RpcStatusCode::OK), since);
-                    drop(sink.close().await);
+                    let took = since.elapsed();
+                    match sink.close().await {
+                        Ok(()) => METRICS.called(service::LIST.name, Code::Ok.name(), took),
+                        Err(_) => abandoned(since, sent),
+                    }
                     return drop((sending, listing));
                 };
                 drop(sending);
@@ -82,9 +88,14 @@ impl Handlers {
         });
     }
 
-    fn begin_list(&self, deadline: Deadline, request: ListSnapshotsRequest) -> Answered {
+    fn begin_list(
+        &self,
+        connection: Option<ConnectionId>,
+        deadline: Deadline,
+        request: ListSnapshotsRequest,
+    ) -> Answered {
         let (answer, answered) = oneshot::channel();
-        match self.load.take(request.compute_size()) {
+        match self.load.take(connection, request.compute_size()) {
             Err(overload) => drop(answer.send(Err(Failure::Load(overload)))),
             Ok(burden) => {
                 let snapshotter = Arc::clone(&self.snapshotter);
@@ -154,6 +165,6 @@ fn next_batch(found: &mut impl Iterator<Item = Snapshot>) -> Option<ListSnapshot
 }
 
 fn abandoned(since: Instant, sent: usize) {
-    METRICS.called(service::LIST.name, status::name(RpcStatusCode::CANCELLED), since);
+    METRICS.called(service::LIST.name, Code::Cancelled.name(), since.elapsed());
     log::debug!(method = service::LIST.name; "the client went away, {sent} snapshots were sent to it");
 }

@@ -3,15 +3,19 @@
 //! Every request has its bytes counted from its arrival until its answer was sent, and every
 //! list what of it is here, against one limit for all clients: what does not fit is refused, so
 //! no client can make the daemon grow. And all answers can be held back for a moment, which is
-//! how a stop finds one in which nothing is being written to a connection.
+//! how a stop finds one in which nothing is being written to a connection, or learns on which
+//! connections something is.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+
+use super::door::ConnectionId;
 
 /// All requests and lists that are here at one time. containerd allows a message 16 MiB.
 const LIMIT: usize = 256 << 20;
@@ -45,8 +49,8 @@ pub struct Load {
 
 #[derive(Default)]
 struct Outgoing {
-    /// Answers that are being sent.
-    sending: usize,
+    /// How many answers are being sent on each connection. None: on one that gRPC does not name.
+    sending: BTreeMap<Option<ConnectionId>, usize>,
     held: bool,
 }
 
@@ -65,10 +69,10 @@ impl Load {
         })
     }
 
-    /// Takes in a call whose request has so many bytes.
-    pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Burden, Overload> {
+    /// Takes in a call on `connection` whose request has so many bytes.
+    pub fn take(self: &Arc<Self>, connection: Option<ConnectionId>, bytes: u64) -> Result<Burden, Overload> {
         self.calls.fetch_add(1, Ordering::SeqCst);
-        let mut burden = Burden { load: Arc::clone(self), request: 0, answer: 0 };
+        let mut burden = Burden { load: Arc::clone(self), connection, request: 0, answer: 0 };
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(CALL_BYTES);
         self.add(bytes, self.limit)?;
         burden.request = bytes;
@@ -88,37 +92,52 @@ impl Load {
         }
     }
 
-    /// Waits for the answers that are being sent, and lets no other begin until the result is
-    /// dropped. None: they were not through in time.
-    pub fn hold_answers(&self, limit: Duration) -> Option<Held<'_>> {
+    /// Lets no answer begin until the result is dropped, and waits for those that are being sent, `limit` at
+    /// most: a client may not read.
+    pub fn hold_answers(&self, limit: Duration) -> Held<'_> {
         let until = Instant::now() + limit;
-        let held = Held(self);
         let mut outgoing = self.outgoing.lock();
         outgoing.held = true;
-        while outgoing.sending > 0 {
+        while !outgoing.sending.is_empty() {
             if self.changed.wait_until(&mut outgoing, until).timed_out() {
-                // It takes the lock itself.
-                drop(outgoing);
-                return None;
+                break;
             }
         }
-        Some(held)
+        let busy = outgoing.sending.keys().copied().collect();
+        Held { load: self, busy }
     }
 }
 
 /// Answers wait while this lives.
-pub struct Held<'l>(&'l Load);
+pub struct Held<'l> {
+    load: &'l Load,
+    /// Connections on which an answer is being sent all the same.
+    busy: Vec<Option<ConnectionId>>,
+}
+
+impl Held<'_> {
+    /// Whether an answer is, or may be, being sent on this connection.
+    pub fn is_busy(&self, connection: ConnectionId) -> bool {
+        self.busy.iter().any(|busy| busy.is_none_or(|busy| busy == connection))
+    }
+
+    /// How many connections, at least, have an answer on its way.
+    pub fn busy(&self) -> usize {
+        self.busy.len()
+    }
+}
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.0.outgoing.lock().held = false;
-        self.0.changed.notify_all();
+        self.load.outgoing.lock().held = false;
+        self.load.changed.notify_all();
     }
 }
 
 /// A call that is here. It counts until this is dropped.
 pub struct Burden {
     load: Arc<Load>,
+    connection: Option<ConnectionId>,
     request: usize,
     answer: usize,
 }
@@ -145,9 +164,9 @@ impl Burden {
         while outgoing.held {
             self.load.changed.wait(&mut outgoing);
         }
-        outgoing.sending += 1;
+        *outgoing.sending.entry(self.connection).or_default() += 1;
         drop(outgoing);
-        Sending(Arc::clone(&self.load))
+        Sending { load: Arc::clone(&self.load), connection: self.connection }
     }
 }
 
@@ -159,12 +178,21 @@ impl Drop for Burden {
 }
 
 /// An answer on its way, until this is dropped.
-pub struct Sending(Arc<Load>);
+pub struct Sending {
+    load: Arc<Load>,
+    connection: Option<ConnectionId>,
+}
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.0.outgoing.lock().sending -= 1;
-        self.0.changed.notify_all();
+        let mut outgoing = self.load.outgoing.lock();
+        if let Some(count) = outgoing.sending.get_mut(&self.connection) {
+            *count -= 1;
+            if *count == 0 {
+                outgoing.sending.remove(&self.connection);
+            }
+        }
+        self.load.changed.notify_all();
     }
 }
 
@@ -175,9 +203,9 @@ mod tests {
     #[test]
     fn what_is_too_much_is_refused_and_what_is_over_weighs_nothing() {
         let load = Load::with_limit(8 * CALL_BYTES);
-        let calls: Vec<Burden> = (0..8).map(|_| load.take(0).unwrap()).collect();
-        assert_eq!(load.take(0).err(), Some(Overload { limit: 8 * CALL_BYTES }));
-        assert_eq!(load.take(u64::MAX).err(), Some(Overload { limit: 8 * CALL_BYTES }));
+        let calls: Vec<Burden> = (0..8).map(|_| load.take(None, 0).unwrap()).collect();
+        assert_eq!(load.take(None, 0).err(), Some(Overload { limit: 8 * CALL_BYTES }));
+        assert_eq!(load.take(None, u64::MAX).err(), Some(Overload { limit: 8 * CALL_BYTES }));
         assert_eq!(load.calls(), 8);
         drop(calls);
         assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (0, 0));
@@ -186,17 +214,17 @@ mod tests {
     #[test]
     fn long_lists_leave_room_for_requests_and_short_ones_and_keep_what_they_have() {
         let load = Load::with_limit(8 * SHORT);
-        let mut list = load.take(0).unwrap();
+        let mut list = load.take(None, 0).unwrap();
         list.hold(5 * SHORT).unwrap();
         assert_eq!(list.hold(6 * SHORT).err(), Some(Overload { limit: 6 * SHORT }));
-        let mut others = [(); 2].map(|()| load.take(0).unwrap());
+        let mut others = [(); 2].map(|()| load.take(None, 0).unwrap());
         assert!(others[0].hold(SHORT + 1).is_err());
         for other in &mut others {
             other.hold(SHORT).unwrap();
         }
         // There is no room for a single byte more.
-        let _large = load.take((SHORT - 4 * CALL_BYTES) as u64).unwrap();
-        assert!(load.take(0).is_err());
+        let _large = load.take(None, (SHORT - 4 * CALL_BYTES) as u64).unwrap();
+        assert!(load.take(None, 0).is_err());
         list.hold(5 * SHORT).unwrap();
         list.hold(SHORT + 1).unwrap();
         list.hold(2 * SHORT).unwrap();
@@ -205,15 +233,19 @@ mod tests {
     }
 
     #[test]
-    fn held_answers_wait_and_none_is_being_sent_meanwhile() {
+    fn held_answers_wait_and_connections_with_an_answer_on_its_way_are_known() {
         let load = Load::new();
-        let slow = load.take(1).unwrap();
+        let [slow_connection, other] = [3, 4].map(ConnectionId::of_descriptor);
+        let slow = load.take(Some(slow_connection), 1).unwrap();
         let sending = slow.answer();
-        assert!(load.hold_answers(Duration::from_millis(10)).is_none());
+        let held = load.hold_answers(Duration::from_millis(10));
+        assert!(held.is_busy(slow_connection) && !held.is_busy(other));
+        drop(held);
         // A list is being read further.
         drop(sending);
-        let held = load.hold_answers(Duration::from_secs(10)).unwrap();
-        let waiting = load.take(1).unwrap();
+        let held = load.hold_answers(Duration::from_secs(10));
+        assert!(!held.is_busy(slow_connection) && held.busy() == 0);
+        let waiting = load.take(Some(other), 1).unwrap();
         let sent = std::thread::spawn(move || drop(waiting.answer()));
         std::thread::sleep(Duration::from_millis(20));
         assert!(!sent.is_finished());
@@ -222,5 +254,9 @@ mod tests {
         assert_eq!(load.calls(), 1);
         drop(slow);
         assert_eq!(load.calls(), 0);
+        // Where gRPC does not say on which connection an answer goes out, it may be any.
+        let unknown = load.take(None, 1).unwrap();
+        let _sending = unknown.answer();
+        assert!(load.hold_answers(Duration::from_millis(10)).is_busy(other));
     }
 }

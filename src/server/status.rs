@@ -1,18 +1,124 @@
-//! From a domain error to a gRPC status: one match, without a wildcard.
+//! What a call is answered with when it fails: code, level of the log line and text of every error. One match for
+//! each kind of error, without a wildcard, so that nobody adds an error without deciding.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use grpcio::{RpcStatus, RpcStatusCode};
+use log::Level;
 
 use super::load::Overload;
 use crate::pool::Refusal;
-use crate::snapshotter::Error;
+use crate::snapshotter::{self, Error};
 use crate::types::Quoted;
 
-pub fn of_error(error: &Error) -> RpcStatus {
-    RpcStatus::with_message(code(error), error.to_string())
+/// The codes of gRPC that this program answers with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    Ok,
+    /// The client went away before it had its answer.
+    Cancelled,
+    InvalidArgument,
+    DeadlineExceeded,
+    NotFound,
+    AlreadyExists,
+    ResourceExhausted,
+    FailedPrecondition,
+    Unavailable,
+    Internal,
 }
 
-fn code(error: &Error) -> RpcStatusCode {
+impl Code {
+    /// As gRPC's documentation writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "OK",
+            Self::Cancelled => "CANCELLED",
+            Self::InvalidArgument => "INVALID_ARGUMENT",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::NotFound => "NOT_FOUND",
+            Self::AlreadyExists => "ALREADY_EXISTS",
+            Self::ResourceExhausted => "RESOURCE_EXHAUSTED",
+            Self::FailedPrecondition => "FAILED_PRECONDITION",
+            Self::Unavailable => "UNAVAILABLE",
+            Self::Internal => "INTERNAL",
+        }
+    }
+
+    fn on_the_wire(self) -> RpcStatusCode {
+        match self {
+            Self::Ok => RpcStatusCode::OK,
+            Self::Cancelled => RpcStatusCode::CANCELLED,
+            Self::InvalidArgument => RpcStatusCode::INVALID_ARGUMENT,
+            Self::DeadlineExceeded => RpcStatusCode::DEADLINE_EXCEEDED,
+            Self::NotFound => RpcStatusCode::NOT_FOUND,
+            Self::AlreadyExists => RpcStatusCode::ALREADY_EXISTS,
+            Self::ResourceExhausted => RpcStatusCode::RESOURCE_EXHAUSTED,
+            Self::FailedPrecondition => RpcStatusCode::FAILED_PRECONDITION,
+            Self::Unavailable => RpcStatusCode::UNAVAILABLE,
+            Self::Internal => RpcStatusCode::INTERNAL,
+        }
+    }
+}
+
+/// Why a call has no answer but a status.
+#[derive(Debug)]
+pub enum Failure {
+    Call(Error),
+    Pool(Refusal),
+    Load(Overload),
+    /// Health was asked for something that is not here.
+    UnknownService(String),
+}
+
+impl Failure {
+    pub fn code(&self) -> Code {
+        self.code_and_level().0
+    }
+
+    /// How loudly the log says it: what shows a fault of this program or host is an error.
+    pub fn level(&self) -> Level {
+        self.code_and_level().1
+    }
+
+    pub fn status(&self) -> RpcStatus {
+        RpcStatus::with_message(self.code().on_the_wire(), self.to_string())
+    }
+
+    fn code_and_level(&self) -> (Code, Level) {
+        match self {
+            Self::Call(error) => of_error(error),
+            Self::Pool(refusal) => of_refusal(refusal),
+            Self::Load(Overload { .. }) => (Code::ResourceExhausted, Level::Warn),
+            Self::UnknownService(_) => (Code::NotFound, Level::Debug),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Call(error) => error.fmt(f),
+            Self::Pool(refusal) => refusal.fmt(f),
+            Self::Load(overload) => overload.fmt(f),
+            Self::UnknownService(name) => write!(f, "there is no service or repository {} here", Quoted(name)),
+        }
+    }
+}
+
+impl From<snapshotter::Error> for Failure {
+    fn from(error: snapshotter::Error) -> Self {
+        Self::Call(error)
+    }
+}
+
+impl From<Overload> for Failure {
+    fn from(overload: Overload) -> Self {
+        Self::Load(overload)
+    }
+}
+
+fn of_error(error: &Error) -> (Code, Level) {
     match error {
         Error::InvalidKey(_)
         | Error::ParentNotCommitted { .. }
@@ -20,54 +126,27 @@ fn code(error: &Error) -> RpcStatusCode {
         | Error::ImmutableField(_)
         | Error::InvalidFilter { .. }
         | Error::LabelsTooLong { .. }
-        | Error::InvalidMapping { .. } => RpcStatusCode::INVALID_ARGUMENT,
-        Error::NotFound(_) | Error::ParentNotFound(_) => RpcStatusCode::NOT_FOUND,
-        Error::AlreadyExists(_) | Error::RemoteCommitted { .. } => RpcStatusCode::ALREADY_EXISTS,
+        | Error::InvalidMapping { .. } => (Code::InvalidArgument, Level::Debug),
+        Error::NotFound(_) | Error::ParentNotFound(_) => (Code::NotFound, Level::Debug),
+        Error::AlreadyExists(_) | Error::RemoteCommitted { .. } => (Code::AlreadyExists, Level::Debug),
         Error::WrongKind { .. } | Error::HasChildren(_) | Error::NewParentNotCommitted { .. } => {
-            RpcStatusCode::FAILED_PRECONDITION
+            (Code::FailedPrecondition, Level::Debug)
         }
-        Error::LayerUnavailable { .. } | Error::Broken { .. } => RpcStatusCode::UNAVAILABLE,
-        Error::Cancelled => RpcStatusCode::DEADLINE_EXCEEDED,
-        Error::System(_) | Error::Store(_) => RpcStatusCode::INTERNAL,
-        Error::Undo { failed, .. } => code(failed),
+        Error::LayerUnavailable { .. } => (Code::Unavailable, Level::Warn),
+        Error::Broken { .. } => (Code::Unavailable, Level::Error),
+        Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
+        Error::System(_) | Error::Store(_) => (Code::Internal, Level::Error),
+        Error::Undo { failed, .. } => (of_error(failed).0, Level::Error),
     }
 }
 
-pub fn of_refusal(refusal: &Refusal) -> RpcStatus {
-    let code = match refusal {
-        Refusal::QueueFull { .. } => RpcStatusCode::RESOURCE_EXHAUSTED,
-        Refusal::DeadlinePassed => RpcStatusCode::DEADLINE_EXCEEDED,
-        Refusal::Stopping => RpcStatusCode::UNAVAILABLE,
-        Refusal::Panicked(_) => RpcStatusCode::INTERNAL,
-    };
-    RpcStatus::with_message(code, refusal.to_string())
-}
-
-pub fn of_unknown_service(name: &str) -> RpcStatus {
-    let message = format!("there is no service or repository {} here", Quoted(name));
-    RpcStatus::with_message(RpcStatusCode::NOT_FOUND, message)
-}
-
-/// As gRPC's documentation writes it.
-pub fn name(code: RpcStatusCode) -> &'static str {
-    match code {
-        RpcStatusCode::OK => "OK",
-        RpcStatusCode::CANCELLED => "CANCELLED",
-        RpcStatusCode::INVALID_ARGUMENT => "INVALID_ARGUMENT",
-        RpcStatusCode::DEADLINE_EXCEEDED => "DEADLINE_EXCEEDED",
-        RpcStatusCode::NOT_FOUND => "NOT_FOUND",
-        RpcStatusCode::ALREADY_EXISTS => "ALREADY_EXISTS",
-        RpcStatusCode::RESOURCE_EXHAUSTED => "RESOURCE_EXHAUSTED",
-        RpcStatusCode::FAILED_PRECONDITION => "FAILED_PRECONDITION",
-        RpcStatusCode::UNAVAILABLE => "UNAVAILABLE",
-        RpcStatusCode::INTERNAL => "INTERNAL",
-        // There is no other that this program answers with.
-        _ => "UNKNOWN",
+fn of_refusal(refusal: &Refusal) -> (Code, Level) {
+    match refusal {
+        Refusal::QueueFull { .. } => (Code::ResourceExhausted, Level::Warn),
+        Refusal::DeadlinePassed => (Code::DeadlineExceeded, Level::Debug),
+        Refusal::Stopping => (Code::Unavailable, Level::Debug),
+        Refusal::Panicked(_) => (Code::Internal, Level::Error),
     }
-}
-
-pub fn of_overload(overload: Overload) -> RpcStatus {
-    RpcStatus::with_message(RpcStatusCode::RESOURCE_EXHAUSTED, overload.to_string())
 }
 
 #[cfg(test)]
@@ -78,52 +157,76 @@ mod tests {
     use crate::{store, sys};
     use nix::errno::Errno;
 
+    const DEBUG: Level = Level::Debug;
+
     #[test]
-    fn every_error_has_the_code_of_the_contract() {
+    fn every_error_has_its_code_and_its_level() {
         let key = || Key::parse("k").unwrap();
         let system = || sys::Error { call: "stat", path: "/x".into(), errno: Errno::EIO };
         let digest = Digest::parse(&format!("sha256:{}", "0".repeat(64))).unwrap();
         let unavailable = Error::LayerUnavailable { digest, repository: "r".into(), why: Missing::NotPublished };
-        for (error, expected) in [
-            (Error::InvalidKey(InvalidKey::Empty), RpcStatusCode::INVALID_ARGUMENT),
-            (Error::NotFound(key()), RpcStatusCode::NOT_FOUND),
-            (Error::ParentNotFound(key()), RpcStatusCode::NOT_FOUND),
-            (Error::ParentNotCommitted { parent: key(), kind: Kind::View }, RpcStatusCode::INVALID_ARGUMENT),
-            (Error::AlreadyExists(key()), RpcStatusCode::ALREADY_EXISTS),
-            (Error::RemoteCommitted { reference: "r".into() }, RpcStatusCode::ALREADY_EXISTS),
-            (Error::WrongKind { key: key(), kind: Kind::View, needs: "n" }, RpcStatusCode::FAILED_PRECONDITION),
-            (Error::HasChildren(key()), RpcStatusCode::FAILED_PRECONDITION),
-            (Error::OtherParent { key: key(), parent: key(), named: key() }, RpcStatusCode::INVALID_ARGUMENT),
-            (Error::NewParentNotCommitted { parent: key(), kind: Kind::View }, RpcStatusCode::FAILED_PRECONDITION),
-            (Error::ImmutableField("f".into()), RpcStatusCode::INVALID_ARGUMENT),
-            (Error::InvalidFilter { filter: "f".into(), why: "w".into() }, RpcStatusCode::INVALID_ARGUMENT),
-            (Error::LabelsTooLong { bytes: 1 }, RpcStatusCode::INVALID_ARGUMENT),
-            (Error::InvalidMapping { label: "l", value: "v".into() }, RpcStatusCode::INVALID_ARGUMENT),
-            (unavailable, RpcStatusCode::UNAVAILABLE),
-            (Error::Broken { key: key(), id: SnapshotId(1) }, RpcStatusCode::UNAVAILABLE),
-            (Error::Cancelled, RpcStatusCode::DEADLINE_EXCEEDED),
-            (Error::System(system()), RpcStatusCode::INTERNAL),
-            (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, RpcStatusCode::NOT_FOUND),
-            (Error::Store(store::Error::InUse { path: "/x".into() }), RpcStatusCode::INTERNAL),
+        for (error, code, level) in [
+            (Error::InvalidKey(InvalidKey::Empty), Code::InvalidArgument, DEBUG),
+            (Error::NotFound(key()), Code::NotFound, DEBUG),
+            (Error::ParentNotFound(key()), Code::NotFound, DEBUG),
+            (Error::ParentNotCommitted { parent: key(), kind: Kind::View }, Code::InvalidArgument, DEBUG),
+            (Error::AlreadyExists(key()), Code::AlreadyExists, DEBUG),
+            (Error::RemoteCommitted { reference: "r".into() }, Code::AlreadyExists, DEBUG),
+            (Error::WrongKind { key: key(), kind: Kind::View, needs: "n" }, Code::FailedPrecondition, DEBUG),
+            (Error::HasChildren(key()), Code::FailedPrecondition, DEBUG),
+            (Error::OtherParent { key: key(), parent: key(), named: key() }, Code::InvalidArgument, DEBUG),
+            (Error::NewParentNotCommitted { parent: key(), kind: Kind::View }, Code::FailedPrecondition, DEBUG),
+            (Error::ImmutableField("f".into()), Code::InvalidArgument, DEBUG),
+            (Error::InvalidFilter { filter: "f".into(), why: "w".into() }, Code::InvalidArgument, DEBUG),
+            (Error::LabelsTooLong { bytes: 1 }, Code::InvalidArgument, DEBUG),
+            (Error::InvalidMapping { label: "l", value: "v".into() }, Code::InvalidArgument, DEBUG),
+            (unavailable, Code::Unavailable, Level::Warn),
+            (Error::Broken { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
+            (Error::Cancelled, Code::DeadlineExceeded, DEBUG),
+            (Error::System(system()), Code::Internal, Level::Error),
+            (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, Code::NotFound, Level::Error),
+            (Error::Store(store::Error::InUse { path: "/x".into() }), Code::Internal, Level::Error),
         ] {
-            let status = of_error(&error);
-            assert_eq!(status.code(), expected, "{error:?}");
-            assert_ne!(name(status.code()), "UNKNOWN", "{error:?}");
+            let failure = Failure::Call(error);
+            assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");
             // containerd gives FailedPrecondition with these endings another type.
-            assert!(!status.message().ends_with(": conflict") && !status.message().ends_with(": not modified"));
+            let text = failure.to_string();
+            assert!(!text.ends_with(": conflict") && !text.ends_with(": not modified"), "{text}");
         }
         assert!(Error::HasChildren(key()).to_string().contains("remove"));
     }
 
     #[test]
-    fn every_refusal_has_its_code() {
-        for (refusal, expected) in [
-            (Refusal::QueueFull { limit: 1 }, RpcStatusCode::RESOURCE_EXHAUSTED),
-            (Refusal::DeadlinePassed, RpcStatusCode::DEADLINE_EXCEEDED),
-            (Refusal::Stopping, RpcStatusCode::UNAVAILABLE),
-            (Refusal::Panicked("p".into()), RpcStatusCode::INTERNAL),
+    fn every_refusal_has_its_code_and_its_level() {
+        for (refusal, code, level) in [
+            (Refusal::QueueFull { limit: 1 }, Code::ResourceExhausted, Level::Warn),
+            (Refusal::DeadlinePassed, Code::DeadlineExceeded, DEBUG),
+            (Refusal::Stopping, Code::Unavailable, DEBUG),
+            (Refusal::Panicked("p".into()), Code::Internal, Level::Error),
         ] {
-            assert_eq!(of_refusal(&refusal).code(), expected, "{refusal:?}");
+            let failure = Failure::Pool(refusal);
+            assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");
+        }
+        assert_eq!(Failure::Load(Overload { limit: 1 }).code(), Code::ResourceExhausted);
+        assert_eq!(Failure::UnknownService("x".into()).code(), Code::NotFound);
+    }
+
+    #[test]
+    fn every_code_is_on_the_wire_what_its_name_says() {
+        for code in [
+            Code::Ok,
+            Code::Cancelled,
+            Code::InvalidArgument,
+            Code::DeadlineExceeded,
+            Code::NotFound,
+            Code::AlreadyExists,
+            Code::ResourceExhausted,
+            Code::FailedPrecondition,
+            Code::Unavailable,
+            Code::Internal,
+        ] {
+            let wire = code.on_the_wire().to_string();
+            assert!(wire.contains(code.name()), "{code:?} is {wire}");
         }
     }
 }

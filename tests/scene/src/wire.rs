@@ -12,6 +12,7 @@ pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
 pub const SETTINGS: u8 = 4;
 pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 
@@ -118,6 +119,27 @@ impl Raw {
         self.0.shutdown(std::net::Shutdown::Both).ok();
         listener.join().expect("reading does not panic");
         sent
+    }
+
+    /// Whether the other side sends a frame of this kind within `limit`. Others are passed over.
+    pub fn hears(&mut self, kind: u8, limit: Duration) -> bool {
+        self.0.set_read_timeout(Some(limit)).expect("a timeout can be set");
+        let until = Instant::now() + limit;
+        while Instant::now() < until {
+            let mut head = [0; 9];
+            if self.0.read_exact(&mut head).is_err() {
+                return false;
+            }
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; usize::try_from(length).expect("a frame is short")];
+            if self.0.read_exact(&mut payload).is_err() {
+                return false;
+            }
+            if head[3] == kind {
+                return true;
+            }
+        }
+        false
     }
 
     /// Whether the other side closes the connection within `limit`.

@@ -2,7 +2,6 @@
 //! registry and FUSE mounts.
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +14,7 @@ use grpcio::{CallOption, Marshaller, Method, RpcStatusCode};
 use nix::sys::signal::Signal;
 use protobuf::well_known_types::wrappers::BytesValue;
 use scene::client::{call, connect, labels};
+use scene::metrics::{sample, scrape, scrape_as};
 use scene::process::{Output, eventually, run, tool};
 use scene::sandbox::Sandbox;
 use scene::stage::Stage;
@@ -152,26 +152,6 @@ fn root_health_is_asked_for_the_service_and_for_each_repository() {
     assert_eq!(check(""), Ok(ServingStatus::SERVING), "others are served");
     stage.repository.command("normal");
     eventually("the repository is well again", || check("scene.test") == Ok(ServingStatus::SERVING));
-}
-
-fn scrape(socket: &Path) -> String {
-    scrape_as(socket, "application/openmetrics-text")
-}
-
-fn scrape_as(socket: &Path, form: &str) -> String {
-    let mut stream = UnixStream::connect(socket).expect("metrics are served");
-    stream
-        .write_all(format!("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {form}\r\n\r\n").as_bytes())
-        .expect("they can be asked for");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("they are text");
-    answer.split_once("\r\n\r\n").expect("an answer has a head").1.to_owned()
-}
-
-/// The value of a sample that is a whole number.
-fn sample(text: &str, name: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix("cvmfs_snapshotter_")?.strip_prefix(name));
-    line.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
 #[test]

@@ -9,12 +9,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use cvmfs_snapshotter::proto::snapshots::UsageRequest;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
+use protobuf::Message;
 use scene::alone::{Alone, crowd, digest, fill, options, refused};
-use scene::client::Answer;
+use scene::client::{Answer, Client};
+use scene::metrics::{find_sample, sample, scrape};
 use scene::process::eventually;
 use scene::sandbox::mounts_below;
+use scene::wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, SETTINGS, Sent, call, frame, message};
 
 #[test]
 fn root_every_call_is_answered_under_load() {
@@ -231,6 +235,60 @@ fn root_a_list_under_way_is_finished_at_a_stop_and_one_that_nobody_reads_is_give
     assert!(d.snapshotter.server().wait_for_end().success());
     let end = unread.find_map(Answer::err).expect("it did not get all");
     assert_eq!(end.code(), Code::UNAVAILABLE, "{}", end.message());
+}
+
+/// One client that did not read its List kept everybody from being asked to go: calls of others that crossed the
+/// stop failed.
+#[test]
+fn root_client_that_does_not_read_keeps_no_other_from_being_asked_to_go() {
+    const SNAPSHOTS: usize = 20_000;
+    let mut d = Alone::start_on("goaway", "", |root, _| crowd(root, SNAPSHOTS as u64));
+    let mut unread = Client::connect_idle(&d.snapshotter.socket()).listing(&[]).unwrap();
+    let first = unread.next().unwrap().unwrap().len();
+    let mut others = [(); 3].map(|()| Raw::greeted(&d.snapshotter.socket()));
+    for other in &mut others {
+        assert!(other.hears(SETTINGS, Duration::from_secs(10)));
+    }
+    d.snapshotter.server().signal(Signal::SIGTERM);
+    for other in &mut others {
+        assert!(other.hears(GOAWAY, Duration::from_secs(30)), "it was not asked to go");
+    }
+    // That was not the end, which would take the List along.
+    let rest: Answer<usize> = unread.map(|message| message.map(|infos| infos.len())).sum();
+    assert_eq!(rest.unwrap() + first, SNAPSHOTS);
+    drop(others);
+    assert!(d.snapshotter.server().wait_for_end().success());
+}
+
+/// It was counted as OK before it was sent.
+#[test]
+fn root_answer_to_a_client_that_went_away_is_counted_as_cancelled() {
+    let dir = PathBuf::from(format!("/run/scene-unsent-{}", std::process::id()));
+    let socket = dir.join("m.sock");
+    let d = Alone::start("unsent", &format!("metrics-address = {socket:?}"));
+    let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
+    fill(&source, 200, 200);
+    let request = UsageRequest { key: "big".to_owned(), ..UsageRequest::default() };
+    let request = message(&request.write_to_bytes().unwrap());
+    let call = [frame(HEADERS, END_HEADERS, 1, &call("Usage")), frame(DATA, END_STREAM, 1, &request)].concat();
+    let counted = |code: &str| {
+        let name = format!("call_duration_seconds_count{{method=\"Usage\",code=\"{code}\"}}");
+        find_sample(&scrape(&socket), &name).unwrap_or(0)
+    };
+    let is_busy = || sample(&scrape(&socket), "pool_busy{pool=\"worker\"}") > 0;
+    // On a slow machine the client may go away too late, so it has more than one try.
+    for tries in 1..=20 {
+        let mut client = Raw::greeted(&d.snapshotter.socket());
+        assert_eq!(client.send(&call, Duration::from_secs(10)), Sent::All);
+        eventually("the call is worked on, or is over", || is_busy() || counted("OK") + counted("CANCELLED") == tries);
+        drop(client);
+        eventually("the call is counted", || counted("OK") + counted("CANCELLED") == tries);
+        if counted("CANCELLED") > 0 {
+            fs::remove_dir_all(&dir).unwrap();
+            return;
+        }
+    }
+    panic!("{} answers that nobody took are OK", counted("OK"));
 }
 
 /// Each Cleanup that waited for the one under way held a worker: a few of them stopped the
