@@ -43,6 +43,10 @@ use crate::types::{
     LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
+/// Snapshots with one `snapshot.ref` on one parent that are read, one after the other, before a pull is answered that
+/// its layer is there: others wait meanwhile to write. There is one, and one for each attempt that is under way.
+const SAME_REFERENCE: usize = 1000;
+
 pub struct Snapshotter {
     store: Arc<Store>,
     sources: Arc<Sources>,
@@ -205,17 +209,11 @@ impl Snapshotter {
         let committed = self.store.write(|tx| {
             let parent = check_new(tx, wanted)?;
             let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
-            // Of all that containerd can find for this answer it takes the first, and a label can
-            // have been changed.
-            let below = wanted.parent.as_ref().map_or("", Key::as_str);
-            let mut present = tx.by_ref(reference, below)?;
-            present.retain(|s| s.kind == Kind::Committed);
-            if let Some(other) = present.iter().find(|s| !is_the_layer(s, reference, &digest)) {
-                return Ok(Err(Fallback::ReferenceTaken { name: other.key.clone() }));
-            }
             // Also under the name that a Go snapshotter gave it.
-            if present.iter().any(|s| s.layer.is_some()) {
-                return Ok(Ok(()));
+            match find_present(tx, reference, wanted.parent.as_ref(), &digest)? {
+                Ok(Some(_)) => return Ok(Ok(())),
+                Ok(None) => {}
+                Err(why) => return Ok(Err(why)),
             }
             if tx.get(name.as_str())?.is_some() {
                 return Ok(Err(Fallback::NameTaken { name }));
@@ -387,6 +385,33 @@ fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
 /// two parents, in two namespaces say, makes two snapshots, and over one parent only one.
 fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Result<Key, crate::types::InvalidKey> {
     Key::parse(&format!("cvmfs/{}/{reference}", parent.map_or(0, |p| p.id.0)))
+}
+
+/// The committed snapshot that stands for the layer `reference` on `parent` already. Of all that containerd can find
+/// for the answer "it is there" it takes the first, and a label can have been changed: so all must be the layer.
+fn find_present(
+    tx: &impl Lookup,
+    reference: &str,
+    parent: Option<&Key>,
+    digest: &Digest,
+) -> Result<std::result::Result<Option<Key>, layers::Fallback>> {
+    let (mut present, mut other, mut left) = (None, None, SAME_REFERENCE);
+    let all = tx.take_by_ref(reference, parent.map_or("", Key::as_str), |snapshot| {
+        left -= 1;
+        if snapshot.kind == Kind::Committed {
+            if !is_the_layer(&snapshot, reference, digest) {
+                other = Some(snapshot.key);
+            } else if snapshot.layer.is_some() {
+                present.get_or_insert(snapshot.key);
+            }
+        }
+        other.is_none() && left > 0
+    })?;
+    Ok(match other {
+        Some(name) => Err(layers::Fallback::ReferenceTaken { name }),
+        None if !all => Err(layers::Fallback::ReferenceCrowded { limit: SAME_REFERENCE }),
+        None => Ok(present),
+    })
 }
 
 /// Whether a snapshot with the label `reference` was made for it: containerd, Go snapshotters and

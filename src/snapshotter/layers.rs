@@ -39,6 +39,10 @@ pub enum Fallback {
     ReferenceTaken {
         name: Key,
     },
+    /// So many snapshots, or more, have its `snapshot.ref`.
+    ReferenceCrowded {
+        limit: usize,
+    },
 }
 
 impl Fallback {
@@ -46,7 +50,10 @@ impl Fallback {
         match self {
             Self::NoDigest => Reason::NoDigest,
             Self::BadDigest { .. } => Reason::BadDigest,
-            Self::NameTooLong | Self::NameTaken { .. } | Self::ReferenceTaken { .. } => Reason::Name,
+            Self::NameTooLong
+            | Self::NameTaken { .. }
+            | Self::ReferenceTaken { .. }
+            | Self::ReferenceCrowded { .. } => Reason::Name,
             // What is odd about one of them says more than that another one does not have it.
             Self::Missing { why, .. } => {
                 let reasons = why.iter().map(|(_, missing)| missing.reason());
@@ -92,6 +99,11 @@ impl Fallback {
                 key = key.as_str();
                 "a layer will be downloaded: somebody gave its label {LABEL_SNAPSHOT_REF}={} to snapshot {name}, \
                  which containerd would take for it",
+                Quoted(reference)
+            ),
+            Self::ReferenceCrowded { limit } => log::warn!(
+                key = key.as_str();
+                "a layer will be downloaded: {limit} snapshots or more have its label {LABEL_SNAPSHOT_REF}={}",
                 Quoted(reference)
             ),
         }

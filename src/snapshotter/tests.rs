@@ -251,6 +251,31 @@ fn root_a_snapshot_whose_label_was_changed_stands_in_for_no_other_layer() {
     pull(&s, 1, "");
 }
 
+/// All of them were loaded at once, with their labels, in the write transaction that all others wait for.
+#[test]
+fn root_pull_reads_a_bounded_number_of_snapshots_with_its_reference() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.restart();
+    let labels: Labels = [(LABEL_SNAPSHOT_REF.to_owned(), "sha256:chain-1".to_owned())].into();
+    let snapshot = |n: usize| Snapshot {
+        id: s.store.reserve_id().unwrap(),
+        key: key(&format!("attempt-{n}")),
+        parent: None,
+        kind: Kind::Active,
+        created: Timestamp(0),
+        updated: Timestamp(0),
+        labels: labels.clone(),
+        layer: None,
+        usage: None,
+    };
+    let crowd: Vec<Snapshot> = (0..SAME_REFERENCE).map(snapshot).collect();
+    s.store.write(|tx| crowd[1..].iter().try_for_each(|one| tx.insert(one)).map_err(Error::from)).unwrap();
+    let layer = pull(&s, 1, "");
+    s.remove(&key(&layer)).unwrap();
+    s.store.write(|tx| tx.insert(&crowd[0]).map_err(Error::from)).unwrap();
+    s.prepare(asked(1, "")).expect("the layer is downloaded, so the snapshot is an ordinary one");
+}
+
 #[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     let place = Place::new(Mode::Bind);

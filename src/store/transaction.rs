@@ -112,17 +112,8 @@ pub trait Lookup {
         key.map_or(Ok(None), |key| self.get(&key))
     }
 
-    /// The snapshots with this `snapshot.ref` label and this parent ("" for none).
-    fn by_ref(&self, reference: &str, parent: &str) -> Result<Vec<Snapshot>> {
-        let mut found = Vec::new();
-        self.take_by_ref(reference, parent, |snapshot| {
-            found.push(snapshot);
-            true
-        })?;
-        Ok(found)
-    }
-
-    /// As `by_ref`, as long as `take` takes them. The result says whether it took all.
+    /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
+    /// `take` takes them. The result says whether it took all.
     fn take_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
         let index = self.table(BY_REF)?;
         let snapshots = self.table(SNAPSHOTS)?;
