@@ -141,7 +141,10 @@ impl Server {
         let held = self.load.hold_answers(GOODBYE_LIMIT);
         inside.say_goodbye(|connection| held.is_busy(connection));
         if held.busy() > 0 {
-            log::debug!("{} clients are slow to take answers: calls of theirs that cross the stop may fail", held.busy());
+            log::debug!(
+                "{} clients are slow to take answers: calls of theirs that cross the stop may fail",
+                held.busy()
+            );
         }
         drop(held);
         let since = Instant::now();

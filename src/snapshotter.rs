@@ -39,8 +39,8 @@ use crate::store::sidecar::Sidecar;
 use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
-    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING,
-    LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
+    CHAIN_SNAPSHOTS, Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF,
+    LABEL_UID_MAPPING, LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
 /// Snapshots with one `snapshot.ref` on one parent that are read, one after the other, before a pull is answered that
@@ -190,7 +190,11 @@ impl Snapshotter {
     /// an ordinary snapshot instead.
     fn commit_remote(&self, wanted: &Wanted, reference: &str) -> Result<std::result::Result<(), layers::Fallback>> {
         use layers::Fallback;
-        self.store.read(|tx| check_new(tx, wanted).map(drop))?;
+        let below = self.store.read(|tx| {
+            let parent = check_new(tx, wanted)?;
+            wanted.parent.as_ref().map_or(Ok(()), |parent| check_chain(tx, parent))?;
+            Ok::<_, Error>(parent.map(|parent| parent.id))
+        })?;
         let Some(text) = wanted.labels.get(LABEL_LAYER_DIGEST) else { return Ok(Err(Fallback::NoDigest)) };
         let digest = match Digest::parse(text) {
             Ok(digest) => digest,
@@ -207,7 +211,7 @@ impl Snapshotter {
         let id = self.store.reserve_id()?;
         let now = Timestamp::now();
         let committed = self.store.write(|tx| {
-            let parent = check_new(tx, wanted)?;
+            let parent = check_new_on(tx, wanted, below)?;
             let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
             // Also under the name that a Go snapshotter gave it.
             match find_present(tx, reference, wanted.parent.as_ref(), &digest)? {
@@ -245,7 +249,9 @@ impl Snapshotter {
         let mapped_root = mapped_root(&wanted.labels)?;
         let chain = self.store.read(|tx| {
             check_new(tx, wanted)?;
-            wanted.parent.as_ref().map_or(Ok(Vec::new()), |parent| tx.chain(parent)).map_err(Error::from)
+            let Some(parent) = &wanted.parent else { return Ok(Vec::new()) };
+            let chain = tx.chain(parent)?;
+            if chain.len() < CHAIN_SNAPSHOTS { Ok(chain) } else { Err(Error::ChainTooLong { parent: parent.clone() }) }
         })?;
         let created = self.create_on(kind, wanted, &chain, mapped_root);
         if created.is_err() {
@@ -304,13 +310,7 @@ impl Snapshotter {
     /// The record of an ordinary snapshot on `parent`, which was looked at before.
     fn insert(&self, snapshot: &Snapshot, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
         self.store.write(|tx| {
-            let found = check_new(tx, wanted)?;
-            if let (Some(found), Some(key)) = (&found, &wanted.parent)
-                && Some(found.id) != parent
-            {
-                // Removed meanwhile, and made again under the same name.
-                return Err(Error::ParentNotFound(key.clone()));
-            }
+            check_new_on(tx, wanted, parent)?;
             tx.insert(snapshot).map_err(Error::from)
         })
     }
@@ -379,6 +379,26 @@ fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
         Some(_) => Err(Error::AlreadyExists(wanted.key.clone())),
         None => Ok(parent),
     }
+}
+
+/// As `check_new`, where the parent was looked at before and had this id.
+fn check_new_on(tx: &impl Lookup, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Option<Snapshot>> {
+    let parent = check_new(tx, wanted)?;
+    match &parent {
+        // Removed meanwhile, and made again under the same name.
+        Some(other) if Some(other.id) != id => Err(Error::ParentNotFound(other.key.clone())),
+        _ => Ok(parent),
+    }
+}
+
+/// Whether a chain goes on with one snapshot more on `parent`. Below a committed snapshot nothing changes any more.
+fn check_chain(tx: &impl Lookup, parent: &Key) -> Result<()> {
+    let mut length = 0;
+    tx.chain_until(parent, |_| {
+        length += 1;
+        length == CHAIN_SNAPSHOTS
+    })?;
+    if length < CHAIN_SNAPSHOTS { Ok(()) } else { Err(Error::ChainTooLong { parent: parent.clone() }) }
 }
 
 /// The name of a remote snapshot: a function of (ref, parent), so that the same chain over

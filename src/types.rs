@@ -204,6 +204,9 @@ pub type Labels = BTreeMap<String, String>;
 /// must always fit into a message of a List.
 pub const LABELS_BYTES: usize = 1 << 20;
 
+/// Most snapshots of a chain, the one on top included. overlayfs itself takes 500 lower directories.
+pub const CHAIN_SNAPSHOTS: usize = 512;
+
 /// Longest path of a unix socket, in bytes; the kernel's `sun_path` has room for one more.
 pub const SOCKET_PATH_BYTES: usize = 107;
 

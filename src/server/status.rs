@@ -132,6 +132,7 @@ fn of_error(error: &Error) -> (Code, Level) {
         Error::WrongKind { .. } | Error::HasChildren(_) | Error::NewParentNotCommitted { .. } => {
             (Code::FailedPrecondition, Level::Debug)
         }
+        Error::ChainTooLong { .. } => (Code::FailedPrecondition, Level::Warn),
         Error::LayerUnavailable { .. } => (Code::Unavailable, Level::Warn),
         Error::Broken { .. } => (Code::Unavailable, Level::Error),
         Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
@@ -176,6 +177,7 @@ mod tests {
             (Error::HasChildren(key()), Code::FailedPrecondition, DEBUG),
             (Error::OtherParent { key: key(), parent: key(), named: key() }, Code::InvalidArgument, DEBUG),
             (Error::NewParentNotCommitted { parent: key(), kind: Kind::View }, Code::FailedPrecondition, DEBUG),
+            (Error::ChainTooLong { parent: key() }, Code::FailedPrecondition, Level::Warn),
             (Error::ImmutableField("f".into()), Code::InvalidArgument, DEBUG),
             (Error::InvalidFilter { filter: "f".into(), why: "w".into() }, Code::InvalidArgument, DEBUG),
             (Error::LabelsTooLong { bytes: 1 }, Code::InvalidArgument, DEBUG),

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::repository::Missing;
-use crate::types::{Digest, InvalidKey, Key, Kind, LABELS_BYTES, Quoted, SnapshotId};
+use crate::types::{CHAIN_SNAPSHOTS, Digest, InvalidKey, Key, Kind, LABELS_BYTES, Quoted, SnapshotId};
 use crate::{store, sys};
 
 #[derive(Debug)]
@@ -39,6 +39,10 @@ pub enum Error {
     NewParentNotCommitted {
         parent: Key,
         kind: Kind,
+    },
+    /// It would be one snapshot more than a chain may have.
+    ChainTooLong {
+        parent: Key,
     },
     ImmutableField(String),
     InvalidFilter {
@@ -95,6 +99,11 @@ impl fmt::Display for Error {
             Self::OtherParent { key, parent, named } => {
                 write!(f, "cannot commit snapshot {key} on parent {named}: it was prepared on {parent}")
             }
+            Self::ChainTooLong { parent } => write!(
+                f,
+                "no snapshot can be made on {parent}: a chain has at most {CHAIN_SNAPSHOTS} snapshots; build the image \
+                 with fewer layers"
+            ),
             Self::ImmutableField(path) => {
                 write!(f, "cannot update field {}: only \"labels\" and \"labels.<key>\" can change", Quoted(path))
             }

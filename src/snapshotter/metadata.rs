@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{Error, Result, Snapshotter, check_labels};
+use super::{Error, Result, Snapshotter, check_chain, check_labels};
 use crate::store::Lookup;
 use crate::store::sidecar::Sidecar;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
@@ -187,6 +187,7 @@ fn check_commit(tx: &impl Lookup, name: &Key, key: &Key, parent: Option<&Key>) -
             if found.kind != Kind::Committed {
                 return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
             }
+            check_chain(tx, named)?;
             Some(named.clone())
         }
         (None, None) => None,

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+mod chain;
 mod commit;
 
 use super::*;

@@ -12,7 +12,7 @@ use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinitio
 use super::record::StoredScan;
 use super::{Error, Result, record};
 use crate::repository::scan::{Limit, Scan, ScanKey};
-use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Snapshot, SnapshotId};
+use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Snapshot, SnapshotId};
 
 /// Counters and the schema version, by name.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -60,19 +60,21 @@ pub trait Lookup {
         row.map(|row| record::decode_snapshot(key, row.value())).transpose()
     }
 
-    /// The snapshot `key` and all its ancestors, nearest first. Empty when there is none.
+    /// The snapshot `key` and all its ancestors, nearest first, without their labels, of which each may have 1 MiB.
+    /// Empty when there is none.
     fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
         self.chain_until(key, |_| false)
     }
 
     /// As `chain`, and no further than the first that is `last`.
-    fn chain_until(&self, key: &Key, last: impl Fn(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+    fn chain_until(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
         let snapshots = self.table(SNAPSHOTS)?;
         let mut chain: Vec<Snapshot> = Vec::new();
         let mut next = Some(key.clone());
         while let Some(key) = next.take() {
             let Some(row) = snapshots.get(key.as_str()).map_err(|e| self.error(e))? else { break };
-            let snapshot = record::decode_snapshot(key.as_str(), row.value())?;
+            let mut snapshot = record::decode_snapshot(key.as_str(), row.value())?;
+            snapshot.labels = Labels::new();
             if !last(&snapshot) {
                 next.clone_from(&snapshot.parent);
             }

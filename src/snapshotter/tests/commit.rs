@@ -27,14 +27,16 @@ fn root_concurrent_commits_of_one_key_leave_the_record_of_the_one_that_won() {
         let names = ["a", "b"].map(|name| format!("{name}-{n}"));
         let begin = Barrier::new(2);
         let answers = std::thread::scope(|scope| {
-            names.each_ref().map(|name| {
-                let (s, begin) = (&s, &begin);
-                scope.spawn(move || {
-                    begin.wait();
-                    s.commit(&key(name), &key("active"), Labels::new(), None)
+            names
+                .each_ref()
+                .map(|name| {
+                    let (s, begin) = (&s, &begin);
+                    scope.spawn(move || {
+                        begin.wait();
+                        s.commit(&key(name), &key("active"), Labels::new(), None)
+                    })
                 })
-            })
-            .map(|thread| thread.join().unwrap())
+                .map(|thread| thread.join().unwrap())
         });
         let won = match &answers {
             [Ok(()), Err(Error::NotFound(_))] => &names[0],
@@ -55,15 +57,16 @@ fn root_concurrent_commits_to_one_name_leave_it_to_one_record() {
         let (name, keys) = (format!("name-{n}"), ["a", "b"].map(|name| format!("{name}-{n}")));
         let begin = Barrier::new(2);
         let answers = std::thread::scope(|scope| {
-            keys.each_ref().map(|active| {
-                s.prepare(wanted(active, "", &[])).unwrap();
-                let (s, begin, name) = (&s, &begin, &name);
-                scope.spawn(move || {
-                    begin.wait();
-                    s.commit(&key(name), &key(active), Labels::new(), None)
+            keys.each_ref()
+                .map(|active| {
+                    s.prepare(wanted(active, "", &[])).unwrap();
+                    let (s, begin, name) = (&s, &begin, &name);
+                    scope.spawn(move || {
+                        begin.wait();
+                        s.commit(&key(name), &key(active), Labels::new(), None)
+                    })
                 })
-            })
-            .map(|thread| thread.join().unwrap())
+                .map(|thread| thread.join().unwrap())
         });
         let lost = match &answers {
             [Ok(()), Err(Error::AlreadyExists(_))] => &keys[1],
