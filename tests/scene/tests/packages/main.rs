@@ -7,6 +7,7 @@ mod deb;
 mod go;
 mod node;
 mod rpm;
+mod strangers;
 mod symlink_only;
 
 use std::fs;
