@@ -27,7 +27,8 @@ use serde_json::json;
 pub use self::reach::probe as probe_path;
 pub use self::repositories::probe as probe_repository;
 use crate::cli::{self, Arguments};
-use crate::table::{Progress, printable};
+use crate::table::Progress;
+use crate::types::printable;
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

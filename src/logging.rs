@@ -15,6 +15,8 @@ use log::kv::{Error, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Record};
 use serde_json::{Map, Value as Json};
 
+use crate::types::escaped;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Json,
@@ -146,18 +148,37 @@ fn json(out: &mut Formatter, record: &Record<'_>) -> io::Result<()> {
 }
 
 fn text(out: &mut Formatter, record: &Record<'_>) -> io::Result<()> {
-    // One line stays one line, whatever a client put into its key.
-    let message = record.args().to_string().replace('\n', "\\n");
-    write!(out, "{} {:<7} {message}", out.timestamp_nanos(), level(record))?;
-    for (name, value) in fields(record) {
-        write!(out, " {name}={value}")?;
-    }
+    write!(out, "{} ", out.timestamp_nanos())?;
+    write!(out, "{}", line(record))?;
     writeln!(out)
+}
+
+/// One line stays one line, and sends a terminal nothing, whatever a client put into its key.
+fn line(record: &Record<'_>) -> String {
+    let mut line = format!("{:<7} {}", level(record), escaped(&record.args().to_string()));
+    for (name, value) in fields(record) {
+        let value = value.as_str().map_or_else(|| value.to_string(), escaped);
+        line.push_str(&format!(" {name}={value}"));
+    }
+    line
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_of_text_is_one_line_and_sends_a_terminal_nothing() {
+        let key = "a\x1b[2J\r\nb\u{202e}ü";
+        let pairs = [("key", key)];
+        let mut record = Record::builder();
+        record.level(Level::Info).key_values(&pairs);
+        let shown = "a\\u{1b}[2J\\r\\nb\\u{202e}ü";
+        assert_eq!(
+            line(&record.args(format_args!("pulled {key}")).build()),
+            format!("info    pulled {shown} key={shown}")
+        );
+    }
 
     #[test]
     fn the_levels_of_the_go_snapshotter_are_known() {

@@ -4,6 +4,8 @@
 use std::fmt::Write;
 use std::io::{IsTerminal, Write as _};
 
+use crate::types::printable;
+
 /// Columns as wide as their widest cell; the last one as it comes.
 pub fn table(rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
@@ -21,16 +23,6 @@ pub fn table(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// Clients choose keys and references, and a terminal obeys what it is sent: also what has no
-/// width, or turns the direction of writing.
-pub fn printable(text: &str) -> String {
-    let is_odd = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
-    };
-    text.chars().map(|c| if is_odd(c) { '?' } else { c }).collect()
 }
 
 /// One cell: no text makes all rows wider than a screen.

@@ -74,6 +74,30 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
+/// Whether a terminal obeys it, and does not just show it: also what has no width, or turns the direction of writing.
+fn is_control(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+/// A text as a terminal may show it: clients choose keys and references.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if is_control(c) { '?' } else { c }).collect()
+}
+
+/// As `printable`, but it can still be told what was there.
+pub fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_control(c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
 /// A word as the shell takes it; containerd's references need no quotes, others get them.
 pub fn shell(reference: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "./:@_-+".contains(c);
@@ -82,6 +106,13 @@ pub fn shell(reference: &str) -> String {
     } else {
         format!("'{}'", reference.replace('\'', "'\\''"))
     }
+}
+
+/// The last words of a command, as the shell takes them; its program takes none of them for an option.
+pub fn shell_words<'w>(words: impl IntoIterator<Item = &'w str>) -> String {
+    let words: Vec<&str> = words.into_iter().collect();
+    let end_of_options = words.iter().any(|word| word.starts_with('-')).then(|| "--".to_owned());
+    end_of_options.into_iter().chain(words.into_iter().map(shell)).collect::<Vec<_>>().join(" ")
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -340,5 +371,7 @@ mod tests {
     fn a_reference_cannot_break_out_of_the_command() {
         assert_eq!(shell("registry.example:5000/a/b@sha256:00"), "registry.example:5000/a/b@sha256:00");
         assert_eq!(shell("a'; rm -rf /"), "'a'\\''; rm -rf /'");
+        assert_eq!(shell_words(["a:1", "b c"]), "a:1 'b c'");
+        assert_eq!(shell_words(["a:1", "-rf"]), "-- a:1 -rf");
     }
 }

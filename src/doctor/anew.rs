@@ -5,25 +5,25 @@
 use std::collections::BTreeMap;
 
 use crate::rebuild::DEFAULT_NAME as NAME;
-use crate::types::shell;
+use crate::types::{shell, shell_words};
 
 /// containerd's namespace of Kubernetes.
 pub const KUBERNETES: &str = "k8s.io";
 
 /// Of namespaces of containerd, and references in them.
 pub fn pull_anew<'i>(images: impl Iterator<Item = (&'i str, &'i str)>) -> String {
-    let mut by_namespace: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut by_namespace: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (namespace, reference) in images {
-        by_namespace.entry(namespace).or_default().push(shell(reference));
+        by_namespace.entry(namespace).or_default().push(reference);
     }
-    let of_one = |(namespace, references): (&str, Vec<String>)| {
+    let of_one = |(namespace, references): (&str, Vec<&str>)| {
         let program = if namespace == KUBERNETES {
             "crictl".to_owned()
         } else {
             format!("nerdctl --namespace {} --snapshotter {NAME}", shell(namespace))
         };
-        let remove = format!("{program} rmi {}", references.join(" "));
-        let pulls = references.iter().map(|reference| format!("{program} pull {reference}"));
+        let remove = format!("{program} rmi {}", shell_words(references.iter().copied()));
+        let pulls = references.iter().map(|reference| format!("{program} pull {}", shell_words([*reference])));
         [remove].into_iter().chain(pulls).collect::<Vec<_>>().join(" && ")
     };
     by_namespace.into_iter().map(of_one).collect::<Vec<_>>().join(" && ")
@@ -44,6 +44,15 @@ mod tests {
                 "crictl rmi r/a:1 {quoted} && crictl pull r/a:1 && crictl pull {quoted} && \
                  {nerdctl} rmi r/b:1 && {nerdctl} pull r/b:1"
             )
+        );
+    }
+
+    /// Whoever tags an image chooses its name.
+    #[test]
+    fn a_reference_is_no_option() {
+        assert_eq!(
+            pull_anew([(KUBERNETES, "--all"), (KUBERNETES, "r/a:1")].into_iter()),
+            "crictl rmi -- --all r/a:1 && crictl pull -- --all && crictl pull r/a:1"
         );
     }
 }

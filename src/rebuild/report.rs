@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::containerd::Repair;
-use crate::types::shell;
+use crate::types::{printable, shell, shell_words};
 
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -86,7 +86,7 @@ impl Report {
             text.push_str("left out, with directories left alone:\n");
         }
         for (name, why) in &self.left_out {
-            let _ = writeln!(text, "  {name}: {why}");
+            let _ = writeln!(text, "  {}: {}", printable(name), printable(why));
         }
         if !self.repairs.is_empty() {
             text.push_str(
@@ -94,19 +94,43 @@ impl Report {
             );
         }
         for repair in &self.repairs {
-            let _ = match repair {
+            let command = match repair {
                 Repair::Image { namespace, reference } => {
-                    writeln!(text, "  ctr -n {} images rm --sync {}", shell(namespace), shell(reference))
+                    format!("ctr -n {} images rm --sync {}", shell(namespace), shell_words([reference.as_str()]))
                 }
                 Repair::Snapshot { namespace, key } => {
                     let (namespace, snapshotter) = (shell(namespace), shell(&self.snapshotter));
-                    writeln!(text, "  ctr -n {namespace} snapshots --snapshotter {snapshotter} rm {}", shell(key))
+                    let key = shell_words([key.as_str()]);
+                    format!("ctr -n {namespace} snapshots --snapshotter {snapshotter} rm {key}")
                 }
             };
+            let _ = writeln!(text, "  {}", printable(&command));
         }
         if let Some(old) = &self.old {
             let _ = writeln!(text, "the old file is kept as {}", old.display());
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_clients_chose_send_a_terminal_nothing_and_are_no_options() {
+        let text = |name: &str| name.to_owned();
+        let report = Report {
+            left_out: vec![(text("k8s.io/1/\x1b[2J"), text("why\r"))],
+            repairs: vec![
+                Repair::Image { namespace: text("k8s.io"), reference: text("--all") },
+                Repair::Snapshot { namespace: text("k8s.io"), key: text("a\x1b]0;x\x07b") },
+            ],
+            snapshotter: text("cvmfs-snapshotter"),
+            ..Report::default()
+        };
+        let shown = report.text(false);
+        assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown:?}");
+        assert!(shown.contains("  ctr -n k8s.io images rm --sync -- --all\n"), "{shown}");
     }
 }

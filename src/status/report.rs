@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::table::{age, size, table};
-use crate::types::Timestamp;
+use crate::types::{Timestamp, printable};
 
 const NANOS: i64 = 1_000_000_000;
 
@@ -188,7 +188,7 @@ impl Report {
         text.push_str(&table(&self.image_rows()));
         for one in &self.images {
             if let Some(why) = &one.broken {
-                let _ = writeln!(text, "broken: {}: {why}", crate::table::printable(name(one)));
+                let _ = writeln!(text, "broken: {}: {}", printable(name(one)), printable(why));
             }
         }
         let written: u64 = self.containers.iter().filter_map(|(_, bytes)| *bytes).sum();

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 
-use crate::types::{Key, Kind, LABEL_IMAGE_REF, Quoted, Snapshot, SnapshotId, shell};
+use crate::types::{Key, Kind, LABEL_IMAGE_REF, Quoted, Snapshot, SnapshotId, shell_words};
 
 /// What an image has lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl fmt::Display for Loss {
                 "image {0}: {lost}, {cannot}: remove its pods and containers, then the image, with \"crictl rmi {1}\" \
                  or \"ctr -n {namespaces} images rm --sync {1}\", and pull it again",
                 Quoted(image),
-                shell(image)
+                shell_words([image.as_str()])
             ),
             Subject::Chain(top) => write!(
                 f,
