@@ -4,19 +4,19 @@
 #![forbid(unsafe_code)]
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
-use serde_json::Value;
+use serde::Deserialize;
 
 use super::anew::{KUBERNETES, pull_anew};
 use super::configuration::Configuration;
 use super::containerd::{CONTENT, IMAGES, NAMESPACES};
 use super::{Finding, Findings, NAMED, reach};
 use crate::admin::{Error, Peer, Result};
+use crate::config::file;
 use crate::proto::containerd::{InfoRequest, ListImagesRequest, ListNamespacesRequest};
 use crate::proto::snapshots::StatSnapshotRequest;
 use crate::rebuild::DEFAULT_NAME as NAME;
@@ -26,8 +26,8 @@ use crate::types::Digest;
 
 /// On the configuration of an image: the chain that a snapshotter has of it.
 const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
-/// No manifest is larger.
-const MANIFEST_BYTES: u64 = 16 << 20;
+/// So many blobs are looked at for one image: an index lists an image for each platform, and few do for many.
+const MOST_LISTED: usize = 256;
 
 const OTHER: &str = "images.other-snapshotter";
 const GONE: &str = "images.gone";
@@ -208,7 +208,7 @@ fn is_unknown(peer: &Peer, namespace: &str, chain: &str) -> Result<bool> {
 
 /// Which snapshotters have the image, and under which chains. None: that cannot be told.
 fn unpacked(peer: &Peer, namespace: &str, content: &Path, target: &str) -> Result<Option<BTreeMap<String, String>>> {
-    let Some(configuration) = configuration_of(content, target, 0) else { return Ok(None) };
+    let Some(configuration) = configuration_of(content, target) else { return Ok(None) };
     let request = InfoRequest { digest: configuration, ..InfoRequest::default() };
     let info = match peer.call_in(namespace, &CONTENT, &request) {
         Ok(answer) => answer.info.into_option(),
@@ -224,25 +224,96 @@ fn is_silence(e: &Error) -> bool {
     matches!(e, Error::Call { code: RpcStatusCode::DEADLINE_EXCEEDED, .. })
 }
 
+/// A manifest, or an index of such: what is of interest here.
+#[derive(Deserialize)]
+struct Manifest {
+    config: Option<Descriptor>,
+    #[serde(default)]
+    manifests: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Descriptor {
+    digest: String,
+}
+
 /// The digest of the configuration that a manifest names, or the first that is there of those
 /// that an index lists.
-fn configuration_of(content: &Path, digest: &str, depth: usize) -> Option<String> {
-    const DEPTH: usize = 2;
-    let digest = Digest::parse(digest).ok()?;
-    let path = content.join("blobs/sha256").join(digest.hex());
-    if depth > DEPTH || fs::metadata(&path).ok()?.len() > MANIFEST_BYTES {
-        return None;
+fn configuration_of(content: &Path, target: &str) -> Option<String> {
+    let mut known: HashSet<Digest> = Digest::parse(target).into_iter().collect();
+    let mut next: Vec<Digest> = known.iter().cloned().collect();
+    while let Some(digest) = next.pop() {
+        let Some(manifest) = read_manifest(&content.join("blobs/sha256").join(digest.hex())) else { continue };
+        if let Some(configuration) = manifest.config {
+            return Some(configuration.digest);
+        }
+        // Each is looked at once, whatever lists it. The first of a list is the next.
+        let listed = manifest.manifests.iter().filter_map(|one| Digest::parse(&one.digest).ok());
+        let fresh: Vec<Digest> =
+            listed.take(MOST_LISTED).filter(|digest| known.len() < MOST_LISTED && known.insert(digest.clone())).collect();
+        next.extend(fresh.into_iter().rev());
     }
-    let blob: Value = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-    if let Some(configuration) = blob["config"]["digest"].as_str() {
-        return Some(configuration.to_owned());
-    }
-    blob["manifests"].as_array()?.iter().find_map(|one| configuration_of(content, one["digest"].as_str()?, depth + 1))
+    None
+}
+
+fn read_manifest(path: &Path) -> Option<Manifest> {
+    serde_json::from_slice(&file::read(path).ok()?).ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    /// Puts a blob there; the result is its digest, which is no digest of it.
+    fn put(content: &Path, n: usize, text: &str) -> String {
+        let hex = format!("{n:064x}");
+        fs::write(content.join("blobs/sha256").join(&hex), text).unwrap();
+        format!("sha256:{hex}")
+    }
+
+    fn list(digests: impl Iterator<Item = String>) -> String {
+        let descriptors: Vec<String> = digests.map(|digest| format!(r#"{{"digest":"{digest}"}}"#)).collect();
+        format!(r#"{{"manifests":[{}]}}"#, descriptors.join(","))
+    }
+
+    fn store() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("blobs/sha256")).unwrap();
+        dir
+    }
+
+    #[test]
+    fn the_configuration_is_that_of_the_first_manifest_of_an_index_that_is_there() {
+        let dir = store();
+        let content = dir.path();
+        let missing = format!("sha256:{:064x}", 99);
+        let [first, second] =
+            [(1, "a"), (2, "b")].map(|(n, name)| put(content, n, &format!(r#"{{"config":{{"digest":"{name}"}}}}"#)));
+        let inner = put(content, 3, &list([missing, first.clone(), second].into_iter()));
+        let outer = put(content, 4, &list([inner.clone()].into_iter()));
+        for target in [&first, &inner, &outer] {
+            assert_eq!(configuration_of(content, target).as_deref(), Some("a"), "{target}");
+        }
+        assert_eq!(configuration_of(content, "sha256:..").as_deref(), None);
+    }
+
+    /// An image's author made each doctor read for hours: every index lists the next one many times.
+    #[test]
+    fn an_index_that_lists_the_same_again_and_again_is_read_once() {
+        let dir = store();
+        let content = dir.path();
+        let digest = |n: usize| format!("sha256:{n:064x}");
+        let top = put(content, 1, &list((0..10_000).map(|_| digest(2))));
+        put(content, 2, &list((0..10_000).map(|_| digest(3))));
+        put(content, 3, &list((0..10_000).map(|n| digest(n % 3 + 1))));
+        assert_eq!(configuration_of(content, &top), None);
+        // Nor are many different ones read.
+        let good = put(content, 90_000, r#"{"config":{"digest":"late"}}"#);
+        let many = put(content, 4, &list((10..5000).map(digest).chain([good])));
+        assert_eq!(configuration_of(content, &many), None);
+    }
 
     /// Followed one after the other, the second pull found layers that the third image still held.
     #[test]
