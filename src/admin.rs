@@ -72,7 +72,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Peer {
     client: Client,
     address: PathBuf,
-    process: Option<u32>,
+    listener: Option<Listener>,
+}
+
+/// The process that listens, as the kernel says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    pub pid: u32,
+    pub uid: u32,
 }
 
 /// Waits a while where many wait.
@@ -95,17 +102,18 @@ impl Peer {
     pub fn connect(address: &Path) -> Result<Self> {
         // gRPC would try for long, and say little.
         let there = connect(address).map_err(|cause| Error::NotRunning { address: address.to_owned(), cause })?;
-        let process = getsockopt(&there, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
+        let credentials = getsockopt(&there, PeerCredentials).ok();
+        let listener =
+            credentials.and_then(|peer| Some(Listener { pid: u32::try_from(peer.pid()).ok()?, uid: peer.uid() }));
         let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
         let channel = ChannelBuilder::new(environment)
             .max_receive_message_len(-1)
             .connect(&format!("unix:{}", address.display()));
-        Ok(Self { client: Client::new(channel), address: address.to_owned(), process })
+        Ok(Self { client: Client::new(channel), address: address.to_owned(), listener })
     }
 
-    /// Who listens.
-    pub fn process(&self) -> Option<u32> {
-        self.process
+    pub fn listener(&self) -> Option<Listener> {
+        self.listener
     }
 
     pub fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> Result<R> {

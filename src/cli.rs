@@ -4,7 +4,8 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser, error::ErrorKind};
+use clap::builder::{OsStringValueParser, PathBufValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 use log::LevelFilter;
 
 use crate::{config, logging, rebuild};
@@ -47,6 +48,7 @@ pub enum Task {
     /// For the doctor, in processes of their own: they may never come back.
     ProbePath(PathBuf),
     ProbeRepository(PathBuf),
+    RunProgram(RunProgram),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +73,16 @@ pub struct Gc {
     pub json: bool,
 }
 
+/// Becomes another program, if nobody but root can have put it there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunProgram {
+    /// As `doctor::Program` writes it.
+    pub program: OsString,
+    /// What the program sees as its own name.
+    pub name: OsString,
+    pub arguments: Vec<OsString>,
+}
+
 /// Options and commands that are for people: for whoever writes about them.
 pub fn command() -> Command {
     Command::new("cvmfs-snapshotter")
@@ -86,7 +98,10 @@ fn with_hidden() -> Command {
     let probe = |name| {
         Command::new(name).hide(true).arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new()))
     };
-    command().subcommands(["probe-path", "probe-repository"].map(probe))
+    let word = |name| Arg::new(name).required(true).value_parser(OsStringValueParser::new());
+    let arguments = Arg::new("arguments").num_args(0..).last(true).value_parser(OsStringValueParser::new());
+    let run_program = Command::new("run-program").hide(true).args([word("program"), word("name"), arguments]);
+    command().subcommands(["probe-path", "probe-repository"].map(probe)).subcommand(run_program)
 }
 
 fn path(name: &'static str, help: String) -> Arg {
@@ -251,6 +266,11 @@ fn task(matches: &mut ArgMatches) -> Task {
             "status" => Task::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
             "probe-path" => Task::ProbePath(matches.remove_one("path").unwrap_or_default()),
             "probe-repository" => Task::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
+            "run-program" => Task::RunProgram(RunProgram {
+                program: matches.remove_one("program").unwrap_or_default(),
+                name: matches.remove_one("name").unwrap_or_default(),
+                arguments: matches.remove_many("arguments").map(Iterator::collect).unwrap_or_default(),
+            }),
             "gc" => Task::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
             _ => Task::Doctor(Doctor {
                 json: matches.get_flag("json"),
@@ -331,6 +351,20 @@ mod tests {
         }
         assert_eq!(parse(&format!("{before} --check-config")).unwrap().task, Task::CheckConfig);
         assert_eq!(parse("x probe-repository /p").unwrap().task, Task::ProbeRepository(PathBuf::from("/p")));
+    }
+
+    #[test]
+    fn arguments_of_another_program_are_left_as_they_are() {
+        let run = parse("x run-program process:1:2 containerd -- --config /c config dump").unwrap().task;
+        let words = |line: &str| line.split(' ').map(OsString::from).collect();
+        assert_eq!(
+            run,
+            Task::RunProgram(RunProgram {
+                program: "process:1:2".into(),
+                name: "containerd".into(),
+                arguments: words("--config /c config dump"),
+            })
+        );
     }
 
     #[test]

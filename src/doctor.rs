@@ -13,6 +13,7 @@ mod containerd;
 mod images;
 mod judge;
 mod node;
+mod program;
 mod reach;
 mod repositories;
 mod service;
@@ -24,6 +25,7 @@ use std::io::{self, Write};
 use nix::unistd::geteuid;
 use serde_json::json;
 
+pub use self::program::Program;
 pub use self::reach::probe as probe_path;
 pub use self::repositories::probe as probe_repository;
 use crate::cli::{self, Arguments};

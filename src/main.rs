@@ -29,6 +29,10 @@ fn main() -> ExitCode {
             .map_or_else(|e| fail(&format!("cannot write the report: {e}"), doctor::UNKNOWN), ExitCode::from),
         Task::ProbePath(path) => print(&doctor::probe_path(path)),
         Task::ProbeRepository(path) => print(&doctor::probe_repository(path)),
+        Task::RunProgram(wanted) => {
+            let failed = doctor::Program::parse(&wanted.program).exec(&wanted.name, &wanted.arguments);
+            fail(&failed, failed.exit_code())
+        }
     }
 }
 

@@ -10,9 +10,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use protobuf::well_known_types::empty::Empty;
 
 use super::configuration::{self, Configuration};
+use super::child::{Said, Silence};
 use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
+use super::program::{Process, Program};
 use super::{Finding, Findings, State, child, images, reach, systemd};
-use crate::admin::{Error, Peer};
+use crate::admin::{Error, Listener, Peer};
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
 use crate::proto::admin::DescribeResponse;
 use crate::proto::containerd::{
@@ -64,7 +66,7 @@ struct Node {
     socket: PathBuf,
     file: PathBuf,
     /// What would be started there, if none runs.
-    program: OsString,
+    program: Program,
 }
 
 /// Those that an admin names, or else those that are there.
@@ -143,14 +145,14 @@ struct Looked {
 impl Node {
     /// With the file that the process has which listens there, or what its unit would start; else with this one.
     fn at(socket: PathBuf, file: PathBuf) -> Self {
-        let process = Peer::connect(&socket).ok().and_then(|peer| peer.process());
+        let process = Peer::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
         let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
         let words = process.map_or_else(of_unit, child::command_line).unwrap_or_default();
         let program = words.first().filter(|program| Path::new(program).is_absolute());
         Self {
             socket,
             file: configuration_of(&words).unwrap_or(file),
-            program: program.map_or_else(|| CONTAINERD.into(), OsString::clone),
+            program: program.map_or_else(|| Program::Named(CONTAINERD.to_owned()), |path| Program::At(path.into())),
         }
     }
 
@@ -193,14 +195,19 @@ fn configuration_of(words: &[OsString]) -> Option<PathBuf> {
 fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> Looked {
     let mut findings = Vec::new();
     let connected = Peer::connect(&node.socket);
-    let process = connected.as_ref().ok().and_then(Peer::process);
+    let listener = connected.as_ref().ok().and_then(Peer::listener);
+    let process = listener.and_then(|listener| Process::of(listener.pid));
     let asked = connected.and_then(|peer| {
         let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
         let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
         Ok((peer, version, plugins))
     });
     // The program that runs, or the one that would be started.
-    let program = process.map_or_else(|| node.program.clone(), |pid| OsString::from(format!("/proc/{pid}/exe")));
+    let program = process.map_or_else(|| node.program.clone(), Program::OfProcess);
+    let ask = |arguments: &[&OsStr]| match listener {
+        Some(Listener { pid, uid }) if uid != 0 => Err(Silence::Refused(format!("process {pid} is of user {uid}"))),
+        Some(_) | None => child::ask_containerd(&program, arguments, DUMP_LIMIT),
+    };
     let said = asked.as_ref().ok().map(|(_, text, _)| text.clone());
     findings.push(match &asked {
         Ok((_, text, _)) => {
@@ -213,15 +220,15 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     let registration = reach::touch(Path::new(REGISTRATION)).is_ok().then_some(REGISTRATION);
     let place = Place { address: &address, root: &root, registration };
     let file = node.edited();
-    let (configuration, about_file) = read(node, &program, &file);
+    let (configuration, about_file) = read(node, &ask, &file);
     let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
     let judged = configuration.as_ref().map(|configuration| {
         // A file for a later one is not meant for a program that was only found by its name.
-        let is_meant = program != CONTAINERD;
+        let is_meant = !matches!(program, Program::Named(_));
         let fits = |version: &Version| {
             is_meant || configuration.written.version.is_none_or(|format| format <= version.format())
         };
-        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&program).filter(fits));
+        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&ask).filter(fits));
         let version = version.unwrap_or_else(|| configuration.suggests());
         judge(version, configuration, &place, &file)
     });
@@ -260,19 +267,21 @@ fn not_loaded() -> Finding {
     Finding::problem("containerd.restarted", what, format!("{RESTART}; containers run on"))
 }
 
+/// Asks containerd's program.
+type Ask<'a> = dyn Fn(&[&OsStr]) -> Result<Said, Silence> + 'a;
+
 /// As a program says it of itself.
-fn version_of(program: &OsStr) -> Option<Version> {
-    let said = child::ask_containerd(program, &["--version"], DUMP_LIMIT)?;
+fn version_of(ask: &Ask<'_>) -> Option<Version> {
+    let said = ask(&["--version".as_ref()]).ok()?;
     Version::parse(said.stdout.split_whitespace().nth(2)?)
 }
 
 /// What the file says, and what containerd makes of it: older formats, imports and keys that it
 /// passes over are its own business, so it is asked. And what is to be said of the file itself: a problem,
 /// if containerd refuses it.
-fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Option<Finding>) {
+fn read(node: &Node, ask: &Ask<'_>, file: &str) -> (Option<Configuration>, Option<Finding>) {
     const CHECK: &str = "containerd.config";
-    let arguments = ["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()];
-    let dump = || child::ask_containerd(program, &arguments, DUMP_LIMIT);
+    let dump = || ask(&["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()]);
     let said = match configuration::read(&node.file) {
         Ok(said) => said,
         Err(configuration::Error::Unreadable { path, cause })
@@ -281,7 +290,7 @@ fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Opt
             let note = Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display()));
             return (Some(Configuration::default()), Some(note));
         }
-        Err(e) if dump().is_some_and(|dump| dump.success) => {
+        Err(e) if dump().is_ok_and(|dump| dump.success) => {
             let remedy =
                 "look yourself: docs/containerd.md; or put a regular file of at most 1 MiB on a local disk there";
             let what = format!("{e}, although containerd can: what is in it was not looked at");
@@ -299,7 +308,15 @@ fn read(node: &Node, program: &OsStr, file: &str) -> (Option<Configuration>, Opt
             return (None, Some(Finding::problem(CHECK, e.to_string(), remedy)));
         }
     };
-    let Some(dump) = dump() else { return (Some(said), None) };
+    let dump = match dump() {
+        Ok(dump) => dump,
+        Err(Silence::NoAnswer) => return (Some(said), None),
+        Err(Silence::Refused(why)) => {
+            let what = format!("{why}: containerd's program was not run, only the files of its configuration were read");
+            let remedy = format!("ask it yourself what it makes of them, as its user: {}", dump_command(&node.file));
+            return (Some(said), Some(Finding::warning(CHECK, what, remedy)));
+        }
+    };
     if dump.success {
         return (Some(Configuration::of_dump(&dump.stdout, &said).unwrap_or(said)), None);
     }
@@ -317,15 +334,12 @@ fn dump_command(file: &Path) -> String {
 }
 
 /// When a process began, and a little later: the kernel counts from the second in which it booted.
-fn began(process: u32) -> Option<SystemTime> {
+fn began(process: Process) -> Option<SystemTime> {
     // What the kernel tells programs, on every architecture.
     const TICKS: u64 = 100;
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The name in brackets may hold anything; the time is the 20th behind it.
-    let ticks: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
     let all = std::fs::read_to_string("/proc/stat").ok()?;
     let booted: u64 = all.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
-    Some(UNIX_EPOCH + Duration::from_secs(booted + ticks / TICKS + 2))
+    Some(UNIX_EPOCH + Duration::from_secs(booted + process.start / TICKS + 2))
 }
 
 /// The line of what a Go program says at its end that names the reason.
@@ -360,7 +374,7 @@ fn in_error(plugins: &[Plugin]) -> Vec<Finding> {
 }
 
 /// Its configuration was changed after it had been read.
-fn not_restarted(process: u32, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
+fn not_restarted(process: Process, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
     let started = began(process)?;
     let files = configuration.map_or_else(|| vec![node.file.clone()], |one| one.files.clone());
     let newer = files.into_iter().find(|file| changed(file).is_some_and(|changed| changed > started))?;
@@ -393,7 +407,7 @@ fn not_running(socket: &Path, e: &Error) -> Finding {
 fn mount_namespace(containerd: &Peer, daemon: &DescribeResponse) -> Option<Finding> {
     const CHECK: &str = "daemon.namespace";
     let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    if namespace(containerd.process()?)? == namespace(daemon.pid)? {
+    if namespace(containerd.listener()?.pid)? == namespace(daemon.pid)? {
         return None;
     }
     let what = "the daemon has a mount namespace of its own";

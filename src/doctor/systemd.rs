@@ -12,14 +12,12 @@ const SERVICE: &str = "cvmfs-snapshotter.service";
 const SOCKET: &str = "cvmfs-snapshotter.socket";
 /// Where units that were made by hand lie, before those of packages.
 const BY_HAND: [&str; 2] = ["/etc/systemd/system", "/usr/local/lib/systemd/system"];
-/// How a program that cannot go on begins its last line.
-const LAST_WORDS: &str = "cvmfs-snapshotter: ";
 const LIMIT: Duration = Duration::from_secs(10);
 /// So long a start that fails may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
-    child::ask(program.as_ref(), arguments, LIMIT).map(|said| said.stdout.trim().to_owned())
+    child::ask(program, arguments, LIMIT).map(|said| said.stdout.trim().to_owned())
 }
 
 fn is_in_charge() -> bool {
@@ -115,5 +113,5 @@ pub fn last_words() -> Option<String> {
     // Older ones do not know it, and write soon enough.
     let _ = output("journalctl", &["--sync"]);
     let lines = output("journalctl", &["--unit", SERVICE, "--output", "cat", "--no-pager", "--lines", "200"])?;
-    lines.lines().rev().find_map(|line| line.strip_prefix(LAST_WORDS)).map(str::to_owned)
+    lines.lines().rev().find_map(|line| line.strip_prefix(child::LAST_WORDS)).map(str::to_owned)
 }

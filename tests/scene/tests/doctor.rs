@@ -4,6 +4,9 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
@@ -15,9 +18,9 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use scene::containerd::OURS;
 use scene::doctor::{Finding, read};
-use scene::process::{Output, eventually, run};
+use scene::process::{Output, Server, eventually, run, tool};
 use scene::publisher::Repository;
-use scene::sandbox::mount_tmpfs;
+use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::binary;
 use scene::stage::{PAUSE, Stage};
 
@@ -53,6 +56,11 @@ fn findings(stage: &Stage, check: &str) -> (Vec<Finding>, i32) {
     let found: Vec<Finding> = all.iter().filter(|one| one.check == check).cloned().collect();
     assert!(!found.is_empty() || check.is_empty(), "no {check} in {all:#?}");
     (if check.is_empty() { all } else { found }, code)
+}
+
+fn said_by(output: std::process::Output) -> Output {
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Output { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 #[track_caller]
@@ -255,6 +263,86 @@ fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
     }
 }
 
+/// A program whose first page is to be read from a mount that hangs keeps whoever starts it.
+#[test]
+fn root_a_containerd_whose_program_is_on_a_mount_that_hangs_does_not_keep_the_doctor() {
+    let stage = Stage::set("hung-program", "repository-timeout = 2");
+    let image = stage.shell_image("hung:1", "a");
+    stage.publish_and_push(&image);
+    let digest = &image.layers[0].digest;
+    let layer = stage.repository.dir().join(".layers").join(&digest[7..9]).join(&digest[7..]).join("layerfs");
+    let busybox = layer.join("bin/busybox");
+    let (socket, file) = (stage.sandbox.path("hung.sock"), stage.sandbox.path("containerd.toml"));
+    fs::write(&file, "version = 2\n").expect("a file can be written");
+    // What listens becomes that program.
+    let script = "use Socket; $^F = 99; socket(S, AF_UNIX, SOCK_STREAM, 0) or die; \
+                  bind(S, pack_sockaddr_un($ARGV[0])) or die; listen(S, 5) or die; exec $ARGV[1], 'sleep', '1000' or die;";
+    let mut command = Command::new("perl");
+    command.args(["-e", script]).arg(&socket).arg(&busybox);
+    let mut server = Server::start(&mut command, &stage.sandbox.path("hung.log"));
+    let link = format!("/proc/{}/exe", server.pid());
+    server.wait_until("run from the repository", || fs::read_link(&link).is_ok_and(|program| program == busybox));
+    stage.repository.command("hang all");
+    let begun = Instant::now();
+    let [socket, file] = [&socket, &file].map(|path| path.display().to_string());
+    let output = stage.snapshotter.admin(&["doctor", "--json", "--containerd", &socket, "--containerd-config", &file]);
+    stage.repository.command("normal");
+    assert!(begun.elapsed() < Duration::from_mins(2), "{:?}", begun.elapsed());
+    let all = read(&output);
+    assert!(all.iter().any(|one| one.check == "containerd.running" && one.state == "problem"), "{all:#?}");
+}
+
+/// The doctor ran, as root, whatever program listened at the socket that it was told.
+#[test]
+fn root_the_doctor_runs_no_program_that_is_not_roots_alone() {
+    let sandbox = Sandbox::enter("stranger");
+    fs::set_permissions(sandbox.dir(), fs::Permissions::from_mode(0o777)).expect("a mode can be set");
+    let file = sandbox.path("containerd.toml");
+    fs::write(&file, "version = 2\n").expect("a file can be written");
+    for (n, (runs_as, owner, mode, before, refused)) in [
+        (65534, 65534, 0o755, &[][..], "process PID is of user 65534"),
+        (0, 65534, 0o755, &[], "is not root's alone (owner 65534, mode 0755)"),
+        (0, 0, 0o775, &[], "is not root's alone (owner 0, mode 0775)"),
+        (0, 0, 0o755, &["unshare", "--mount"], "process PID has a mount namespace of its own"),
+        (0, 0, 0o755, &[], ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let [program, socket, log] = ["program", "socket", "log"].map(|name| sandbox.path(&format!("{name}{n}")));
+        fs::copy(env!("CARGO_BIN_EXE_stranger"), &program).expect("a program can be copied");
+        chown(&program, Some(owner), Some(owner)).expect("an owner can be set");
+        fs::set_permissions(&program, fs::Permissions::from_mode(mode)).expect("a mode can be set");
+        let mut command = Command::new(before.first().map_or(program.as_os_str(), |first| first.as_ref()));
+        command.args(before.iter().skip(1)).args(before.first().map(|_| &program)).arg(&socket).uid(runs_as);
+        let mut server = Server::start(&mut command, &log);
+        server.wait_until("listen", || UnixStream::connect(&socket).is_ok());
+
+        let output = Command::new(binary())
+            .args(["doctor", "--json", "--address", "/nobody/there.sock", "--containerd"])
+            .arg(&socket)
+            .arg("--containerd-config")
+            .arg(&file)
+            .env("SCENE_OF_AN_ADMIN", "1")
+            .output()
+            .expect("the doctor can be started");
+        let ran = fs::read_to_string(program.with_extension("ran")).ok();
+        assert_eq!(ran.is_none(), !refused.is_empty(), "case {n}: {ran:?}");
+        let all = read(&said_by(output));
+        let refused = refused.replace("PID", &server.pid().to_string());
+        let is_said = |one: &Finding| one.check == "containerd.config" && one.what.contains("only the files");
+        let said: Vec<&Finding> = all.iter().filter(|one| is_said(one)).collect();
+        match ran {
+            None => assert!(said.len() == 1 && said[0].what.contains(&refused), "case {n}: {all:#?}"),
+            Some(ran) => {
+                assert!(said.is_empty(), "{all:#?}");
+                assert!(ran.starts_with("0 [\"containerd\", "), "{ran}");
+                assert!(ran.contains("PATH") && !ran.contains("SCENE_OF_AN_ADMIN"), "{ran}");
+            }
+        }
+    }
+}
+
 /// The state root was emptied under containerd, which still believes in what was there.
 #[test]
 fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
@@ -385,6 +473,9 @@ fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_progra
     fs::write(&file, good.replace("disable_snapshot_annotations = false", "")).expect("it can be written");
     let table = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]";
     let lacks = format!("every layer is downloaded|{table}: disable_snapshot_annotations = false");
+    // Where containerd's own archives put it, and nobody but root can.
+    mount_tmpfs(Path::new("/usr/local/bin"), "mode=755");
+    fs::copy(tool("containerd"), "/usr/local/bin/containerd").expect("a program can be installed");
     stage.ours.signal(Signal::SIGSTOP);
     let (found, _) = findings(&stage, "containerd.running");
     stage.ours.signal(Signal::SIGCONT);
