@@ -99,6 +99,10 @@ fn check_what_it_runs_with(machine: &Machine) {
     }
     assert_eq!([status("NoNewPrivs"), status("Seccomp")], ["1", "2"]);
     let pid = machine.property(SERVICE, "MainPID");
+    let limits = fs::read_to_string(machine.path(&format!("/proc/{pid}/limits"))).expect("it has limits");
+    let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
+    let core: Vec<&str> = core.unwrap_or_default().split_whitespace().take(2).collect();
+    assert_eq!(core, ["0", "0"], "what it knows of images and users lands in no core file");
     for name in ["mnt", "net"] {
         let of = |pid: &str| fs::read_link(machine.path(&format!("/proc/{pid}/ns/{name}"))).expect("it has one");
         assert_eq!(of(&pid), of("1"), "a service with namespaces of its own does not see repositories that come");
@@ -602,7 +606,9 @@ fn root_metrics_are_served_under_the_unit_on_a_socket_and_with_a_line_more_on_an
     let journal = machine.journal(SERVICE);
     assert!(journal.contains("RestrictAddressFamilies=AF_INET AF_INET6"), "the log has the remedy: {journal}");
     machine.client().stat("key").expect_err("it serves containerd all the same");
-    machine.drop_in(SERVICE, "metrics", "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\n");
+    // As docs/metrics.md has it.
+    let lines = "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressDeny=any\nIPAddressAllow=localhost\n";
+    machine.drop_in(SERVICE, "metrics", lines);
     machine.restart(SERVICE);
     scrape(Box::new(TcpStream::connect(free).expect("the address is served")));
 }
