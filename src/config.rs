@@ -95,10 +95,17 @@ const WORKERS: RangeInclusive<i64> = 1..=256;
 const QUEUE: RangeInclusive<i64> = 1..=65_536;
 const FEWEST_DEFAULT_WORKERS: usize = 32;
 
+/// Threads of all pools of workers together. The unit has `TasksMax=4096`, and the threads that ask
+/// repositories, scan and serve come on top.
+const MAX_POOL_THREADS: usize = 2_048;
+
 impl Config {
-    /// Threads for calls that wait for one repository, or for the answers to a pull.
+    /// Threads for calls that wait for one repository, or for the answers to a pull. As many as workers,
+    /// unless all pools together would have more than `MAX_POOL_THREADS`.
     pub fn waiter_threads(&self) -> usize {
-        self.worker_threads()
+        let pools = self.repositories.len() + 1;
+        let share = MAX_POOL_THREADS.saturating_sub(self.worker_threads()) / pools;
+        self.worker_threads().min(share.max(1))
     }
 
     /// They cost little: most of the time they wait for the disk, and those that wait together
@@ -576,5 +583,15 @@ mod tests {
         }
         assert!(read("repository =").unwrap_err().contains("line 1: not TOML"));
         assert!(read("repository = \"a\"\nrepository = \"b\"").unwrap_err().contains("line 2: not TOML"));
+    }
+
+    #[test]
+    fn threads_of_all_pools_together_are_bounded() {
+        for (workers, repositories, waiters) in [(32, 1, 32), (256, 1, 256), (256, 12, 137), (256, 500, 3)] {
+            let mut config = Config { workers: Some(workers), ..Config::default() };
+            config.repositories = vec![config.repositories[0].clone(); repositories];
+            assert_eq!(config.waiter_threads(), waiters);
+            assert!(workers + (repositories + 1) * waiters <= MAX_POOL_THREADS);
+        }
     }
 }
