@@ -8,6 +8,7 @@
 //! the repository: what hangs in an old mount is nothing to one that was mounted in its place.
 #![forbid(unsafe_code)]
 
+pub mod client;
 mod condition;
 pub mod health;
 pub mod lane;
@@ -205,11 +206,15 @@ impl Repository {
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.
-    pub fn look(repository: &Arc<Self>) {
+    /// `state` is the device of the state root.
+    pub fn look(repository: &Arc<Self>, state: Option<u64>) {
         let asked = Arc::clone(repository);
         let look = move || match probe(asked.sys.as_ref(), &asked.path) {
-            Ok(()) => log::info!(repository = asked.name.as_str();
-                "repository {} is there, at {}", asked.name, asked.path.display()),
+            Ok(()) => {
+                asked.warn_of_cache(state);
+                log::info!(repository = asked.name.as_str();
+                    "repository {} is there, at {}", asked.name, asked.path.display());
+            }
             Err(why) => log::warn!(repository = asked.name.as_str();
                 "repository {} is not there yet: {}; layers are downloaded until it is, and nothing has to be \
                  restarted then", asked.name, asked.known(why)),

@@ -115,7 +115,13 @@ impl Snapshotter {
 
     /// Asks each repository whether it is there, without waiting, and says so where it is not.
     pub fn look_at_repositories(&self) {
-        self.sources.repositories.iter().for_each(Repository::look);
+        let state = self.device();
+        self.sources.repositories.iter().for_each(|repository| Repository::look(repository, state));
+    }
+
+    /// That of the state root.
+    fn device(&self) -> Option<u64> {
+        self.sys.stat(self.places.all()).ok().map(|status| status.device)
     }
 
     /// Lets go of the metadata: a thread that hangs in a repository must not keep it locked

@@ -9,20 +9,35 @@ use std::time::Duration;
 use super::child;
 use crate::config::RepositoryAt;
 use crate::proto::admin::{Owner, Repository as Described};
+use crate::repository::client::Cache;
 use crate::repository::{Condition, Repository};
 use crate::sys::Host;
 
 /// More than a repository that answers ever takes.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// What the other process says: nothing, or the one owner of all, or why it cannot be used.
+/// Begins the line about the client's cache, with its device and its path.
+const CACHE: &str = "cache ";
+
+/// What the other process says: nothing, or the one owner of all, or why it cannot be used. And where its client keeps
+/// what it has fetched.
 pub fn probe(path: &Path) -> String {
     let repository = Arc::new(Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host)));
     match Repository::condition(&repository) {
-        Ok(Condition { owner: None }) => "good\n".to_owned(),
-        Ok(Condition { owner: Some((uid, gid)) }) => format!("good {uid} {gid}\n"),
+        Ok(Condition { owner, cache }) => {
+            let owner = owner.map_or_else(String::new, |(uid, gid)| format!(" {uid} {gid}"));
+            let of_cache = |cache: Cache| format!("{CACHE}{} {}\n", cache.device, cache.path.display());
+            format!("good{owner}\n{}", cache.map_or_else(String::new, of_cache))
+        }
         Err(why) => format!("bad {why}\n"),
     }
+}
+
+/// Where the client keeps what it has fetched: looked at with all that root may see, which the daemon's unit takes from it.
+pub fn cache(path: &Path) -> Option<Cache> {
+    let said = ask(path).ok()?;
+    let (device, path) = said.split_once('\n')?.1.strip_prefix(CACHE)?.split_once(' ')?;
+    Some(Cache { device: device.parse().ok()?, path: path.trim_end_matches('\n').into() })
 }
 
 pub fn look(at: &RepositoryAt) -> Described {
@@ -37,14 +52,15 @@ pub fn look(at: &RepositoryAt) -> Described {
         Ok(said) => said,
         Err(why) => return described(why, None),
     };
-    match said.trim_end().split_once(' ') {
+    let said = said.lines().next().unwrap_or_default();
+    match said.split_once(' ') {
         Some(("bad", why)) => described(why.to_owned(), None),
         Some(("good", owner)) => {
             let mut numbers = owner.split(' ').map_while(|number| number.parse().ok());
             let owner = numbers.next().zip(numbers.next());
             described(String::new(), owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() }))
         }
-        _ if said == "good\n" => described(String::new(), None),
+        _ if said == "good" => described(String::new(), None),
         _ => described(format!("the process that looked at it failed: {said:?}"), None),
     }
 }

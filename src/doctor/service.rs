@@ -72,7 +72,9 @@ pub fn look(
         Err(e) => {
             findings.push(not_running(&e));
             for at in config.map_or(&[][..], |config| &config.repositories) {
-                findings.extend(repository(&repositories::look(at), arguments));
+                let one = repositories::look(at);
+                findings.extend(repository(&one, arguments));
+                findings.extend(cache(&one, arguments));
             }
             return None;
         }
@@ -87,6 +89,7 @@ pub fn look(
     findings.extend(moved);
     for one in &described.repositories {
         findings.extend(repository(one, arguments));
+        findings.extend(cache(one, arguments));
     }
     // Of a state root that is elsewhere everything seems to be gone, and nothing is.
     if is_in_place {
@@ -228,6 +231,37 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+/// Whether the client's cache and the state root are on one file system.
+fn cache(one: &Repository, arguments: &Arguments) -> Option<Finding> {
+    const CHECK: &str = "repository.cache-device";
+    if !one.trouble.is_empty() {
+        return None;
+    }
+    let cache = repositories::cache(Path::new(&one.path))?;
+    let (name, root, place) = (&one.name, arguments.root.display(), cache.path.display());
+    if device(&arguments.root)? != cache.device {
+        let what = format!("the cache of repository {name}'s client, {place}, and the state root are on two file systems");
+        return Some(Finding::good(CHECK, what));
+    }
+    Some(Finding::warning(
+        CHECK,
+        format!(
+            "the cache of repository {name}'s client, {place}, is on the file system of the state root, {root}: starting \
+             containers can make every rename on it hang, for all programs of this node"
+        ),
+        "put one of them on another file system: the cache with CVMFS_CACHE_BASE=/another/disk in /etc/cvmfs/default.local, or \
+         the state root with --root; see docs/install.md, \"Two file systems\"",
+    ))
+}
+
+/// That of a directory, or of the one that it will be made in.
+fn device(path: &Path) -> Option<u64> {
+    let is_there = |path: &&Path| !reach::touch(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    let there = path.ancestors().find(is_there)?;
+    reach::touch(there).ok()?;
+    fs::metadata(there).ok().map(|status| status.dev())
 }
 
 fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::client::{self, Cache};
 use super::lane::alive;
 use super::missing::Missing;
 use super::{LAYER_ROOT, LAYERS, Repository, probe};
@@ -17,10 +18,12 @@ const OWNED_ENTRIES: usize = 32;
 const OWNED_LAYERS: usize = 8;
 
 /// Of a repository that can be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     /// User and group of everything in it, as far as it was looked at, if that is not root.
     pub owner: Option<(u32, u32)>,
+    /// Where its client keeps what it has fetched, as far as that can be told.
+    pub cache: Option<Cache>,
 }
 
 impl Repository {
@@ -31,8 +34,20 @@ impl Repository {
             let probed = probe(asked.sys.as_ref(), &asked.path);
             mount.watch.saw(probed.is_ok());
             probed.map_err(|why| asked.known(why))?;
-            Ok(Condition { owner: asked.owner_of_all() })
+            Ok(Condition { owner: asked.owner_of_all(), cache: asked.cache() })
         })?
+    }
+
+    fn cache(&self) -> Option<Cache> {
+        client::cache(self.sys.as_ref(), &self.path, Path::new(client::CONFIGURATION))
+    }
+
+    /// Logs if the client's cache is on the file system of the state root, whose device is `state`.
+    pub(super) fn warn_of_cache(&self, state: Option<u64>) {
+        if let Some(cache) = self.cache().filter(|cache| Some(cache.device) == state) {
+            log::warn!(repository = self.name.as_str();
+                "the CernVM-FS client of repository {} keeps its cache in {}, on the file system of the state root: starting                  containers can make every rename on it hang, for all programs of this node. Put one of them on another                  file system: the cache with CVMFS_CACHE_BASE in /etc/cvmfs/default.local, or the state root with --root;                  see docs/install.md", self.name, cache.path.display());
+        }
     }
 
     /// User and group of some of what is at the top of an image.

@@ -82,11 +82,13 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
     let conditions = snapshotter.conditions();
     let repositories = conditions.iter().map(|(repository, condition)| {
         let owner = condition.as_ref().ok().and_then(|condition| condition.owner);
+        let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
         Repository {
             name: repository.name().to_owned(),
             path: repository.path().display().to_string(),
             trouble: condition.as_ref().err().map(Missing::to_string).unwrap_or_default(),
             owner: owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() }).into(),
+            cache: cache.map(|cache| cache.path.display().to_string()).unwrap_or_default(),
             ..Repository::default()
         }
     });

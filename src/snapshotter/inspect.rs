@@ -72,10 +72,14 @@ impl Snapshotter {
         }
     }
 
-    /// Each repository, and how it is: they are asked.
+    /// Each repository, and how it is: they are asked. Of a cache is told if it is on the file system of the state root.
     pub fn conditions(&self) -> Vec<(Arc<Repository>, std::result::Result<Condition, Missing>)> {
-        let all = self.sources.repositories.iter();
-        all.map(|repository| (Arc::clone(repository), Repository::condition(repository))).collect()
+        let state = self.device();
+        let condition = |repository| {
+            let found = Repository::condition(repository);
+            found.map(|one| Condition { cache: one.cache.filter(|cache| Some(cache.device) == state), ..one })
+        };
+        self.sources.repositories.iter().map(|one| (Arc::clone(one), condition(one))).collect()
     }
 
     /// The name of each repository, and whether it can be used, as far as that is known. Nobody waits.

@@ -125,6 +125,7 @@ impl Report {
                 "path": one.path,
                 "answers": one.trouble.is_empty(),
                 "trouble": none_if_empty(&one.trouble),
+                "cache_on_state_file_system": none_if_empty(&one.cache),
                 "everything_belongs_to": one.owner.as_ref().map(|owner| json!({"uid": owner.uid, "gid": owner.gid})),
             })
         });
@@ -184,6 +185,15 @@ impl Report {
         let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded", pulls.published);
         text.push('\n');
         text.push_str(&table(&self.repositories()));
+        for one in daemon.repositories.iter().filter(|one| !one.cache.is_empty()) {
+            let _ = writeln!(
+                text,
+                "{}: its client's cache, {}, is on the file system of the snapshots, and containers that start can make that \
+                 hang: cvmfs-snapshotter doctor",
+                printable(&one.name),
+                printable(&one.cache)
+            );
+        }
         text.push('\n');
         text.push_str(&table(&self.image_rows()));
         for one in &self.images {

@@ -19,6 +19,7 @@ use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
 use crate::image::{Blob, Image};
+use crate::sandbox::mount_tmpfs;
 
 /// Its fully qualified name.
 pub const NAME: &str = "scene.test";
@@ -77,6 +78,14 @@ impl Repository {
         let repository = Self { dir: dir.to_owned(), tree, real: Some(Mutex::new(real)) };
         repository.mount();
         repository
+    }
+
+    /// As `mounted`, with the client's cache on a file system of its own, as it should be on a node.
+    pub fn mounted_apart(dir: &Path) -> Self {
+        let cache = dir.with_extension("cache");
+        fs::create_dir_all(&cache).expect("the cache's directory can be made");
+        mount_tmpfs(&cache, "mode=700");
+        Self::mounted(dir)
     }
 
     pub fn plain(dir: &Path) -> Self {

@@ -87,7 +87,7 @@ fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
 
 #[test]
 fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
-    let stage = Stage::set("good", "");
+    let stage = Stage::with("good", "", Repository::mounted_apart);
     let image = stage.shell_image("good:1", "a");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -102,6 +102,7 @@ fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
         "config.file",
         "daemon.running",
         "repository.answers",
+        "repository.cache-device",
         "state.images",
         "containerd.running",
         "containerd.plugin",

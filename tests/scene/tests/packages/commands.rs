@@ -221,6 +221,7 @@ const ADMIN: &str = "docs/admin.md";
 const INSTALL: &str = "docs/install.md";
 const PRIVILEGES: &str = "docs/privileges.md";
 const TAKEOVER: &str = "docs/takeover.md";
+const CACHE: &str = "/var/lib/cvmfs";
 const TROUBLE: &str = "docs/troubleshooting.md";
 
 /// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
@@ -248,6 +249,10 @@ fn root_every_command_of_the_documentation_does_what_its_page_says() {
     machine.restart(SERVICE);
     machine.restart("containerd.service");
     node.assert_nothing_is_lost(&running);
+
+    node.shell(&format!("mkdir {CACHE}")).ok();
+    let two = format!("df --output=target,source {CACHE} {STATE}");
+    docs.run_and_see(INSTALL, &two, &[STATE]);
 
     everyday(&mut docs, running.image());
 

@@ -1,0 +1,133 @@
+//! The cache of the repository's client and the state root on one file system, where overlayfs and FUSE can wait
+//! for each other, and on two.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
+use scene::doctor;
+use scene::process::{eventually, run};
+use scene::publisher::Repository;
+use scene::release::read;
+use scene::stage::Stage;
+
+fn cache(stage: &Stage) -> PathBuf {
+    stage.repository.dir().with_extension("cache")
+}
+
+/// The line of the log about the cache, once the start has looked at the repository.
+fn logged(stage: &Stage) -> Option<String> {
+    eventually("the start has looked at the repository", || stage.snapshotter.log().contains("scene.test is there, at"));
+    let log = stage.snapshotter.log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("on the file system of the state root")).collect();
+    assert!(lines.len() < 2, "it is said once for each start: {lines:?}");
+    lines.first().map(|&line| line.to_owned())
+}
+
+fn forget_log(stage: &Stage) {
+    fs::write(stage.sandbox.path("s/log"), "").expect("a log can be emptied");
+}
+
+/// What the status has of it.
+fn shown(stage: &Stage) -> (Option<String>, String) {
+    let ask = |form: &[&str]| stage.snapshotter.admin(&[&["status"], form].concat()).ok();
+    let json: serde_json::Value = serde_json::from_str(&ask(&["--json"])).expect("it is JSON");
+    (json["repositories"][0]["cache_on_state_file_system"].as_str().map(str::to_owned), ask(&[]))
+}
+
+/// State, what, and remedy.
+fn diagnosed(stage: &Stage) -> (String, String, Option<String>) {
+    let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
+    let mut found = all.iter().filter(|one| one.check == "repository.cache-device");
+    let one = found.next().unwrap_or_else(|| panic!("it is not in {all:#?}"));
+    (one.state.clone(), one.what.clone(), one.remedy.clone())
+}
+
+#[test]
+fn root_a_cache_on_the_file_system_of_the_state_root_is_warned_of() {
+    let mut stage = Stage::set("one-device", "");
+    let place = cache(&stage).display().to_string();
+    let line = logged(&stage).expect("the start says it");
+    for words in [place.as_str(), "\"warning\"", "scene.test", "CVMFS_CACHE_BASE in /etc/cvmfs/default.local", "--root"] {
+        assert!(line.contains(words), "no {words} in {line}");
+    }
+    let (json, text) = shown(&stage);
+    assert_eq!(json.as_deref(), Some(place.as_str()));
+    assert!(text.contains(&format!("cache, {place}, is on the file system of the snapshots")), "{text}");
+    let warns = |stage: &Stage| {
+        let (state, what, remedy) = diagnosed(stage);
+        assert_eq!(state, "warning");
+        assert!(what.contains(&place) && what.contains(&stage.snapshotter.root().display().to_string()), "{what}");
+        assert!(remedy.is_some_and(|text| text.contains("CVMFS_CACHE_BASE=") && text.contains("--root")));
+    };
+    warns(&stage);
+    stage.snapshotter.end(Signal::SIGTERM);
+    warns(&stage);
+
+    // As the unit starts it, which gives no CAP_SYS_PTRACE: then the client's configuration tells.
+    let without = ["setpriv", "--bounding-set=-sys_ptrace"];
+    forget_log(&stage);
+    stage.snapshotter.start_again_under(&without);
+    assert_eq!(logged(&stage), None, "nobody says where it is");
+    stage.snapshotter.end(Signal::SIGTERM);
+    configure_client(&stage, &format!("CVMFS_CACHE_DIR={place}\n"));
+    forget_log(&stage);
+    stage.snapshotter.start_again_under(&without);
+    let line = logged(&stage).expect("the start says it");
+    assert!(line.contains(&place), "{line}");
+}
+
+/// Of this sandbox: nobody else sees it.
+fn configure_client(stage: &Stage, text: &str) {
+    let [upper, work] = ["etc.upper", "etc.work"].map(|name| stage.sandbox.make_dir(name));
+    let options = format!("lowerdir=/etc,upperdir={},workdir={}", upper.display(), work.display());
+    mount(Some("etc"), "/etc", Some("overlay"), MsFlags::empty(), Some(options.as_str())).expect("/etc can be covered");
+    fs::create_dir_all("/etc/cvmfs").expect("a directory can be made");
+    fs::write("/etc/cvmfs/default.local", text).expect("a file can be written");
+}
+
+#[test]
+fn root_a_cache_on_another_file_system_than_the_state_root_is_not_warned_of() {
+    let stage = Stage::with("two-devices", "", Repository::mounted_apart);
+    assert_eq!(logged(&stage), None);
+    let (json, text) = shown(&stage);
+    assert_eq!(json, None);
+    assert!(!text.contains("file system of the snapshots"), "{text}");
+    let (state, what, _) = diagnosed(&stage);
+    assert_eq!(state, "good", "{what}");
+    assert!(what.contains(&cache(&stage).display().to_string()), "{what}");
+}
+
+/// A repository that hangs does not keep the doctor at this question either.
+#[test]
+fn root_of_a_repository_that_hangs_nobody_waits_for_the_cache() {
+    let stage = Stage::set("hung-device", "repository-timeout = 2");
+    stage.repository.command("hang all");
+    let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
+    stage.repository.command("normal");
+    assert!(all.iter().any(|one| one.check == "repository.answers" && one.state == "problem"), "{all:#?}");
+    assert!(all.iter().all(|one| one.check != "repository.cache-device"), "{all:#?}");
+    assert!(Path::new(&cache(&stage)).exists());
+}
+
+/// What docs/repository.md says of a node that hangs: the kernel is told to end the connection.
+#[test]
+fn root_a_program_that_hangs_in_a_repository_goes_on_when_its_connection_is_aborted() {
+    let stage = Stage::set("abort", "repository-timeout = 2");
+    let line = read("docs/repository.md");
+    let command = line.split('`').find(|text| text.starts_with("echo 1 >")).expect("the page has the command");
+    stage.repository.command("hang all");
+    let mut hung = Command::new("ls").arg(stage.repository.dir().join("nobody-has-looked-there")).spawn().expect("ls runs");
+    // The number is the second half of the device, in the mount table.
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("the mount table can be read");
+    let point = stage.repository.dir().display().to_string();
+    let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == Some(point.as_str()));
+    let device = lines.next().and_then(|line| line.split(' ').nth(2)).expect("the repository is mounted");
+    let number = device.strip_prefix("0:").expect("FUSE has no disk");
+    mount(Some("fusectl"), "/sys/fs/fuse/connections", Some("fusectl"), MsFlags::empty(), None::<&str>).expect("it can be mounted");
+    assert!(hung.try_wait().expect("it is our child").is_none(), "it hangs");
+    run("sh", ["-c", &command.replace("NUMBER", number)]).ok();
+    eventually("what hung goes on", || hung.try_wait().expect("it is our child").is_some());
+}
