@@ -3,7 +3,10 @@
 //! whoever reads them may be slow, or stuck, and that must stop no call and no stop.
 #![forbid(unsafe_code)]
 
+use std::any::Any;
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, Write};
+use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,6 +54,33 @@ pub fn start(format: Format, level: LevelFilter) {
         })
         .init();
     set_level(level);
+    std::panic::set_hook(Box::new(log_panic));
+}
+
+/// A panic is a line like any other. It may be the end of the process, so the line is waited for.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    const LIMIT: Duration = Duration::from_secs(1);
+    let thread = thread::current();
+    let thread = thread.name().unwrap_or("without a name");
+    let location = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
+    let message = panic_message(panic.payload());
+    // With RUST_BACKTRACE=1, as Rust's own hook would.
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        log::error!(thread, location, backtrace:%; "thread {thread} panicked at {location}: {message}");
+    } else {
+        log::error!(thread, location; "thread {thread} panicked at {location}: {message}");
+    }
+    flush(LIMIT);
+}
+
+/// What a panic said.
+pub fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
 }
 
 /// Lines that may wait to be written; beyond that they are dropped, and counted.
@@ -191,5 +221,41 @@ mod tests {
         ] {
             assert_eq!(parse_level(name), expected, "{name}");
         }
+    }
+
+    /// In the process of a test, this is the daemon's log and the child of the test below.
+    const CHILD: &str = "CVMFS_SNAPSHOTTER_TEST_LOG";
+
+    fn panic_in_the_child(format: &str) {
+        start(if format == "json" { Format::Json } else { Format::Text }, LevelFilter::Info);
+        log::info!(key = "\u{1b}[2J\nx"; "before");
+        let worker = thread::Builder::new().name("worker-7".to_owned());
+        let panicked = worker.spawn(|| panic!("on {}\npurpose", "line 1")).unwrap().join();
+        assert!(panicked.is_err());
+    }
+
+    /// It was lines of plain text among those of JSON.
+    #[test]
+    fn panic_is_one_line_of_the_log_with_thread_and_place() {
+        if let Ok(format) = std::env::var(CHILD) {
+            return panic_in_the_child(&format);
+        }
+        let run = |format: &str| {
+            let name = "logging::tests::panic_is_one_line_of_the_log_with_thread_and_place";
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", name, "--nocapture"]).env(CHILD, format).env("RUST_BACKTRACE", "0");
+            String::from_utf8(child.output().unwrap().stderr).unwrap()
+        };
+        let json = run("json");
+        let lines: Vec<Json> = json.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+        let [_, panic] = &lines[..] else { panic!("{json}") };
+        assert_eq!((&panic["level"], &panic["thread"]), (&Json::from("error"), &Json::from("worker-7")));
+        let location = panic["location"].as_str().unwrap();
+        assert!(location.starts_with("src/logging.rs:"), "{location}");
+        assert_eq!(panic["msg"], Json::from(format!("thread worker-7 panicked at {location}: on line 1\npurpose")));
+        let text = run("text");
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+        assert!(text.contains("key=\\u{1b}[2J\\nx") && text.contains("on line 1\\npurpose"), "{text}");
     }
 }

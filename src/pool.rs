@@ -7,7 +7,6 @@
 //! which is never full; the workers serve both in turns, so neither can hold up the other.
 #![forbid(unsafe_code)]
 
-use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, bounded, select_biased, unbounded};
 use parking_lot::{Condvar, Mutex};
 
+use crate::logging::panic_message;
 use crate::metrics::PoolState;
 
 /// Why a job has no result.
@@ -163,7 +163,7 @@ fn work(queues: &Queues) {
     while let Some(job) = queues.next(&mut turn) {
         // `submit` fences the work itself; this fence is for a panic while answering.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(None))) {
-            log::error!("a worker could not send an answer: {}", message(panic.as_ref()));
+            log::error!("a worker could not send an answer: {}", panic_message(panic.as_ref()));
         }
     }
 }
@@ -225,7 +225,7 @@ impl Entrance {
                 Some(refusal) => Err(refusal),
                 None if expired() => Err(Refusal::DeadlinePassed),
                 None => catch_unwind(AssertUnwindSafe(work))
-                    .map_err(|panic| Refusal::Panicked(message(panic.as_ref()).to_owned())),
+                    .map_err(|panic| Refusal::Panicked(panic_message(panic.as_ref()).to_owned())),
             };
             answer(result);
         }))
@@ -254,14 +254,6 @@ impl Drop for Ticket {
             self.0.idle.notify_all();
         }
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("a panic without a message")
 }
 
 #[cfg(test)]
