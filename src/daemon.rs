@@ -3,16 +3,18 @@
 
 mod error;
 mod root;
+mod signals;
 
 use std::io::{self, Write};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, RecvError, bounded, select};
 use log::LevelFilter;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
 
 pub use self::error::Error;
 use self::root::{SNAPSHOTS, StateRoot};
@@ -90,9 +92,10 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     sys::share_arenas();
     // Blocked before the first thread starts, so that every thread inherits it and the
     // signals wait for us.
-    let signals = block_signals();
+    let blocked = signals::block();
     let Loaded { config, unknown } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
-    logging::start(config.log_format, level(arguments, &config));
+    let level = arguments.log_level.or(config.log_level).unwrap_or(LevelFilter::Info);
+    logging::start(config.log_format, level);
     for key in &unknown {
         log::warn!("{}, {key}", arguments.config_file().display());
     }
@@ -100,7 +103,8 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     check_metrics(arguments, &config)?;
     raise_descriptor_limit();
     server::check_address(&arguments.address).map_err(Error::Address)?;
-    let pools = Pools::start(&config).map_err(Error::Threads)?;
+    let told_to_stop = signals::listen(blocked, arguments, level).map_err(Error::Threads)?;
+    let mut pools = Pools::start(&config).map_err(Error::Threads)?;
     let late = Late::default();
     let serve_on = |bound| {
         let late = Arc::clone(&late);
@@ -109,14 +113,12 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
     // containerd gives up a connection that is not greeted within a second.
     let early = server::inherited().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
-    let (root, snapshotter, found) = match begin(arguments, &config) {
-        Ok(begun) => begun,
-        Err(e) => {
-            if let Some(server) = early {
-                server.abandon();
-            }
-            return Err(e);
+    let begun = begin_unless_stopped(&arguments.root, &config, &told_to_stop);
+    let Ok(Some((root, snapshotter, found))) = begun else {
+        if let Some(server) = early {
+            server.abandon();
         }
+        return begun.map(drop);
     };
     let server = match early {
         Some(server) => {
@@ -128,6 +130,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         None => server::bind(&arguments.address, &config.allowed_uids).and_then(serve_on).map_err(Error::Server)?,
     };
     let _ = late.set(Arc::clone(&snapshotter));
+    pools.workers.run().map_err(Error::Threads)?;
     let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
         "cvmfs-snapshotter {} serves {} from {}",
@@ -148,7 +151,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     if let Some(interval) = notify::watchdog_interval() {
         show_life(interval, pools.workers.entrance())?;
     }
-    wait_for_stop(&signals, arguments, level(arguments, &config));
+    let _ = told_to_stop.recv();
     notify::stopping();
     stop(server, pools);
     snapshotter.close();
@@ -156,9 +159,32 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     Ok(())
 }
 
+type Begun = (StateRoot, Arc<Snapshotter>, Found);
+
+/// As `begin`. None: the daemon was told to stop meanwhile. What is half done then is as after a crash, which the
+/// next start takes up.
+fn begin_unless_stopped(root: &Path, config: &Config, stop: &Receiver<()>) -> Result<Option<Begun>, Error> {
+    let (done, begun) = bounded(1);
+    let (root, config) = (root.to_owned(), config.clone());
+    let work = move || drop(done.send(begin(&root, &config)));
+    let thread = thread::Builder::new().name("start".to_owned()).spawn(work).map_err(Error::Threads)?;
+    select! {
+        recv(begun) -> result => match result {
+            Ok(result) => result.map(Some),
+            // It panicked.
+            Err(RecvError) => thread.join().map_or_else(|panic| resume_unwind(panic), |()| Ok(None)),
+        },
+        recv(stop) -> _ => {
+            log::info!("stopped before the start was over");
+            notify::stopping();
+            Ok(None)
+        }
+    }
+}
+
 /// Everything up to the first call: the state root, the metadata, and what a crash left.
-fn begin(arguments: &Arguments, config: &Config) -> Result<(StateRoot, Arc<Snapshotter>, Found), Error> {
-    let root = StateRoot::take(&arguments.root)?;
+fn begin(root: &Path, config: &Config) -> Result<Begun, Error> {
+    let root = StateRoot::take(root)?;
     let snapshotter = Arc::new(open(&root, config)?);
     let found = snapshotter.recover().map_err(Error::Recovery)?;
     log::info!(
@@ -183,20 +209,6 @@ fn begin(arguments: &Arguments, config: &Config) -> Result<(StateRoot, Arc<Snaps
     Ok((root, snapshotter, found))
 }
 
-fn level(arguments: &Arguments, config: &Config) -> LevelFilter {
-    arguments.log_level.or(config.log_level).unwrap_or(LevelFilter::Info)
-}
-
-fn block_signals() -> SigSet {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
-        signals.add(signal);
-    }
-    // Cannot fail: the set holds signals only.
-    let _ = signals.thread_block();
-    signals
-}
-
 /// Services are started with 1024 that may be opened, and often with many more that may be asked for.
 fn raise_descriptor_limit() {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
@@ -206,43 +218,6 @@ fn raise_descriptor_limit() {
         log::warn!(
             "only {limit} files may be open, {DESCRIPTORS} are needed at the bounds: raise LimitNOFILE= in the unit"
         );
-    }
-}
-
-/// `level` is what the log began with.
-fn wait_for_stop(signals: &SigSet, arguments: &Arguments, mut level: LevelFilter) {
-    loop {
-        match signals.wait() {
-            Ok(Signal::SIGTERM | Signal::SIGINT) => return,
-            Ok(Signal::SIGHUP) => level = reload(arguments).unwrap_or(level),
-            Ok(Signal::SIGUSR1) => change_level(log::max_level().increment_severity()),
-            Ok(Signal::SIGUSR2) => change_level(level),
-            Ok(_) | Err(_) => {}
-        }
-    }
-}
-
-fn change_level(level: LevelFilter) {
-    logging::set_level(level);
-    // Somebody waits for it, so it is said at any level; at the usual ones it is no alarm.
-    let as_what = level.to_level().map_or(log::Level::Error, |most| most.min(log::Level::Info));
-    log::log!(as_what, "log level {level}");
-}
-
-/// SIGHUP: only the log level changes while the program runs.
-fn reload(arguments: &Arguments) -> Option<LevelFilter> {
-    match config::load(arguments.config.as_deref()) {
-        Ok(Loaded { config, .. }) => {
-            // What somebody just wrote into the file wins over what the service was started with.
-            let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
-            logging::set_level(level);
-            log::info!("log level {level}; other keys of the configuration need a restart");
-            Some(level)
-        }
-        Err(e) => {
-            log::error!("nothing was changed: {e}");
-            None
-        }
     }
 }
 
@@ -319,10 +294,11 @@ struct Pools {
 }
 
 impl Pools {
+    /// All but the workers: calls that come before the start is over wait for those.
     fn start(config: &Config) -> io::Result<Self> {
         let waiters = |name: &str| Pool::start(name, config.waiter_threads(), config.queue);
         Ok(Self {
-            workers: Pool::start("worker", config.worker_threads(), config.queue)?,
+            workers: Pool::idle("worker", config.worker_threads(), config.queue),
             pulls: waiters("pull")?,
             repositories: config.repositories.iter().map(|_| waiters("start")).collect::<io::Result<_>>()?,
         })

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -74,7 +75,9 @@ struct State {
 }
 
 pub struct Pool {
+    name: String,
     entrance: Entrance,
+    queues: Queues,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -88,18 +91,29 @@ pub enum Drained {
 
 impl Pool {
     /// `workers` threads, called `name`, that share a queue of `queue` waiting jobs.
-    pub fn start(name: &str, workers: usize, queue: usize) -> std::io::Result<Self> {
+    pub fn start(name: &str, workers: usize, queue: usize) -> io::Result<Self> {
+        let mut pool = Self::idle(name, workers, queue);
+        pool.run()?;
+        Ok(pool)
+    }
+
+    /// As `start`, but jobs wait in the queue until `run`.
+    pub fn idle(name: &str, workers: usize, queue: usize) -> Self {
         let (jobs, queued) = bounded::<Job>(queue);
         let (going_on, begun) = unbounded::<Job>();
         let running = Arc::new(Running::default());
-        let threads = workers;
-        let workers = (0..threads)
-            .map(|n| {
-                let queues = Queues { queued: queued.clone(), begun: begun.clone() };
-                thread::Builder::new().name(format!("{name}-{n}")).spawn(move || work(&queues))
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self { entrance: Entrance { jobs, limit: queue, threads, going_on, running }, workers })
+        let entrance = Entrance { jobs, limit: queue, threads: workers, going_on, running };
+        Self { name: name.to_owned(), entrance, queues: Queues { queued, begun }, workers: Vec::new() }
+    }
+
+    /// Starts the threads. To be called once.
+    pub fn run(&mut self) -> io::Result<()> {
+        for n in 0..self.entrance.threads {
+            let queues = self.queues.clone();
+            let thread = thread::Builder::new().name(format!("{}-{n}", self.name));
+            self.workers.push(thread.spawn(move || work(&queues))?);
+        }
+        Ok(())
     }
 
     pub fn entrance(&self) -> Entrance {
@@ -127,6 +141,7 @@ impl Pool {
 }
 
 /// Where a worker finds its jobs.
+#[derive(Clone)]
 struct Queues {
     queued: Receiver<Job>,
     begun: Receiver<Job>,
@@ -328,6 +343,25 @@ mod tests {
         let pool = Pool::start("t", 1, 8).unwrap();
         let (send, receive) = mpsc::channel();
         pool.entrance().submit(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
+        assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
+    }
+
+    /// At a start that takes long: nothing is begun, as much waits as the queue takes, and then everything is done
+    /// whose caller still waits.
+    #[test]
+    fn an_idle_pool_lets_jobs_wait_until_it_runs() {
+        let mut pool = Pool::idle("t", 1, 2);
+        let entrance = pool.entrance();
+        let waiting = outcome(&entrance, Work::New, || 1);
+        let (expire, has_expired) = mpsc::channel::<()>();
+        let (send, receive) = mpsc::channel();
+        let expired = move || has_expired.try_recv() == Err(mpsc::TryRecvError::Disconnected);
+        entrance.submit(expired, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
+        assert_eq!(outcome(&entrance, Work::New, || 2).try_recv(), Ok(Err(Refusal::QueueFull { limit: 2 })));
+        assert!(waiting.try_recv().is_err());
+        drop(expire);
+        pool.run().unwrap();
+        assert_eq!(waiting.recv_timeout(SOON), Ok(Ok(1)));
         assert_eq!(receive.recv_timeout(SOON), Ok(Err(Refusal::DeadlinePassed)));
     }
 

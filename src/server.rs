@@ -61,7 +61,7 @@ pub struct Server {
     file: SocketFile,
 }
 
-/// What the calls are about. Those that come before it is there wait for it, on the workers.
+/// What the calls are about. Those that come before it is there wait in the queue of `pool`, which is started then.
 pub type Late = Arc<OnceLock<Arc<Snapshotter>>>;
 
 /// The socket that this process was started with, if there is one.
@@ -90,7 +90,7 @@ pub fn bind_for_all(path: &Path) -> Result<UnixListener> {
 
 impl Server {
     /// Begins to serve root and `allowed_uids`. `pool` does the work, except for calls that a
-    /// repository may keep waiting.
+    /// repository may keep waiting; it begins when `snapshotter` is there.
     pub fn start(
         bound: Bound,
         allowed_uids: &[u32],

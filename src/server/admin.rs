@@ -56,17 +56,18 @@ impl Handlers {
                 ..LeftoversResponse::default()
             })
         });
-        // Not after the start: that it is not over is an answer.
-        self.unary_at_once(service, &service::HEALTH_CHECK, None, |late, request, _| {
-            let serving = match late.get() {
-                None => false,
-                Some(snapshotter) => is_well(snapshotter, &request.service)
-                    .ok_or_else(|| Failure::UnknownService(request.service.clone()))?,
-            };
-            let status = if serving { ServingStatus::SERVING } else { ServingStatus::NOT_SERVING };
-            Ok(HealthCheckResponse { status: EnumOrUnknown::new(status), ..HealthCheckResponse::default() })
+        // That the start is not over is an answer.
+        let early = || health(ServingStatus::NOT_SERVING);
+        self.unary_from_the_start(service, &service::HEALTH_CHECK, Some(early), None, |s, request, _| {
+            let is_well =
+                is_well(s, &request.service).ok_or_else(|| Failure::UnknownService(request.service.clone()))?;
+            Ok(health(if is_well { ServingStatus::SERVING } else { ServingStatus::NOT_SERVING }))
         })
     }
+}
+
+fn health(status: ServingStatus) -> HealthCheckResponse {
+    HealthCheckResponse { status: EnumOrUnknown::new(status), ..HealthCheckResponse::default() }
 }
 
 /// None: there is no such service. That this runs says that a worker was free.

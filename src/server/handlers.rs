@@ -2,10 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
-use grpcio::{Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink};
+use grpcio::{Deadline, Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink, UnarySinkResult};
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
@@ -128,83 +128,131 @@ impl Handlers {
         R: Send + 'static,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> snapshotter::Result<R> + Clone + Send + 'static,
     {
-        self.unary_at_once(service, method, waits, move |late, request, cancelled| {
-            Ok(work(late.wait(), request, cancelled)?)
+        self.unary_from_the_start(service, method, None, waits, move |s, request, cancelled| {
+            Ok(work(s, request, cancelled)?)
         })
     }
 
-    /// As `unary`, and before the start is over.
-    pub(super) fn unary_at_once<Q, R, F>(
+    /// As `unary`; as long as the start is not over, the answer is what `early` gives, where there is such an answer.
+    /// Other calls wait in the queue of the workers, which begin when the start is over.
+    pub(super) fn unary_from_the_start<Q, R, F>(
         &self,
         service: ServiceBuilder,
         method: &Method<Q, R>,
+        early: Option<fn() -> R>,
         waits: Option<Waits<Q>>,
         work: F,
     ) -> ServiceBuilder
     where
         Q: Message,
         R: Send + 'static,
-        F: Fn(&Late, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
+        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
     {
         let handlers = self.clone();
         let name = method.name;
         METRICS.expect_calls(name);
         service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
-            let (deadline, since) = (context.deadline(), Instant::now());
-            let burden = match handlers.load.take(ConnectionId::from_peer(&context.peer()), request.compute_size()) {
+            let reply = Reply { name, since: Instant::now(), sink };
+            let connection = ConnectionId::from_peer(&context.peer());
+            let burden = match handlers.load.take(connection, request.compute_size()) {
                 Ok(burden) => burden,
-                Err(overload) => {
-                    let answer = sink.fail(failed(name, since, &Failure::Load(overload)));
-                    return context.spawn(async move { drop(answer.await) });
-                }
+                Err(overload) => return context.spawn(reply.send(Err(overload.into())).finish()),
             };
-            let (snapshotter, waiters) = (Arc::clone(&handlers.snapshotter), Arc::clone(&handlers.waiters));
+            let early = early.filter(|_| handlers.snapshotter.get().is_none());
+            if let Some(early) = early {
+                return context.spawn(reply.send(Ok(early())).finish());
+            }
             let (started, sending) = oneshot::channel();
             let answer = move |result: Result<Outcome<R>, Refusal>| {
-                let was_worked_on = result.is_ok();
-                let result = result.map_err(Failure::Pool).flatten();
                 // A refusal may be said on gRPC's own thread, which must not wait.
-                let turn = was_worked_on.then(|| burden.answer());
-                let success = result.is_ok().then(|| since.elapsed());
+                let permit = result.is_ok().then(|| burden.answer());
                 // Sending starts here, on the worker, without another change of threads.
-                let answer = match result {
-                    Ok(response) => sink.success(response),
-                    Err(failure) => sink.fail(failed(name, since, &failure)),
-                };
-                drop(started.send((answer, success, turn, burden)));
+                let sent = reply.send(result.map_err(Failure::Pool).flatten());
+                drop(started.send((sent, permit, burden)));
             };
-            let run = {
-                let (snapshotter, work) = (Arc::clone(&snapshotter), work.clone());
-                move |request| work(&snapshotter, request, &|| deadline.exceeded())
-            };
-            let run_here = run.clone();
-            handlers.pool.submit(
-                move || deadline.exceeded(),
-                move || match waits.map_or(Ok(None), |waits| waits(snapshotter.wait(), &request)) {
-                    Ok(Some(asks)) => Step::PassOn(asks, request),
-                    Ok(None) => Step::Done(run_here(request)),
-                    Err(e) => Step::Done(Err(e.into())),
-                },
-                move |step| match step {
-                    Ok(Step::PassOn(asks, request)) => {
-                        waiters.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
-                    }
-                    Ok(Step::Done(result)) => answer(Ok(result)),
-                    Err(refusal) => answer(Err(refusal)),
-                },
-            );
+            handlers.begin(context.deadline(), request, waits, work.clone(), answer);
             // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
             // wait for the end of it: not the worker, which a slow client must not hold.
             context.spawn(async move {
-                if let Ok((answer, success, turn, burden)) = sending.await {
-                    let code = if answer.await.is_ok() { Code::Ok } else { Code::Cancelled };
-                    if let Some(took) = success {
-                        METRICS.called(name, code.name(), took);
-                    }
-                    drop((turn, burden));
+                if let Ok((sent, permit, burden)) = sending.await {
+                    sent.finish().await;
+                    drop((permit, burden));
                 }
             });
         })
+    }
+
+    /// Has a worker, and then a waiter if the call `waits`, do `work`, and `answer` with its result.
+    fn begin<Q, R, F>(
+        &self,
+        deadline: Deadline,
+        request: Q,
+        waits: Option<Waits<Q>>,
+        work: F,
+        answer: impl FnOnce(Result<Outcome<R>, Refusal>) + Send + 'static,
+    ) where
+        Q: Message,
+        R: Send + 'static,
+        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
+    {
+        let (snapshotter, waiters) = (Arc::clone(&self.snapshotter), Arc::clone(&self.waiters));
+        let run = {
+            let snapshotter = Arc::clone(&snapshotter);
+            move |request| work(snapshotter.wait(), request, &|| deadline.exceeded())
+        };
+        let run_here = run.clone();
+        self.pool.submit(
+            move || deadline.exceeded(),
+            move || match waits.map_or(Ok(None), |waits| waits(snapshotter.wait(), &request)) {
+                Ok(Some(asks)) => Step::PassOn(asks, request),
+                Ok(None) => Step::Done(run_here(request)),
+                Err(e) => Step::Done(Err(e.into())),
+            },
+            move |step| match step {
+                Ok(Step::PassOn(asks, request)) => {
+                    waiters.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
+                }
+                Ok(Step::Done(result)) => answer(Ok(result)),
+                Err(refusal) => answer(Err(refusal)),
+            },
+        );
+    }
+}
+
+/// What it takes to answer a call once.
+struct Reply<R> {
+    name: &'static str,
+    since: Instant,
+    sink: UnarySink<R>,
+}
+
+impl<R> Reply<R> {
+    fn send(self, result: Outcome<R>) -> Sent {
+        let Self { name, since, sink } = self;
+        let success = result.is_ok().then(|| since.elapsed());
+        let answer = match result {
+            Ok(response) => sink.success(response),
+            Err(failure) => sink.fail(failed(name, since, &failure)),
+        };
+        Sent { name, success, answer }
+    }
+}
+
+/// An answer that is being sent.
+struct Sent {
+    name: &'static str,
+    /// After which time a call succeeded that is not counted yet.
+    success: Option<Duration>,
+    answer: UnarySinkResult,
+}
+
+impl Sent {
+    /// Waits for the end of the sending.
+    async fn finish(self) {
+        let code = if self.answer.await.is_ok() { Code::Ok } else { Code::Cancelled };
+        if let Some(took) = self.success {
+            METRICS.called(self.name, code.name(), took);
+        }
     }
 }
 

@@ -54,6 +54,15 @@ impl Disk {
         fs::remove_file(self.at.join("filler")).expect("the filler is there");
     }
 
+    /// Every write waits until the result is dropped. Whoever waits cannot be killed meanwhile, so it must be dropped
+    /// before they are ended.
+    #[track_caller]
+    pub fn freeze(&self) -> Frozen {
+        let at = self.at.display().to_string();
+        run("fsfreeze", ["--freeze", &at]).ok();
+        Frozen { at }
+    }
+
     /// The kernel finds an error in the file system, and turns it read-only.
     #[track_caller]
     pub fn find_error(&self) {
@@ -72,5 +81,16 @@ impl Disk {
         let checked = run("e2fsck", ["-fy", &image]);
         assert!(checked.status.code().is_some_and(|code| code < 4), "{}{}", checked.stdout, checked.stderr);
         self.mount();
+    }
+}
+
+/// A disk whose writes wait.
+pub struct Frozen {
+    at: String,
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        run("fsfreeze", ["--unfreeze", &self.at]);
     }
 }
