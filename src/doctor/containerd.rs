@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use protobuf::well_known_types::empty::Empty;
 
-use super::configuration::{self, Configuration};
 use super::child::{Said, Silence};
+use super::configuration::{self, Configuration};
 use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
 use super::program::{Process, Program};
 use super::{Finding, Findings, State, child, images, reach, systemd};
@@ -312,7 +312,8 @@ fn read(node: &Node, ask: &Ask<'_>, file: &str) -> (Option<Configuration>, Optio
         Ok(dump) => dump,
         Err(Silence::NoAnswer) => return (Some(said), None),
         Err(Silence::Refused(why)) => {
-            let what = format!("{why}: containerd's program was not run, only the files of its configuration were read");
+            let what =
+                format!("{why}: containerd's program was not run, only the files of its configuration were read");
             let remedy = format!("ask it yourself what it makes of them, as its user: {}", dump_command(&node.file));
             return (Some(said), Some(Finding::warning(CHECK, what, remedy)));
         }

@@ -249,8 +249,10 @@ fn configuration_of(content: &Path, target: &str) -> Option<String> {
         }
         // Each is looked at once, whatever lists it. The first of a list is the next.
         let listed = manifest.manifests.iter().filter_map(|one| Digest::parse(&one.digest).ok());
-        let fresh: Vec<Digest> =
-            listed.take(MOST_LISTED).filter(|digest| known.len() < MOST_LISTED && known.insert(digest.clone())).collect();
+        let fresh: Vec<Digest> = listed
+            .take(MOST_LISTED)
+            .filter(|digest| known.len() < MOST_LISTED && known.insert(digest.clone()))
+            .collect();
         next.extend(fresh.into_iter().rev());
     }
     None

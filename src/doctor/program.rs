@@ -55,13 +55,28 @@ impl Process {
 /// Why a program was not run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    NotFound { program: OsString },
-    Ended { pid: u32 },
-    OfUser { pid: u32 },
-    OfAnotherNamespace { pid: u32 },
+    NotFound {
+        program: OsString,
+    },
+    Ended {
+        pid: u32,
+    },
+    OfUser {
+        pid: u32,
+    },
+    OfAnotherNamespace {
+        pid: u32,
+    },
     /// Somebody but root can change it.
-    NotOfRoot { path: PathBuf, uid: u32, mode: u32 },
-    Unusable { path: PathBuf, why: String },
+    NotOfRoot {
+        path: PathBuf,
+        uid: u32,
+        mode: u32,
+    },
+    Unusable {
+        path: PathBuf,
+        why: String,
+    },
 }
 
 impl Error {
@@ -138,7 +153,8 @@ impl Program {
 /// The program of the system with this name.
 fn find(name: &str) -> Result<PathBuf, Error> {
     let local = LOCAL.into_iter().filter(|directory| require_path_of_root(Path::new(directory)).is_ok());
-    let path = PATH.split(':').chain(local).map(|directory| Path::new(directory).join(name)).find(|path| path.is_file());
+    let path =
+        PATH.split(':').chain(local).map(|directory| Path::new(directory).join(name)).find(|path| path.is_file());
     let path = path.ok_or_else(|| Error::NotFound { program: name.into() })?;
     require_path_of_root(&path)?;
     Ok(path)

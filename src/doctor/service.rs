@@ -242,7 +242,8 @@ fn cache(one: &Repository, arguments: &Arguments) -> Option<Finding> {
     let cache = repositories::cache(Path::new(&one.path))?;
     let (name, root, place) = (&one.name, arguments.root.display(), cache.path.display());
     if device(&arguments.root)? != cache.device {
-        let what = format!("the cache of repository {name}'s client, {place}, and the state root are on two file systems");
+        let what =
+            format!("the cache of repository {name}'s client, {place}, and the state root are on two file systems");
         return Some(Finding::good(CHECK, what));
     }
     Some(Finding::warning(

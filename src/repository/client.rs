@@ -171,7 +171,10 @@ mod tests {
         fs::create_dir_all(base.join("shared")).unwrap();
         let write = |name: &str, text: String| fs::write(etc.join(name), text).unwrap();
         write("default.d/50-site.conf", "CVMFS_CACHE_BASE=/nowhere\n".to_owned());
-        let line = format!("# CVMFS_CACHE_BASE=/no\nCVMFS_QUOTA_LIMIT=4000\nexport CVMFS_CACHE_BASE='{}' # ours\n", base.display());
+        let line = format!(
+            "# CVMFS_CACHE_BASE=/no\nCVMFS_QUOTA_LIMIT=4000\nexport CVMFS_CACHE_BASE='{}' # ours\n",
+            base.display()
+        );
         write("default.local", line);
         assert_eq!(served.cache(&refusing), Some(base.join("shared")));
         write("config.d/a.example.org.local", format!("CVMFS_CACHE_DIR={}\n", served.path("cache").display()));

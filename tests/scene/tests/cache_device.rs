@@ -19,7 +19,9 @@ fn cache(stage: &Stage) -> PathBuf {
 
 /// The line of the log about the cache, once the start has looked at the repository.
 fn logged(stage: &Stage) -> Option<String> {
-    eventually("the start has looked at the repository", || stage.snapshotter.log().contains("scene.test is there, at"));
+    eventually("the start has looked at the repository", || {
+        stage.snapshotter.log().contains("scene.test is there, at")
+    });
     let log = stage.snapshotter.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("on the file system of the state root")).collect();
     assert!(lines.len() < 2, "it is said once for each start: {lines:?}");
@@ -50,7 +52,8 @@ fn root_a_cache_on_the_file_system_of_the_state_root_is_warned_of() {
     let mut stage = Stage::set("one-device", "");
     let place = cache(&stage).display().to_string();
     let line = logged(&stage).expect("the start says it");
-    for words in [place.as_str(), "\"warning\"", "scene.test", "CVMFS_CACHE_BASE in /etc/cvmfs/default.local", "--root"] {
+    for words in [place.as_str(), "\"warning\"", "scene.test", "CVMFS_CACHE_BASE in /etc/cvmfs/default.local", "--root"]
+    {
         assert!(line.contains(words), "no {words} in {line}");
     }
     let (json, text) = shown(&stage);
@@ -119,14 +122,16 @@ fn root_a_program_that_hangs_in_a_repository_goes_on_when_its_connection_is_abor
     let line = read("docs/repository.md");
     let command = line.split('`').find(|text| text.starts_with("echo 1 >")).expect("the page has the command");
     stage.repository.command("hang all");
-    let mut hung = Command::new("ls").arg(stage.repository.dir().join("nobody-has-looked-there")).spawn().expect("ls runs");
+    let mut hung =
+        Command::new("ls").arg(stage.repository.dir().join("nobody-has-looked-there")).spawn().expect("ls runs");
     // The number is the second half of the device, in the mount table.
     let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("the mount table can be read");
     let point = stage.repository.dir().display().to_string();
     let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == Some(point.as_str()));
     let device = lines.next().and_then(|line| line.split(' ').nth(2)).expect("the repository is mounted");
     let number = device.strip_prefix("0:").expect("FUSE has no disk");
-    mount(Some("fusectl"), "/sys/fs/fuse/connections", Some("fusectl"), MsFlags::empty(), None::<&str>).expect("it can be mounted");
+    mount(Some("fusectl"), "/sys/fs/fuse/connections", Some("fusectl"), MsFlags::empty(), None::<&str>)
+        .expect("it can be mounted");
     assert!(hung.try_wait().expect("it is our child").is_none(), "it hangs");
     run("sh", ["-c", &command.replace("NUMBER", number)]).ok();
     eventually("what hung goes on", || hung.try_wait().expect("it is our child").is_some());

@@ -154,8 +154,10 @@ fn an_rpm_requires_what_its_scriptlets_run() {
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     let script = std::fs::read_to_string(packaging.join("replace-go-unit")).expect("the script can be read");
     let code = script.lines().filter(|line| !line.trim_start().starts_with('#'));
-    let words: BTreeSet<&str> =
-        code.flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric())).filter(|word| !word.is_empty()).collect();
+    let words: BTreeSet<&str> = code
+        .flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric()))
+        .filter(|word| !word.is_empty())
+        .collect();
     for rpm in all(&folder(), ".rpm") {
         let format = "[%{REQUIREFLAGS:deptype} %{REQUIRENAME}\n]";
         let requires = run("rpm", ["-qp", "--queryformat", format, &rpm.display().to_string()]).ok();
@@ -163,9 +165,8 @@ fn an_rpm_requires_what_its_scriptlets_run() {
             assert!(tools.iter().all(|tool| words.contains(tool)), "{tools:?} are not all in the script");
             for scriptlet in ["post", "preun"] {
                 let is_it = |line: &str| {
-                    line.split_once(' ').is_some_and(|(kinds, name)| {
-                        name == package && kinds.split(',').any(|kind| kind == scriptlet)
-                    })
+                    line.split_once(' ')
+                        .is_some_and(|(kinds, name)| name == package && kinds.split(',').any(|kind| kind == scriptlet))
                 };
                 assert!(requires.lines().any(is_it), "Requires({scriptlet}): {package} is missing in {requires}");
             }

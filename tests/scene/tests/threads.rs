@@ -1,0 +1,60 @@
+//! What becomes of work for which no thread can be started.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::Pid;
+use scene::alone::{Alone, digest};
+use scene::process::eventually;
+
+/// A control group that bounds how many processes and threads there are in it.
+struct PidsGroup(PathBuf);
+
+impl PidsGroup {
+    /// Moves process `pid` into a new group.
+    fn around(pid: Pid) -> Self {
+        let all = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].map(Path::new).into_iter();
+        let group = all.filter(|all| all.exists()).map(|all| all.join(format!("scene-threads-{pid}")));
+        let group = group.into_iter().next().expect("cgroups are mounted");
+        fs::create_dir(&group).expect("a control group can be made");
+        fs::write(group.join("cgroup.procs"), pid.to_string()).expect("a process can be moved into it");
+        assert!(group.join("pids.max").exists(), "the controller pids is needed for {}", group.display());
+        Self(group)
+    }
+
+    /// From now on there are no more than `count` beside those that there are.
+    fn allow_more(&self, count: usize) {
+        let current: usize = fs::read_to_string(self.0.join("pids.current")).unwrap().trim().parse().unwrap();
+        fs::write(self.0.join("pids.max"), (current + count).to_string()).unwrap();
+    }
+}
+
+impl Drop for PidsGroup {
+    fn drop(&mut self) {
+        // The kernel lets go of it a moment after the last process of it has ended.
+        eventually("the control group can be removed", || fs::remove_dir(&self.0).is_ok());
+    }
+}
+
+/// A scan whose helper threads could not be started panicked and was never finished: whoever needed the
+/// layer waited for `repository-timeout`, and then its healthy repository was taken for dead.
+#[test]
+fn root_a_scan_does_without_threads_that_cannot_be_started() {
+    let mut d = Alone::start("threads", "repository-timeout = 4");
+    let top = d.repository.layer_dir(&digest(1)).join("layerfs");
+    for n in 0..500 {
+        fs::create_dir(top.join(n.to_string())).unwrap();
+    }
+    fs::write(top.join("499/.wh.gone"), "").unwrap();
+    d.repository.commit();
+    let group = PidsGroup::around(d.snapshotter.server().pid());
+    // One that asks the repository, and one that scans.
+    group.allow_more(2);
+    let layer = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+    d.client.prepare("container", &layer, &[]).expect("a container starts");
+    assert!(!d.snapshotter.log().contains("does not answer"), "{}", d.snapshotter.log());
+    drop(d);
+    drop(group);
+}
