@@ -13,6 +13,7 @@ mod directory;
 #[cfg(test)]
 pub mod failing;
 mod memory;
+mod mounts;
 mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -20,7 +21,6 @@ use std::fmt;
 use std::fs;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -38,6 +38,7 @@ use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::directory::DirHandle;
 pub use self::memory::share_arenas;
+pub use self::mounts::mount_point_of;
 use crate::types::Quoted;
 
 /// A failed system call, with what it was asked to do.
@@ -222,8 +223,8 @@ pub trait Sys: Send + Sync {
     fn statfs(&self, path: &Path) -> Result<FileSystem>;
     /// Allocated bytes and distinct inodes of a tree. ECANCELED if `cancelled` says so.
     fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)>;
-    /// The device of the FUSE file system that is mounted on exactly this path, if one is. Asks
-    /// the mount table only: a server that hangs cannot keep anybody waiting here.
+    /// The device of the FUSE file system that this path is on, if it is on one. Asks the mount table
+    /// and no FUSE file system: a server that hangs cannot keep anybody waiting here.
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>>;
     /// The device of whatever is mounted on exactly this path, if anything is. Asks no file system,
     /// as `mounted_fuse`, and does not read the mount table, which may be long, unless it must.
@@ -412,7 +413,7 @@ impl Sys for Host {
     }
 
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>> {
-        Ok(uppermost_mount(path)?.filter(|mount| mount.is_fuse).map(|mount| mount.device))
+        mounts::fuse_around(path)
     }
 
     fn mounted(&self, path: &Path) -> Result<Option<u64>> {
@@ -426,13 +427,11 @@ impl Sys for Host {
                 Err(e) => Err(Error::new("statx", path, Errno::from_raw(e.raw_os_error()))),
             };
         }
-        Ok(uppermost_mount(path)?.map(|mount| mount.device))
+        mounts::device_mounted_on(path)
     }
 
     fn mounts_below(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        let table = mount_table()?;
-        let points = mounts(&table).map(|mount| mount.point);
-        Ok(points.filter(|point| point != path && point.starts_with(path)).collect())
+        mounts::points_below(path)
     }
 }
 
@@ -454,79 +453,4 @@ fn statx_tells_mounts() -> bool {
         cached_status(Path::new("/")).is_ok_and(|root| root.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT))
     });
     *TELLS
-}
-
-/// Of this thread: `/proc/self` would be the first thread's, and tests have namespaces of their own.
-fn mount_table() -> Result<Vec<u8>> {
-    let [thread, process] = ["/proc/thread-self/mountinfo", "/proc/self/mountinfo"].map(Path::new);
-    match fs::read(thread) {
-        // Before Linux 3.17. All threads of the daemon have the same.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => fs::read(process).map_err(|e| Error::io("read", process, &e)),
-        table => table.map_err(|e| Error::io("read", thread, &e)),
-    }
-}
-
-/// What the mount table has on exactly this path.
-fn uppermost_mount(path: &Path) -> Result<Option<MountLine>> {
-    let table = mount_table()?;
-    // The last one is the uppermost.
-    Ok(mounts(&table).filter(|mount| mount.point == path).last())
-}
-
-/// Where the file system of an absolute path without links is mounted, for messages.
-pub fn mount_point_of(path: &Path) -> Option<PathBuf> {
-    let table = mount_table().ok()?;
-    let around = mounts(&table).map(|mount| mount.point).filter(|point| path.starts_with(point));
-    around.max_by_key(|point| point.components().count())
-}
-
-/// One line of a mountinfo table.
-#[derive(Debug, PartialEq, Eq)]
-struct MountLine {
-    point: PathBuf,
-    device: u64,
-    is_fuse: bool,
-}
-
-/// The lines of a mountinfo table. Field 3 is the device, field 5 the mount point, with space,
-/// tab, newline and backslash written in octal, and after a dash comes the type.
-fn mounts(table: &[u8]) -> impl Iterator<Item = MountLine> + '_ {
-    table.split(|b| *b == b'\n').filter_map(|line| {
-        let mut fields = line.split(|b| *b == b' ');
-        let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
-        let device = makedev(major.parse().ok()?, minor.parse().ok()?);
-        let field = fields.nth(1)?;
-        let file_system = fields.skip_while(|field| *field != b"-").nth(1)?;
-        let is_fuse = file_system == b"fuse" || file_system.starts_with(b"fuse.");
-        let mut point = Vec::with_capacity(field.len());
-        let mut rest = field;
-        while let [first, tail @ ..] = rest {
-            let octal = tail
-                .get(..3)
-                .filter(|_| *first == b'\\')
-                .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-            point.push(octal.unwrap_or(*first));
-            rest = if octal.is_some() { &tail[3..] } else { tail };
-        }
-        Some(MountLine { point: PathBuf::from(OsString::from_vec(point)), device, is_fuse })
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mounts_are_read_with_their_escapes() {
-        let table = b"22 1 254:0 / / rw - ext4 /dev/vda rw\n\
-            30 22 0:5 / /mnt/two\\040words\\134 rw shared:1 - tmpfs tmpfs rw\n\
-            31 22 0:300 /sub /cvmfs/a ro,nosuid - fuse cvmfs2 ro\nbroken\n";
-        let expected = [("/", 254, 0, false), ("/mnt/two words\\", 0, 5, false), ("/cvmfs/a", 0, 300, true)];
-        let expected = expected.map(|(point, major, minor, is_fuse)| MountLine {
-            point: point.into(),
-            device: makedev(major, minor),
-            is_fuse,
-        });
-        assert_eq!(mounts(table).collect::<Vec<_>>(), expected);
-    }
 }

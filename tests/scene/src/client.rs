@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cvmfs_snapshotter::proto::health::HealthCheckRequest;
+use cvmfs_snapshotter::proto::health::health_check_response::ServingStatus;
 use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest,
@@ -202,6 +204,13 @@ impl Client {
 
     pub fn cleanup(&self) -> Answer<()> {
         self.call(&service::CLEANUP, &CleanupRequest::default()).map(drop)
+    }
+
+    /// What the daemon says when it is asked for the health of `service`, which may be a repository.
+    pub fn is_serving(&self, service: &str) -> bool {
+        let request = HealthCheckRequest { service: service.to_owned(), ..HealthCheckRequest::default() };
+        let answer = self.call(&service::HEALTH_CHECK, &request).expect("health is answered");
+        answer.status.enum_value_or_default() == ServingStatus::SERVING
     }
 
     /// A List that is read as far as somebody asks for it.

@@ -16,6 +16,7 @@ pub use cvmfs_testbed::publisher::Owners;
 use cvmfs_testbed::publisher::Publisher;
 use cvmfs_testbed::web::Web;
 use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::image::{Blob, Image};
@@ -125,6 +126,16 @@ impl Repository {
             self.real().old.push(old);
         }
         self.mount();
+    }
+
+    /// Clients that a test has stopped go on: a daemon that hangs in one of them could not end.
+    pub fn resume_clients(&self) {
+        let real = &mut *self.real();
+        for mount in real.mount.iter_mut().chain(&mut real.old) {
+            if mount.is_running() {
+                mount.signal(Signal::SIGCONT);
+            }
+        }
     }
 
     /// As `mount`, with nothing in any cache.

@@ -2,6 +2,8 @@
 //! real FUSE mount below a real containerd, in both ways of attaching.
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -10,8 +12,9 @@ use nix::sys::signal::Signal;
 use scene::alone::{Alone, digest, pull_chain, unavailable};
 use scene::automounter::Automounter;
 use scene::client::{Answer, Client, LAYER_DIGEST, REF};
+use scene::metrics::{sample, scrape};
 use scene::process::eventually;
-use scene::publisher::Repository;
+use scene::publisher::{NAME, Repository};
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mounts_below};
 use scene::snapshotter::Snapshotter;
@@ -20,6 +23,13 @@ use scene::stage::{Stage, names};
 /// Long enough that a busy machine does not reach it by itself.
 const TIMEOUT: Duration = Duration::from_secs(4);
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
+
+const UP: &str = "repository_up{repository=\"scene.test\"}";
+
+/// For a configuration's `metrics-address`.
+fn metrics_socket(name: &str) -> PathBuf {
+    PathBuf::from(format!("/run/scene-{name}-{}.sock", std::process::id()))
+}
 
 /// Every kind of call that needs no repository, once; the result is the longest time of one.
 fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> Duration {
@@ -56,6 +66,15 @@ impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         self.repository.with_client(|mount| mount.signal(Signal::SIGCONT));
+    }
+}
+
+/// Clients that go on when this is dropped.
+struct Resumed<'a>(&'a Repository);
+
+impl Drop for Resumed<'_> {
+    fn drop(&mut self) {
+        self.0.resume_clients();
     }
 }
 
@@ -156,8 +175,11 @@ fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_aliv
 /// walks and locks that hang in the old mount were taken for the new one's.
 #[test]
 fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
-    for config in ["attach = \"bind\"\nrepository-timeout = 1", "attach = \"symlink\"\nrepository-timeout = 1"] {
-        let d = Alone::start("in-its-place", config);
+    let socket = metrics_socket("in-its-place");
+    for attach in ["bind", "symlink"] {
+        let config = format!("attach = \"{attach}\"\nrepository-timeout = 1\nmetrics-address = {socket:?}");
+        let d = Alone::start("in-its-place", &config);
+        let _resumed = Resumed(&d.repository);
         let c = &d.client;
         let chain = pull_chain(c);
         c.prepare("running", &chain, &[]).expect("the repository answers");
@@ -169,6 +191,8 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
         for round in 0..2 {
             d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
             let until = Instant::now() + Duration::from_secs(6);
+            // This question begins a look that hangs.
+            c.is_serving(NAME);
             while Instant::now() < until {
                 n += 1;
                 assert!(c.prepare(&format!("hangs-{n}"), &chain, &[]).is_err());
@@ -180,6 +204,8 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
                 c.prepare(&format!("after-{n}"), &chain, &[]).is_ok()
             });
             assert!(begun.elapsed() < Duration::from_secs(10), "round {round}: {:?}", begun.elapsed());
+            // The look for health that hangs in the old mount said "no" for as long as it hung.
+            eventually("health is that of the new mount", || c.is_serving(NAME) && sample(&scrape(&socket), UP) == 1);
         }
         let new = c.pull_remote("extract-7", &chain, "sha256:c7", &digest(7));
         c.prepare("new", &new, &[]).expect("a layer that was never looked through is looked through now");
@@ -199,6 +225,49 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
             c.cleanup().expect("a cleanup succeeds");
             names(&d.snapshotter.snapshots()).is_empty()
         });
+    }
+}
+
+/// A new mount was looked for at exactly the repository's path, so there it was never noticed: no container
+/// started until the client that hung was killed.
+#[test]
+fn root_a_new_mount_is_noticed_from_a_directory_below_it_and_through_a_link() {
+    for attach in ["bind", "symlink"] {
+        for place in ["cvmfs/compat", "link"] {
+            let sandbox = Sandbox::enter("below");
+            let repository = Repository::mounted(&sandbox.path("cvmfs"));
+            let top = repository.layer_dir(&digest(1)).join("layerfs/dir");
+            fs::create_dir_all(&top).expect("a layer can be made");
+            let compat = repository.tree().join("compat");
+            fs::create_dir(&compat).expect("a directory can be made");
+            fs::rename(repository.tree().join(".layers"), compat.join(".layers")).expect("it can be moved");
+            repository.commit();
+            symlink("cvmfs/compat", sandbox.path("link")).expect("a link can be made");
+            let config = format!("attach = \"{attach}\"\nrepository-timeout = 1");
+            let snapshotter = Snapshotter::start(&sandbox.path("s"), &sandbox.path(place), &config);
+            let c = snapshotter.client();
+            let _resumed = Resumed(&repository);
+            let layer = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+            c.prepare("before", &layer, &[]).expect("the repository answers");
+            repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
+            let mut n = 0;
+            // As many probes hang by then as may.
+            let until = Instant::now() + Duration::from_secs(8);
+            while Instant::now() < until {
+                n += 1;
+                unavailable(c.prepare(&format!("hangs-{n}"), &layer, &[]));
+            }
+            repository.mount_beside();
+            eventually("the new mount serves", || {
+                n += 1;
+                c.prepare(&format!("after-{n}"), &layer, &[]).is_ok()
+            });
+            let answer = c.mounts(&format!("after-{n}")).expect("it is there");
+            let mounted = Mounted::new(&answer, &sandbox.path("mnt")).expect("an overlay");
+            assert_eq!(names(mounted.path()), ["dir"], "{attach}, {place}");
+            drop(mounted);
+            assert!(snapshotter.log().contains("was mounted anew"), "{attach}, {place}");
+        }
     }
 }
 
