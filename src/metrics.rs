@@ -42,6 +42,7 @@ pub struct Metrics {
     scans: Histograms<1>,
     waits: Histograms<1>,
     outages: Family<Labels<1>, Counter>,
+    server_outages: Family<Labels<1>, Counter>,
     commits: Histogram,
     writes: Counter,
     cleaned: Family<Labels<1>, Counter>,
@@ -76,11 +77,10 @@ impl Metrics {
             Unit::Seconds,
             calls.clone(),
         );
-        let failed = Family::default();
-        registry.register(
+        let failed = register_counters(
+            &mut registry,
             "calls_failed",
             "Calls that failed because of this program, its load or its node, by method and code (INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED); call_duration has these too, from the first one on",
-            Family::clone(&failed),
         );
         let unreadable = Counter::default();
         registry.register(
@@ -88,23 +88,20 @@ impl Metrics {
             "Requests that could not be decoded, which are in no other metric; gRPC answers them INTERNAL",
             unreadable.clone(),
         );
-        let layers = Family::default();
-        registry.register(
+        let layers = register_counters(
+            &mut registry,
             "layers_published",
             "Layers of pulls that a repository had, by repository",
-            Family::clone(&layers),
         );
-        let fallbacks = Family::default();
-        registry.register(
+        let fallbacks = register_counters(
+            &mut registry,
             "layers_downloaded",
-            "Layers of pulls that containerd had to download, by reason (not_published, no_digest, bad_digest, not_mounted, no_answer, unreadable, name)",
-            Family::clone(&fallbacks),
+            "Layers of pulls that containerd had to download, by reason (not_published, no_digest, bad_digest, not_mounted, no_answer, server_unreachable, unreadable, name)",
         );
-        let attached = Family::default();
-        registry.register(
+        let attached = register_counters(
+            &mut registry,
             "attachments",
             "Layers that were brought under the state root, by result (attached, failed)",
-            Family::clone(&attached),
         );
         let scans = Histograms::new_with_constructor(seconds as fn() -> Histogram);
         registry.register_with_unit(
@@ -120,11 +117,15 @@ impl Metrics {
             Unit::Seconds,
             waits.clone(),
         );
-        let outages = Family::default();
-        registry.register(
+        let outages = register_counters(
+            &mut registry,
             "repository_outages",
             "Times that a repository ceased to answer, by repository",
-            Family::clone(&outages),
+        );
+        let server_outages = register_counters(
+            &mut registry,
+            "repository_server_outages",
+            "Times that the client of a repository was there and could not reach its server, by repository",
         );
         let commits = seconds();
         registry.register_with_unit(
@@ -135,11 +136,10 @@ impl Metrics {
         );
         let writes = Counter::default();
         registry.register("store_writes", "Writes to the metadata that were made durable", writes.clone());
-        let cleaned = Family::default();
-        registry.register(
+        let cleaned = register_counters(
+            &mut registry,
             "cleanups",
             "What cleanups did with what nothing needs any more, by result (removed, left: busy, or it failed and will be tried again)",
-            Family::clone(&cleaned),
         );
         let gauges = GaugeFamilies::registered(&mut registry);
         let started = Gauge::<f64, std::sync::atomic::AtomicU64>::default();
@@ -159,6 +159,7 @@ impl Metrics {
             scans,
             waits,
             outages,
+            server_outages,
             commits,
             writes,
             cleaned,
@@ -188,6 +189,7 @@ impl Metrics {
         drop(self.layers.get_or_create(&labels));
         drop(self.waits.get_or_create(&labels));
         drop(self.outages.get_or_create(&labels));
+        drop(self.server_outages.get_or_create(&labels));
     }
 
     /// As `begin_at_zero`, of a method.
@@ -233,6 +235,10 @@ impl Metrics {
 
     pub fn fell_silent(&self, repository: &str) {
         self.outages.get_or_create(&of_repository(repository)).inc();
+    }
+
+    pub fn lost_server(&self, repository: &str) {
+        self.server_outages.get_or_create(&of_repository(repository)).inc();
     }
 
     pub fn committed(&self, writes: u64, since: Instant) {
@@ -289,18 +295,21 @@ pub enum Reason {
     NotMounted,
     /// Not in time, or it is known not to answer.
     NoAnswer,
+    /// The repository's client cannot fetch it.
+    ServerUnreachable,
     Unreadable,
     /// Its name is too long, or taken.
     Name,
 }
 
 impl Reason {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::NotPublished,
         Self::NoDigest,
         Self::BadDigest,
         Self::NotMounted,
         Self::NoAnswer,
+        Self::ServerUnreachable,
         Self::Unreadable,
         Self::Name,
     ];
@@ -312,11 +321,19 @@ impl Reason {
             Self::BadDigest => "bad_digest",
             Self::NotMounted => "not_mounted",
             Self::NoAnswer => "no_answer",
+            Self::ServerUnreachable => "server_unreachable",
             Self::Unreadable => "unreadable",
             Self::Name => "name",
         };
         [("reason", word.to_owned())]
     }
+}
+
+/// Counters of one name, for each value of the labels.
+fn register_counters<const N: usize>(registry: &mut Registry, name: &str, help: &str) -> Family<Labels<N>, Counter> {
+    let counters = Family::default();
+    registry.register(name, help, Family::clone(&counters));
+    counters
 }
 
 /// A method without its service.
@@ -361,7 +378,11 @@ impl GaugeFamilies {
             ("pool_busy", "Threads that are at work, by pool", &all.busy),
             ("pool_waiting", "Calls that wait for a thread, by pool", &all.waiting),
             ("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool", &all.room),
-            ("repository_up", "Whether the repository is mounted and answers, by repository", &all.up),
+            (
+                "repository_up",
+                "Whether the repository is mounted and answers, and its client reaches its server, by repository",
+                &all.up,
+            ),
         ] {
             registry.register(name, help, family.clone());
         }

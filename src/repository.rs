@@ -15,9 +15,11 @@ pub mod lane;
 pub mod manifest;
 mod missing;
 pub mod scan;
+pub mod server;
 mod watch;
 
 use std::ffi::OsString;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -31,6 +33,7 @@ use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
+use self::server::{Server, ServerHealth};
 use self::watch::Watch;
 use crate::metrics::METRICS;
 use crate::sys::{self, DirHandle, FileType, Sys};
@@ -67,6 +70,7 @@ pub struct MountGeneration {
     number: u64,
     health: Health,
     watch: Watch,
+    server: ServerHealth,
     calls: Lane,
     scans: Lane,
     /// What was mounted there when it ceased to answer; see `Sys::mounted_fuse`.
@@ -80,6 +84,7 @@ pub struct MountGeneration {
 impl Drop for MountGeneration {
     fn drop(&mut self) {
         self.health.close();
+        self.server.close();
         self.calls.close();
         self.scans.close();
     }
@@ -187,7 +192,20 @@ impl Repository {
         if error.is_dead() {
             self.suspect(&self.mount(), error.to_string());
         }
-        Missing::Unreadable(error)
+        self.unreachable(&error).unwrap_or(Missing::Unreadable(error))
+    }
+
+    /// What a client of CernVM-FS means by an input/output error.
+    fn unreachable(&self, error: &sys::Error) -> Option<Missing> {
+        let below = error.path.strip_prefix(&self.path).ok().filter(|_| error.errno == Errno::EIO)?;
+        let server = Server::of(self.sys.as_ref(), &self.path)?;
+        let unreachable = self.mount().server.report_error(below.to_owned(), error.clone(), server);
+        Some(Missing::ServerUnreachable(Box::new(unreachable)))
+    }
+
+    /// Why a pull need not ask: it would wait for each of its layers until the client gives up.
+    pub fn refusal_of_pulls(&self) -> Option<Missing> {
+        self.mount().server.refusal_of_pulls().map(|why| Missing::ServerUnreachable(Box::new(why)))
     }
 
     /// Whether it can be used, as far as that is known: not older than a quarter of a minute, if
@@ -202,7 +220,7 @@ impl Repository {
                 mount.watch.saw(false);
             }
         }
-        !is_sick && mount.watch.can_be_used(repository.timeout)
+        !is_sick && mount.watch.can_be_used(repository.timeout) && mount.server.outage().is_none()
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.
@@ -362,10 +380,18 @@ impl MountGeneration {
             let (path, sys) = (path.to_owned(), Arc::clone(sys));
             Box::new(move || probe(sys.as_ref(), &path).map_err(|why| why.to_string()))
         };
+        let ask = {
+            let (path, sys) = (path.to_owned(), Arc::clone(sys));
+            Box::new(move |below: &Path| server::Answer {
+                result: list(sys.as_ref(), &path, below),
+                io_errors: server::io_errors(sys.as_ref(), &path).unwrap_or(0),
+            })
+        };
         Self {
             number,
             health: Health::new(name, timeout, probe),
             watch: Watch::default(),
+            server: ServerHealth::new(name, threads, ask),
             calls: Lane::new("repository", CALLS, timeout, threads),
             scans: Lane::new("scan", SCANS, timeout, threads),
             device: Mutex::default(),
@@ -441,6 +467,12 @@ fn mounted(sys: &dyn Sys, path: &Path) -> Result<(), Missing> {
         },
         Err(e) => Err(Missing::Unreadable(e)),
     }
+}
+
+/// Reads the directory `below` a repository's root, as far as its first entry.
+fn list(sys: &dyn Sys, path: &Path, below: &Path) -> sys::Result<()> {
+    let root = sys.open_dir(path)?;
+    sys.for_each_entry_below(&root, below, &mut |_, _| ControlFlow::Break(())).map(drop)
 }
 
 /// Something that caches cannot answer.
@@ -565,6 +597,29 @@ mod tests {
         repository.layer(&digest('a')).unwrap();
         repository.layer(&digest('a')).unwrap();
         assert_eq!(asked.load(Ordering::SeqCst), 5);
+    }
+
+    /// It was told as any other failure of a call, by nobody but the call that met it.
+    #[test]
+    fn an_input_output_error_is_the_servers_where_a_client_names_one_and_others_are_asked_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        for digit in ['a', 'b'] {
+            fs::create_dir_all(dir.path().join(layer_path(&digest(digit)))).unwrap();
+        }
+        for names_server in [false, true] {
+            if names_server {
+                xattr::set(dir.path(), "user.host", b"http://s1.example.org").unwrap();
+            }
+            let sys = crate::sys::failing::Failing::refusing(dir.path().join(layer_path(&digest('a'))), Errno::EIO);
+            let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
+            let repository = Arc::new(repository);
+            assert!(Repository::seems_well(&repository));
+            let missing = path_of(&repository, 'a').unwrap_err();
+            assert_eq!(matches!(missing, Missing::ServerUnreachable(_)), names_server, "{missing}");
+            assert_eq!(repository.refusal_of_pulls().is_some(), names_server);
+            assert_eq!(Repository::seems_well(&repository), !names_server);
+            path_of(&repository, 'b').unwrap();
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::status::{Image, Report};
-use crate::types::{Timestamp, shell};
+use crate::types::{Timestamp, printable, shell};
 
 /// What replaces a Go snapshotter without a normal stop; the packages say it as well.
 const REPLACE: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && systemctl start cvmfs-snapshotter.socket \
@@ -202,9 +202,24 @@ fn moved(described: &DescribeResponse) -> Option<Finding> {
     ))
 }
 
+/// What to do where a client cannot reach its server.
+fn reach_server(name: &str) -> String {
+    format!(
+        "cvmfs_talk -i {name} host info and proxy info say whom the client asks, cvmfs_config stat -v {name} whether it \
+         is online. Is the proxy up, and the stratum 1? Does a firewall of this node let the client reach them? If only one \
+         file cannot be read, it is damaged there: tell who runs them. Nothing has to be restarted when it is back; see \
+         docs/troubleshooting.md, \"input/output error\""
+    )
+}
+
 fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
     const CHECK: &str = "repository.answers";
+    const SERVER: &str = "repository.server";
     let (name, path) = (&one.name, &one.path);
+    if one.server_outage.is_some() {
+        let what = format!("repository {name} at {path}: {}", one.trouble);
+        return vec![Finding::problem(SERVER, what, reach_server(name))];
+    }
     if !one.trouble.is_empty() {
         return vec![Finding::problem(
             CHECK,
@@ -218,6 +233,16 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
         )];
     }
     let mut findings = vec![Finding::good(CHECK, format!("repository {name} answers, at {path}"))];
+    if let Some(errors) = one.io_errors.as_ref() {
+        let (host, proxy) = (printable(&errors.host), printable(&errors.proxy));
+        let ago = (Timestamp::now().0 - errors.last) / 1_000_000_000;
+        let what = format!(
+            "the client of repository {name} answered with an input/output error {ago} s ago, {} in all since it began: \
+             the repository's server cannot be reached, or could not (host {host}, proxy {proxy})",
+            errors.count
+        );
+        findings.push(Finding::warning(SERVER, what, reach_server(name)));
+    }
     if let Some(owner) = one.owner.as_ref() {
         let (uid, gid) = (owner.uid, owner.gid);
         findings.push(Finding::warning(

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use super::client::{self, Cache};
 use super::lane::alive;
 use super::missing::Missing;
+use super::server::IoErrors;
 use super::{LAYER_ROOT, LAYERS, Repository, probe};
 use crate::types::Digest;
 
@@ -24,6 +25,9 @@ pub struct Condition {
     pub owner: Option<(u32, u32)>,
     /// Where its client keeps what it has fetched, as far as that can be told.
     pub cache: Option<Cache>,
+    /// What its client answered others with within the last minutes, if that is not explained by an
+    /// outage which is over.
+    pub io_errors: Option<IoErrors>,
 }
 
 impl Repository {
@@ -34,7 +38,14 @@ impl Repository {
             let probed = probe(asked.sys.as_ref(), &asked.path);
             mount.watch.saw(probed.is_ok());
             probed.map_err(|why| asked.known(why))?;
-            Ok(Condition { owner: asked.owner_of_all(), cache: asked.cache() })
+            if let Some(unreachable) = mount.server.outage() {
+                return Err(Missing::ServerUnreachable(Box::new(unreachable)));
+            }
+            let owner = asked.owner_of_all();
+            // Counts what that was answered with as well.
+            let io_errors = IoErrors::recent(asked.sys.as_ref(), &asked.path);
+            let io_errors = io_errors.and_then(|errors| mount.server.unexplained(errors));
+            Ok(Condition { owner, cache: asked.cache(), io_errors })
         })?
     }
 

@@ -39,7 +39,7 @@ impl fmt::Display for Sick {
 }
 
 /// Whole seconds, as people are told; none would read as if nothing had been waited for.
-struct Seconds(Duration);
+pub(super) struct Seconds(pub Duration);
 
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -102,15 +102,16 @@ impl ThreadBudget {
     }
 
     /// None: the budget is used up. The thread gives its part back when it drops the guard.
-    fn take(&self) -> Option<BudgetGuard> {
+    pub fn take(&self) -> Option<BudgetGuard> {
         let below_max = |used: usize| (used < self.max).then_some(used + 1);
         self.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, below_max).ok()?;
         Some(BudgetGuard(Arc::clone(&self.used)))
     }
 }
 
+/// A thread's part of a budget.
 #[derive(Debug)]
-struct BudgetGuard(Arc<AtomicUsize>);
+pub struct BudgetGuard(Arc<AtomicUsize>);
 
 impl Drop for BudgetGuard {
     fn drop(&mut self) {

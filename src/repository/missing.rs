@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::health::Sick;
+use super::server::Unreachable;
 use super::{LAYERS, scan};
 use crate::metrics::Reason;
 use crate::sys;
@@ -20,6 +21,8 @@ pub enum Missing {
         repository: PathBuf,
     },
     Unreadable(sys::Error),
+    /// Its client is there and cannot fetch what is not cached.
+    ServerUnreachable(Box<Unreachable>),
     NotADirectory {
         path: PathBuf,
     },
@@ -60,6 +63,7 @@ impl Missing {
         match self {
             Self::NotPublished => Reason::NotPublished,
             Self::NotMounted { .. } => Reason::NotMounted,
+            Self::ServerUnreachable(_) => Reason::ServerUnreachable,
             Self::NoAnswer { .. }
             | Self::Slow { .. }
             | Self::Sick(_)
@@ -72,6 +76,14 @@ impl Missing {
             Self::NotConfigured { instead } => {
                 instead.as_ref().map_or(Reason::NotPublished, |(_, missing)| missing.reason())
             }
+        }
+    }
+
+    /// That its server cannot be reached, if that is why.
+    pub fn server_outage(&self) -> Option<&Unreachable> {
+        match self {
+            Self::ServerUnreachable(unreachable) => Some(unreachable),
+            _ => None,
         }
     }
 
@@ -93,6 +105,7 @@ impl fmt::Display for Missing {
                 write!(f, "no repository is mounted on {0}: {0}/{LAYERS} is missing", repository.display())
             }
             Self::Unreadable(cause) => cause.fmt(f),
+            Self::ServerUnreachable(unreachable) => unreachable.fmt(f),
             Self::NotADirectory { path } => write!(f, "{} is not a directory", path.display()),
             Self::NoAnswer { limit } => {
                 write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())

@@ -9,12 +9,13 @@ use super::status::Failure;
 use super::{convert, service};
 use crate::metrics::METRICS;
 use crate::proto::admin::{
-    DescribeResponse, Found, Leftover, LeftoversResponse, Owner, Pulls, Repository, Snapshot, SnapshotsResponse,
-    leftover, snapshot,
+    DescribeResponse, Found, IoErrors, Leftover, LeftoversResponse, Owner, Pulls, Repository, ServerOutage, Snapshot,
+    SnapshotsResponse, leftover, snapshot,
 };
 use crate::proto::health::HealthCheckResponse;
 use crate::proto::health::health_check_response::ServingStatus;
 use crate::repository::Missing;
+use crate::repository::server::{self, Server, Unreachable};
 use crate::snapshotter::inspect::{Ask, Inspected, Of};
 use crate::snapshotter::{Asks, Rest, Snapshotter};
 use crate::types::{Kind, LABEL_IMAGE_REF, SnapshotId, Timestamp};
@@ -84,12 +85,16 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
     let repositories = conditions.iter().map(|(repository, condition)| {
         let owner = condition.as_ref().ok().and_then(|condition| condition.owner);
         let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
+        let errors = condition.as_ref().ok().and_then(|condition| condition.io_errors.clone());
+        let outage = condition.as_ref().err().and_then(Missing::server_outage);
         Repository {
             name: repository.name().to_owned(),
             path: repository.path().display().to_string(),
             trouble: condition.as_ref().err().map(Missing::to_string).unwrap_or_default(),
             owner: owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() }).into(),
             cache: cache.map(|cache| cache.path.display().to_string()).unwrap_or_default(),
+            server_outage: outage.map(server_outage).into(),
+            io_errors: errors.map(io_errors).into(),
             ..Repository::default()
         }
     });
@@ -108,6 +113,16 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
         pulls: MessageField::some(pulls(conditions.iter().map(|(repository, _)| repository.name()))),
         ..DescribeResponse::default()
     }
+}
+
+fn server_outage(unreachable: &Unreachable) -> ServerOutage {
+    let Server { host, proxy } = unreachable.server.clone();
+    ServerOutage { host, proxy, since: unreachable.since.0, ..ServerOutage::default() }
+}
+
+fn io_errors(errors: server::IoErrors) -> IoErrors {
+    let server::IoErrors { count, last, server: Server { host, proxy } } = errors;
+    IoErrors { count, last: last.0, host, proxy, ..IoErrors::default() }
 }
 
 fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {

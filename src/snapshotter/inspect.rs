@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::cleanup::needs_its_directory;
 use super::list::Rest;
@@ -164,6 +165,22 @@ fn answers(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::resul
     if count == 0 {
         return Vec::new();
     }
-    let look = move || digests.iter().map(|digest| asked.layer(digest).map(drop)).collect();
+    let look = move || {
+        let begun = Instant::now();
+        let mut unreachable: Option<Missing> = None;
+        let mut answers = Vec::with_capacity(digests.len());
+        for digest in &digests {
+            let answer = match &unreachable {
+                // Each layer that is not cached takes seconds, and there may be hundreds.
+                Some(missing) if begun.elapsed() > asked.timeout() => Err(missing.clone()),
+                _ => asked.layer(digest).map(drop),
+            };
+            if let Err(missing @ Missing::ServerUnreachable(_)) = &answer {
+                unreachable = Some(missing.clone());
+            }
+            answers.push(answer);
+        }
+        answers
+    };
     Repository::ask(repository, look).unwrap_or_else(|missing| vec![Err(missing); count])
 }

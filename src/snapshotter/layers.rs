@@ -207,6 +207,10 @@ impl Sources {
     pub fn find(&self, digest: &Digest) -> std::result::Result<Arc<Repository>, Vec<(String, Missing)>> {
         let mut reasons = Vec::new();
         for repository in &self.repositories {
+            if let Some(missing) = repository.refusal_of_pulls() {
+                reasons.push((repository.name().to_owned(), missing));
+                continue;
+            }
             let (asked, wanted) = (Arc::clone(repository), digest.clone());
             match Repository::ask(repository, move || asked.layer(&wanted)).and_then(|top| top) {
                 Ok(_) => return Ok(Arc::clone(repository)),
@@ -314,7 +318,7 @@ impl Sources {
         let repository = Arc::clone(&targets[0].repository);
         let job = {
             let sources = Arc::clone(self);
-            move || targets.into_iter().map(|target| sources.survey(&target, since)).collect()
+            move || sources.survey_all(&targets, since)
         };
         let late = {
             let sources = Arc::clone(self);
@@ -328,6 +332,20 @@ impl Sources {
             }
         };
         (Repository::start(&repository, job, late), count)
+    }
+
+    /// On a thread of the repository. Where its server cannot be reached, the client takes seconds for each
+    /// layer to say so: it is asked for no more of them.
+    fn survey_all(&self, targets: &[Arc<AttachTarget>], since: Instant) -> Vec<Surveyed> {
+        let mut surveyed: Vec<Surveyed> = Vec::with_capacity(targets.len());
+        for target in targets {
+            let next = match surveyed.last() {
+                Some(Err(Trouble::Missing(missing @ Missing::ServerUnreachable(_)))) => Err(missing.clone().into()),
+                _ => self.survey(target, since),
+            };
+            surveyed.push(next);
+        }
+        surveyed
     }
 
     /// On a thread of the repository.

@@ -126,6 +126,17 @@ impl Report {
                 "answers": one.trouble.is_empty(),
                 "trouble": none_if_empty(&one.trouble),
                 "cache_on_state_file_system": none_if_empty(&one.cache),
+                "server_unreachable": one.server_outage.as_ref().map(|outage| json!({
+                    "host": outage.host,
+                    "proxy": outage.proxy,
+                    "since": outage.since / NANOS,
+                })),
+                "client_io_errors": one.io_errors.as_ref().map(|errors| json!({
+                    "count": errors.count,
+                    "last": errors.last / NANOS,
+                    "host": errors.host,
+                    "proxy": errors.proxy,
+                })),
                 "everything_belongs_to": one.owner.as_ref().map(|owner| json!({"uid": owner.uid, "gid": owner.gid})),
             })
         });
@@ -193,6 +204,18 @@ impl Report {
                 printable(&one.name),
                 printable(&one.cache)
             );
+        }
+        for one in &daemon.repositories {
+            if let Some(errors) = one.io_errors.as_ref() {
+                let _ = writeln!(
+                    text,
+                    "{}: its client answered with an input/output error {} ago (host {}, proxy {}): cvmfs-snapshotter doctor",
+                    printable(&one.name),
+                    self.since(errors.last),
+                    printable(&errors.host),
+                    printable(&errors.proxy)
+                );
+            }
         }
         text.push('\n');
         text.push_str(&table(&self.image_rows()));
