@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -188,7 +189,8 @@ fn line(record: &Record<'_>) -> String {
     let mut line = format!("{:<7} {}", level(record), escaped(&record.args().to_string()));
     for (name, value) in fields(record) {
         let value = value.as_str().map_or_else(|| value.to_string(), escaped);
-        line.push_str(&format!(" {name}={value}"));
+        // Writing into memory cannot fail.
+        let _ = write!(line, " {name}={value}");
     }
     line
 }

@@ -193,7 +193,7 @@ fn open(process: Process) -> Result<File, Error> {
         return Err(Error::OfUser { pid });
     }
     // The last question: all answers before were about this process.
-    if Process::of(pid) != Some(process) { Err(Error::Ended { pid }) } else { Ok(file) }
+    if Process::of(pid) == Some(process) { Ok(file) } else { Err(Error::Ended { pid }) }
 }
 
 /// With all of its ids, so it is no program with the setuid bit that a user started.
