@@ -85,7 +85,7 @@ fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_
     let uncached = stage.shell_image("uncached:1", "uncached");
     let layer = |n| {
         stage.builder.layer(|l| {
-            l.file(&format!("file-{n}"), "five");
+            l.file(format!("file-{n}"), "five");
         })
     };
     let layers: Vec<_> = (0..5).map(layer).collect();
