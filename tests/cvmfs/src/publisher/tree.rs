@@ -46,6 +46,10 @@ pub struct Row {
     pub links: (u32, u32),
 }
 
+/// The real publisher that keeps owners gives directories which a tar does not name to the user and the
+/// group -1. No file can be given to them, so in a tree on a disk this number stands for them.
+const NO_OWNER: u32 = u32::MAX - 1;
+
 /// The root catalog, and where to read each content in it and below.
 pub fn read(source: &Path, owners: Owners) -> (Catalog, HashMap<ContentKey, PathBuf>) {
     let mut reader = Reader { owners, files: HashMap::new() };
@@ -131,7 +135,7 @@ impl Reader {
             (FILE | SPECIAL, device)
         };
         let (uid, gid) = match self.owners {
-            Owners::Kept => (found.uid(), found.gid()),
+            Owners::Kept => (published_id(found.uid()), published_id(found.gid())),
             Owners::One { uid, gid } => (uid, gid),
         };
         Row {
@@ -149,6 +153,10 @@ impl Reader {
             links: (0, 1),
         }
     }
+}
+
+fn published_id(id: u32) -> u32 {
+    if id == NO_OWNER { u32::MAX } else { id }
 }
 
 fn metadata(path: &Path) -> Metadata {

@@ -6,7 +6,8 @@
 //! - `--ttl SECONDS`: how long the kernel keeps names and attributes.
 //! - `--magic-xattrs rootonly|always`: where made-up attributes are listed
 //!   (`CVMFS_MAGIC_XATTRS_VISIBILITY`).
-//! - `--claim-ownership UID:GID`: everything belongs to one user (`CVMFS_CLAIM_OWNERSHIP=yes`).
+//! - `--claim-ownership UID:GID`: everything belongs to one user, and the client runs as that user
+//!   (`CVMFS_CLAIM_OWNERSHIP=yes`, `CVMFS_USER`).
 //! - `--retry-delay MILLISECONDS`: how long it waits before its second and last try when the server
 //!   cannot be reached (`CVMFS_BACKOFF_INIT`, `CVMFS_MAX_RETRIES`).
 //! - `--backend own|crate`: who reads the repository.
@@ -34,11 +35,14 @@ mod served;
 use std::env;
 use std::fs;
 use std::io::{self, Write as _};
+use std::os::unix::fs::lchown;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 use nix::mount::{MntFlags, umount2};
+use nix::unistd::{Gid, Uid, seteuid, setresgid, setresuid};
 
 use backend::Backend;
 use error_log::ErrorLog;
@@ -80,14 +84,38 @@ fn run(mut options: Options) -> Result<(), Box<dyn std::error::Error>> {
     config.n_threads = Some(THREADS);
     let session = Session::new(FileSystem::new(Arc::clone(&served)), &options.mountpoint, &config)?.spawn()?;
     let notifier = session.notifier();
+    if let Some((uid, gid)) = options.claimed_by {
+        become_user(&options.cache, uid, gid)?;
+    }
     println!("mounted");
     io::stdout().flush()?;
     commands::run(&served, &notifier);
+    if options.claimed_by.is_some() {
+        // An unmount needs root.
+        seteuid(Uid::from_raw(0))?;
+    }
     // Lazy, since the mount may be in use. Afterwards the session must not unmount a second time:
     // something else may be mounted there by then.
     let unmounted = umount2(&options.mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     std::mem::forget(session);
     Ok(unmounted?)
+}
+
+/// Goes on as another user, to whom the cache then belongs. Root remains the saved user.
+fn become_user(cache: &Path, uid: u32, gid: u32) -> io::Result<()> {
+    let mut unread = vec![cache.to_owned()];
+    while let Some(path) = unread.pop() {
+        lchown(&path, Some(uid), Some(gid))?;
+        if path.symlink_metadata()?.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                unread.push(entry?.path());
+            }
+        }
+    }
+    let (root, uid, gid) = (Uid::from_raw(0), Uid::from_raw(uid), Gid::from_raw(gid));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, root)?;
+    Ok(())
 }
 
 fn reader(options: &Options, log: &Arc<ErrorLog>) -> Result<Box<dyn Backend>, Box<dyn std::error::Error>> {
