@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::{AttachRequest, Attacher, beside};
 use crate::overlay::Mask;
 use crate::repository::lane::{alive, without_repository};
-use crate::repository::scan::{CATALOG_MARKERS, Directory, NO_OWNER, Scan};
+use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
 use crate::sys::{Attributes, DirHandle, Error, Result};
 
 /// Extended attributes of the directories of one skeleton, in bytes. A directory of an image has a
@@ -66,10 +66,6 @@ impl Attacher {
             if directory == 0 {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
-            }
-            // Somebody has to be able to write below it.
-            for id in [&mut attributes.uid, &mut attributes.gid] {
-                *id = if *id == NO_OWNER { 0 } else { *id };
             }
             bytes += attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
             if bytes > MAX_ATTRIBUTES {

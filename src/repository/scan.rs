@@ -49,9 +49,10 @@ const MAX_NAMES: usize = 8 << 20;
 /// Length of the path of a directory of the result, in bytes: the kernel takes 4096, and the path of
 /// the state root comes before it.
 const MAX_PATH: usize = 3_584;
-/// What the kernel shows instead of a user or group that has no number here. A publisher that keeps
-/// owners gives it to directories which the layer's tar does not name.
-pub const NO_OWNER: u32 = u32::MAX;
+/// What the kernel says of a user or group that has no number, as well as of `nobody`, who has this one.
+/// A publisher that keeps owners gives directories which the layer's tar does not name to the user and
+/// the group -1, which are none.
+pub const NO_OWNER: u32 = 65_534;
 
 /// Names a scan: one layer in one repository.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -79,7 +80,8 @@ pub struct Directory {
     pub opaque: bool,
     /// Names in the layer that no container may see.
     pub hidden: Vec<OsString>,
-    /// Nothing could be written below it as long as it shows.
+    /// Its user or group may be none. The kernel lets nobody, root included, write into such a directory
+    /// as long as it shows.
     pub has_no_owner: bool,
 }
 
