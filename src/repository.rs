@@ -14,6 +14,7 @@ pub mod health;
 pub mod lane;
 pub mod manifest;
 mod missing;
+pub mod owners;
 pub mod scan;
 pub mod server;
 mod watch;
@@ -28,11 +29,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-pub use self::condition::Condition;
+pub use self::condition::{Condition, OWN_ATTRIBUTES};
 use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
 pub use self::missing::Missing;
+use self::owners::Sample;
 use self::server::{Server, ServerHealth};
 use self::watch::Watch;
 use crate::metrics::METRICS;
@@ -61,8 +63,6 @@ pub struct Repository {
     mount: Mutex<Arc<MountGeneration>>,
     /// Of all mounts that came one after the other.
     threads: ThreadBudget,
-    /// Somebody was told that the owners of files are lost.
-    owners_told: AtomicBool,
 }
 
 /// One mount of a repository: its threads, its health and what is known of it. A remount is another one.
@@ -78,6 +78,10 @@ pub struct MountGeneration {
     /// When the last question was asked that its server answered, and no cache.
     answered: Mutex<Option<Instant>>,
     client_attributes: OnceLock<Arc<Vec<OsString>>>,
+    /// A sample of the layers is being read, or showed whose the files are.
+    is_sampled: AtomicBool,
+    /// What the last sample showed, as it was logged.
+    sample: Mutex<Option<Sample>>,
 }
 
 /// The next mount has threads of its own.
@@ -105,7 +109,7 @@ impl Repository {
     pub fn new(name: String, path: PathBuf, timeout: Duration, sys: Arc<dyn Sys>) -> Self {
         let threads = ThreadBudget::new(MAX_THREADS);
         let mount = Mutex::new(Arc::new(MountGeneration::new(0, &name, &path, timeout, &threads, &sys)));
-        Self { name, path, timeout, sys, mount, threads, owners_told: AtomicBool::new(false) }
+        Self { name, path, timeout, sys, mount, threads }
     }
 
     pub fn name(&self) -> &str {
@@ -232,6 +236,7 @@ impl Repository {
                 asked.warn_of_cache(state);
                 log::info!(repository = asked.name.as_str();
                     "repository {} is there, at {}", asked.name, asked.path.display());
+                Self::sample_layers(&asked);
             }
             Err(why) => log::warn!(repository = asked.name.as_str();
                 "repository {} is not there yet: {}; layers are downloaded until it is, and nothing has to be \
@@ -397,6 +402,8 @@ impl MountGeneration {
             device: Mutex::default(),
             answered: Mutex::default(),
             client_attributes: OnceLock::new(),
+            is_sampled: AtomicBool::new(false),
+            sample: Mutex::default(),
         }
     }
 }

@@ -6,34 +6,51 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use protobuf::{EnumOrUnknown, MessageField};
+
 use super::child;
 use crate::config::RepositoryAt;
 use crate::proto::admin::{IoErrors, Owner, Repository as Described};
 use crate::repository::client::Cache;
 use crate::repository::server::{self, Server};
 use crate::repository::{Condition, Repository};
+use crate::server::convert;
 use crate::sys::Host;
 
 /// More than a repository that answers ever takes.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// The first line of one that can be used, and the beginning of that of one that cannot.
+const GOOD: &str = "good";
+const BAD: &str = "bad ";
 
 /// Begins the line about the client's cache, with its device and its path.
 const CACHE: &str = "cache ";
 /// Begins the line about input/output errors of the client.
 const IO_ERRORS: &str = "errors\t";
 
-/// What the other process says: nothing, or the one owner of all, or why it cannot be used. In further lines,
-/// where its client keeps what it has fetched, and what it answered with errors.
+/// Begins the line about the owners: the state's number in the protocol, and the one owner if there is one.
+const OWNERS: &str = "owners ";
+
+/// The whole line where the client lists attributes of its own on every file.
+const LISTS: &str = "lists-own-attributes";
+
+/// What the other process says: that it is good, or why it cannot be used; then what is known of the owners, the
+/// attributes, what its client answered with errors, and where it keeps what it has fetched.
 pub fn probe(path: &Path) -> String {
     let repository = Arc::new(Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host)));
     match Repository::condition(&repository) {
-        Ok(Condition { owner, cache, io_errors }) => {
-            let owner = owner.map_or_else(String::new, |(uid, gid)| format!(" {uid} {gid}"));
+        Ok(Condition { sample, cache, io_errors }) => {
+            let sampled = convert::sampled(sample);
+            let owner =
+                sampled.owner.as_ref().map_or_else(String::new, |owner| format!(" {} {}", owner.uid, owner.gid));
+            let owners = format!("{OWNERS}{}{owner}", sampled.owners.value());
+            let lists = if sampled.lists_own_attributes { format!("{LISTS}\n") } else { String::new() };
             let cache = cache.map_or_else(String::new, |cache| line_of_cache(&cache));
             let errors = io_errors.map_or_else(String::new, |errors| line_of_errors(&errors));
-            format!("good{owner}\n{errors}{cache}")
+            format!("{GOOD}\n{owners}\n{lists}{errors}{cache}")
         }
-        Err(why) => format!("bad {why}\n"),
+        Err(why) => format!("{BAD}{why}\n"),
     }
 }
 
@@ -62,29 +79,35 @@ pub fn cache(path: &Path) -> Option<Cache> {
 }
 
 pub fn look(at: &RepositoryAt) -> Described {
-    let described = |trouble: String, owner: Option<Owner>| Described {
-        name: at.name.clone(),
-        path: at.path.display().to_string(),
-        trouble,
-        owner: owner.into(),
-        ..Described::default()
-    };
+    let mut described =
+        Described { name: at.name.clone(), path: at.path.display().to_string(), ..Described::default() };
     let said = match ask(&at.path) {
         Ok(said) => said,
-        Err(why) => return described(why, None),
+        Err(why) => return Described { trouble: why, ..described },
     };
-    let (said, more) = said.split_once('\n').unwrap_or((&said, ""));
-    let with_errors = |one: Described| Described { io_errors: more.lines().find_map(errors_of).into(), ..one };
-    match said.split_once(' ') {
-        Some(("bad", why)) => described(why.to_owned(), None),
-        Some(("good", owner)) => {
-            let mut numbers = owner.split(' ').map_while(|number| number.parse().ok());
-            let owner = numbers.next().zip(numbers.next());
-            with_errors(described(String::new(), owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() })))
+    let mut lines = said.lines();
+    match lines.next().unwrap_or_default() {
+        GOOD => {}
+        bad => {
+            let failed = || format!("the process that looked at it failed: {bad:?}");
+            return Described { trouble: bad.strip_prefix(BAD).map_or_else(failed, str::to_owned), ..described };
         }
-        _ if said == "good" => with_errors(described(String::new(), None)),
-        _ => described(format!("the process that looked at it failed: {said:?}"), None),
     }
+    for line in lines {
+        if let Some(owners) = line.strip_prefix(OWNERS) {
+            let numbers: Vec<u32> = owners.split(' ').map_while(|number| number.parse().ok()).collect();
+            let state = numbers.first().and_then(|state| i32::try_from(*state).ok());
+            described.owners = EnumOrUnknown::from_i32(state.unwrap_or_default());
+            if let [_, uid, gid] = numbers[..] {
+                described.owner = MessageField::some(Owner { uid, gid, ..Owner::default() });
+            }
+        }
+        described.lists_own_attributes |= line == LISTS;
+        if let Some(errors) = errors_of(line) {
+            described.io_errors = MessageField::some(errors);
+        }
+    }
+    described
 }
 
 fn ask(path: &Path) -> Result<String, String> {

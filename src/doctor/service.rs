@@ -17,6 +17,9 @@ use crate::config::{Config, MetricsAddress};
 use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
+use crate::repository::OWN_ATTRIBUTES;
+use crate::repository::owners::Owners;
+use crate::server::convert;
 use crate::status::{Image, Report};
 use crate::types::{Timestamp, printable, shell};
 
@@ -243,19 +246,27 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
         );
         findings.push(Finding::warning(SERVER, what, reach_server(name)));
     }
-    if let Some(owner) = one.owner.as_ref() {
-        let (uid, gid) = (owner.uid, owner.gid);
+    findings.push(owners(one));
+    if one.lists_own_attributes {
         findings.push(Finding::warning(
-            "repository.owners",
-            format!("everything in repository {name} belongs to uid {uid}, gid {gid}: containers see that instead of the owners of the image"),
-            format!(
-                "in /etc/cvmfs/config.d/{name}.local: CVMFS_CLAIM_OWNERSHIP=no if the client claims it; else the publisher dropped \
-                 the owners, and a map brings root back: CVMFS_UID_MAP and CVMFS_GID_MAP name files that say \"{uid} 0\" and \
-                 \"{gid} 0\". Then cvmfs_config reload {name}; see docs/repository.md"
-            ),
+            "repository.attributes",
+            format!("the CernVM-FS client of repository {name} lists attributes of its own on every file"),
+            OWN_ATTRIBUTES,
         ));
     }
     findings
+}
+
+/// Whether containers see the owners of the images.
+fn owners(one: &Repository) -> Finding {
+    const CHECK: &str = "repository.owners";
+    let owners = convert::owners(one);
+    let what = owners.describe(&one.name);
+    match owners.remedy(&one.name) {
+        Some(remedy) => Finding::warning(CHECK, what, remedy),
+        None if owners == Owners::Kept => Finding::good(CHECK, what),
+        None => Finding::note(CHECK, what),
+    }
 }
 
 /// Whether the client's cache and the state root are on one file system.

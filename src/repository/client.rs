@@ -32,15 +32,8 @@ pub struct Cache {
 /// Where the client of the repository at `path` keeps its cache. None: it is no CernVM-FS, or nobody can tell.
 /// Asks the repository.
 pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<Cache> {
-    let attribute = |name: &str| String::from_utf8(sys.attribute(path, name).ok()??).ok();
-    let name = attribute(MAGIC_NAME)?;
-    let process: u32 = attribute(PROCESS)?.trim().parse().ok()?;
-    // One in a container has another number here, and this number is another process's.
-    let command_line = sys.read_file(Path::new(&format!("/proc/{process}/cmdline")), MOST_BYTES).ok()?;
-    let mut words = command_line.split(|byte| *byte == 0);
-    if !words.any(|word| word == name.as_bytes() || OsStr::from_bytes(word) == path) {
-        return None;
-    }
+    let name = attribute(sys, path, MAGIC_NAME)?;
+    let process = process(sys, path, &name)?;
     // It works in its cache.
     let works_in = PathBuf::from(format!("/proc/{process}/cwd"));
     match sys.read_link(&works_in) {
@@ -49,6 +42,41 @@ pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<Cache> 
         Err(e) if matches!(e.errno, Errno::EACCES | Errno::EPERM) => configured(sys, configuration, &name),
         Err(_) => None,
     }
+}
+
+/// The user that a client runs as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum User {
+    Uid(u32),
+    /// The client's process cannot be seen from here.
+    Hidden,
+    /// No CernVM-FS client serves the repository.
+    NoClient,
+}
+
+/// The user that the client of the repository at `path` runs as. Asks the repository.
+pub fn user(sys: &dyn Sys, path: &Path) -> User {
+    let Some(name) = attribute(sys, path, MAGIC_NAME) else { return User::NoClient };
+    let uid = process(sys, path, &name).and_then(|process| {
+        let status = sys.read_file(Path::new(&format!("/proc/{process}/status")), MOST_BYTES).ok()?;
+        let status = String::from_utf8_lossy(&status);
+        // The real user, and then the effective one.
+        status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
+    });
+    uid.map_or(User::Hidden, User::Uid)
+}
+
+fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
+    String::from_utf8(sys.attribute(path, name).ok()??).ok()
+}
+
+/// The process that serves repository `name` at `path`.
+fn process(sys: &dyn Sys, path: &Path, name: &str) -> Option<u32> {
+    let process: u32 = attribute(sys, path, PROCESS)?.trim().parse().ok()?;
+    // One in a container has another number here, and this number is another process's.
+    let command_line = sys.read_file(Path::new(&format!("/proc/{process}/cmdline")), MOST_BYTES).ok()?;
+    let mut words = command_line.split(|byte| *byte == 0);
+    words.any(|word| word == name.as_bytes() || OsStr::from_bytes(word) == path).then_some(process)
 }
 
 /// As the configuration of the client has it.
@@ -98,9 +126,10 @@ fn assignment(line: &str) -> Option<(&str, &str)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::process::CommandExt;
     use std::process::{Child, Command, Stdio};
 
     use super::*;
@@ -108,13 +137,18 @@ mod tests {
     use crate::sys::failing::Failing;
 
     /// A repository whose client works in `cache`, and the client.
-    struct Served {
+    pub struct Served {
         dir: tempfile::TempDir,
         client: Child,
     }
 
     impl Served {
         fn new(word: &str) -> Self {
+            Self::of_user(word, 0)
+        }
+
+        /// Only root can have a client of another user.
+        pub fn of_user(word: &str, uid: u32) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let [repository, cache] = ["repository", "cache"].map(|name| dir.path().join(name));
             for made in [&repository, &cache] {
@@ -123,6 +157,10 @@ mod tests {
             // It ends when nobody holds its standard input any more.
             let mut command = Command::new("sh");
             command.args(["-c", "echo; read line", word]).current_dir(&cache);
+            if uid != 0 {
+                fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+                command.uid(uid);
+            }
             let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
             // It has become the shell by then.
             std::io::Read::read_exact(client.stdout.as_mut().unwrap(), &mut [0]).unwrap();
@@ -131,7 +169,7 @@ mod tests {
             Self { dir, client }
         }
 
-        fn path(&self, name: &str) -> PathBuf {
+        pub fn path(&self, name: &str) -> PathBuf {
             self.dir.path().join(name)
         }
 

@@ -7,22 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::client::{self, Cache};
-use super::lane::alive;
+use super::lane::{Pulse, Turn};
 use super::missing::Missing;
+use super::owners::{self, Owners, Sample};
 use super::server::IoErrors;
-use super::{LAYER_ROOT, LAYERS, Repository, probe};
-use crate::types::Digest;
+use super::{MountGeneration, Repository, probe};
 
-/// Entries that are looked at to see whose they are.
-const OWNED_ENTRIES: usize = 32;
-/// And layers.
-const OWNED_LAYERS: usize = 8;
+/// What a client that lists its own attributes on files does to containers, and the setting that helps.
+pub const OWN_ATTRIBUTES: &str = "containers see them, and where a file or directory of an image is changed they are \
+    copied, for which ext4 has \"no space left on device\"; set CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly in \
+    /etc/cvmfs/default.local and run cvmfs_config reload";
 
 /// Of a repository that can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
-    /// User and group of everything in it, as far as it was looked at, if that is not root.
-    pub owner: Option<(u32, u32)>,
+    /// What a sample of its layers showed. None: they could not be read.
+    pub sample: Option<Sample>,
     /// Where its client keeps what it has fetched, as far as that can be told.
     pub cache: Option<Cache>,
     /// What its client answered others with within the last minutes, if that is not explained by an
@@ -41,11 +41,11 @@ impl Repository {
             if let Some(unreachable) = mount.server.outage() {
                 return Err(Missing::ServerUnreachable(Box::new(unreachable)));
             }
-            let owner = asked.owner_of_all();
+            let sample = asked.log_sample(&mount);
             // Counts what that was answered with as well.
             let io_errors = IoErrors::recent(asked.sys.as_ref(), &asked.path);
             let io_errors = io_errors.and_then(|errors| mount.server.unexplained(errors));
-            Ok(Condition { owner, cache: asked.cache(), io_errors })
+            Ok(Condition { sample, cache: asked.cache(), io_errors })
         })?
     }
 
@@ -57,51 +57,47 @@ impl Repository {
     pub(super) fn warn_of_cache(&self, state: Option<u64>) {
         if let Some(cache) = self.cache().filter(|cache| Some(cache.device) == state) {
             log::warn!(repository = self.name.as_str();
-                "the CernVM-FS client of repository {} keeps its cache in {}, on the file system of the state root: starting                  containers can make every rename on it hang, for all programs of this node. Put one of them on another                  file system: the cache with CVMFS_CACHE_BASE in /etc/cvmfs/default.local, or the state root with --root;                  see docs/install.md", self.name, cache.path.display());
+                "the CernVM-FS client of repository {} keeps its cache in {}, on the file system of the state root: starting \
+                 containers can make every rename on it hang, for all programs of this node. Put one of them on another \
+                 file system: the cache with CVMFS_CACHE_BASE in /etc/cvmfs/default.local, or the state root with --root; \
+                 see docs/install.md", self.name, cache.path.display());
         }
     }
 
-    /// User and group of some of what is at the top of an image.
-    fn owners_of(&self, top: &Path) -> Option<Vec<(u32, u32)>> {
-        let entries = self.sys.read_dir(top).ok()?;
-        let owner = |name| self.sys.lstat(&top.join(name)).ok().map(|status| (status.uid, status.gid));
-        entries.iter().take(OWNED_ENTRIES).map(|(name, _)| owner(name)).collect()
-    }
-
-    /// The one owner of some of its layers, if there is one and it is not root.
-    fn owner_of_all(&self) -> Option<(u32, u32)> {
-        let layers = self.path.join(LAYERS);
-        let mut owners = Vec::new();
-        for (two, _) in self.sys.read_dir(&layers).ok()?.into_iter().take(OWNED_LAYERS) {
-            alive();
-            let some = layers.join(two);
-            let (digest, _) = self.sys.read_dir(&some).ok()?.into_iter().next()?;
-            owners.append(&mut self.owners_of(&some.join(digest).join(LAYER_ROOT))?);
-        }
-        sole_owner(&owners)
-    }
-
-    /// Says once if nothing at the top of an image belongs to root: the publisher dropped the
-    /// owners, or the client shows one of its own. Nobody but the site's admin can mend that.
-    pub fn notice_owners(&self, digest: &Digest, top: &Path) {
-        if self.owners_told.load(Ordering::Relaxed) {
+    /// Reads a sample of the layers in the background and logs what it shows, once for each mount.
+    pub fn sample_layers(repository: &Arc<Self>) {
+        let (asked, mount) = (Arc::clone(repository), repository.mount());
+        if mount.is_sampled.swap(true, Ordering::Relaxed) {
             return;
         }
-        if let Some((uid, gid)) = self.owners_of(top).as_deref().and_then(sole_owner)
-            && !self.owners_told.swap(true, Ordering::Relaxed)
-        {
-            log::warn!(repository = self.name.as_str();
-                "everything in layer {digest} of repository {} belongs to uid {uid}, gid {gid}: containers will see that \
-                 instead of the owners of the image. Either the CernVM-FS client claims the files (set \
-                 CVMFS_CLAIM_OWNERSHIP=no), or the publisher dropped the owners (map {uid} to 0 with CVMFS_UID_MAP \
-                 and {gid} to 0 with CVMFS_GID_MAP); see docs/repository.md", self.name);
+        let of = Arc::clone(&mount);
+        let job = move || {
+            asked.log_sample(&of);
+        };
+        if mount.calls.run(Turn::Last, Pulse::default(), Box::new(job)).is_err() {
+            mount.is_sampled.store(false, Ordering::Relaxed);
         }
     }
-}
 
-/// The owner of all, if that is one, and not root.
-fn sole_owner(owners: &[(u32, u32)]) -> Option<(u32, u32)> {
-    let [first, others @ ..] = owners else { return None };
-    let is_one = first.0 != 0 && !others.is_empty() && others.iter().all(|(uid, _)| *uid == first.0);
-    is_one.then_some(*first)
+    /// Reads a sample of the layers, and logs what it shows if that is news for this mount.
+    pub(super) fn log_sample(&self, mount: &MountGeneration) -> Option<Sample> {
+        let sample = owners::sample(self.sys.as_ref(), &self.path).map_err(|e| self.unreadable(e)).ok();
+        let is_known = sample.is_some_and(|sample| sample.owners != Owners::Unknown);
+        mount.is_sampled.store(is_known, Ordering::Relaxed);
+        let sample = sample?;
+        let before = mount.sample.lock().replace(sample);
+        let name = self.name.as_str();
+        if before.map(|before| before.owners) != Some(sample.owners) {
+            let what = sample.owners.describe(name);
+            match sample.owners.remedy(name) {
+                None => log::info!(repository = name; "{what}"),
+                Some(remedy) => log::warn!(repository = name; "{what}: {remedy}"),
+            }
+        }
+        if sample.lists_own_attributes && !before.is_some_and(|before| before.lists_own_attributes) {
+            log::warn!(repository = name;
+                "the CernVM-FS client of repository {name} lists attributes of its own on every file: {OWN_ATTRIBUTES}");
+        }
+        Some(sample)
+    }
 }

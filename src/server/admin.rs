@@ -9,7 +9,7 @@ use super::status::Failure;
 use super::{convert, service};
 use crate::metrics::METRICS;
 use crate::proto::admin::{
-    DescribeResponse, Found, IoErrors, Leftover, LeftoversResponse, Owner, Pulls, Repository, ServerOutage, Snapshot,
+    DescribeResponse, Found, IoErrors, Leftover, LeftoversResponse, Pulls, Repository, ServerOutage, Snapshot,
     SnapshotsResponse, leftover, snapshot,
 };
 use crate::proto::health::HealthCheckResponse;
@@ -83,7 +83,6 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
     let setup = snapshotter.setup();
     let conditions = snapshotter.conditions();
     let repositories = conditions.iter().map(|(repository, condition)| {
-        let owner = condition.as_ref().ok().and_then(|condition| condition.owner);
         let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
         let errors = condition.as_ref().ok().and_then(|condition| condition.io_errors.clone());
         let outage = condition.as_ref().err().and_then(Missing::server_outage);
@@ -91,11 +90,10 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
             name: repository.name().to_owned(),
             path: repository.path().display().to_string(),
             trouble: condition.as_ref().err().map(Missing::to_string).unwrap_or_default(),
-            owner: owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() }).into(),
             cache: cache.map(|cache| cache.path.display().to_string()).unwrap_or_default(),
             server_outage: outage.map(server_outage).into(),
             io_errors: errors.map(io_errors).into(),
-            ..Repository::default()
+            ..convert::sampled(condition.as_ref().ok().and_then(|condition| condition.sample))
         }
     });
     DescribeResponse {

@@ -7,8 +7,11 @@ use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use crate::attach::Mode;
+use crate::proto::admin::repository::Owners as WireOwners;
+use crate::proto::admin::{Owner as WireOwner, Repository};
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots::{Info, Kind as WireKind, UpdateSnapshotRequest};
+use crate::repository::owners::{Owner, Owners, Sample};
 use crate::snapshotter::{Error, LabelChange, Result, Wanted};
 use crate::types::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
 
@@ -26,6 +29,38 @@ pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
             ..WireMount::default()
         })
         .collect()
+}
+
+/// What a sample of its layers showed, as fields of a repository.
+pub fn sampled(sample: Option<Sample>) -> Repository {
+    let Some(Sample { owners, lists_own_attributes }) = sample else { return Repository::default() };
+    let (state, owner) = match owners {
+        Owners::Unknown => (WireOwners::UNKNOWN, None),
+        Owners::Kept => (WireOwners::KEPT, None),
+        Owners::Claimed(owner) => (WireOwners::CLAIMED, Some(owner)),
+        Owners::Lost(owner) => (WireOwners::LOST, Some(owner)),
+        Owners::Undecided(owner) => (WireOwners::UNDECIDED, Some(owner)),
+    };
+    Repository {
+        owners: EnumOrUnknown::new(state),
+        owner: owner.map(|Owner { uid, gid }| WireOwner { uid, gid, ..WireOwner::default() }).into(),
+        lists_own_attributes,
+        ..Repository::default()
+    }
+}
+
+/// What a daemon, of another version perhaps, said of the owners in a repository.
+pub fn owners(of: &Repository) -> Owners {
+    let owner = of.owner.as_ref().map(|owner| Owner { uid: owner.uid, gid: owner.gid });
+    match (of.owners.enum_value(), owner) {
+        (Ok(WireOwners::KEPT), _) => Owners::Kept,
+        (Ok(WireOwners::CLAIMED), Some(owner)) => Owners::Claimed(owner),
+        (Ok(WireOwners::LOST), Some(owner)) => Owners::Lost(owner),
+        (Ok(WireOwners::UNDECIDED), Some(owner)) => Owners::Undecided(owner),
+        (Ok(WireOwners::UNKNOWN | WireOwners::CLAIMED | WireOwners::LOST | WireOwners::UNDECIDED) | Err(_), _) => {
+            Owners::Unknown
+        }
+    }
 }
 
 pub fn info(snapshot: Snapshot) -> Info {

@@ -362,7 +362,7 @@ impl Sources {
             }
         })?;
         if request.is_lowest && !survey.is_begun {
-            repository.notice_owners(digest, layer.path());
+            Repository::sample_layers(repository);
         }
         Ok(survey)
     }

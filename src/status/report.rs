@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
+use crate::repository::OWN_ATTRIBUTES;
+use crate::repository::owners::Owners;
+use crate::server::convert;
 use crate::table::{age, size, table};
 use crate::types::{Timestamp, printable};
 
@@ -137,7 +140,8 @@ impl Report {
                     "host": errors.host,
                     "proxy": errors.proxy,
                 })),
-                "everything_belongs_to": one.owner.as_ref().map(|owner| json!({"uid": owner.uid, "gid": owner.gid})),
+                "owners": owners(one),
+                "lists_own_attributes": one.lists_own_attributes,
             })
         });
         let images = self.images.iter().map(|one| {
@@ -196,6 +200,9 @@ impl Report {
         let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded", pulls.published);
         text.push('\n');
         text.push_str(&table(&self.repositories()));
+        for one in daemon.repositories.iter().filter(|one| one.trouble.is_empty()) {
+            text.push_str(&sample(one));
+        }
         for one in daemon.repositories.iter().filter(|one| !one.cache.is_empty()) {
             let _ = writeln!(
                 text,
@@ -274,6 +281,34 @@ impl Report {
 
 fn name(image: &Image) -> &str {
     image.reference.as_deref().unwrap_or(&image.key)
+}
+
+/// What is known of the owners and the attributes in a repository.
+fn sample(one: &Repository) -> String {
+    let (owners, name) = (convert::owners(one), printable(&one.name));
+    let mut text = format!("{}\n", owners.describe(&name));
+    if let Some(remedy) = owners.remedy(&name) {
+        let _ = writeln!(text, "  {remedy}");
+    }
+    if one.lists_own_attributes {
+        let _ = writeln!(
+            text,
+            "the client of repository {name} lists attributes of its own on every file: {OWN_ATTRIBUTES}"
+        );
+    }
+    text
+}
+
+/// The state of the owners in a repository, and the one owner if there is one.
+fn owners(one: &Repository) -> Value {
+    let (state, owner) = match convert::owners(one) {
+        Owners::Kept => ("kept", None),
+        Owners::Claimed(owner) => ("claimed", Some(owner)),
+        Owners::Lost(owner) => ("lost", Some(owner)),
+        Owners::Undecided(owner) => ("undecided", Some(owner)),
+        Owners::Unknown => ("unknown", None),
+    };
+    json!({"state": state, "uid": owner.map(|owner| owner.uid), "gid": owner.map(|owner| owner.gid)})
 }
 
 fn none_if_empty(text: &str) -> Option<&str> {
