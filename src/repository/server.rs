@@ -73,8 +73,12 @@ pub struct Unreachable {
 impl fmt::Display for Unreachable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Server { host, proxy } = &self.server;
-        let (host, proxy, time) = (Quoted(host), Quoted(proxy), Seconds(self.begun.elapsed()));
-        write!(f, "the repository's server cannot be reached for {time} (host {host}, proxy {proxy}): {}", self.cause)
+        f.write_str("the repository's server cannot be reached")?;
+        let seconds = self.begun.elapsed().as_secs();
+        if seconds > 0 {
+            write!(f, " for {seconds} s")?;
+        }
+        write!(f, " (host {}, proxy {}): {}", Quoted(host), Quoted(proxy), self.cause)
     }
 }
 
