@@ -188,7 +188,6 @@ impl Shared {
         if let Err(why) = &scanned {
             log::debug!("{} will be scanned when it is needed: {why}", scan_key.digest);
         }
-        job.finish(scanned.clone());
         // The repository has nothing to do with how long the store takes.
         job.progress.pulse.pause();
         let stored = match &scanned {
@@ -201,6 +200,7 @@ impl Shared {
         {
             log::warn!("{} will be scanned again: {e}", scan_key.digest);
         }
+        job.finish(scanned);
         self.forget(key, job);
     }
 
