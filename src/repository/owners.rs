@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::ops::ControlFlow;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -178,13 +179,18 @@ fn layers(sys: &dyn Sys, root: &DirHandle) -> sys::Result<Vec<PathBuf>> {
 fn directories(sys: &dyn Sys, root: &DirHandle, below: &Path, limit: usize) -> sys::Result<Vec<OsString>> {
     let mut names = Vec::new();
     sys.for_each_entry_below(root, below, &mut |name, file_type| {
-        if file_type == FileType::Directory {
+        if file_type == FileType::Directory && is_name(name) {
             names.push(name.to_owned());
         }
         go_on_if(names.len() < limit)
     })?;
     alive();
     Ok(names)
+}
+
+/// Whether it names an entry of a directory, and nothing elsewhere.
+fn is_name(name: &OsStr) -> bool {
+    !matches!(name.as_bytes(), b"" | b"." | b"..") && !name.as_bytes().contains(&b'/')
 }
 
 fn go_on_if(wanted: bool) -> ControlFlow<()> {
@@ -223,7 +229,10 @@ impl Found {
             alive();
             let (mut names, limit) = (Vec::new(), end.saturating_sub(self.entries));
             let status = sys.for_each_entry_below(&directory, Path::new(""), &mut |name, file_type| {
-                names.push((name.to_owned(), file_type));
+                // A hostile file system may hand out others.
+                if is_name(name) {
+                    names.push((name.to_owned(), file_type));
+                }
                 go_on_if(names.len() < limit)
             })?;
             alive();
