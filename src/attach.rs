@@ -261,10 +261,12 @@ impl Attacher {
     }
 
     /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked while
-    /// nobody attaches the layer or holds a pin on it, and nobody can until this returns.
+    /// nobody attaches the layer or holds a pin on it, and nobody can until this returns. ECANCELED if
+    /// `cancelled` says so.
     pub fn release<E: From<Error>>(
         &self,
         id: SnapshotId,
+        cancelled: &dyn Fn() -> bool,
         decide: impl FnOnce() -> std::result::Result<Release, E>,
     ) -> std::result::Result<Released, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
@@ -276,7 +278,7 @@ impl Attacher {
             if decision == Release::Remove {
                 let home = self.places.home(id);
                 self.unmount_home(&home)?;
-                self.sys.remove_tree(&home)?;
+                self.sys.remove_tree(&home, cancelled)?;
             }
             Ok(Released::Done)
         });

@@ -44,7 +44,7 @@ fn look(daemon: &Daemon) -> admin::Result<Vec<Found>> {
         let path = PathBuf::from(one.path);
         let (what, bytes) = match one.what.enum_value_or_default() {
             What::DETACHED => ("layer in no use", None),
-            What::REMOVED => ("removed snapshot", Host.disk_usage(&path, &|| false).ok().map(|(bytes, _)| bytes)),
+            What::REMOVED => ("removed snapshot", Host.disk_usage(&path, &|| false).ok().map(|usage| usage.bytes)),
             What::UNKNOWN => ("unknown", None),
         };
         Found { path, what, bytes }

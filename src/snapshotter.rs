@@ -305,7 +305,7 @@ impl Snapshotter {
         // is somebody's. Where that cannot even be asked, the next start decides.
         match self.store.read(|tx| tx.exists(id).map_err(Error::from)) {
             Ok(true) => Ok(self.describe(kind, id, &lower)),
-            Ok(false) => match self.sys.remove_tree(&self.places.home(id)) {
+            Ok(false) => match self.sys.remove_tree(&self.places.home(id), &|| false) {
                 Ok(()) => Err(failed),
                 Err(undo) => Err(Error::Undo { failed: Box::new(failed), undo }),
             },

@@ -39,7 +39,8 @@ pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::directory::DirHandle;
 pub use self::memory::share_arenas;
 pub use self::mounts::mount_point_of;
-use crate::types::Quoted;
+pub use self::tree::DiskUsage;
+use crate::types::{Quoted, SnapshotId};
 
 /// A failed system call, with what it was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -179,8 +180,9 @@ pub trait Sys: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
     fn remove_file(&self, path: &Path) -> Result<()>;
     fn remove_dir(&self, path: &Path) -> Result<()>;
-    /// Removes a tree, without following links or entering mounts. Absent is fine.
-    fn remove_tree(&self, path: &Path) -> Result<()>;
+    /// Removes a tree, without following links or entering mounts. Absent is fine. ECANCELED if
+    /// `cancelled` says so; it is asked before each entry, and so shows its caller the progress.
+    fn remove_tree(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<()>;
     fn bind_read_only(&self, source: &DirHandle, target: &Path) -> Result<()>;
     fn unmount(&self, target: &Path, how: Unmount) -> Result<()>;
 
@@ -221,8 +223,8 @@ pub trait Sys: Send + Sync {
     fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>>;
     /// Asks the file system itself; unlike `stat` this fails when a FUSE server has died.
     fn statfs(&self, path: &Path) -> Result<FileSystem>;
-    /// Allocated bytes and distinct inodes of a tree. ECANCELED if `cancelled` says so.
-    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)>;
+    /// What a tree takes. ECANCELED if `cancelled` says so, which is asked now and then.
+    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage>;
     /// The device of the FUSE file system that this path is on, if it is on one. Asks the mount table
     /// and no FUSE file system: a server that hangs cannot keep anybody waiting here.
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>>;
@@ -290,8 +292,8 @@ impl Sys for Host {
         fs::remove_dir(path).map_err(|e| Error::io("remove directory", path, &e))
     }
 
-    fn remove_tree(&self, path: &Path) -> Result<()> {
-        tree::remove(path).map_err(|e| Error::new("remove tree", path, e))
+    fn remove_tree(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<()> {
+        tree::remove(path, cancelled).map_err(|e| Error::new("remove tree", path, e))
     }
 
     fn bind_read_only(&self, source: &DirHandle, target: &Path) -> Result<()> {
@@ -408,7 +410,7 @@ impl Sys for Host {
         statfs(path).map(FileSystem::from).map_err(|e| Error::new("statfs", path, e))
     }
 
-    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(u64, u64)> {
+    fn disk_usage(&self, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage> {
         tree::disk_usage(path, cancelled).map_err(|e| Error::new("measure", path, e))
     }
 

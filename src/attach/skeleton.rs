@@ -87,7 +87,7 @@ impl Attacher {
             return Ok(());
         }
         let new = beside(place);
-        self.sys.remove_tree(&new)?;
+        self.sys.remove_tree(&new, &|| false)?;
         for (directory, _) in planned {
             let path = new.join(scan.path(*directory));
             self.sys.create_dir(&path, 0o755)?;

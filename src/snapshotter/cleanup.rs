@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use nix::errno::Errno;
+
 use super::{Error, Result, Snapshotter};
 use crate::attach::Released;
 use crate::metrics::METRICS;
@@ -115,7 +117,7 @@ impl Snapshotter {
             while !cancelled()
                 && let Some(id) = batch.get(next.fetch_add(1, Ordering::Relaxed))
             {
-                if self.clean(*id, mounts.get(id).map_or(&[], Vec::as_slice)) {
+                if self.clean(*id, mounts.get(id).map_or(&[], Vec::as_slice), cancelled) {
                     done.insert(*id);
                 }
             }
@@ -135,7 +137,7 @@ impl Snapshotter {
     }
 
     /// Whether `id` needs no cleanup any more.
-    fn clean(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
+    fn clean(&self, id: SnapshotId, mounts: &[PathBuf], cancelled: &dyn Fn() -> bool) -> bool {
         let home = self.places.home(id);
         let (taken_over, bound) = (self.places.fs(id), self.places.bound(id));
         let is_ours = |mount: &Path| mount == taken_over || mount.parent() == Some(&bound);
@@ -143,10 +145,14 @@ impl Snapshotter {
             log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
             return false;
         }
-        match self.sources.release_one(id) {
+        match self.sources.release_one(id, cancelled) {
             Ok(Released::Done) => true,
             Ok(Released::NotYet) => {
                 log::debug!("{} is in use, it is taken away later", home.display());
+                false
+            }
+            Err(Error::System(e)) if e.errno == Errno::ECANCELED => {
+                log::debug!("the removal of {} goes on in the next cleanup: the caller has given up", home.display());
                 false
             }
             Err(e) => {

@@ -20,7 +20,7 @@ use super::*;
 use crate::repository::Missing;
 use crate::repository::manifest::ImageRef;
 use crate::repository::scan::{self, Progress};
-use crate::sys::{Attributes, DirHandle, FileSystem, FileType, Host, Status, Unmount};
+use crate::sys::{Attributes, DirHandle, DiskUsage, FileSystem, FileType, Host, Status, Unmount};
 use crate::types::LABEL_IMAGE_REF;
 
 /// What no path may have in it.
@@ -56,7 +56,7 @@ impl Sys for Watched {
         changed rename(from: &Path, to: &Path) -> (), from to;
         changed remove_file(path: &Path) -> (), path;
         changed remove_dir(path: &Path) -> (), path;
-        changed remove_tree(path: &Path) -> (), path;
+        changed remove_tree(path: &Path, cancelled: &dyn Fn() -> bool) -> (), path;
         changed bind_read_only(source: &DirHandle, target: &Path) -> (), target;
         changed unmount(target: &Path, how: Unmount) -> (), target;
         asked stat(path: &Path) -> Status, path;
@@ -67,7 +67,7 @@ impl Sys for Watched {
         asked attribute_names(path: &Path) -> Vec<OsString>, path;
         asked open_dir(path: &Path) -> DirHandle, path;
         asked statfs(path: &Path) -> FileSystem, path;
-        asked disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), path;
+        asked disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> DiskUsage, path;
         asked mounted_fuse(path: &Path) -> Option<u64>, path;
         asked mounted(path: &Path) -> Option<u64>, path;
         asked mounts_below(path: &Path) -> Vec<PathBuf>, path;
@@ -507,18 +507,18 @@ fn a_million_entries_are_walked_and_a_million_markers_are_too_many() {
 #[test]
 fn a_tree_that_is_deeper_than_paths_are_long_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let mut at = nix::dir::Dir::open(dir.path(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
+    let mut at = nix::fcntl::open(dir.path(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
     let name = CString::new("deep-".repeat(10)).unwrap();
     for _ in 0..2_000 {
         nix::sys::stat::mkdirat(&at, name.as_c_str(), FileMode::S_IRWXU).unwrap();
-        at = nix::dir::Dir::openat(&at, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
+        at = nix::fcntl::openat(&at, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
     }
     let found = scan::scan(&Host, &Host.open_dir(dir.path()).unwrap(), &Progress::default());
     let Err(scan::Error::System(e)) = found else { panic!("it was read to the end") };
     assert_eq!(e.errno, Errno::ENAMETOOLONG);
     assert!(e.to_string().len() < 10_000);
     drop(at);
-    Host.remove_tree(&dir.path().join(name.to_str().unwrap())).unwrap();
+    Host.remove_tree(&dir.path().join(name.to_str().unwrap()), &|| false).unwrap();
 }
 
 /// The scan of a layer is kept for ever. A publisher that put a link in the place of a scanned directory

@@ -426,8 +426,8 @@ impl Sources {
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
-    pub fn release_one(&self, id: SnapshotId) -> Result<Released> {
-        self.attacher.release(id, || {
+    pub fn release_one(&self, id: SnapshotId, cancelled: &dyn Fn() -> bool) -> Result<Released> {
+        self.attacher.release(id, cancelled, || {
             let needed = self.store.read(|tx| cleanup::needs_its_directory(tx, id))?;
             Ok::<_, Error>(if needed { Release::Keep } else { Release::Remove })
         })
@@ -438,7 +438,7 @@ impl Sources {
     pub fn release_unused(&self, ids: &[SnapshotId]) {
         let mut left = Vec::new();
         for id in ids {
-            if !matches!(self.release_one(*id), Ok(Released::Done)) {
+            if !matches!(self.release_one(*id, &|| false), Ok(Released::Done)) {
                 left.push(*id);
             }
         }

@@ -9,6 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::{Error, Result, Snapshotter, check_chain, check_labels};
 use crate::store::Lookup;
 use crate::store::sidecar::Sidecar;
+use crate::sys::DiskUsage;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 
 /// What an Update does to the labels.
@@ -48,16 +49,20 @@ impl Snapshotter {
     }
 
     /// What the snapshot itself takes on disk, without its parents. Walks the files of a
-    /// local snapshot: each time while it is active, once when it is committed. Never walks
-    /// a repository. `cancelled` is asked now and then.
+    /// local snapshot: each time while it is active, once when it is committed and nobody changes
+    /// them. Never walks a repository. `cancelled` is asked now and then.
     pub fn usage(&self, key: &Key, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
         let snapshot = self.stat(key)?;
         match (snapshot.kind, &snapshot.layer, snapshot.usage) {
             (_, Some(_), _) | (Kind::View, _, _) => Ok(Usage::default()),
             (Kind::Committed, None, Some(usage)) => Ok(usage),
-            (Kind::Active, None, _) => self.measure(&snapshot, cancelled),
+            (Kind::Active, None, _) => self.measure(&snapshot, cancelled).map(usage_of),
             (Kind::Committed, None, None) => {
-                let usage = self.measure(&snapshot, cancelled)?;
+                let measured = self.measure(&snapshot, cancelled)?;
+                let usage = usage_of(measured);
+                if !measured.is_stable {
+                    return Ok(usage);
+                }
                 self.store.write(|tx| {
                     if let Some(now) = tx.get(key.as_str())?.filter(|now| now.id == snapshot.id) {
                         tx.update(&now, &Snapshot { usage: Some(usage), ..now.clone() })?;
@@ -69,16 +74,12 @@ impl Snapshotter {
         }
     }
 
-    fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
+    fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage> {
         self.require_files(snapshot)?;
-        match self.sys.disk_usage(&self.places.fs(snapshot.id), cancelled) {
-            Ok((bytes, inodes)) => {
-                let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-                Ok(Usage { size: number(bytes), inodes: number(inodes) })
-            }
-            Err(e) if e.errno == Errno::ECANCELED => Err(Error::Cancelled),
-            Err(e) => Err(e.into()),
-        }
+        self.sys.disk_usage(&self.places.fs(snapshot.id), cancelled).map_err(|e| match e.errno {
+            Errno::ECANCELED => Error::Cancelled,
+            _ => e.into(),
+        })
     }
 
     /// Makes the active snapshot `key` the committed snapshot `name`, with exactly `labels`.
@@ -162,6 +163,11 @@ impl CommitLocks {
 /// Whether `now` is the snapshot that was looked at before, and not a later one with its key.
 fn is_same(before: &Snapshot, now: &Snapshot) -> Result<()> {
     if before.id == now.id { Ok(()) } else { Err(Error::NotFound(before.key.clone())) }
+}
+
+fn usage_of(DiskUsage { bytes, inodes, .. }: DiskUsage) -> Usage {
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    Usage { size: number(bytes), inodes: number(inodes) }
 }
 
 /// The active snapshot `key`, and the parent on which it can be committed as `name`.

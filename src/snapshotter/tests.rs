@@ -497,3 +497,26 @@ fn root_a_commit_looks_at_no_file_of_the_snapshot() {
     let usage = s.usage(&key("committed"), &|| false).unwrap();
     assert!(usage.size >= 100_000 && usage.inodes == 2, "{usage:?}");
 }
+
+/// A committed snapshot's usage is kept for good, so it must be that of files at rest.
+#[test]
+fn root_usage_of_files_that_change_meanwhile_is_not_kept() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.open(Arc::new(Host));
+    let source = PathBuf::from(&s.prepare(wanted("active", "", &[])).unwrap()[0].source);
+    fs::create_dir(source.join("dir")).unwrap();
+    s.commit(&key("committed"), &key("active"), Labels::new(), None).unwrap();
+    let count = AtomicUsize::default();
+    let change = || {
+        fs::write(source.join("dir").join(count.fetch_add(1, Ordering::SeqCst).to_string()), "x").unwrap();
+        false
+    };
+    let disturbed = s.usage(&key("committed"), &change).unwrap();
+    assert!(disturbed.inodes >= 2, "{disturbed:?}");
+    let changes = count.load(Ordering::SeqCst);
+    assert!(changes > 1, "it was measured anew");
+    let at_rest = s.usage(&key("committed"), &|| false).unwrap();
+    assert_eq!(at_rest.inodes, 2 + i64::try_from(changes).unwrap());
+    let kept = s.usage(&key("committed"), &|| panic!("it is kept")).unwrap();
+    assert_eq!(kept, at_rest);
+}

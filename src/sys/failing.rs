@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    Attributes, ControlFlow, DirHandle, Errno, Error, FileSystem, FileType, Host, OsStr, OsString, Path, PathBuf,
-    Result, Status, Sys, Unmount,
+    Attributes, ControlFlow, DirHandle, DiskUsage, Errno, Error, FileSystem, FileType, Host, OsStr, OsString, Path,
+    PathBuf, Result, Status, Sys, Unmount,
 };
 use crate::faults::{Fault, Kind, Steps, Verdict};
 
@@ -109,7 +109,7 @@ impl Sys for Failing {
         Change rename(from: &Path, to: &Path) -> (), at to;
         Change remove_file(path: &Path) -> (), at path;
         Change remove_dir(path: &Path) -> (), at path;
-        Change remove_tree(path: &Path) -> (), at path, half remove_something(path);
+        Change remove_tree(path: &Path, cancelled: &dyn Fn() -> bool) -> (), at path, half remove_something(path);
         Change unmount(target: &Path, how: Unmount) -> (), at target;
         Change symlink(target: &Path, link: &Path) -> (), at link;
         Change bind_read_only(source: &DirHandle, target: &Path) -> (), at target, half bind_writable(source, target);
@@ -121,7 +121,7 @@ impl Sys for Failing {
         Question attribute_names(path: &Path) -> Vec<OsString>, at path;
         Question open_dir(path: &Path) -> DirHandle, at path;
         Question statfs(path: &Path) -> FileSystem, at path;
-        Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> (u64, u64), at path;
+        Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> DiskUsage, at path;
         Question mounted_fuse(path: &Path) -> Option<u64>, at path;
         Question mounted(path: &Path) -> Option<u64>, at path;
         Question mounts_below(path: &Path) -> Vec<PathBuf>, at path;

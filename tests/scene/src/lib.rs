@@ -14,6 +14,7 @@ pub mod footprint;
 pub mod gostate;
 pub mod image;
 pub mod machine;
+pub mod memory;
 pub mod metrics;
 pub mod process;
 pub mod publisher;

@@ -2,15 +2,20 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cvmfs_snapshotter::server::CONNECTIONS;
 use grpcio::RpcStatusCode as Code;
+use nix::sys::signal::Signal;
 use scene::alone::{Alone, crowd, digest, refused};
 use scene::client::{Answer, Client, Listing};
+use scene::memory::MemoryGroup;
 use scene::process::eventually;
 
 /// Whether the daemon closes this connection at once.
@@ -200,4 +205,70 @@ fn root_a_daemon_without_free_descriptors_says_so_and_recovers() {
     assert!(turned_away <= 1, "{turned_away}");
     d.client.remove("key").unwrap();
     d.client.cleanup().unwrap();
+}
+
+/// Makes so many names in `directory`, each as long as a name can be. They are links to a few files, because
+/// ext4 takes 65,000 for each. `beside` becomes a further link to one of these files.
+fn make_names(directory: &Path, count: usize, beside: &Path) {
+    const LINKS: usize = 60_000;
+    let mut file = PathBuf::new();
+    for n in 0..count {
+        let name = directory.join(format!("{n:0255}"));
+        if n % LINKS == 0 {
+            fs::write(&name, "x").unwrap();
+            file = name;
+        } else {
+            fs::hard_link(&file, &name).unwrap();
+        }
+    }
+    fs::hard_link(&file, beside).unwrap();
+}
+
+/// A process in a container can make hard links without any privilege. All names of a directory were read into
+/// memory, so the kernel killed the daemon for a Usage, which the kubelet asks for again and again, and for a
+/// Cleanup, at each start anew, before the first name was removed.
+#[test]
+fn root_a_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
+    const NAMES: usize = 500_000;
+    const LIMIT: Duration = Duration::from_mins(5);
+    let mut d = Alone::start("names", "");
+    let group = MemoryGroup::make("names", 64 << 20);
+    let command = group.command();
+    let words: Vec<&str> = command.iter().map(String::as_str).collect();
+    d.snapshotter.end(Signal::SIGTERM);
+    d.snapshotter.start_again_under(&words);
+    let c = d.snapshotter.client().with_timeout(LIMIT);
+    let source = PathBuf::from(&c.prepare("key", "", &[]).unwrap()[0].source);
+    let beside = d.sandbox.path("beside");
+    make_names(&source, NAMES, &beside);
+    let names_left = || fs::metadata(&beside).unwrap().nlink();
+    let at_first = names_left();
+    let begun = Instant::now();
+    let usage = c.usage("key");
+    assert_eq!(group.killed(), 0, "the kernel killed the daemon for the memory that a Usage took");
+    let (size, inodes) = usage.unwrap();
+    println!("Usage of {NAMES} names took {:?}", begun.elapsed());
+    let blocks = fs::metadata(&source).unwrap().blocks() + 9 * 8;
+    assert_eq!((size, inodes), (i64::try_from(blocks * 512).unwrap(), 1 + 9));
+
+    c.remove("key").unwrap();
+    let cleanup = std::thread::spawn(move || c.cleanup());
+    d.snapshotter.server().wait_until("remove names", || names_left() < at_first - 100);
+    d.snapshotter.end(Signal::SIGKILL);
+    cleanup.join().unwrap().unwrap_err();
+    let at_the_kill = names_left();
+    assert!((2..at_first).contains(&at_the_kill), "{at_the_kill} of {at_first} names are left");
+
+    let begun = Instant::now();
+    d.snapshotter.start_again_under(&words);
+    d.client = d.snapshotter.client().with_timeout(LIMIT);
+    // It waits for what the start does in the background.
+    let cleaned = d.client.cleanup();
+    assert_eq!(group.killed(), 0, "the kernel killed the daemon for the memory that a Cleanup took");
+    cleaned.unwrap();
+    println!("the rest of the removal took {:?}; the group's peak: {:?} bytes", begun.elapsed(), group.peak());
+    assert!(!source.exists() && names_left() == 1, "{} names are left", names_left());
+    println!("{} KiB at the peak of the second daemon", d.snapshotter.server().status("VmHWM"));
+    assert!(d.snapshotter.end(Signal::SIGTERM).success());
+    drop(group);
 }
