@@ -29,7 +29,6 @@ use crate::server::{self, Late, Server, Waiters};
 use crate::snapshotter::{Found, Snapshotter, Ways};
 use crate::store::Store;
 use crate::sys::{Host, Sys};
-use crate::types::SnapshotId;
 use crate::{logging, notify, rebuild, sys, takeover};
 
 /// A stop waits so long for the calls under way.
@@ -338,9 +337,8 @@ fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
 /// tells: the space put by, which is made after it, and the records of local snapshots, but for
 /// those that a takeover from a Go snapshotter writes before.
 fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
-    let entries = sys.read_dir(&root.snapshots).map_err(Error::System)?;
-    let ids = entries.iter().filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?));
-    let snapshots = ids.filter(|id| places.record(*id).exists()).count();
+    let ids = sys::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
+    let snapshots = ids.iter().filter(|id| places.record(**id).exists()).count();
     let takes_over = root.metadata.with_file_name(takeover::GO_METADATA).exists();
     if Store::was_at(&root.metadata) || (snapshots > 0 && !takes_over) {
         return Err(Error::MetadataGone { path: root.metadata.clone(), snapshots });
@@ -351,12 +349,7 @@ fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<
 fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
     let sys: Arc<dyn Sys> = Arc::new(Host);
     // Another snapshotter's directories, if the state root had one before us.
-    let occupied = sys
-        .read_dir(&root.snapshots)
-        .map_err(Error::System)?
-        .iter()
-        .filter_map(|(name, _)| SnapshotId::from_directory_name(name.to_str()?))
-        .max();
+    let occupied = sys::snapshot_ids(sys.as_ref(), &root.snapshots).map_err(Error::System)?.into_iter().max();
     if !root.metadata.exists() {
         let places = Places::new(root.snapshots.clone());
         refuse_to_forget(root, &places, sys.as_ref())?;

@@ -193,9 +193,8 @@ struct Found {
 fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
     let mut found = Found::default();
     let mounts = sys.mounts_below(places.all())?;
-    for (name, _) in sys.read_dir(places.all())? {
-        let Some(id) = name.to_str().and_then(SnapshotId::from_directory_name) else { continue };
-        found.ids.push(id);
+    found.ids = sys::snapshot_ids(sys, places.all())?;
+    for &id in &found.ids {
         let is_link = |path: &Path| sys.lstat(path).is_ok_and(|status| status.file_type == FileType::Symlink);
         let root = places.root(id, Edition(0));
         let is_attached = sys.lstat(&places.bound(id)).is_ok() || is_link(&root) || is_link(&root.with_extension("of"));

@@ -189,14 +189,17 @@ pub trait Sys: Send + Sync {
     fn stat(&self, path: &Path) -> Result<Status>;
     fn lstat(&self, path: &Path) -> Result<Status>;
     fn read_link(&self, path: &Path) -> Result<PathBuf>;
-    /// Names and types, in no order, without `.` and `..`.
-    fn read_dir(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
-        let mut entries = Vec::new();
-        self.for_each_entry(path, &mut |name, file_type| entries.push((name.to_owned(), file_type)))?;
-        Ok(entries)
+    /// Gives names and types to `each`, in no order and without `.` and `..`, until that breaks it off.
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) -> Result<()>;
+    /// The names of the first entries, `limit` at most, in no order and without `.` and `..`.
+    fn first_entries(&self, path: &Path, limit: usize) -> Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        self.for_each_entry(path, &mut |name, _| {
+            names.push(name.to_owned());
+            if names.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        Ok(names)
     }
-    /// As `read_dir`, without holding all names at once.
-    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()>;
     /// Holds a directory open. Follows links: this is for paths that an administrator chose.
     fn open_dir(&self, path: &Path) -> Result<DirHandle>;
     /// Holds a directory open that is `below` another one. No link is followed, here and in the calls
@@ -208,7 +211,7 @@ pub trait Sys: Send + Sync {
     /// Everything about a directory that shows through an overlay, without the extended attributes
     /// named in `ignored`.
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes>;
-    /// As `for_each_entry`, until `each` breaks it off. The result is the status of the directory.
+    /// As `for_each_entry`. The result is the status of the directory.
     fn for_each_entry_below(
         &self,
         dir: &DirHandle,
@@ -375,11 +378,13 @@ impl Sys for Host {
         fs::read_link(path).map_err(|e| Error::io("read link", path, &e))
     }
 
-    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) -> Result<()> {
         let mut read = || -> io::Result<()> {
             for entry in fs::read_dir(path)? {
                 let entry = entry?;
-                each(&entry.file_name(), entry.file_type()?.into());
+                if each(&entry.file_name(), entry.file_type()?.into()).is_break() {
+                    break;
+                }
             }
             Ok(())
         };
@@ -444,6 +449,16 @@ pub fn tells_types(path: &Path) -> Result<bool> {
 }
 
 /// What the kernel knows already: no server of a file system is asked.
+/// The ids in the names of the entries of directory `path`.
+pub fn snapshot_ids(sys: &dyn Sys, path: &Path) -> Result<Vec<SnapshotId>> {
+    let mut ids = Vec::new();
+    sys.for_each_entry(path, &mut |name, _| {
+        ids.extend(name.to_str().and_then(SnapshotId::from_directory_name));
+        ControlFlow::Continue(())
+    })?;
+    Ok(ids)
+}
+
 fn cached_status(path: &Path) -> rustix::io::Result<Statx> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     statx(CWD, path, flags, StatxFlags::empty())

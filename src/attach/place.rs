@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
+use std::ffi::OsString;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -130,10 +132,10 @@ impl Attacher {
 
     fn try_to_retire(&self, home: &Path) -> Result<()> {
         let bound = home.join(BOUND);
-        let points = match self.sys.read_dir(&bound) {
-            Err(e) if e.errno == Errno::ENOENT => return Ok(()),
-            points => points?,
-        };
+        let points = self.entries(&bound)?;
+        if points.is_empty() {
+            return Ok(());
+        }
         let led_to = self.led_to(home)?;
         let mut retired = self.retired.lock();
         for point in points.into_iter().map(|(name, _)| bound.join(name)) {
@@ -146,12 +148,8 @@ impl Attacher {
 
     /// All that links in `home` lead to.
     fn led_to(&self, home: &Path) -> Result<HashSet<PathBuf>> {
-        let entries = match self.sys.read_dir(home) {
-            Err(e) if e.errno == Errno::ENOENT => return Ok(HashSet::new()),
-            entries => entries?,
-        };
         let mut led_to = HashSet::new();
-        for (name, _) in entries.into_iter().filter(|(_, file_type)| *file_type == FileType::Symlink) {
+        for (name, _) in self.entries(home)?.into_iter().filter(|(_, file_type)| *file_type == FileType::Symlink) {
             led_to.extend(self.link_at(&home.join(name))?.map(|target| home.join(target)));
         }
         Ok(led_to)
@@ -190,10 +188,19 @@ impl Attacher {
     pub(super) fn unmount_home(&self, home: &Path) -> Result<()> {
         self.unmount_all(&home.join("fs"))?;
         let bound = home.join(BOUND);
-        match self.sys.read_dir(&bound) {
-            Ok(points) => points.iter().try_for_each(|(name, _)| self.unmount_all(&bound.join(name))),
-            Err(e) if e.errno == Errno::ENOENT => Ok(()),
-            Err(e) => Err(e),
+        self.entries(&bound)?.iter().try_for_each(|(name, _)| self.unmount_all(&bound.join(name)))
+    }
+
+    /// The entries of a directory of ours, in which nobody else writes; none if it is not there.
+    fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
+        let mut entries = Vec::new();
+        let read = self.sys.for_each_entry(path, &mut |name, file_type| {
+            entries.push((name.to_owned(), file_type));
+            ControlFlow::Continue(())
+        });
+        match read {
+            Err(e) if e.errno != Errno::ENOENT => Err(e),
+            _ => Ok(entries),
         }
     }
 

@@ -21,6 +21,8 @@ const CACHE_BASE: &str = "/var/lib/cvmfs";
 const PROCESS: &str = "user.pid";
 /// Far more than a command line or a file of the configuration has.
 const MOST_BYTES: u64 = 1 << 20;
+/// So many entries of a folder of defaults are looked at.
+const MOST_FILES: usize = 1024;
 
 /// A directory of the cache, and its device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,8 +104,8 @@ fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> 
 /// In the order in which the client reads them: a later one wins.
 fn files(sys: &dyn Sys, configuration: &Path, name: &str) -> Vec<PathBuf> {
     let defaults = configuration.join("default.d");
-    let mut files: Vec<PathBuf> =
-        sys.read_dir(&defaults).unwrap_or_default().into_iter().map(|(name, _)| defaults.join(name)).collect();
+    let names = sys.first_entries(&defaults, MOST_FILES).unwrap_or_default();
+    let mut files: Vec<PathBuf> = names.into_iter().map(|name| defaults.join(name)).collect();
     files.retain(|file| file.extension().is_some_and(|end| end == "conf"));
     files.sort();
     let domain = name.split_once('.').map_or("", |(_, domain)| domain);

@@ -107,11 +107,17 @@ impl Sys for Watched {
         Host.for_each_entry_below(dir, below, each)
     }
 
-    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> sys::Result<()> {
+    fn for_each_entry(
+        &self,
+        path: &Path,
+        each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
+    ) -> sys::Result<()> {
         self.asked.lock().push(("for_each_entry", path.to_owned()));
         if let Some(entries) = self.entries.lock().get(path) {
             for (name, file_type) in entries {
-                each(name, *file_type);
+                if each(name, *file_type).is_break() {
+                    return Ok(());
+                }
             }
         }
         Host.for_each_entry(path, each)

@@ -4,7 +4,10 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+
+use nix::errno::Errno;
 
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
@@ -54,6 +57,7 @@ impl Snapshotter {
             if id.is_none_or(|id| !local.contains(&id)) {
                 others.push(id);
             }
+            ControlFlow::Continue(())
         })?;
         let leftovers = self.look_at(&others, &mut found)?;
         // What was found in layers that nobody has any more.
@@ -112,10 +116,17 @@ impl Snapshotter {
         if self.is_known(id)? || mounts.contains(&fs) {
             return Ok(false);
         }
-        Ok(match self.sys.lstat(&fs) {
-            Ok(status) if status.file_type == FileType::Directory => !self.sys.read_dir(&fs)?.is_empty(),
-            _ => false,
-        })
+        let mut has_files = false;
+        let read = self.sys.lstat(&fs).and_then(|status| match status.file_type {
+            FileType::Directory => self.sys.for_each_entry(&fs, &mut |_, _| {
+                has_files = true;
+                ControlFlow::Break(())
+            }),
+            _ => Ok(()),
+        });
+        // What cannot be read may be somebody's files, and one bad directory must not end the start.
+        let is_unreadable = read.is_err_and(|e| !matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR));
+        Ok(has_files || is_unreadable)
     }
 }
 

@@ -498,6 +498,24 @@ fn root_a_commit_looks_at_no_file_of_the_snapshot() {
     assert!(usage.size >= 100_000 && usage.inodes == 2, "{usage:?}");
 }
 
+/// The start ended with such a directory; and one of which nothing could be said counted as empty, and was removed.
+#[test]
+fn root_directory_that_cannot_be_read_holds_files_and_does_not_end_the_start() {
+    let place = Place::new(Mode::Symlink);
+    drop(place.open(Arc::new(Host)));
+    let unknown = place.snapshots().join("500/fs");
+    fs::create_dir_all(&unknown).unwrap();
+    fs::write(unknown.join("precious"), "").unwrap();
+    for call in ["lstat", "for_each_entry"] {
+        let s = place.open(Arc::new(Failing::refusing_call(call, unknown.clone(), Errno::EIO)));
+        assert_eq!(s.recover().unwrap().unknown, [SnapshotId(500)], "{call} fails");
+        s.cleanup(&|| false).unwrap();
+        assert!(unknown.join("precious").exists());
+    }
+    fs::remove_file(unknown.join("precious")).unwrap();
+    assert_eq!(place.open(Arc::new(Host)).recover().unwrap().leftovers, 1, "an empty one is what a crash leaves");
+}
+
 /// A committed snapshot's usage is kept for good, so it must be that of files at rest.
 #[test]
 fn root_usage_of_files_that_change_meanwhile_is_not_kept() {

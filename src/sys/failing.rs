@@ -1,6 +1,7 @@
 //! The host, but one step of many fails, or something happens in the world between two.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{
     Attributes, ControlFlow, DirHandle, DiskUsage, Errno, Error, FileSystem, FileType, Host, OsStr, OsString, Path,
@@ -15,6 +16,8 @@ pub struct Failing {
     before_call: Option<BeforeCall>,
     /// So many directories are in each directory.
     endless: Option<usize>,
+    /// Of these, names that somebody has read.
+    names_read: AtomicUsize,
     /// A directory whose owner has no number here.
     without_owner: Option<PathBuf>,
 }
@@ -24,7 +27,8 @@ type BeforeCall = Box<dyn Fn(&str, &Path, Kind) -> Option<Errno> + Send + Sync>;
 
 impl Failing {
     pub fn with(steps: Arc<Steps>) -> Self {
-        Self { host: Host, steps, before_call: None, endless: None, without_owner: None }
+        let names_read = AtomicUsize::default();
+        Self { host: Host, steps, before_call: None, endless: None, names_read, without_owner: None }
     }
 
     /// Fails nothing, but lets something happen before each call.
@@ -43,9 +47,19 @@ impl Failing {
         Self { before_call: Some(Box::new(refuse)), ..Self::never() }
     }
 
+    /// Fails this question about `path`.
+    pub fn refusing_call(call: &'static str, path: PathBuf, errno: Errno) -> Self {
+        let refuse = move |asked: &str, at: &Path, _: Kind| (asked == call && at == path).then_some(errno);
+        Self { before_call: Some(Box::new(refuse)), ..Self::never() }
+    }
+
     /// Every directory has so many directories with long names in it.
     pub fn endless(entries: usize) -> Self {
         Self { endless: Some(entries), ..Self::never() }
+    }
+
+    pub fn names_read(&self) -> usize {
+        self.names_read.load(Ordering::SeqCst)
     }
 
     /// The directory at `path` belongs to nobody.
@@ -55,6 +69,15 @@ impl Failing {
 
     fn never() -> Self {
         Self::with(Arc::new(Steps::with(Fault::None)))
+    }
+
+    fn read_endless(&self, entries: usize, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) {
+        for n in 0..entries {
+            self.names_read.fetch_add(1, Ordering::SeqCst);
+            if each(OsStr::new(&format!("{n:0200}")), FileType::Directory).is_break() {
+                break;
+            }
+        }
     }
 
     /// Whether the call is to be made, or half of it.
@@ -158,11 +181,7 @@ impl Sys for Failing {
         let mut status = match self.endless {
             None => self.host.for_each_entry_below(dir, below, each)?,
             Some(entries) => {
-                for n in 0..entries {
-                    if each(OsStr::new(&format!("{n:0200}")), FileType::Directory).is_break() {
-                        break;
-                    }
-                }
+                self.read_endless(entries, each);
                 self.host.dir_status(dir)?
             }
         };
@@ -172,12 +191,10 @@ impl Sys for Failing {
         Ok(status)
     }
 
-    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType)) -> Result<()> {
+    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) -> Result<()> {
         self.take("for_each_entry", path, Kind::Question)?;
         let Some(entries) = self.endless else { return self.host.for_each_entry(path, each) };
-        for n in 0..entries {
-            each(OsStr::new(&format!("{n:0200}")), FileType::Directory);
-        }
+        self.read_endless(entries, each);
         Ok(())
     }
 }
