@@ -24,7 +24,7 @@ use crate::bolt::file;
 use crate::overlay::{Edition, Places};
 use crate::store::sidecar::Sidecar;
 use crate::store::{self, Store};
-use crate::sys::{self, FileType, Sys};
+use crate::sys::{self, FileType, NOT_REGULAR, Sys};
 use crate::takeover::lineage::{self, Candidate, Kept, Odd};
 use crate::types::{Digest, Key, Kind, LABEL_LAYER_DIGEST, Layer, Snapshot, SnapshotId};
 
@@ -227,7 +227,7 @@ fn look(places: &Places, sys: &dyn Sys) -> Result<Found, Error> {
 fn sidecar(path: &Path, sys: &dyn Sys) -> Result<Option<Sidecar>, Error> {
     match sys.read_file(path, MOST_RECORD) {
         Ok(bytes) => Ok(Sidecar::decode(&bytes)),
-        Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::EFBIG | Errno::EISDIR) => Ok(None),
+        Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::EFBIG | NOT_REGULAR) => Ok(None),
         Err(e) => Err(e.into()),
     }
 }

@@ -38,7 +38,7 @@ use self::owners::Sample;
 use self::server::{Server, ServerHealth};
 use self::watch::Watch;
 use crate::metrics::METRICS;
-use crate::sys::{self, DirHandle, FileType, Sys};
+use crate::sys::{self, DirHandle, FileType, NOT_REGULAR, Sys};
 use crate::types::Digest;
 
 const LAYERS: &str = ".layers";
@@ -293,10 +293,13 @@ impl Repository {
             let at = self.path.join(&path);
             let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { continue };
             let text = match self.open(directory) {
-                Ok(Some(directory)) => self.sys.read_file(&directory.entry(name), manifest::MOST_BYTES),
+                Ok(Some(directory)) => {
+                    let read = self.sys.read_file(&directory.entry(name), manifest::MOST_BYTES);
+                    read.map_err(|e| sys::Error { path: at.clone(), ..e })
+                }
                 Ok(None) => continue,
                 Err(Missing::LeadsOut { .. } | Missing::NotADirectory { .. }) => {
-                    Err(sys::Error { call: "read", path: at.clone(), errno: Errno::ELOOP })
+                    Err(sys::Error { call: "read", path: at.clone(), errno: NOT_REGULAR })
                 }
                 Err(missing) => return Err(missing),
             };
@@ -458,7 +461,7 @@ impl<T> Asked<T> {
 
 /// What is there is no file, or none of a manifest's size. That does not change in a moment.
 fn is_no_file(errno: Errno) -> bool {
-    matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::EISDIR | Errno::EFBIG | Errno::ELOOP | Errno::ENXIO)
+    matches!(errno, Errno::ENOENT | Errno::ENOTDIR | NOT_REGULAR | Errno::EFBIG)
 }
 
 /// Whether a repository is mounted at `path`, or a directory with its layout is there.
@@ -555,6 +558,9 @@ mod tests {
         fs::create_dir(&at).unwrap();
         assert_eq!(repository.manifest(&image), Ok(None));
         fs::remove_dir(&at).unwrap();
+        nix::unistd::mkfifo(&at, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(repository.manifest(&image), Ok(None));
+        fs::remove_file(&at).unwrap();
         fs::write(&at, vec![b' '; usize::try_from(manifest::MOST_BYTES).unwrap() + 1]).unwrap();
         assert_eq!(repository.manifest(&image), Ok(None));
         fs::write(&at, good).unwrap();

@@ -12,6 +12,7 @@ mod descriptors;
 mod directory;
 #[cfg(test)]
 pub mod failing;
+pub mod file;
 mod memory;
 mod mounts;
 mod tree;
@@ -19,9 +20,9 @@ mod tree;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::ops::ControlFlow;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -37,6 +38,7 @@ use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::directory::DirHandle;
+use self::file::Links;
 pub use self::memory::share_arenas;
 pub use self::mounts::mount_point_of;
 pub use self::tree::DiskUsage;
@@ -72,11 +74,19 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The path may hold names that a container chose.
         let path = self.path.to_string_lossy();
-        write!(f, "cannot {} {}: {} ({:?})", self.call, Quoted(&path), self.errno.desc(), self.errno)
+        write!(f, "cannot {} {}: ", self.call, Quoted(&path))?;
+        match self.errno {
+            NOT_REGULAR => f.write_str("not a regular file"),
+            errno => write!(f, "{} ({errno:?})", errno.desc()),
+        }
     }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why something that is no regular file cannot be read. Linux has no number for it, and none of our calls
+/// gives this one.
+pub const NOT_REGULAR: Errno = Errno::EMEDIUMTYPE;
 
 /// What `stat` says, as far as we ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,7 +230,8 @@ pub trait Sys: Send + Sync {
     ) -> Result<Status>;
     /// The names of the extended attributes of a file or directory.
     fn attribute_names(&self, path: &Path) -> Result<Vec<OsString>>;
-    /// The content of a file; EFBIG if it has more than `limit` bytes, ELOOP if it is a link.
+    /// The content of a regular file; `NOT_REGULAR` if it is something else, a link for one, EFBIG if it
+    /// has more than `limit` bytes.
     fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
     /// The value of one extended attribute; none where there is no such attribute.
     fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>>;
@@ -393,15 +404,11 @@ impl Sys for Host {
 
     fn read_file(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
         const CALL: &str = "read";
-        // What a repository has is input: a fifo must not make us wait, a link not lead us elsewhere.
-        let file = fs::File::options()
-            .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(|e| Error::io(CALL, path, &e))?;
-        let mut content = Vec::new();
-        file.take(limit + 1).read_to_end(&mut content).map_err(|e| Error::io(CALL, path, &e))?;
-        if content.len() as u64 > limit { Err(Error::new(CALL, path, Errno::EFBIG)) } else { Ok(content) }
+        file::read(path, Links::Refused, limit).map_err(|e| match e {
+            file::Error::Unreadable(cause) => Error::io(CALL, path, &cause),
+            file::Error::NotRegular { .. } => Error::new(CALL, path, NOT_REGULAR),
+            file::Error::TooLong { .. } => Error::new(CALL, path, Errno::EFBIG),
+        })
     }
 
     fn attribute(&self, path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
@@ -442,13 +449,6 @@ impl Sys for Host {
     }
 }
 
-/// Whether the file system of directory `path`, which has entries, can hold upper directories of
-/// overlays: ext4 made without `filetype` and XFS made with `ftype=0` cannot.
-pub fn tells_types(path: &Path) -> Result<bool> {
-    tree::tells_types(path).map_err(|e| Error::new("read directory", path, e))
-}
-
-/// What the kernel knows already: no server of a file system is asked.
 /// The ids in the names of the entries of directory `path`.
 pub fn snapshot_ids(sys: &dyn Sys, path: &Path) -> Result<Vec<SnapshotId>> {
     let mut ids = Vec::new();
@@ -459,6 +459,13 @@ pub fn snapshot_ids(sys: &dyn Sys, path: &Path) -> Result<Vec<SnapshotId>> {
     Ok(ids)
 }
 
+/// Whether the file system of directory `path`, which has entries, can hold upper directories of
+/// overlays: ext4 made without `filetype` and XFS made with `ftype=0` cannot.
+pub fn tells_types(path: &Path) -> Result<bool> {
+    tree::tells_types(path).map_err(|e| Error::new("read directory", path, e))
+}
+
+/// What the kernel knows already: no server of a file system is asked.
 fn cached_status(path: &Path) -> rustix::io::Result<Statx> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     statx(CWD, path, flags, StatxFlags::empty())

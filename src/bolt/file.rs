@@ -9,6 +9,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::sys::file::{self, Links};
+
 /// More than this is no node's metadata.
 const MOST_BYTES: u64 = 1 << 30;
 
@@ -52,16 +54,19 @@ pub struct Held {
 
 /// None: there is no such file.
 pub fn read(path: &Path) -> Result<Option<Held>, Error> {
-    // Looked at before: to open a fifo would wait for its writer.
-    match path.metadata() {
+    let file = match file::open(path, Links::Followed) {
+        Ok(file) => file,
         // A link to nothing is not nothing.
-        Err(e) if e.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() => return Ok(None),
-        Err(e) => return Err(Error::Unreadable(e)),
-        Ok(status) if !status.is_file() => return Err(Error::NotRegular),
-        Ok(status) if status.len() > MOST_BYTES => return Err(Error::TooLarge { bytes: status.len() }),
-        Ok(_) => {}
+        Err(file::Error::Unreadable(e)) if e.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() => {
+            return Ok(None);
+        }
+        Err(file::Error::Unreadable(e)) => return Err(Error::Unreadable(e)),
+        Err(_) => return Err(Error::NotRegular),
+    };
+    let bytes = file.metadata().map_err(Error::Unreadable)?.len();
+    if bytes > MOST_BYTES {
+        return Err(Error::TooLarge { bytes });
     }
-    let file = File::open(path).map_err(Error::Unreadable)?;
     let lock = Flock::lock(file, FlockArg::LockSharedNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Error::Locked,
         errno => Error::Unreadable(errno.into()),

@@ -2,13 +2,13 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use nix::fcntl::OFlag;
 use nix::sys::stat::makedev;
+
+use crate::sys::file::{self, Links};
 
 /// A thousand times what a configuration needs.
 pub const MOST_BYTES: u64 = 1 << 20;
@@ -45,31 +45,18 @@ pub fn read_to_string(path: &Path) -> Result<String, Error> {
     String::from_utf8(read(path)?).map_err(|_| Error::NotUtf8)
 }
 
-/// Waits for nobody: a FIFO lets whoever opens it wait for its writer, and other devices never end.
+/// The content of a file, or of what a link leads to; `/dev/null` stands for an empty one.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = File::options().read(true).custom_flags(flags.bits()).open(path).map_err(Error::Unreadable)?;
-    let status = file.metadata().map_err(Error::Unreadable)?;
-    if let Some(is) = what_is_no_file(&status) {
-        return Err(Error::NotAFile { is });
+    match file::read(path, Links::Followed, MOST_BYTES) {
+        Ok(bytes) => Ok(bytes),
+        Err(file::Error::NotRegular { .. }) if is_null(path) => Ok(Vec::new()),
+        Err(file::Error::NotRegular { is }) => Err(Error::NotAFile { is }),
+        Err(file::Error::TooLong { .. }) => Err(Error::TooLong),
+        Err(file::Error::Unreadable(cause)) => Err(Error::Unreadable(cause)),
     }
-    let mut bytes = Vec::new();
-    // Not its size: a file in /proc has none, and one that is written to has another one now.
-    file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(Error::Unreadable)?;
-    if bytes.len() as u64 > MOST_BYTES { Err(Error::TooLong) } else { Ok(bytes) }
 }
 
-/// None: a file, or `/dev/null`, which stands for an empty one.
-fn what_is_no_file(status: &Metadata) -> Option<&'static str> {
-    let kind = status.file_type();
-    let is_null = kind.is_char_device() && status.rdev() == makedev(1, 3);
-    if kind.is_file() || is_null {
-        None
-    } else if kind.is_dir() {
-        Some("a directory")
-    } else if kind.is_fifo() {
-        Some("a FIFO")
-    } else {
-        Some("a device")
-    }
+fn is_null(path: &Path) -> bool {
+    let is_null = |status: std::fs::Metadata| status.file_type().is_char_device() && status.rdev() == makedev(1, 3);
+    path.metadata().is_ok_and(is_null)
 }
