@@ -96,10 +96,10 @@ fn root_a_deb_is_installed_where_no_systemd_runs() {
 fn check_units(node: &Node) {
     let units = format!("/usr/lib/systemd/system/{SERVICE} /usr/lib/systemd/system/{SOCKET_UNIT}");
     let verified = node.shell(&format!("systemd-analyze verify --man=no {units}"));
-    // Only what this systemd does not know, and the unit says so.
-    let newer = ["RestartSteps", "RestartMaxDelaySec"];
+    // Only what is for a newer systemd or an older one, and the unit says so.
+    let others = ["RestartSteps", "RestartMaxDelaySec", "MemoryLimit"];
     let complaints = verified.stdout.lines().filter(|line| line.contains("cvmfs-snapshotter."));
-    let unknown: Vec<&str> = complaints.filter(|line| !newer.iter().any(|key| line.contains(key))).collect();
+    let unknown: Vec<&str> = complaints.filter(|line| !others.iter().any(|key| line.contains(key))).collect();
     assert_eq!(unknown, Vec::<&str>::new());
     let security = format!(
         "systemd-analyze security --no-pager --offline=yes --threshold={EXPOSURE} /usr/lib/systemd/system/{SERVICE}"
