@@ -435,7 +435,7 @@ fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
 }
 
 #[test]
-fn root_a_layer_that_a_later_revision_lacks_costs_only_new_containers() {
+fn root_a_layer_that_a_later_revision_lacks_costs_its_own_files_and_new_containers_until_it_is_back() {
     for config in MODES {
         let stage = Stage::set("withdrawn", config);
         let published = stage.shell_image("withdrawn:1", "x");
@@ -443,7 +443,10 @@ fn root_a_layer_that_a_later_revision_lacks_costs_only_new_containers() {
         stage.ours.pull(&reference);
         stage.ours.start_container(&reference, "running", &["/bin/sleep", "1000"]);
         let inside = stage.ours.root_of("running");
+        let text = inside.join("data/text");
         stage.repository.withdraw(&published.layers[1].digest);
+        let is_lost = || fs::read(&text).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+        eventually("the container has lost what the layer had", is_lost);
         for n in 0..2 {
             let failed = stage.ours.run(&reference, &format!("new-{n}"), &["/bin/true"]);
             for part in ["is not available", &published.layers[1].digest, "scene.test", "does not have it"] {
@@ -454,6 +457,11 @@ fn root_a_layer_that_a_later_revision_lacks_costs_only_new_containers() {
         assert!(inside.join("bin/busybox").exists());
         fs::write(inside.join("written"), "x").expect("the container can write");
         stage.ours.end_container("running");
+        // As docs/repository.md says.
+        stage.repository.publish(&published);
+        eventually("a new container has it again", || {
+            stage.ours.run(&reference, "again", &["/bin/cat", "/data/text"]).stdout == "x"
+        });
         stage.ours.remove(&reference);
         eventually("everything is given back", || {
             stage.ours.collect_garbage();
