@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -184,6 +185,16 @@ impl Drop for Server {
             let last = &lines[lines.len().saturating_sub(8)..];
             eprintln!("---- the end of {}:\n{}", self.log.display(), last.join("\n"));
         }
+    }
+}
+
+/// Sets the flag when it is dropped, so that threads that run until then end when an assertion beside them fails, too:
+/// the scope that waits for them would hide the failure for ever.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -21,7 +21,7 @@ use protobuf::well_known_types::field_mask::FieldMask;
 use scene::alone::{Alone, digest, pull_chain, refused};
 use scene::client::{IMAGE_REF, LAYER_DIGEST, REF, connect, labels};
 use scene::footprint::{Footprint, forget_peak};
-use scene::process::eventually;
+use scene::process::{SetOnDrop, eventually};
 use scene::wire::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, Raw, SETTINGS, Sent, call, frame,
     header, message,
@@ -392,10 +392,11 @@ fn beside_a_witness<T>(d: &Alone, attack: impl FnOnce() -> T) -> T {
             }
             worst
         });
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(attack));
-        stop.store(true, Ordering::Relaxed);
+        let set_stop = SetOnDrop(&stop);
+        let result = attack();
+        drop(set_stop);
         eprintln!("    somebody else waited {:?} at most", witness.join().unwrap());
-        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        result
     })
 }
 

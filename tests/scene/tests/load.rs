@@ -16,7 +16,7 @@ use protobuf::Message;
 use scene::alone::{Alone, crowd, digest, fill, options, refused};
 use scene::client::{Answer, Client};
 use scene::metrics::{find_sample, sample, scrape};
-use scene::process::eventually;
+use scene::process::{SetOnDrop, eventually};
 use scene::sandbox::mounts_below;
 use scene::wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, SETTINGS, Sent, call, frame, message};
 
@@ -79,6 +79,7 @@ fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let set_stop = SetOnDrop(&stop);
         let cleaner = d.client.clone();
         let stop = &stop;
         scope.spawn(move || {
@@ -104,7 +105,7 @@ fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
         for worker in workers {
             worker.join().unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(set_stop);
     });
     d.client.cleanup().unwrap();
     assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
@@ -177,6 +178,7 @@ fn root_a_full_queue_does_not_break_a_list_that_has_begun() {
     let mut listed = listing.next().unwrap().unwrap().len();
     let (stop, refusals) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let set_stop = SetOnDrop(&stop);
         for _ in 0..16 {
             scope.spawn(|| {
                 let c = d.snapshotter.client();
@@ -192,7 +194,7 @@ fn root_a_full_queue_does_not_break_a_list_that_has_begun() {
         }
         let before = refusals.load(Ordering::Relaxed);
         let rest: Answer<usize> = listing.map(|message| message.map(|infos| infos.len())).sum();
-        stop.store(true, Ordering::Relaxed);
+        drop(set_stop);
         listed += rest.unwrap();
         assert!(refusals.load(Ordering::Relaxed) > before, "the queue was not full meanwhile");
     });

@@ -21,7 +21,7 @@ use scene::containerd::{NAMESPACE, Writable};
 use scene::cri::Cri;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
-use scene::process::eventually;
+use scene::process::{SetOnDrop, eventually};
 use scene::publisher::Repository;
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
@@ -399,6 +399,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
     let (over, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
     let failures = Mutex::new(Vec::new());
     thread::scope(|scope| {
+        let set_over = SetOnDrop(&over);
         for client in 0..CLIENTS {
             let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
             let (over, calls, failures) = (&over, &calls, &failures);
@@ -447,7 +448,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
             some_calls();
         }
         println!("{} at most", machine.status(SERVICE)("VmHWM"));
-        over.store(true, Ordering::SeqCst);
+        drop(set_over);
         assert_eq!(failed, Vec::<String>::new());
     });
     let failed = failures.into_inner().expect("nobody panicked");

@@ -12,7 +12,7 @@ use scene::containerd::NAMESPACE;
 use scene::cri::Cri;
 use scene::image::Builder;
 use scene::machine::{HOST, Machine, SERVICE, STATE};
-use scene::process::{Output, eventually};
+use scene::process::{Output, SetOnDrop, eventually};
 use scene::publisher::Repository;
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
@@ -211,6 +211,7 @@ impl Node {
         let (over, calls, failures) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
         let socket = self.machine.path(CONTAINERD);
         thread::scope(|scope| {
+            let set_over = SetOnDrop(&over);
             scope.spawn(|| {
                 let client = Client::of_containerd(&socket, NAMESPACE, "cvmfs-snapshotter");
                 for n in 0.. {
@@ -233,7 +234,7 @@ impl Node {
             work();
             let before = calls.load(Ordering::SeqCst);
             eventually("calls go on", || calls.load(Ordering::SeqCst) > before + 20);
-            over.store(true, Ordering::SeqCst);
+            drop(set_over);
         });
         (calls.into_inner(), failures.into_inner().expect("nobody panicked"))
     }
