@@ -5,6 +5,7 @@ mod error;
 mod root;
 mod signals;
 
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use log::LevelFilter;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -31,6 +32,9 @@ use crate::store::Store;
 use crate::sys::{Host, Sys};
 use crate::{logging, notify, rebuild, sys, takeover};
 
+/// A stop that comes during the start waits so long for the start to be over: calls of those who connected to an
+/// inherited socket would fail, and most starts take less than a second.
+const STOP_DURING_START_LIMIT: Duration = Duration::from_secs(5);
 /// A stop waits so long for the calls under way.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// And so long for the last lines of the log.
@@ -112,7 +116,8 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
     // containerd gives up a connection that is not greeted within a second.
     let early = server::inherited().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
-    let begun = begin_unless_stopped(&arguments.root, &config, &told_to_stop);
+    let patience = if early.is_some() { STOP_DURING_START_LIMIT } else { Duration::ZERO };
+    let begun = begin_unless_stopped(&arguments.root, &config, &told_to_stop, patience);
     let Ok(Some((root, snapshotter, found))) = begun else {
         if let Some(server) = early {
             server.abandon();
@@ -160,20 +165,26 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
 
 type Begun = (StateRoot, Arc<Snapshotter>, Found);
 
-/// As `begin`. None: the daemon was told to stop meanwhile. What is half done then is as after a crash, which the
-/// next start takes up.
-fn begin_unless_stopped(root: &Path, config: &Config, stop: &Receiver<()>) -> Result<Option<Begun>, Error> {
+/// As `begin`. None: the daemon was told to stop meanwhile, and `patience` later the start was not over. What is half
+/// done then is as after a crash, which the next start takes up.
+fn begin_unless_stopped(
+    root: &Path,
+    config: &Config,
+    stop: &Receiver<Infallible>,
+    patience: Duration,
+) -> Result<Option<Begun>, Error> {
     let (done, begun) = bounded(1);
     let (root, config) = (root.to_owned(), config.clone());
     let work = move || drop(done.send(begin(&root, &config)));
     let thread = thread::Builder::new().name("start".to_owned()).spawn(work).map_err(Error::Threads)?;
-    select! {
-        recv(begun) -> result => match result {
-            Ok(result) => result.map(Some),
-            // It panicked.
-            Err(RecvError) => thread.join().map_or_else(|panic| resume_unwind(panic), |()| Ok(None)),
-        },
-        recv(stop) -> _ => {
+    let result = select! {
+        recv(begun) -> result => result.map_err(RecvTimeoutError::from),
+        recv(stop) -> _ => begun.recv_timeout(patience),
+    };
+    match result {
+        Ok(result) => result.map(Some),
+        Err(RecvTimeoutError::Disconnected) => thread.join().map_or_else(|panic| resume_unwind(panic), |()| Ok(None)),
+        Err(RecvTimeoutError::Timeout) => {
             log::info!("stopped before the start was over");
             notify::stopping();
             Ok(None)

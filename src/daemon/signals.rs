@@ -2,6 +2,7 @@
 //! the log level anew, SIGUSR1 and SIGUSR2 change it.
 #![forbid(unsafe_code)]
 
+use std::convert::Infallible;
 use std::io;
 use std::thread;
 
@@ -24,14 +25,14 @@ pub fn block() -> SigSet {
     signals
 }
 
-/// Acts on the signals that are `blocked`. The result hears once, when the daemon is to stop. `level` is what the log
-/// began with.
-pub fn listen(blocked: SigSet, arguments: &Arguments, level: LevelFilter) -> io::Result<Receiver<()>> {
-    let (stop, stopped) = bounded(1);
+/// Acts on the signals that are `blocked`. The result is disconnected when the daemon is to stop, and stays so. `level`
+/// is what the log began with.
+pub fn listen(blocked: SigSet, arguments: &Arguments, level: LevelFilter) -> io::Result<Receiver<Infallible>> {
+    let (stop, stopped) = bounded(0);
     let arguments = arguments.clone();
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         wait_for_stop(&blocked, &arguments, level);
-        let _ = stop.send(());
+        drop(stop);
     })?;
     Ok(stopped)
 }

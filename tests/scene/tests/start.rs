@@ -82,6 +82,30 @@ fn root_slow_start_holds_calls_back_and_answers_health() {
     assert!(snapshotter.end(Signal::SIGTERM).success());
 }
 
+/// A restart that came while the daemon was still starting, as of a node that boots under load, failed the calls that
+/// waited for the start.
+#[test]
+fn root_stop_during_a_start_answers_the_calls_that_wait() {
+    let sandbox = Sandbox::enter("stop-in-start");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let disk = Disk::ext4(&sandbox.path("s/root"), 32, &[]);
+    let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
+    snapshotter.client().prepare("key", "", &[]).unwrap();
+    assert!(snapshotter.end(Signal::SIGTERM).success());
+    // The first write of the start waits until the disk is thawed.
+    let frozen = disk.freeze();
+    snapshotter.start_again();
+    let client = snapshotter.client();
+    assert_eq!(health(&client).unwrap(), ServingStatus::NOT_SERVING);
+    let waiting = std::thread::spawn(move || client.stat("key"));
+    snapshotter.server().signal(Signal::SIGTERM);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!waiting.is_finished() && snapshotter.server().is_running());
+    drop(frozen);
+    assert_eq!(waiting.join().unwrap().unwrap().name, "key");
+    assert!(snapshotter.server().wait_for_end().success());
+}
+
 /// A daemon that was killed and cannot end yet still has the lock.
 struct Held {
     _lock: Flock<fs::File>,
