@@ -86,7 +86,12 @@ fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> 
     let mut base = CACHE_BASE.to_owned();
     let mut directory = None;
     for file in files(sys, configuration, name) {
-        let Ok(text) = sys.read_file(&file, MOST_BYTES) else { continue };
+        let text = match sys.read_file(&file, MOST_BYTES) {
+            Ok(text) => text,
+            Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => continue,
+            // It may say anything.
+            Err(_) => return None,
+        };
         for (key, value) in String::from_utf8_lossy(&text).lines().filter_map(assignment) {
             match key {
                 "CVMFS_CACHE_BASE" => value.clone_into(&mut base),
@@ -220,6 +225,11 @@ pub(super) mod tests {
         write("config.d/a.example.org.local", format!("CVMFS_CACHE_DIR={}\n", served.path("cache").display()));
         assert_eq!(served.cache(&refusing), Some(served.path("cache")));
         write("config.d/a.example.org.local", "CVMFS_CACHE_BASE=$HOME/cache\n".to_owned());
+        assert_eq!(served.cache(&refusing), None);
+        fs::remove_file(etc.join("config.d/a.example.org.local")).unwrap();
+        assert_eq!(served.cache(&refusing), Some(base.join("shared")));
+        // What cannot be read may say something else.
+        fs::create_dir(etc.join("config.d/a.example.org.local")).unwrap();
         assert_eq!(served.cache(&refusing), None);
     }
 }
