@@ -516,6 +516,25 @@ fn root_directory_that_cannot_be_read_holds_files_and_does_not_end_the_start() {
     assert_eq!(place.open(Arc::new(Host)).recover().unwrap().leftovers, 1, "an empty one is what a crash leaves");
 }
 
+/// A Cleanup went on after its caller had given up, to the end of the directory that it was in.
+#[test]
+fn root_cleanup_that_is_broken_off_goes_on_where_it_was() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.open(Arc::new(Host));
+    let source = PathBuf::from(&s.prepare(wanted("active", "", &[])).unwrap()[0].source);
+    for n in 0..1_000 {
+        fs::write(source.join(n.to_string()), "").unwrap();
+    }
+    s.remove(&key("active")).unwrap();
+    let asked = AtomicUsize::default();
+    let cancelled = || asked.fetch_add(1, Ordering::SeqCst) > 500;
+    assert!(matches!(s.cleanup(&cancelled), Err(Error::Cancelled)));
+    let left = fs::read_dir(&source).unwrap().count();
+    assert!((500..600).contains(&left), "{left} of 1000 are left");
+    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    assert!(place.on_disk().is_empty());
+}
+
 /// A committed snapshot's usage is kept for good, so it must be that of files at rest.
 #[test]
 fn root_usage_of_files_that_change_meanwhile_is_not_kept() {

@@ -1,6 +1,7 @@
 //! A control group that bounds the memory of a server.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,10 @@ impl MemoryGroup {
         let is_version_1 = top.join("memory/memory.limit_in_bytes").exists();
         let parent = if is_version_1 { top.join("memory") } else { top.to_owned() };
         if !is_version_1 {
-            fs::write(top.join("cgroup.subtree_control"), "+memory")
+            // Without O_CREAT: where there is no version 2 there is no such file.
+            let control = fs::File::options().write(true).open(top.join("cgroup.subtree_control"));
+            control
+                .and_then(|mut control| control.write_all(b"+memory"))
                 .expect("this test needs the memory controller of control groups");
         }
         let group = Self { dir: parent.join(format!("{name}-{}", std::process::id())) };

@@ -231,8 +231,8 @@ fn make_names(directory: &Path, count: usize, beside: &Path) {
 fn root_a_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
     const NAMES: usize = 500_000;
     const LIMIT: Duration = Duration::from_mins(5);
-    let mut d = Alone::start("names", "");
     let group = MemoryGroup::make("names", 64 << 20);
+    let mut d = Alone::start("names", "");
     let command = group.command();
     let words: Vec<&str> = command.iter().map(String::as_str).collect();
     d.snapshotter.end(Signal::SIGTERM);
@@ -270,5 +270,4 @@ fn root_a_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
     assert!(!source.exists() && names_left() == 1, "{} names are left", names_left());
     println!("{} KiB at the peak of the second daemon", d.snapshotter.server().status("VmHWM"));
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
-    drop(group);
 }
