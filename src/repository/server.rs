@@ -24,8 +24,8 @@ use crate::types::{Quoted, Timestamp};
 
 /// Between two questions for the path that failed. The client tries for some seconds each time.
 const PAUSE: Duration = Duration::from_secs(2);
-/// So long after a question that failed no pull asks. Later ones ask again: should a file be damaged while the
-/// server is there, it keeps nobody from the others for ever.
+/// For so long after a question that failed, pulls do not ask. Then they do, because a single file that is damaged
+/// looks like a server that is lost, and must not keep pulls from all other layers for ever.
 const PULLS_WAIT: Duration = Duration::from_secs(60);
 
 /// What a CernVM-FS client says of itself at its root, without a question to its server.
@@ -33,7 +33,7 @@ const HOST: &str = "user.host";
 const PROXY: &str = "user.proxy";
 const IO_ERRORS: &str = "user.nioerr";
 const LAST_IO_ERROR: &str = "user.timestamp_last_ioerr";
-/// So long an input/output error of the client is told. The last one is no news.
+/// Errors of the client that are older are not reported.
 const RECENT: Duration = Duration::from_secs(300);
 
 /// Asks for a path below the repository's root.
@@ -83,7 +83,7 @@ impl fmt::Display for Unreachable {
 }
 
 impl Server {
-    /// None: the client at `path` is none of CernVM-FS, or a directory is there.
+    /// None: `path` is a plain directory, or its client is not CernVM-FS.
     pub fn of(sys: &dyn Sys, path: &Path) -> Option<Self> {
         let host = attribute(sys, path, HOST)?;
         Some(Self { host, proxy: attribute(sys, path, PROXY).unwrap_or_default() })
@@ -134,7 +134,7 @@ struct State {
     is_asking: bool,
     /// The client's errors up to the end of the last outage.
     explained: u64,
-    /// The repository was mounted anew.
+    /// This mount was replaced by another one: the thread that asks ends.
     is_closed: bool,
 }
 
@@ -142,7 +142,7 @@ struct Outage {
     unreachable: Unreachable,
     /// Below the repository's root.
     below: PathBuf,
-    /// When somebody else than the thread asked in vain.
+    /// When a pull or a container start asked in vain; the thread's own questions do not count.
     failed: Instant,
 }
 
@@ -167,8 +167,8 @@ impl ServerHealth {
         state.outage = Some(Outage { unreachable: unreachable.clone(), below, failed: now });
         if is_new {
             log::warn!(repository = shared.repository.as_str();
-                "repository {}: {unreachable}; layers are downloaded until it can be reached, and containers start \
-                 only with what the client has cached", shared.repository);
+                "repository {}: {unreachable}; pulls download layers, and ask again a minute after the last failure; \
+                 containers start only with what the client has cached", shared.repository);
             METRICS.lost_server(&shared.repository);
         }
         self.ensure_asking(&mut state);
@@ -186,14 +186,14 @@ impl ServerHealth {
         (errors.count > self.shared.state.lock().explained).then_some(errors)
     }
 
-    /// Why a pull need not ask.
+    /// Why a pull does not ask now.
     pub fn refusal_of_pulls(&self) -> Option<Unreachable> {
         let state = self.shared.state.lock();
         let outage = state.outage.as_ref().filter(|outage| outage.failed.elapsed() < PULLS_WAIT)?;
         Some(outage.unreachable.clone())
     }
 
-    /// Asking ends.
+    /// Ends the thread that asks.
     pub fn close(&self) {
         self.shared.state.lock().is_closed = true;
         self.shared.changed.notify_all();
@@ -217,7 +217,9 @@ impl ServerHealth {
         match thread::Builder::new().name("server-probe".to_owned()).spawn(ask) {
             Ok(_) => true,
             Err(e) => {
-                log::error!("cannot start a thread that asks for the server of {}: {e}", self.shared.repository);
+                log::error!(repository = self.shared.repository.as_str();
+                    "repository {}: no thread can be started to ask whether its server is back: {e}; the next status \
+                     or scrape tries again", self.shared.repository);
                 false
             }
         }
@@ -235,8 +237,8 @@ impl Shared {
             drop(state);
             let answer = (self.ask)(&below);
             state = self.state.lock();
-            // Another path may have failed since.
-            let is_answered = !answer.result.is_err_and(|e| e.errno == Errno::EIO);
+            // A client that died tells nothing of its server. Another path may have failed since.
+            let is_answered = !answer.result.is_err_and(|e| e.errno == Errno::EIO || e.is_dead());
             if let Some(outage) = state.outage.take_if(|outage| is_answered && outage.below == below) {
                 state.explained = answer.io_errors;
                 log::info!(repository = self.repository.as_str();
@@ -278,7 +280,8 @@ mod tests {
         let ask = move |below: &Path| {
             let mut asked = noted.lock();
             asked.push(below.to_owned());
-            let errno = if asked.len() < 2 { Errno::EIO } else { Errno::ENOENT };
+            // The client may die meanwhile, and be mounted anew.
+            let errno = [Errno::EIO, Errno::ENOTCONN].get(asked.len() - 1).copied().unwrap_or(Errno::ENOENT);
             Answer { result: Err(sys::Error { call: "open", path: below.to_owned(), errno }), io_errors: 7 }
         };
         let health = ServerHealth::new("r", &ThreadBudget::new(4), Box::new(ask));
@@ -292,7 +295,7 @@ mod tests {
             assert!(text.contains(part), "{part} is missing in: {text}");
         }
         wait_until("the answer is heard of", || health.outage().is_none());
-        assert_eq!(*asked.lock(), [Path::new("b"), Path::new("b")]);
+        assert_eq!(*asked.lock(), [Path::new("b"); 3]);
         let errors = |count| IoErrors { count, last: Timestamp(0), server: server() };
         assert_eq!((health.unexplained(errors(7)), health.unexplained(errors(8))), (None, Some(errors(8))));
     }
