@@ -50,7 +50,8 @@ const MAGIC_NAME: &str = "user.fqrn";
 const CALLS: (usize, usize) = (4, 16);
 /// Walks over layers at once, each of them with a few threads, and such that may be stuck.
 const SCANS: (usize, usize) = (2, 6);
-/// Threads that ask one repository, those included that hang in mounts which were replaced.
+/// Threads that answer questions, begin scans and ask for a lost server, of one repository: those included that hang in
+/// mounts which were replaced, and without the helpers of scans and the probes.
 const MAX_THREADS: usize = 64;
 /// A repository that gets on is waited for longer than one that does not answer: so many times.
 const SLOW: u32 = 6;
@@ -239,7 +240,7 @@ impl Repository {
                 Self::sample_layers(&asked);
             }
             Err(why) => log::warn!(repository = asked.name.as_str();
-                "repository {} is not there yet: {}; layers are downloaded until it is, and nothing has to be \
+                "repository {} is not there yet: {}; layers are downloaded until it is, and no service has to be \
                  restarted then", asked.name, asked.known(why)),
         };
         let mount = repository.mount();
@@ -400,8 +401,8 @@ impl MountGeneration {
             health: Health::new(name, timeout, probe),
             watch: Watch::default(),
             server: ServerHealth::new(name, threads, ask),
-            calls: Lane::new("repository", CALLS, timeout, threads),
-            scans: Lane::new("scan", SCANS, timeout, threads),
+            calls: Lane::new(name, "repository", CALLS, timeout, threads),
+            scans: Lane::new(name, "scan", SCANS, timeout, threads),
             device: Mutex::default(),
             answered: Mutex::default(),
             client_attributes: OnceLock::new(),

@@ -78,6 +78,7 @@ pub struct Lane {
 
 #[derive(Debug)]
 struct Shared {
+    repository: String,
     name: String,
     width: usize,
     most: usize,
@@ -230,9 +231,17 @@ impl<T> Drop for Promise<T> {
 impl Lane {
     /// `width` threads, and further ones in place of those that are stuck, `most` in all, as far as
     /// `budget` goes.
-    pub fn new(name: &str, (width, most): (usize, usize), stuck_after: Duration, budget: &ThreadBudget) -> Self {
+    /// Asks `repository`, on threads whose names begin with `name`.
+    pub fn new(
+        repository: &str,
+        name: &str,
+        (width, most): (usize, usize),
+        stuck_after: Duration,
+        budget: &ThreadBudget,
+    ) -> Self {
+        let (repository, name) = (repository.to_owned(), name.to_owned());
         let (budget, state, work) = (budget.clone(), Mutex::default(), Condvar::new());
-        Self { shared: Arc::new(Shared { name: name.to_owned(), width, most, stuck_after, budget, state, work }) }
+        Self { shared: Arc::new(Shared { repository, name, width, most, stuck_after, budget, state, work }) }
     }
 
     /// Queues `job`. What it returns when its ticket is gone is handed to `late`, on the
@@ -295,12 +304,9 @@ impl Lane {
     /// Whether another thread was started.
     fn spawn(&self, state: &mut State) -> bool {
         let Some(budget) = self.shared.budget.take() else {
-            log::error!(
-                "no thread is left for {}: {} hang in mounts that were replaced; end the client \
-                 processes of those mounts",
-                self.shared.name,
-                self.shared.budget.max
-            );
+            log::error!(repository = self.shared.repository.as_str();
+                "repository {}: no thread can be started to ask it: all {} are in use, most of them in mounts that \
+                 were replaced; end the client processes of those mounts", self.shared.repository, self.shared.budget.max);
             return false;
         };
         // Counted before it runs, so that the next caller does not start one as well.
@@ -315,7 +321,8 @@ impl Lane {
         };
         if let Err(e) = thread::Builder::new().name(name).spawn(work) {
             state.running.remove(&number);
-            log::error!("cannot start a thread for {}: {e}", self.shared.name);
+            log::error!(repository = self.shared.repository.as_str();
+                "repository {}: no thread can be started to ask it: {e}", self.shared.repository);
             return false;
         }
         true
@@ -362,7 +369,8 @@ impl Shared {
             };
             // Jobs fence themselves; this fence is for a panic in `late`.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                log::error!("a thread of {} hit a bug; it goes on", self.name);
+                log::error!(repository = self.repository.as_str();
+                    "repository {}: a question to it panicked; its thread goes on", self.repository);
             }
             JOB.set(None);
         }
@@ -416,7 +424,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(40);
 
     fn lane(threads: (usize, usize), stuck_after: Duration) -> Lane {
-        Lane::new("t", threads, stuck_after, &ThreadBudget::new(100))
+        Lane::new("r", "t", threads, stuck_after, &ThreadBudget::new(100))
     }
 
     fn within(limit: Duration) -> Patience {
@@ -536,7 +544,7 @@ mod tests {
     #[test]
     fn jobs_that_no_thread_can_take_are_given_up_at_once() {
         let stuck_after = Duration::from_millis(500);
-        let lane = Lane::new("t", (1, 2), stuck_after, &ThreadBudget::new(1));
+        let lane = Lane::new("r", "t", (1, 2), stuck_after, &ThreadBudget::new(1));
         let (release, held) = stuck(&lane);
         let queued = lane.start(|| 1, drop).unwrap();
         thread::sleep(stuck_after * 2);
@@ -558,10 +566,10 @@ mod tests {
     #[test]
     fn threads_that_hang_in_replaced_lanes_count_against_the_budget() {
         let budget = ThreadBudget::new(3);
-        let old = Lane::new("old", (2, 4), SHORT, &budget);
+        let old = Lane::new("r", "old", (2, 4), SHORT, &budget);
         let held = [stuck(&old), stuck(&old)];
         old.close();
-        let new = Lane::new("new", (2, 4), SHORT, &budget);
+        let new = Lane::new("r", "new", (2, 4), SHORT, &budget);
         let (release, last) = stuck(&new);
         thread::sleep(SHORT * 2);
         assert_eq!(new.start(|| 1, drop).map(drop), Err(AllStuck { threads: 1 }));
