@@ -21,7 +21,7 @@ const CACHE_BASE: &str = "/var/lib/cvmfs";
 const PROCESS: &str = "user.pid";
 /// Far more than a command line or a file of the configuration has.
 const MOST_BYTES: u64 = 1 << 20;
-/// So many entries of a folder of defaults are looked at.
+/// So many entries of `default.d` are looked at.
 const MOST_FILES: usize = 1024;
 
 /// A directory of the cache, and its device.
@@ -36,7 +36,7 @@ pub struct Cache {
 pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<Cache> {
     let name = attribute(sys, path, MAGIC_NAME)?;
     let process = process(sys, path, &name)?;
-    // It works in its cache.
+    // The client's working directory is its cache.
     let works_in = PathBuf::from(format!("/proc/{process}/cwd"));
     match sys.read_link(&works_in) {
         Ok(path) => Some(Cache { path, device: sys.stat(&works_in).ok()?.device }),
@@ -81,7 +81,7 @@ fn process(sys: &dyn Sys, path: &Path, name: &str) -> Option<u32> {
     words.any(|word| word == name.as_bytes() || OsStr::from_bytes(word) == path).then_some(process)
 }
 
-/// As the configuration of the client has it.
+/// Finds the cache by the client's configuration. An alien cache is not known here.
 fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> {
     let mut base = CACHE_BASE.to_owned();
     let mut directory = None;
@@ -89,7 +89,7 @@ fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> 
         let text = match sys.read_file(&file, MOST_BYTES) {
             Ok(text) => text,
             Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => continue,
-            // It may say anything.
+            // A file that cannot be read may name another cache.
             Err(_) => return None,
         };
         for (key, value) in String::from_utf8_lossy(&text).lines().filter_map(assignment) {
@@ -102,17 +102,19 @@ fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> 
     }
     let below_base = ["shared", name, ""].map(|below| Path::new(&base).join(below));
     let places = directory.into_iter().map(PathBuf::from).chain(below_base);
-    // A shell may make more of a value than stands there. Then its path is nowhere.
+    // A value such as $HOME/cache is not expanded: no such path exists, and it is passed over.
     places.filter(|path| path.is_absolute()).find_map(|path| Some(Cache { device: sys.stat(&path).ok()?.device, path }))
 }
 
-/// In the order in which the client reads them: a later one wins.
+/// In the order in which the client reads them, without those of a configuration repository: a later one wins.
 fn files(sys: &dyn Sys, configuration: &Path, name: &str) -> Vec<PathBuf> {
     let defaults = configuration.join("default.d");
     let names = sys.first_entries(&defaults, MOST_FILES).unwrap_or_default();
-    let mut files: Vec<PathBuf> = names.into_iter().map(|name| defaults.join(name)).collect();
-    files.retain(|file| file.extension().is_some_and(|end| end == "conf"));
-    files.sort();
+    let mut defaults: Vec<PathBuf> = names.into_iter().map(|name| defaults.join(name)).collect();
+    defaults.retain(|file| file.extension().is_some_and(|end| end == "conf"));
+    defaults.sort();
+    let mut files = vec![configuration.join("default.conf")];
+    files.append(&mut defaults);
     let domain = name.split_once('.').map_or("", |(_, domain)| domain);
     files.push(configuration.join("default.local"));
     for (folder, name) in [("domain.d", domain), ("config.d", name)] {
@@ -121,7 +123,7 @@ fn files(sys: &dyn Sys, configuration: &Path, name: &str) -> Vec<PathBuf> {
     files
 }
 
-/// Of a line of a shell.
+/// Parses a line of a shell, `KEY=value`.
 fn assignment(line: &str) -> Option<(&str, &str)> {
     let line = line.trim_start();
     let (key, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=')?;
@@ -215,6 +217,8 @@ pub(super) mod tests {
         }
         fs::create_dir_all(base.join("shared")).unwrap();
         let write = |name: &str, text: String| fs::write(etc.join(name), text).unwrap();
+        write("default.conf", format!("CVMFS_CACHE_BASE={}\n", base.display()));
+        assert_eq!(served.cache(&refusing), Some(base.join("shared")));
         write("default.d/50-site.conf", "CVMFS_CACHE_BASE=/nowhere\n".to_owned());
         let line = format!(
             "# CVMFS_CACHE_BASE=/no\nCVMFS_QUOTA_LIMIT=4000\nexport CVMFS_CACHE_BASE='{}' # ours\n",
