@@ -70,7 +70,7 @@ impl Attacher {
             bytes += attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
             if bytes > MAX_ATTRIBUTES {
                 return Err(Error {
-                    call: "keep the attributes of",
+                    call: "hold more than 8 MiB of attributes of directories, at",
                     path: layer.path().join(path),
                     errno: Errno::E2BIG,
                 });

@@ -46,7 +46,7 @@ pub enum Missing {
     },
     /// No thread could be started to ask it.
     NoThread,
-    /// The markers are still being looked for, so many directories are done.
+    /// The scan of the layer is not finished; it goes on.
     BeingScanned {
         directories: usize,
     },
@@ -118,7 +118,7 @@ impl fmt::Display for Missing {
             Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
             Self::NoThread => f.write_str("no thread can be started to ask the repository (see the log)"),
             Self::BeingScanned { directories } => {
-                write!(f, "it is still being looked through, {directories} directories are done")
+                write!(f, "its scan is not finished ({directories} directories so far); try again")
             }
             Self::Unscannable(cause) => cause.fmt(f),
             Self::NotConfigured { instead } => {

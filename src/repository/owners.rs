@@ -102,14 +102,16 @@ impl Owners {
 /// How to show files of `owner` as root's.
 fn map(owner: Owner, name: &str) -> String {
     let maps = [("UID", "uid", owner.uid), ("GID", "gid", owner.gid)];
-    let settings = maps
-        .iter()
-        .filter(|(.., id)| *id != 0)
-        .map(|(key, file, id)| format!("CVMFS_{key}_MAP=/etc/cvmfs/{file}.map, a file with the line \"{id} 0\""));
+    let maps: Vec<_> = maps.into_iter().filter(|(.., id)| *id != 0).collect();
+    let lines: Vec<_> = maps.iter().map(|(_, file, id)| format!("\"{id} 0\" to /etc/cvmfs/{file}.map")).collect();
+    let settings: Vec<_> = maps.iter().map(|(key, file, _)| format!("CVMFS_{key}_MAP=/etc/cvmfs/{file}.map")).collect();
+    // One that the configuration names by its path may have any name in CernVM-FS.
+    let fqrn = if name.starts_with('/') { "<repository>" } else { name };
     format!(
-        "root's files are root's again with {} in /etc/cvmfs/config.d/{name}.local, and cvmfs_config reload {name}; see \
-         docs/repository.md",
-        settings.collect::<Vec<_>>().join(", and ")
+        "root's files are root's again with these: write {}, set {} in /etc/cvmfs/config.d/{fqrn}.local, and run \
+         cvmfs_config reload {fqrn}; see docs/repository.md",
+        lines.join(" and "),
+        settings.join(" and ")
     )
 }
 

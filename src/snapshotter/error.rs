@@ -117,11 +117,16 @@ impl fmt::Display for Error {
                  separated by commas where there is more than one, and one of them for container id 0",
                 Quoted(value)
             ),
-            Self::LayerUnavailable { digest, repository, why } => write!(
-                f,
-                "layer {digest} of repository {repository} is not available: {why}; see that the repository is \
-                 mounted and answers (cvmfs_config probe {repository}) and retry, or remove the image and pull it anew"
-            ),
+            Self::LayerUnavailable { digest, repository, why } => {
+                write!(f, "layer {digest} of repository {repository} is not available: {why}")?;
+                match why {
+                    Missing::BeingScanned { .. } | Missing::Slow { .. } => Ok(()),
+                    _ => f.write_str(
+                        "; see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is \
+                         wrong) and retry, or remove the image and pull it anew",
+                    ),
+                }
+            }
             Self::Broken { key, id } => write!(
                 f,
                 "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \

@@ -111,7 +111,7 @@ pub fn pull_chain(client: &Client) -> String {
 #[track_caller]
 pub fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) -> String {
     let message = refused(answer, RpcStatusCode::UNAVAILABLE);
-    for part in ["layer sha256:", "scene.test", "is not available", "cvmfs_config probe", "pull it anew"] {
+    for part in ["layer sha256:", "scene.test", "is not available", "cvmfs-snapshotter doctor", "pull it anew"] {
         assert!(message.contains(part), "{part} is missing in: {message}");
     }
     message

@@ -1,5 +1,5 @@
 //! Layers on their way under a container, and away again: in both ways of attaching, at once, after
-//! a reboot, half-way, and looked through before.
+//! a reboot, half-way, and scanned before.
 
 #![allow(clippy::unwrap_used)]
 
@@ -331,7 +331,7 @@ fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
     }
     let begun = Instant::now();
     let message = unavailable(c.prepare("container", &chain, &[]));
-    assert!(message.contains("is still being looked through") && message.contains("directories are done"), "{message}");
+    assert!(message.contains("its scan is not finished") && message.contains("directories so far"), "{message}");
     // Six walks, four threads each, two at once: they are not waited for one after the other.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     // Others need no walk, and are not told that the repository is to blame.

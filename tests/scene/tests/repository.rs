@@ -183,7 +183,7 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
         let c = &d.client;
         let chain = pull_chain(c);
         c.prepare("running", &chain, &[]).expect("the repository answers");
-        // One that was not looked through before.
+        // One that was not scanned before.
         let top = d.repository.layer_dir(&digest(7)).join("layerfs/dir");
         fs::create_dir_all(&top).expect("a layer can be made");
         d.repository.commit();
@@ -208,7 +208,7 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
             eventually("health is that of the new mount", || c.is_serving(NAME) && sample(&scrape(&socket), UP) == 1);
         }
         let new = c.pull_remote("extract-7", &chain, "sha256:c7", &digest(7));
-        c.prepare("new", &new, &[]).expect("a layer that was never looked through is looked through now");
+        c.prepare("new", &new, &[]).expect("a layer that was never scanned is scanned now");
         // The one in its place dies, and yet another one comes.
         d.repository.with_client(scene::publisher::Mount::kill);
         unavailable(c.prepare("dead", &new, &[]));

@@ -274,7 +274,7 @@ fn attach(client: &Client, published: &[&Chain], prefix: &str, samples: &mut Sam
     let mut attached = Vec::new();
     for n in 0..CALLS {
         let layer = &published[n * 7919 % published.len()].names[0];
-        // That it is looked through once is not what the second container waits for.
+        // That it is scanned once is not what the second container waits for.
         for count in [false, true] {
             let (took, result) = seconds(|| client.prepare(&key, layer, &[]));
             result.map_err(trouble)?;

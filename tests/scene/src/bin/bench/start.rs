@@ -107,7 +107,7 @@ fn pull(contestant: &Contestant, image: &Image) -> Result<String, Trouble> {
     if WAYS.iter().any(|(name, _)| *name == contestant.name) || contestant.name == GO {
         let chain = client.pull_image(image, REFERENCE);
         // What is done ahead is done.
-        eventually("the layers were looked through", || {
+        eventually("the layers were scanned", || {
             client.prepare("ahead", &chain, &[]).is_ok() && client.remove("ahead").is_ok() && client.cleanup().is_ok()
         });
         return Ok(chain);
