@@ -106,7 +106,7 @@ fn assert_as_a_normal_pull(stage: &Stage, image: &Image, reference: &str, how: &
     for &writable in how {
         let comparison = stage.compare(image, writable);
         assert!(comparison.entries > 1, "nothing was compared");
-        assert_eq!(comparison.differences, Vec::<String>::new(), "{} ({writable:?})", image.name);
+        assert_eq!(comparison.differences, [], "{} ({writable:?})", image.name);
     }
 }
 
