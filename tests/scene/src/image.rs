@@ -15,7 +15,7 @@ use crate::process::tool;
 /// Bytes with a digest, in a file.
 #[derive(Clone, Debug)]
 pub struct Blob {
-    pub media_type: &'static str,
+    pub media_type: String,
     /// `sha256:…`
     pub digest: String,
     pub size: u64,
@@ -42,6 +42,15 @@ pub struct Image {
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+impl Image {
+    /// Of each layer, as the configuration names it.
+    pub fn diff_ids(&self) -> Vec<String> {
+        let config = fs::read(&self.config.path).expect("a configuration can be read");
+        let config: serde_json::Value = serde_json::from_slice(&config).expect("a configuration is JSON");
+        serde_json::from_value(config["rootfs"]["diff_ids"].clone()).expect("a configuration has diff ids")
+    }
+}
 
 /// Makes layers and images; the blobs live in its directory.
 pub struct Builder {
@@ -127,27 +136,27 @@ impl Builder {
         Image { name: name.to_owned(), config, manifest, layers, chain_ids: chain_ids(&diff_ids) }
     }
 
-    fn write(&self, name: &str, text: &str, media_type: &'static str) -> Blob {
+    fn write(&self, name: &str, text: &str, media_type: &str) -> Blob {
         let path = self.dir.join(name);
         fs::write(&path, text).expect("a blob can be written");
         self.keep(&path, media_type)
     }
 
-    fn keep(&self, path: &Path, media_type: &'static str) -> Blob {
+    fn keep(&self, path: &Path, media_type: &str) -> Blob {
         let digest = sha256(path);
         let kept = self.dir.join("blobs").join(digest.trim_start_matches("sha256:"));
         fs::rename(path, &kept).expect("a blob can be kept");
         let size = fs::metadata(&kept).expect("a blob has a size").len();
-        Blob { media_type, digest, size, path: kept }
+        Blob { media_type: media_type.to_owned(), digest, size, path: kept }
     }
 }
 
 /// The OCI chainIDs: each layer's name is a function of all below it.
-fn chain_ids(diff_ids: &[&str]) -> Vec<String> {
+pub fn chain_ids<S: AsRef<str>>(diff_ids: &[S]) -> Vec<String> {
     let mut ids: Vec<String> = Vec::new();
-    for diff_id in diff_ids {
+    for diff_id in diff_ids.iter().map(AsRef::as_ref) {
         ids.push(match ids.last() {
-            None => (*diff_id).to_owned(),
+            None => diff_id.to_owned(),
             Some(below) => format!("sha256:{}", hex(&Sha256::digest(format!("{below} {diff_id}")))),
         });
     }

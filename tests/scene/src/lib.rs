@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod footprint;
 pub mod gostate;
 pub mod image;
+pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod metrics;

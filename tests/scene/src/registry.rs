@@ -39,15 +39,32 @@ impl Registry {
     /// Uploads an image under its name; blobs that are there already are not sent again.
     pub fn push(&self, image: &Image) -> String {
         let (repository, tag) = image.name.rsplit_once(':').expect("an image has a tag");
-        for layer in &image.layers {
-            self.push_blob(repository, layer);
-        }
-        self.push_blob(repository, &image.config);
-        ureq::put(format!("http://{}/v2/{repository}/manifests/{tag}", self.address))
-            .header("Content-Type", image.manifest.media_type)
-            .send(fs::read(&image.manifest.path).expect("a manifest can be read"))
-            .expect("a manifest can be pushed");
+        self.push_image(image, repository, tag);
         self.reference(&image.name)
+    }
+
+    /// Uploads an index under this name, with the images that it lists.
+    pub fn push_index(&self, index: &Blob, images: &[Image], name: &str) -> String {
+        let (repository, tag) = name.rsplit_once(':').expect("an image has a tag");
+        for image in images {
+            self.push_image(image, repository, &image.manifest.digest);
+        }
+        self.push_manifest(index, repository, tag);
+        self.reference(name)
+    }
+
+    fn push_image(&self, image: &Image, repository: &str, tag: &str) {
+        for blob in image.layers.iter().chain([&image.config]) {
+            self.push_blob(repository, blob);
+        }
+        self.push_manifest(&image.manifest, repository, tag);
+    }
+
+    fn push_manifest(&self, manifest: &Blob, repository: &str, tag: &str) {
+        ureq::put(format!("http://{}/v2/{repository}/manifests/{tag}", self.address))
+            .header("Content-Type", &manifest.media_type)
+            .send(fs::read(&manifest.path).expect("a manifest can be read"))
+            .expect("a manifest can be pushed");
     }
 
     fn push_blob(&self, repository: &str, blob: &Blob) {
