@@ -1,15 +1,16 @@
 //! A real CernVM-FS repository for end-to-end tests.
 //!
-//! [`publisher`] writes a signed repository from a directory tree, [`web`] serves it, and
-//! [`client`] mounts it through the binary `cvmfs-test-client` of this package, which can be told
-//! to hang, to be slow, to fail, or to take up a new revision. [`format`] is what publisher and
-//! client agree on. [`listing`] is what a tree shows, [`real`] has what the real publisher made. This is
-//! test code: what cannot go on panics with a sentence.
+//! [`ingest`] unpacks layers into a directory tree, [`publisher`] writes a signed repository of it,
+//! [`web`] serves that, and [`client`] mounts it through the binary `cvmfs-test-client` of this package,
+//! which can be told to hang, to be slow, to fail, or to take up a new revision. [`format`] is what
+//! publisher and client agree on. [`listing`] is what a tree shows, [`real`] has what the real publisher
+//! made. This is test code: what cannot go on panics with a sentence.
 
 #![forbid(unsafe_code)]
 
 pub mod client;
 pub mod format;
+pub mod ingest;
 pub mod listing;
 pub mod publisher;
 pub mod real;

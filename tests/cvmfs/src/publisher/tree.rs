@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use super::Owners;
 use super::store::ContentKey;
 use crate::format::{self, DIRECTORY, Digest, FILE, NESTED_MOUNTPOINT, NESTED_ROOT, SPECIAL, SYMLINK};
+use crate::ingest::NO_OWNER;
 
 /// What one catalog says. Two equal ones need only be written once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,10 +46,6 @@ pub struct Row {
     /// lone entry has 0 and 1. Links across catalogs become files of their own.
     pub links: (u32, u32),
 }
-
-/// The real publisher that keeps owners gives directories which a tar does not name to the user and the
-/// group -1. No file can be given to them, so in a tree on a disk this number stands for them.
-const NO_OWNER: u32 = u32::MAX - 1;
 
 /// The root catalog, and where to read each content in it and below.
 pub fn read(source: &Path, owners: Owners) -> (Catalog, HashMap<ContentKey, PathBuf>) {
