@@ -21,14 +21,20 @@ use keys::Keys;
 use store::Store;
 use tree::Catalog;
 
-/// To whom the published entries belong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owners {
-    /// As in the source tree.
-    Kept,
-    /// Everything, directories and setuid files included, belongs to one user and one group, as
-    /// `cvmfs_server ingest` does by default.
-    One { uid: u32, gid: u32 },
+/// What of a source tree is published. A release manager's settings, and its union file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Extended attributes (`CVMFS_INCLUDE_XATTRS`).
+    pub attributes: bool,
+    /// Parts of seconds (`CVMFS_ENABLE_MTIME_NS`).
+    pub nanoseconds: bool,
+    /// That several names are one file, which the real publisher sees on aufs and not on overlayfs.
+    pub hard_links: bool,
+}
+
+impl Settings {
+    /// All that a catalog can say.
+    pub const EVERYTHING: Self = Self { attributes: true, nanoseconds: true, hard_links: true };
 }
 
 /// A repository and what is needed to publish its next revision.
@@ -36,7 +42,7 @@ pub enum Owners {
 pub struct Publisher {
     dir: PathBuf,
     fqrn: String,
-    owners: Owners,
+    settings: Settings,
     revision: u64,
     keys: Keys,
     certificate: Digest,
@@ -49,7 +55,7 @@ pub struct Publisher {
 impl Publisher {
     /// An empty repository with keys of its own; `dir` is what a web server serves. Nothing can
     /// be mounted before the first [`publish`](Self::publish).
-    pub fn create(dir: &Path, fqrn: &str, owners: Owners) -> Self {
+    pub fn create(dir: &Path, fqrn: &str, settings: Settings) -> Self {
         let mut store = Store::create(dir);
         let keys = Keys::create(fqrn);
         let certificate = store.put(&keys.certificate(), Kind::Certificate);
@@ -60,7 +66,7 @@ impl Publisher {
         Self {
             dir: dir.to_owned(),
             fqrn: fqrn.to_owned(),
-            owners,
+            settings,
             revision: 0,
             keys,
             certificate,
@@ -72,7 +78,7 @@ impl Publisher {
     /// Publishes the tree at `source` as the next revision; returns the revision number. Only
     /// files that changed since the last publish are read again.
     pub fn publish(&mut self, source: &Path) -> u64 {
-        let (root, files) = tree::read(source, self.owners);
+        let (root, files) = tree::read(source, self.settings);
         self.store.put_files(&files);
         self.revision += 1;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970").as_secs();
@@ -92,11 +98,6 @@ impl Publisher {
         store::write_atomically(&self.dir.join(format::WHITELIST), &self.keys.whitelist(&self.fqrn, now));
         store::write_atomically(&self.dir.join(format::MANIFEST), &self.keys.manifest(&manifest));
         self.revision
-    }
-
-    /// Counts from the next [`publish`](Self::publish) on.
-    pub fn set_owners(&mut self, owners: Owners) {
-        self.owners = owners;
     }
 
     pub fn dir(&self) -> &Path {

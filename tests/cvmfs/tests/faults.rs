@@ -12,7 +12,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cvmfs_testbed::client::Mount;
-use cvmfs_testbed::publisher::Owners;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
@@ -22,7 +21,7 @@ use stage::{Detail, Stage, assert_same, plain_tree, write};
 const NO_CACHE: [&str; 2] = ["--ttl", "0"];
 
 fn stage() -> Stage {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     stage
@@ -235,7 +234,7 @@ fn root_an_unknown_command_is_an_error() {
 #[test]
 #[should_panic(expected = "the client did not mount")]
 fn root_a_client_without_a_repository_says_why() {
-    let stage = Stage::new(Owners::Kept);
+    let stage = Stage::new();
     write(&stage.source().join("file"), "never published");
     drop(stage.mount("mount", &[]));
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use cvmfs_testbed::format::{Kind, MANIFEST, Manifest, PathKey, WHITELIST};
-use cvmfs_testbed::publisher::{Owners, Publisher};
+use cvmfs_testbed::publisher::{Publisher, Settings};
 use cvmfs_testbed::web::Web;
 use flate2::read::ZlibDecoder;
 use std::io::Read as _;
@@ -32,7 +32,7 @@ fn manifest_and_whitelist_verify_with_openssl() {
     let (source, repository) = (dir.path().join("source"), dir.path().join("repository"));
     fs::create_dir(&source).expect("a directory can be made");
     fs::write(source.join("file"), "text").expect("a file can be written");
-    let mut publisher = Publisher::create(&repository, FQRN, Owners::Kept);
+    let mut publisher = Publisher::create(&repository, FQRN, Settings::EVERYTHING);
     assert_eq!(publisher.publish(&source), 1);
 
     let file = fs::read(repository.join(MANIFEST)).expect("there is a manifest");

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use cvmfs_testbed::ingest::{Ingest, Ownership};
-use cvmfs_testbed::publisher::Owners;
+use cvmfs_testbed::publisher::Settings;
 use stage::Stage;
 use tar::{Builder, EntryType, Header};
 
@@ -57,7 +57,7 @@ fn shown(layer: &Path, path: &str) -> (u32, (u32, u32), bool) {
 
 #[test]
 fn root_ingest_that_keeps_owners_keeps_those_of_files_and_gives_invented_directories_to_minus_one() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::with(Settings::default());
     let ingest = Ingest { owner: (991, 990), ownership: Ownership::Kept, auto_catalogs: None };
     ingest.unpack(layer().as_slice(), &stage.source(), Path::new(BASE));
     stage.publish();
@@ -79,7 +79,7 @@ fn root_ingest_that_keeps_owners_keeps_those_of_files_and_gives_invented_directo
 
 #[test]
 fn root_ingest_takes_the_top_directory_from_a_tar_that_names_it() {
-    let stage = Stage::new(Owners::Kept);
+    let stage = Stage::new();
     let entries = [("./", EntryType::Directory, 0o711, 7, ""), ("./file", EntryType::Regular, 0o644, 7, "")];
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
     ingest.unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
@@ -92,14 +92,14 @@ fn root_ingest_takes_the_top_directory_from_a_tar_that_names_it() {
 #[test]
 #[should_panic(expected = "its target \".layers/ab/abcd/layerfs/other\" is not in the same layer")]
 fn root_ingest_fails_on_a_hard_link_into_another_layer() {
-    let stage = Stage::new(Owners::Kept);
+    let stage = Stage::new();
     let entries = [("link", EntryType::Link, 0o644, 0, "other")];
     Ingest::default().unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
 }
 
 #[test]
 fn root_an_empty_layer_is_a_directory_with_a_marker() {
-    let stage = Stage::new(Owners::Kept);
+    let stage = Stage::new();
     Ingest::default().unpack(tar(&[]).as_slice(), &stage.source(), Path::new(BASE));
     let names: Vec<_> = fs::read_dir(stage.source().join(BASE)).expect("the layer is there").flatten().collect();
     assert_eq!(names.len(), 1);

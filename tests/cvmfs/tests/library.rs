@@ -9,7 +9,6 @@ use std::fs;
 use std::io::ErrorKind;
 use std::thread;
 
-use cvmfs_testbed::publisher::Owners;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use stage::{Detail, Stage, assert_equal, assert_same, plain_tree, seen, write};
 
@@ -17,7 +16,7 @@ const CRATE: [&str; 2] = ["--backend", "crate"];
 
 #[test]
 fn root_the_crate_reads_what_we_publish() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &CRATE);
@@ -33,7 +32,7 @@ fn root_the_crate_reads_what_we_publish() {
 
 #[test]
 fn root_the_crate_serves_a_lower_layer() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source().join("top"));
     write(&stage.source().join("bottom/home/user/other"), "seen through");
     stage.publish();
@@ -56,7 +55,7 @@ fn root_the_crate_serves_a_lower_layer() {
 
 #[test]
 fn root_the_crate_reads_right_twenty_times_cold_for_four_readers_at_once() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let expected = seen(&stage.source(), Detail::Plain);
@@ -71,18 +70,8 @@ fn root_the_crate_reads_right_twenty_times_cold_for_four_readers_at_once() {
 }
 
 #[test]
-fn root_one_owner_shows_through_the_crate() {
-    let mut stage = Stage::new(Owners::One { uid: 990, gid: 991 });
-    plain_tree(&stage.source());
-    stage.publish();
-    let own = stage.mount("own", &[]);
-    let other = stage.mount("crate", &CRATE);
-    assert_same(own.mountpoint(), other.mountpoint(), Detail::Plain);
-}
-
-#[test]
 fn root_the_crate_takes_up_a_new_revision_when_opened_anew() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mut mount = stage.mount("mount", &CRATE);

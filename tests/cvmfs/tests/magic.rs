@@ -12,13 +12,12 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cvmfs_testbed::client::Mount;
-use cvmfs_testbed::publisher::Owners;
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use stage::{Stage, odd_tree, plain_tree};
 
 fn stage() -> Stage {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();

@@ -10,14 +10,14 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::thread;
 use std::time::Instant;
 
-use cvmfs_testbed::publisher::Owners;
+use cvmfs_testbed::publisher::Settings;
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use stage::{Detail, Stage, assert_equal, assert_same, noise, odd_tree, plain_tree, seen, write};
 
 #[test]
 fn root_a_mounted_repository_equals_its_source() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     assert_eq!(stage.publish(), 1);
@@ -31,7 +31,7 @@ fn root_a_mounted_repository_equals_its_source() {
 
 #[test]
 fn root_the_mount_looks_like_that_of_the_real_client() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &["--name-length", "0"]);
@@ -52,7 +52,7 @@ fn root_the_mount_looks_like_that_of_the_real_client() {
 
 #[test]
 fn root_four_cold_readers_at_once_see_the_source() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
@@ -68,27 +68,24 @@ fn root_four_cold_readers_at_once_see_the_source() {
 }
 
 #[test]
-fn root_one_owner_can_be_given_to_everything() {
-    let mut stage = Stage::new(Owners::One { uid: 990, gid: 991 });
+fn root_what_a_release_manager_does_not_publish_by_default_is_not_there() {
+    let mut stage = Stage::with(Settings::default());
     plain_tree(&stage.source());
+    odd_tree(&stage.source());
     stage.publish();
-    let mut mount = stage.mount("mount", &[]);
-    for path in ["", "programs/su", "home/user", "home/user/file", "dangling", "layers/one", "layers/one/inner/dir0"] {
-        let found = mount.mountpoint().join(path).symlink_metadata().expect("what was published is there");
-        assert_eq!((found.uid(), found.gid()), (990, 991), "{path}");
-    }
-    let su = mount.mountpoint().join("programs/su");
-    assert_eq!(su.metadata().expect("the program is there").mode() & 0o7777, 0o4755);
-
-    stage.publisher.set_owners(Owners::Kept);
-    stage.publish();
-    assert_eq!(mount.command("reload"), "ok 2");
-    assert_same(&stage.source(), mount.mountpoint(), Detail::Everything);
+    let mount = stage.mount("mount", &[]);
+    let mut expected = seen(&stage.source(), Detail::Everything);
+    assert!(expected.entries.values().any(|entry| entry.contains_key("links") && entry["nanoseconds"] != "0"));
+    assert!(expected.entries.values().any(|entry| entry.contains_key("xattrs")));
+    expected.leave_out("links");
+    expected.leave_out("xattrs");
+    expected.entries.values_mut().for_each(|entry| drop(entry.insert("nanoseconds", "0".to_owned())));
+    assert_equal(&expected, &seen(mount.mountpoint(), Detail::Everything));
 }
 
 #[test]
 fn root_reload_shows_what_a_revision_adds_changes_and_removes() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
@@ -117,7 +114,7 @@ fn root_reload_shows_what_a_revision_adds_changes_and_removes() {
 
 #[test]
 fn root_a_further_revision_writes_only_what_changed() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mut mount = stage.mount("mount", &[]);
@@ -134,7 +131,7 @@ fn root_a_further_revision_writes_only_what_changed() {
 /// They say how the publisher's disk is stacked, and would hide files below another overlay.
 #[test]
 fn root_marks_of_overlayfs_are_not_published() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     let dir = stage.source().join("dir");
     write(&dir.join("file"), "text");
     for (name, value) in [("trusted.overlay.opaque", &b"y"[..]), ("user.kept", b"yes")] {
@@ -148,7 +145,7 @@ fn root_marks_of_overlayfs_are_not_published() {
 
 #[test]
 fn root_nested_catalogs_are_fetched_when_they_are_needed() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -162,7 +159,7 @@ fn root_nested_catalogs_are_fetched_when_they_are_needed() {
 /// Many requests for one object: one download.
 #[test]
 fn root_an_object_is_fetched_once() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -177,7 +174,7 @@ fn root_an_object_is_fetched_once() {
 
 #[test]
 fn root_a_dead_server_fails_only_what_is_not_cached() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -196,7 +193,7 @@ fn root_a_dead_server_fails_only_what_is_not_cached() {
 /// Bytes that do not have their name are not handed out.
 #[test]
 fn root_a_forged_object_is_refused() {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     write(&stage.source().join("file"), "true");
     stage.publish();
     let data = stage.publisher.dir().join("data");

@@ -10,7 +10,6 @@ use std::io::Write as _;
 use std::path::Path;
 
 use cvmfs_testbed::client::Mount;
-use cvmfs_testbed::publisher::Owners;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use stage::{Stage, odd_tree, plain_tree, write};
@@ -38,7 +37,7 @@ fn names(dir: &Path) -> BTreeSet<String> {
 }
 
 fn two_layers(options: &[&str]) -> (Stage, Mount) {
-    let mut stage = Stage::new(Owners::Kept);
+    let mut stage = Stage::new();
     plain_tree(&stage.source().join("top"));
     odd_tree(&stage.source().join("top"));
     write(&stage.source().join("bottom/hello"), "hidden by the layer above");

@@ -89,10 +89,16 @@ impl Builder {
 
     /// A layer of the tree below `top`.
     pub fn pack(&self, top: &Path) -> Layer {
+        self.pack_without(top, &[])
+    }
+
+    /// As `pack`, without the files of these names.
+    pub fn pack_without(&self, top: &Path, names: &[&str]) -> Layer {
         let tar = self.dir.join("layer.tar");
         let status = Command::new("tar")
             .args(["--create", "--format=pax", "--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"])
             .arg("--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime")
+            .args(names.iter().map(|name| format!("--exclude={name}")))
             .arg("--file")
             .arg(&tar)
             .arg("--directory")

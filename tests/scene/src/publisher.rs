@@ -1,25 +1,29 @@
 //! A repository of unpacked images, laid out as DUCC publishes them: the layers, and where a
 //! test wants it, manifests and whole root file systems. It is a signed CernVM-FS repository,
 //! served over HTTP and mounted by a FUSE client, or a plain directory.
+//!
+//! What the real publisher loses of an image is lost here too: `tests/publisher.rs` compares the two.
 
-use std::ffi::OsStr;
-use std::fs::{self, FileTimes};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{PermissionsExt, symlink};
+mod ducc;
+mod flat;
+
+use std::fs;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cvmfs_testbed::client;
 pub use cvmfs_testbed::client::Mount;
-pub use cvmfs_testbed::publisher::Owners;
+use cvmfs_testbed::ingest;
+pub use cvmfs_testbed::ingest::{AutoCatalogs, Ingest, NO_OWNER, Ownership};
+use cvmfs_testbed::publisher;
 use cvmfs_testbed::publisher::Publisher;
 use cvmfs_testbed::web::Web;
+pub use ducc::ManifestPlace;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
-use serde_json::json;
 
-use crate::image::{Blob, Image};
+use crate::image::{Blob, Builder, Image, Layer};
 use crate::sandbox::mount_tmpfs;
 
 /// Its fully qualified name.
@@ -30,6 +34,8 @@ const NAME_LENGTH: &str = "0";
 pub struct Repository {
     /// Where a snapshotter finds it.
     dir: PathBuf,
+    ingest: Ingest,
+    unpacking: Unpacking,
     /// What is published, at the next `commit`.
     tree: PathBuf,
     /// None: a plain directory, and `dir` is `tree`.
@@ -47,36 +53,60 @@ struct Real {
     options: Vec<String>,
 }
 
-/// What a publisher adds to a root file system for Singularity, as links into `.singularity.d`.
-pub const SINGULARITY: [(&str, &str); 6] = [
-    (".exec", ".singularity.d/actions/exec"),
-    (".run", ".singularity.d/actions/run"),
-    (".shell", ".singularity.d/actions/shell"),
-    (".test", ".singularity.d/actions/test"),
-    ("environment", ".singularity.d/env/90-environment.sh"),
-    ("singularity", ".singularity.d/runscript"),
-];
-const CATALOG: &str = ".cvmfscatalog";
+/// How layers become directories of the repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unpacking {
+    /// As DUCC has it done.
+    #[default]
+    Ingest,
+    /// By tar, in a transaction: what a site without DUCC can do to lose nothing.
+    Transaction,
+}
+
+/// How a repository is published and mounted. The default is that of the real programs, with root
+/// for the repository's owner: owners are lost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings<'a> {
+    pub ingest: Ingest,
+    pub unpacking: Unpacking,
+    /// What is published of what the files in the tree have.
+    pub publisher: publisher::Settings,
+    /// Options of the client.
+    pub client: &'a [&'a str],
+}
+
+impl<'a> Settings<'a> {
+    /// The default, with options of the client.
+    pub fn with_client(client: &'a [&'a str]) -> Self {
+        Self { client, ..Self::default() }
+    }
+
+    /// Layers have all that their tars say: owners, hard links, attributes, parts of seconds.
+    pub fn without_losses() -> Self {
+        Self { unpacking: Unpacking::Transaction, publisher: publisher::Settings::EVERYTHING, ..Self::default() }
+    }
+}
 
 impl Repository {
     /// A repository that is mounted on `dir`.
     pub fn mounted(dir: &Path) -> Self {
-        Self::mounted_with(dir, Owners::Kept, &[])
+        Self::mounted_with(dir, Settings::default())
     }
 
-    /// `options` go to the client.
-    pub fn mounted_with(dir: &Path, owners: Owners, options: &[&str]) -> Self {
+    pub fn mounted_with(dir: &Path, settings: Settings) -> Self {
         let beside = |name: &str| dir.with_extension(name);
         let (tree, served) = (beside("tree"), beside("web"));
-        fs::create_dir_all(tree.join(".layers")).expect("the repository's tree can be made");
+        make_stores(&tree, &settings.ingest);
         fs::create_dir_all(dir).expect("the mount point can be made");
         fs::create_dir_all(&served).expect("the served directory can be made");
-        let mut publisher = Publisher::create(&served, NAME, owners);
+        let mut publisher = Publisher::create(&served, NAME, settings.publisher);
         publisher.publish(&tree);
         let web = Web::start(&served);
-        let options = ["--name-length", NAME_LENGTH].iter().chain(options).map(|&o| o.to_owned()).collect();
-        let real = Real { mount: None, old: Vec::new(), web, publisher, cache: beside("cache"), options };
-        let repository = Self { dir: dir.to_owned(), tree, real: Some(Mutex::new(real)) };
+        let cache = beside("cache");
+        let options = ["--name-length", NAME_LENGTH].iter().chain(settings.client).map(|&o| o.to_owned()).collect();
+        let real = Real { mount: None, old: Vec::new(), web, publisher, cache, options };
+        let Settings { ingest, unpacking, .. } = settings;
+        let repository = Self { dir: dir.to_owned(), ingest, unpacking, tree, real: Some(Mutex::new(real)) };
         repository.mount();
         repository
     }
@@ -90,8 +120,9 @@ impl Repository {
     }
 
     pub fn plain(dir: &Path) -> Self {
-        fs::create_dir_all(dir.join(".layers")).expect("the repository's directory can be made");
-        Self { dir: dir.to_owned(), tree: dir.to_owned(), real: None }
+        let ingest = Ingest::default();
+        make_stores(dir, &ingest);
+        Self { dir: dir.to_owned(), ingest, unpacking: Unpacking::Ingest, tree: dir.to_owned(), real: None }
     }
 
     pub fn dir(&self) -> &Path {
@@ -184,153 +215,37 @@ impl Repository {
         }
     }
 
-    fn in_store(&self, store: &str, digest: &str) -> PathBuf {
-        let hex = digest.trim_start_matches("sha256:");
-        self.tree.join(store).join(&hex[..2]).join(hex)
-    }
-
-    pub fn layer_dir(&self, digest: &str) -> PathBuf {
-        self.in_store(".layers", digest)
-    }
-
-    /// The whole root file system of the image with this configuration.
-    pub fn flat_dir(&self, config: &str) -> PathBuf {
-        self.in_store(".flat", config)
-    }
-
-    pub fn publish(&self, image: &Image) {
-        self.publish_layers(&image.layers);
-    }
-
-    /// Unpacks the tars as they are: markers of deletions stay files.
-    pub fn publish_layers(&self, layers: &[Blob]) {
-        for layer in layers {
-            let top = self.layer_dir(&layer.digest).join("layerfs");
-            if top.exists() {
-                continue;
+    /// The image as the publisher left it: layers that are published are packed again from what lies in the
+    /// repository. A normal pull of that shows what a container through us has to show: what the publisher
+    /// loses nobody can give back.
+    pub fn as_published(&self, builder: &Builder, image: &Image) -> Image {
+        if self.unpacking == Unpacking::Transaction {
+            return image.clone();
+        }
+        let pack = |(blob, diff_id): (&Blob, String)| {
+            let published = self.layer_dir(&blob.digest).join("layerfs");
+            if published.exists() {
+                builder.pack_without(&published, &ingest::MARKERS)
+            } else {
+                Layer { blob: blob.clone(), diff_id }
             }
-            fs::create_dir_all(&top).expect("a layer's directory can be made");
-            fs::write(top.join(CATALOG), "").expect("a catalog marker can be written");
-            extract(layer, &top, &[]);
-        }
-        self.commit();
-    }
-
-    /// The image's manifest under `reference`, and its root file system with all layers
-    /// applied, what Singularity needs, and a catalog in each of `catalogs`.
-    pub fn publish_flat(&self, image: &Image, reference: &str, catalogs: &[&str]) {
-        self.write_manifest(image, reference);
-        let top = self.flat_dir(&image.config.digest);
-        fs::create_dir_all(&top).expect("a root's directory can be made");
-        for layer in &image.layers {
-            let from = self.layer_dir(&layer.digest).join("layerfs");
-            make_room(&from, &top);
-            extract(layer, &top, &["--exclude=.wh.*"]);
-        }
-        // As DUCC does for Singularity: what is missing is made, two files are emptied.
-        for directory in ["dev", "proc", "root", "var/tmp", "tmp", "etc", "sys", "home"] {
-            fs::create_dir_all(top.join(directory)).expect("a directory can be made");
-        }
-        for file in ["etc/hosts", "etc/resolv.conf"] {
-            fs::write(top.join(file), "").expect("a file can be emptied");
-            let mode = fs::Permissions::from_mode(0o644);
-            fs::set_permissions(top.join(file), mode).expect("a mode can be set");
-        }
-        fs::create_dir_all(top.join(".singularity.d/env")).expect("a directory can be made");
-        fs::write(top.join(".singularity.d/runscript"), "#!/bin/sh\n").expect("a file can be written");
-        for (name, target) in SINGULARITY {
-            if fs::symlink_metadata(top.join(name)).is_err() {
-                symlink(target, top.join(name)).expect("a link can be made");
-            }
-        }
-        for directory in catalogs.iter().chain(&[""]) {
-            let directory = top.join(directory);
-            let before = fs::metadata(&directory).and_then(|m| m.modified()).expect("a catalog's directory is there");
-            fs::write(directory.join(CATALOG), "").expect("a catalog marker can be written");
-            let opened = fs::File::open(&directory).expect("a directory can be opened");
-            opened.set_times(FileTimes::new().set_modified(before)).expect("a time can be set");
-        }
-        self.commit();
-    }
-
-    pub fn publish_manifest(&self, image: &Image, reference: &str) {
-        self.write_manifest(image, reference);
-        self.commit();
-    }
-
-    /// As Go writes it: with its own names of fields.
-    fn write_manifest(&self, image: &Image, reference: &str) {
-        let descriptor = |b: &Blob| json!({ "MediaType": b.media_type, "Size": b.size, "Digest": b.digest });
-        let manifest = json!({
-            "SchemaVersion": 2,
-            "MediaType": image.manifest.media_type,
-            "Config": descriptor(&image.config),
-            "Layers": image.layers.iter().map(descriptor).collect::<Vec<_>>(),
-        });
-        let dir = self.manifest_dir(reference);
-        fs::create_dir_all(&dir).expect("a manifest's directory can be made");
-        fs::write(dir.join("manifest.json"), manifest.to_string()).expect("a manifest can be written");
-    }
-
-    pub fn manifest_dir(&self, reference: &str) -> PathBuf {
-        self.tree.join(".metadata").join(reference)
+        };
+        let layers: Vec<Layer> = image.layers.iter().zip(image.diff_ids()).map(pack).collect();
+        builder.image(&format!("as-published/{}", image.name), &layers, &[])
     }
 
     pub fn withdraw(&self, digest: &str) {
         fs::remove_dir_all(self.layer_dir(digest)).expect("a published layer can be removed");
         self.commit();
     }
-
-    pub fn withdraw_flat(&self, config: &str) {
-        fs::remove_dir_all(self.flat_dir(config)).expect("a published root can be removed");
-        self.commit();
-    }
 }
 
-fn extract(layer: &Blob, top: &Path, more: &[&str]) {
-    let status = Command::new("tar")
-        .args(["--extract", "--gzip", "--preserve-permissions", "--same-owner", "--numeric-owner"])
-        .args(["--xattrs", "--xattrs-include=*", "--delay-directory-restore"])
-        .args(more)
-        .arg("--file")
-        .arg(&layer.path)
-        .arg("--directory")
-        .arg(top)
-        .status()
-        .expect("tar runs");
-    assert!(status.success(), "tar failed");
-}
-
-/// Removes from `root` what the layer at `from` deletes, or replaces by something of another type.
-fn make_room(from: &Path, root: &Path) {
-    let entries = fs::read_dir(from).unwrap_or_else(|e| panic!("cannot read {}: {e}", from.display()));
-    for entry in entries {
-        let entry = entry.expect("an entry can be read");
-        let name = entry.file_name();
-        let is_dir = entry.file_type().expect("an entry has a type").is_dir();
-        match name.as_bytes().strip_prefix(b".wh.") {
-            Some(b".wh..opq") => {
-                for old in fs::read_dir(root).into_iter().flatten().flatten() {
-                    remove(&old.path());
-                }
-            }
-            Some(target) => remove(&root.join(OsStr::from_bytes(target))),
-            None => {
-                let there = root.join(&name);
-                match fs::symlink_metadata(&there) {
-                    Ok(old) if old.is_dir() && is_dir => make_room(&entry.path(), &there),
-                    Ok(old) if old.is_dir() != is_dir => remove(&there),
-                    _ => {}
-                }
-            }
-        }
+/// The directories that DUCC makes at first, each a catalog.
+fn make_stores(tree: &Path, ingest: &Ingest) {
+    for store in [".layers", ".flat"] {
+        fs::create_dir_all(tree.join(store)).expect("the repository's tree can be made");
+        ducc::mark(&tree.join(store));
     }
-}
-
-fn remove(path: &Path) {
-    match fs::symlink_metadata(path) {
-        Ok(status) if status.is_dir() => fs::remove_dir_all(path).expect("a directory can be removed"),
-        Ok(_) => fs::remove_file(path).expect("a file can be removed"),
-        Err(_) => {}
-    }
+    let (uid, gid) = ingest.owner;
+    chown(tree, Some(uid), Some(gid)).expect("the repository can be given to its owner");
 }

@@ -97,7 +97,6 @@ impl Stage {
         let published: Vec<Blob> = published.iter().map(|&b| b.clone()).collect();
         self.repository.publish_layers(&published);
         let reference = self.registry.push(image);
-        self.normal.pull(&reference);
         let before = self.registry.fetched();
         self.ours.pull(&reference);
         let fetched = self.registry.fetched().since(&before);
@@ -107,8 +106,16 @@ impl Stage {
         for blob in image.layers.iter().take_while(is_published) {
             assert!(!fetched.blobs.contains(&blob.digest), "published {} of {} was fetched", blob.digest, image.name);
         }
-        for writable in [Writable::No, Writable::Yes] {
-            let comparison = self.compare(image, writable);
+        self.assert_as_published(image, &[Writable::No, Writable::Yes]);
+    }
+
+    /// Compares with a normal pull what those see who pulled the image through us.
+    #[track_caller]
+    pub fn assert_as_published(&self, image: &Image, how: &[Writable]) {
+        let expected = self.repository.as_published(&self.builder, image);
+        self.normal.pull(&self.registry.push(&expected));
+        for &writable in how {
+            let comparison = self.compare(&expected, image, writable);
             assert!(comparison.entries > 1, "nothing was compared");
             let differences: Vec<_> = comparison.differences.iter().map(ToString::to_string).collect();
             assert!(
@@ -121,19 +128,14 @@ impl Stage {
         }
     }
 
-    /// Both root file systems of an image that both sides have.
-    pub fn compare(&self, image: &Image, writable: Writable) -> Comparison {
-        self.compare_with(&self.ours, image, writable)
-    }
-
-    /// As `compare`, with another containerd than ours.
-    pub fn compare_with(&self, other: &Containerd, image: &Image, writable: Writable) -> Comparison {
+    /// The root file systems of an image that was pulled the normal way, and of one that came through us.
+    pub fn compare(&self, expected: &Image, image: &Image, writable: Writable) -> Comparison {
         let key = format!("compare {} {writable:?}", image.name);
-        let normal = self.normal.mount_image(image, &key, &self.sandbox.path("mnt/normal"), writable);
-        let ours = other.mount_image(image, &key, &self.sandbox.path("mnt/ours"), writable);
+        let normal = self.normal.mount_image(expected, &key, &self.sandbox.path("mnt/normal"), writable);
+        let ours = self.ours.mount_image(image, &key, &self.sandbox.path("mnt/ours"), writable);
         let comparison = compare(normal.path(), ours.path());
         drop((normal, ours));
-        for side in [&self.normal, other] {
+        for side in [&self.normal, &self.ours] {
             side.snapshots().remove(&key).unwrap_or_else(|status| panic!("{}", status.message()));
         }
         comparison

@@ -100,16 +100,6 @@ fn said(text: &str) -> String {
     format!("{text}text\ntop\nnew\n")
 }
 
-#[track_caller]
-fn assert_as_a_normal_pull(stage: &Stage, image: &Image, reference: &str, how: &[Writable]) {
-    stage.normal.pull(reference);
-    for &writable in how {
-        let comparison = stage.compare(image, writable);
-        assert!(comparison.entries > 1, "nothing was compared");
-        assert_eq!(comparison.differences, [], "{} ({writable:?})", image.name);
-    }
-}
-
 fn kubernetes(stage: &mut Stage, release: Release, way: Way) {
     // What differs between the ways is who asks for a layer.
     let thorough = way == release.best_way();
@@ -128,7 +118,7 @@ fn kubernetes(stage: &mut Stage, release: Release, way: Way) {
         assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", PROGRAM]), said(name));
         cri.remove_pod(&pod);
         if thorough {
-            assert_as_a_normal_pull(stage, &image, &reference, &[Writable::No, Writable::Yes]);
+            stage.assert_as_published(&image, &[Writable::No, Writable::Yes]);
         }
         references.push(reference);
     }
@@ -252,8 +242,8 @@ fn at_the_same_time(stage: &mut Stage, release: Release, _: Way) {
                 scope.spawn(move || cri.pull(reference));
             }
         });
-        for (image, reference) in &images {
-            assert_as_a_normal_pull(stage, image, reference, &[Writable::No]);
+        for (image, _) in &images {
+            stage.assert_as_published(image, &[Writable::No]);
         }
         let cri = stage.ours.cri();
         for (_, reference) in &images {

@@ -13,20 +13,18 @@ use scene::client::Client;
 use scene::disk::Disk;
 use scene::doctor::{Finding, read};
 use scene::process::eventually;
-use scene::publisher::{Owners, Repository};
+use scene::publisher::{NO_OWNER, Repository, Settings};
 use scene::rootfs::Mounted;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
 use scene::stage::names;
 
 const MODES: [&str; 2] = ["attach = \"bind\"", "attach = \"symlink\""];
-/// Stands in a tree for an owner that has no number, whom no file on a disk can have.
-const NO_OWNER: u32 = u32::MAX - 1;
 /// What the kernel says of such an owner.
 const NOBODY: u32 = 65_534;
 
 fn mounted(sandbox: &Sandbox, client: &[&str]) -> Repository {
-    Repository::mounted_with(&sandbox.path("cvmfs"), Owners::Kept, client)
+    Repository::mounted_with(&sandbox.path("cvmfs"), Settings::with_client(client))
 }
 
 fn make_layer(repository: &Repository, n: u8, files: &[&str]) -> PathBuf {

@@ -22,7 +22,7 @@ use scene::cri::Cri;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
 use scene::process::{SetOnDrop, eventually};
-use scene::publisher::Repository;
+use scene::publisher::{Repository, Settings};
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
 use scene::stage::names;
@@ -58,6 +58,11 @@ fn image(builder: &Builder, name: &str) -> Image {
     builder.image(name, &[builder.shell_layer(), lower, upper], &[])
 }
 
+/// The owners and attributes of layers are published, so that the service has to copy them.
+fn with_much_to_copy(sandbox: &Sandbox) -> Repository {
+    Repository::mounted_with(&sandbox.path("cvmfs"), Settings::without_losses())
+}
+
 /// Lines of the service's journal that say that something went wrong.
 fn complaints(machine: &Machine) -> Vec<String> {
     let journal = machine.journal(SERVICE);
@@ -70,7 +75,7 @@ fn root_under_its_unit_the_service_does_all_of_its_work() {
     let sandbox = Sandbox::enter("service");
     let builder = Builder::new(&sandbox.path("images"));
     let registry = Registry::start(&sandbox.path("registry"));
-    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let repository = with_much_to_copy(&sandbox);
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
     check_what_it_runs_with(&machine);
@@ -228,7 +233,7 @@ fn snapshot_dirs(machine: &Machine) -> Vec<String> {
 #[test]
 fn root_the_service_needs_each_of_its_capabilities() {
     let sandbox = Sandbox::enter("capabilities");
-    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    let repository = with_much_to_copy(&sandbox);
     publish_odd_layers(&repository);
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
     configure(&machine.path(""), "attach = \"bind\"");

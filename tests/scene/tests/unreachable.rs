@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 
 use scene::alone::{Alone, digest, pull_chain, unavailable};
 use scene::doctor;
-use scene::image::Image;
 use scene::metrics::{sample, scrape};
 use scene::process::eventually;
-use scene::publisher::{NAME, Owners, Repository};
+use scene::publisher::{NAME, Repository, Settings};
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
 use scene::stage::Stage;
@@ -19,17 +18,6 @@ const SENTENCE: &str = "the repository's server cannot be reached";
 const WAITS: &str = "repository_wait_seconds_count{repository=\"scene.test\"}";
 const UP: &str = "repository_up{repository=\"scene.test\"}";
 const OUTAGES: &str = "repository_server_outages_total{repository=\"scene.test\"}";
-
-/// A catalog for the directory of each layer, as a large repository has them: looking for a layer
-/// fetches one.
-fn give_catalogs(repository: &Repository, images: &[&Image]) {
-    for layer in images.iter().flat_map(|image| &image.layers) {
-        let top = repository.layer_dir(&layer.digest);
-        let above = top.parent().expect("a layer lies in a directory");
-        fs::write(above.join(".cvmfscatalog"), "").expect("a directory can be marked");
-    }
-    repository.commit();
-}
 
 /// What `status --json` says of the repository.
 fn status(snapshotter: &Snapshotter) -> Value {
@@ -79,7 +67,7 @@ fn everybody_says_it(stage: &Stage, socket: &Path, url: &str) {
 #[test]
 fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_it_once() {
     let socket = PathBuf::from(format!("/run/scene-unreachable-{}.sock", std::process::id()));
-    let publisher = |dir: &Path| Repository::mounted_with(dir, Owners::Kept, &["--retry-delay", "300"]);
+    let publisher = |dir: &Path| Repository::mounted_with(dir, Settings::with_client(&["--retry-delay", "300"]));
     let stage = Stage::with("unreachable", &format!("metrics-address = {socket:?}"), publisher);
     let cached = stage.shell_image("cached:1", "cached");
     let uncached = stage.shell_image("uncached:1", "uncached");
@@ -91,7 +79,6 @@ fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_
     let layers: Vec<_> = (0..5).map(layer).collect();
     let five = stage.builder.image("five:1", &layers, &[]);
     let [of_cached, of_uncached, of_five] = [&cached, &uncached, &five].map(|image| stage.publish_and_push(image));
-    give_catalogs(&stage.repository, &[&cached, &uncached, &five]);
     stage.ours.pull(&of_cached);
     stage.ours.pull(&of_uncached);
     let cat = ["/bin/cat", "/data/text"];
@@ -163,7 +150,7 @@ fn root_what_only_containers_could_not_read_is_told_by_the_clients_counters() {
 fn root_a_layer_that_cannot_be_read_keeps_no_container_from_another_one() {
     let sandbox = Sandbox::enter("damaged");
     // Nothing is answered from the kernel's caches.
-    let repository = Repository::mounted_with(&sandbox.path("cvmfs"), Owners::Kept, &["--ttl", "0"]);
+    let repository = Repository::mounted_with(&sandbox.path("cvmfs"), Settings::with_client(&["--ttl", "0"]));
     for n in [1, 2] {
         fs::create_dir_all(repository.layer_dir(&digest(n)).join("layerfs/dir")).expect("a layer can be made");
     }

@@ -10,7 +10,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use super::Owners;
+use super::Settings;
 use super::store::ContentKey;
 use crate::format::{self, DIRECTORY, Digest, FILE, NESTED_MOUNTPOINT, NESTED_ROOT, SPECIAL, SYMLINK};
 use crate::ingest::NO_OWNER;
@@ -48,14 +48,14 @@ pub struct Row {
 }
 
 /// The root catalog, and where to read each content in it and below.
-pub fn read(source: &Path, owners: Owners) -> (Catalog, HashMap<ContentKey, PathBuf>) {
-    let mut reader = Reader { owners, files: HashMap::new() };
+pub fn read(source: &Path, settings: Settings) -> (Catalog, HashMap<ContentKey, PathBuf>) {
+    let mut reader = Reader { settings, files: HashMap::new() };
     let root = reader.catalog(source, b"");
     (root, reader.files)
 }
 
 struct Reader {
-    owners: Owners,
+    settings: Settings,
     files: HashMap<ContentKey, PathBuf>,
 }
 
@@ -99,7 +99,7 @@ impl Reader {
                     self.directory(&host, &path, catalog, links);
                 }
             } else {
-                if found.nlink() > 1 {
+                if found.nlink() > 1 && self.settings.hard_links {
                     links.entry((found.dev(), found.ino())).or_default().push(catalog.rows.len());
                 }
                 catalog.rows.push(self.row(&host, path, &found, 0));
@@ -131,21 +131,17 @@ impl Reader {
             let device = if kind.is_block_device() || kind.is_char_device() { found.rdev() } else { 0 };
             (FILE | SPECIAL, device)
         };
-        let (uid, gid) = match self.owners {
-            Owners::Kept => (published_id(found.uid()), published_id(found.gid())),
-            Owners::One { uid, gid } => (uid, gid),
-        };
         Row {
             path,
             flags: flags | kind_flags,
             mode: found.mode(),
             size,
             mtime: found.mtime(),
-            mtime_ns: found.mtime_nsec(),
-            uid,
-            gid,
+            mtime_ns: if self.settings.nanoseconds { found.mtime_nsec() } else { 0 },
+            uid: published_id(found.uid()),
+            gid: published_id(found.gid()),
             target,
-            attributes: packed_attributes(host),
+            attributes: if self.settings.attributes { packed_attributes(host) } else { None },
             content,
             links: (0, 1),
         }

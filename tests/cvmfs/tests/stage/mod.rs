@@ -13,7 +13,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use cvmfs_testbed::client::Mount;
 use cvmfs_testbed::listing::Listing;
-use cvmfs_testbed::publisher::{Owners, Publisher};
+use cvmfs_testbed::publisher::{Publisher, Settings};
 use cvmfs_testbed::web::Web;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -37,11 +37,15 @@ pub struct Stage {
 }
 
 impl Stage {
-    pub fn new(owners: Owners) -> Self {
+    pub fn new() -> Self {
+        Self::with(Settings::EVERYTHING)
+    }
+
+    pub fn with(settings: Settings) -> Self {
         private_namespace();
         let dir = tempfile::tempdir().expect("the temporary directory takes a stage");
         fs::create_dir(dir.path().join("source")).expect("a new directory can be made");
-        let publisher = Publisher::create(&dir.path().join("repository"), FQRN, owners);
+        let publisher = Publisher::create(&dir.path().join("repository"), FQRN, settings);
         let web = Web::start(publisher.dir());
         Self { publisher, web, dir }
     }

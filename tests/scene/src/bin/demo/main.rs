@@ -4,6 +4,7 @@
 
 mod picture;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -52,22 +53,12 @@ fn main() -> ExitCode {
         say(&format!("drew {}", file.display()));
     }
 
-    say("comparing the root file systems: type, mode, owner, mtime, links, xattrs, content");
-    let mut differences = 0;
-    for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
-        let comparison = stage.compare(&image, writable);
-        println!(
-            "          {name}: {} entries, {} MB of content, {} differences",
-            comparison.entries,
-            comparison.bytes / 1_000_000,
-            comparison.differences.len()
-        );
-        for difference in comparison.differences.iter().take(20) {
-            println!("            {difference}");
-        }
-        differences += comparison.differences.len();
-    }
-    let fine = differences == 0 && normal.answer == ours.answer;
+    say("comparing with the normal pull: type, mode, owner, mtime, links, xattrs, content");
+    report_differences(&stage, &image, &image);
+    say("doing the same with a normal pull of what the publisher left of the image");
+    let as_published = stage.repository.as_published(&stage.builder, &image);
+    stage.normal.pull(&stage.registry.push(&as_published));
+    let fine = report_differences(&stage, &as_published, &image) == 0 && normal.answer == ours.answer;
     drop(stage);
     say(if fine {
         "done; nothing is left running or mounted"
@@ -75,6 +66,29 @@ fn main() -> ExitCode {
         "FAILED: the root file systems are not the same"
     });
     if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Compares the root file systems of `expected`, pulled the normal way, and of `image` through us, as those
+/// see them who only look and those who write; returns how many differences there are.
+fn report_differences(stage: &Stage, expected: &Image, image: &Image) -> usize {
+    let mut all = 0;
+    for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
+        let comparison = stage.compare(expected, image, writable);
+        let mut by_property: BTreeMap<&str, usize> = BTreeMap::new();
+        for difference in &comparison.differences {
+            *by_property.entry(difference.property).or_default() += 1;
+        }
+        let counts: Vec<String> = by_property.iter().map(|(property, count)| format!("{property} {count}")).collect();
+        println!(
+            "          {name}: {} entries, {} MB of content, {} differences {}",
+            comparison.entries,
+            comparison.bytes / 1_000_000,
+            comparison.differences.len(),
+            counts.join(", ")
+        );
+        all += comparison.differences.len();
+    }
+    all
 }
 
 /// An image of Debian packages, under layers that do everything a layer can do.
