@@ -48,7 +48,8 @@ struct Real {
     /// Clients that hang beside it, without a mount point.
     old: Vec<Mount>,
     web: Web,
-    publisher: Publisher,
+    /// None: somebody else published it.
+    publisher: Option<Publisher>,
     cache: PathBuf,
     options: Vec<String>,
 }
@@ -102,13 +103,7 @@ impl Repository {
         let mut publisher = Publisher::create(&served, NAME, settings.publisher);
         publisher.publish(&tree);
         let web = Web::start(&served);
-        let cache = beside("cache");
-        let options = ["--name-length", NAME_LENGTH].iter().chain(settings.client).map(|&o| o.to_owned()).collect();
-        let real = Real { mount: None, old: Vec::new(), web, publisher, cache, options };
-        let Settings { ingest, unpacking, .. } = settings;
-        let repository = Self { dir: dir.to_owned(), ingest, unpacking, tree, real: Some(Mutex::new(real)) };
-        repository.mount();
-        repository
+        Self::start(dir, tree, Some(publisher), web, settings)
     }
 
     /// As `mounted`, with the client's cache on a file system of its own, as it should be on a node.
@@ -117,6 +112,22 @@ impl Repository {
         fs::create_dir_all(&cache).expect("the cache's directory can be made");
         mount_tmpfs(&cache, "mode=700");
         Self::mounted(dir)
+    }
+
+    /// A repository that somebody else published: a web server's files lie in `served`. Mounted on `dir`.
+    pub fn of_others(dir: &Path, served: &Path) -> Self {
+        fs::create_dir_all(dir).expect("the mount point can be made");
+        Self::start(dir, served.to_owned(), None, Web::start(served), Settings::default())
+    }
+
+    fn start(dir: &Path, tree: PathBuf, publisher: Option<Publisher>, web: Web, settings: Settings) -> Self {
+        let cache = dir.with_extension("cache");
+        let options = ["--name-length", NAME_LENGTH].iter().chain(settings.client).map(|&o| o.to_owned()).collect();
+        let real = Real { mount: None, old: Vec::new(), web, publisher, cache, options };
+        let Settings { ingest, unpacking, .. } = settings;
+        let repository = Self { dir: dir.to_owned(), ingest, unpacking, tree, real: Some(Mutex::new(real)) };
+        repository.mount();
+        repository
     }
 
     pub fn plain(dir: &Path) -> Self {
@@ -209,7 +220,7 @@ impl Repository {
         if self.real.is_none() {
             return;
         }
-        self.real().publisher.publish(&self.tree);
+        self.real().publisher.as_mut().expect("the repository is ours").publish(&self.tree);
         if self.real().mount.is_some() {
             self.command("reload");
         }
@@ -217,7 +228,7 @@ impl Repository {
 
     /// The image as the publisher left it: layers that are published are packed again from what lies in the
     /// repository. A normal pull of that shows what a container through us has to show: what the publisher
-    /// loses nobody can give back.
+    /// loses nobody can give back. `tests/real_repositories.rs` lists it.
     pub fn as_published(&self, builder: &Builder, image: &Image) -> Image {
         if self.unpacking == Unpacking::Transaction {
             return image.clone();
