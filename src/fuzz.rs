@@ -33,7 +33,7 @@ use crate::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
 };
-use crate::repository::manifest::{ImageRef, Manifest};
+use crate::repository::manifest::{ImageRef, MOST_LAYERS, Manifest};
 use crate::repository::scan::Directory;
 use crate::snapshotter::{self, Error, LabelChange, Wanted};
 use crate::store::record;
@@ -376,6 +376,7 @@ fn manifest(bytes: &[u8]) {
     match Manifest::parse(bytes) {
         Err(e) => quoted(e.to_string().as_bytes()),
         Ok(manifest) => {
+            assert!(manifest.layers.len() <= MOST_LAYERS);
             let descriptor = |digest: &Digest| {
                 good_digest(digest);
                 serde_json::json!({ "Digest": digest.as_str() })

@@ -3,20 +3,23 @@
 //!
 //! Both are input. A reference comes from a client and becomes part of a path only after it
 //! was taken apart by the grammar of references, which has no name that leads elsewhere. A
-//! manifest comes from a publisher; of it only digests are kept. Pure.
+//! manifest comes from a publisher; of it only digests are kept, and reading it takes memory in
+//! proportion to its size. Pure.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde::{Deserialize, Deserializer, de};
 
-use crate::types::{Digest, InvalidDigest};
+use crate::types::{Digest, Quoted};
 
 const METADATA: &str = ".metadata";
 const MANIFEST: &str = "manifest.json";
 /// Manifests of images have a few kilobytes.
-pub const MOST_BYTES: u64 = 4 << 20;
+pub const MOST_BYTES: u64 = 256 << 10;
+/// Docker builds images of 127 layers at most, and overlayfs takes 500 lower directories.
+pub const MOST_LAYERS: usize = 1024;
 
 /// Docker Hub has many names. The publisher uses the first, containerd the second.
 const DOCKER_HUB: [&str; 4] = ["registry.hub.docker.com", "docker.io", "index.docker.io", "registry-1.docker.io"];
@@ -132,39 +135,51 @@ pub struct Manifest {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invalid {
-    NotJson(String),
-    Missing(&'static str),
-    Digest(InvalidDigest),
+    /// No JSON, or not what a manifest has.
+    Unreadable(String),
+    TooManyLayers(usize),
 }
 
 impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotJson(why) => write!(f, "it is not JSON: {why}"),
-            Self::Missing(key) => write!(f, "it has no {key}"),
-            Self::Digest(why) => why.fmt(f),
+            // It may repeat what stands in the file.
+            Self::Unreadable(why) => write!(f, "it is no manifest: {}", Quoted(why)),
+            Self::TooManyLayers(count) => write!(f, "it has {count} layers, the limit is {MOST_LAYERS}"),
         }
     }
 }
 
+/// A manifest as it is written: by the publisher with Go's field names, and as the image specification has them.
+/// Other fields are passed over.
+#[derive(Deserialize)]
+struct Written {
+    #[serde(alias = "Config")]
+    config: Descriptor,
+    #[serde(alias = "Layers")]
+    layers: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Descriptor {
+    #[serde(alias = "Digest", deserialize_with = "read_digest")]
+    digest: Digest,
+}
+
+fn read_digest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Digest, D::Error> {
+    Digest::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
 impl Manifest {
-    /// The publisher writes Go's field names, the image specification has others: keys are
-    /// read without regard to case.
     pub fn parse(text: &[u8]) -> Result<Self, Invalid> {
-        let manifest: Value = serde_json::from_slice(text).map_err(|e| Invalid::NotJson(e.to_string()))?;
-        let config = member(&manifest, "config").ok_or(Invalid::Missing("Config"))?;
-        let layers = member(&manifest, "layers").and_then(Value::as_array).ok_or(Invalid::Missing("Layers"))?;
-        Ok(Self { config: digest(config)?, layers: layers.iter().map(digest).collect::<Result<_, _>>()? })
+        let written: Written = serde_json::from_slice(text).map_err(|e| Invalid::Unreadable(e.to_string()))?;
+        match written.layers.len() {
+            ..=MOST_LAYERS => {}
+            count => return Err(Invalid::TooManyLayers(count)),
+        }
+        let layers = written.layers.into_iter().map(|layer| layer.digest).collect();
+        Ok(Self { config: written.config.digest, layers })
     }
-}
-
-fn digest(descriptor: &Value) -> Result<Digest, Invalid> {
-    let text = member(descriptor, "digest").and_then(Value::as_str).ok_or(Invalid::Missing("Digest"))?;
-    Digest::parse(text).map_err(Invalid::Digest)
-}
-
-fn member<'v>(value: &'v Value, name: &str) -> Option<&'v Value> {
-    value.as_object()?.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
 }
 
 #[cfg(test)]
@@ -255,18 +270,86 @@ mod tests {
     #[test]
     fn a_manifest_that_is_none_is_refused_with_the_reason() {
         let deep = "[".repeat(100_000);
+        let long = format!(r#"{{"Config":"{}"}}"#, "x".repeat(100_000));
         for (text, why) in [
-            ("", "it is not JSON"),
-            ("{", "it is not JSON"),
-            (deep.as_str(), "it is not JSON"),
-            ("[]", "it has no Config"),
-            (r#"{"Config":{}}"#, "it has no Layers"),
-            (r#"{"Config":{},"Layers":[]}"#, "it has no Digest"),
+            ("", "EOF while parsing"),
+            ("{", "EOF while parsing"),
+            (deep.as_str(), "it is no manifest"),
+            (long.as_str(), "expected struct Descriptor"),
+            ("{}", "missing field `config`"),
+            (r#"{"Config":{}}"#, "missing field `digest`"),
             (r#"{"Config":{"Digest":"sha256:../../x"},"Layers":[]}"#, "64 hex digits"),
-            (r#"{"Config":{"Digest":7},"Layers":[]}"#, "it has no Digest"),
+            (r#"{"Config":{"Digest":7},"Layers":[]}"#, "expected a string"),
         ] {
             let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
-            assert!(error.contains(why), "{error}");
+            assert!(error.starts_with("it is no manifest: ") && error.len() < 300, "{error}");
+            assert!(error.contains(why) || text.len() > 1_000, "{error}");
+        }
+    }
+
+    fn descriptor(n: usize) -> String {
+        format!(r#"{{"digest":"sha256:{n:064x}"}}"#)
+    }
+
+    fn manifest_of(layers: &[String]) -> String {
+        format!(r#"{{"config":{},"layers":[{}]}}"#, descriptor(0), layers.join(","))
+    }
+
+    #[test]
+    fn a_manifest_has_1024_layers_at_most() {
+        let layers: Vec<String> = (0..=MOST_LAYERS).map(descriptor).collect();
+        assert_eq!(Manifest::parse(manifest_of(&layers[1..]).as_bytes()).unwrap().layers.len(), MOST_LAYERS);
+        assert_eq!(Manifest::parse(manifest_of(&layers).as_bytes()), Err(Invalid::TooManyLayers(MOST_LAYERS + 1)));
+    }
+
+    /// In a process of its own, the test below reads only this one of its manifests.
+    const CHILD: &str = "CVMFS_SNAPSHOTTER_TEST_MANIFEST";
+
+    /// Manifests that take as much as one can, for their size.
+    fn worst_manifests() -> Vec<(&'static str, String)> {
+        let most = usize::try_from(MOST_BYTES).unwrap();
+        let fill = |each: &str| {
+            let count = most / (each.len() + 1) - 50;
+            manifest_of(&vec![each.to_owned(); count])
+        };
+        let unknown = |value: String| format!(r#"{{"x":{value},{}"#, &manifest_of(&[])[1..]);
+        vec![
+            ("layers", fill(&descriptor(1))),
+            ("empty objects", fill(r#"{"":0}"#)),
+            ("unknown objects", unknown(format!("[{}0]", r#"{"":0},"#.repeat(most / 7 - 50)))),
+            ("unknown keys", unknown(format!("{{{}\"\":0}}", r#""":0,"#.repeat(most / 5 - 50)))),
+            ("depth", unknown("[".repeat(most - 500))),
+            ("one text", unknown(format!("\"{}\"", "\\n".repeat(most / 2 - 500)))),
+        ]
+    }
+
+    /// A number of `/proc/self/status`, in KiB.
+    fn status(name: &str) -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// Parsed into a tree of values, 4 MiB took 390 MiB.
+    #[test]
+    fn a_manifest_takes_memory_in_proportion_to_its_size() {
+        if let Ok(which) = std::env::var(CHILD) {
+            let text = worst_manifests().swap_remove(which.parse().unwrap()).1;
+            std::fs::write("/proc/self/clear_refs", "5").unwrap();
+            let before = status("VmRSS");
+            let _ = Manifest::parse(text.as_bytes());
+            eprintln!("{}", status("VmHWM").saturating_sub(before));
+            return;
+        }
+        for (n, (name, text)) in worst_manifests().into_iter().enumerate() {
+            assert!(text.len() <= usize::try_from(MOST_BYTES).unwrap(), "{name}: {}", text.len());
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            let test = "repository::manifest::tests::a_manifest_takes_memory_in_proportion_to_its_size";
+            let output = child.args(["--exact", test, "--nocapture"]).env(CHILD, n.to_string()).output().unwrap();
+            let said = String::from_utf8(output.stderr).unwrap();
+            let kibibytes: usize = said.trim().parse().unwrap_or_else(|_| panic!("{said}"));
+            println!("{name}: {} KiB of text, {kibibytes} KiB of memory", text.len() >> 10);
+            assert!(kibibytes < 2 << 10, "{name}: {kibibytes} KiB");
         }
     }
 }

@@ -459,8 +459,8 @@ fn root_a_file_that_is_no_manifest_is_passed_over() {
         ("a link to a file of the host", |at| symlink("/proc/self/environ", at).unwrap()),
         ("a directory", |at| fs::create_dir(at).unwrap()),
         ("4 GiB of nothing", |at| fs::File::create(at).unwrap().set_len(4 << 30).unwrap()),
-        ("4 MiB of brackets", |at| fs::write(at, "[".repeat(4 << 20)).unwrap()),
-        ("4 MiB of objects", |at| fs::write(at, "{\"Config\":".repeat(400_000)).unwrap()),
+        ("250 KiB of brackets", |at| fs::write(at, "[".repeat(250 << 10)).unwrap()),
+        ("250 KB of objects", |at| fs::write(at, "{\"Config\":".repeat(25_000)).unwrap()),
         ("wrong types", |at| fs::write(at, r#"{"Config":[],"Layers":{"0":null}}"#).unwrap()),
         ("keys that stand twice", |at| {
             let text = fs::read_to_string(at.with_extension("good")).unwrap();
@@ -477,8 +477,7 @@ fn root_a_file_that_is_no_manifest_is_passed_over() {
     for (what, make) in cases {
         make(&place.manifest());
         let manifest = repository.manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
-        // Of a key that stands twice the last one counts, and `Config` comes before `config`.
-        assert_eq!(manifest.is_some(), what == "keys that stand twice", "{what}");
+        assert_eq!(manifest, None, "{what}");
         let at = place.manifest();
         if at.is_dir() && !at.is_symlink() { fs::remove_dir(at).unwrap() } else { fs::remove_file(at).unwrap() }
     }
