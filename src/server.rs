@@ -41,6 +41,8 @@ use crate::types::Timestamp;
 
 /// What containerd itself allows a message to be, both ways.
 const MESSAGE_BYTES: i32 = 16 << 20;
+/// The one bit of gRPC's set of compression algorithms that stands for none.
+const ONLY_UNCOMPRESSED: i32 = 1;
 /// Threads of grpcio's own that read requests and send answers; they never wait for a disk.
 const TRANSPORT_THREADS: usize = 1;
 /// Calls at one time on one connection. containerd sends all its calls over one; a client keeps
@@ -104,6 +106,9 @@ impl Server {
             .max_receive_message_len(MESSAGE_BYTES)
             .max_send_message_len(MESSAGE_BYTES)
             .max_concurrent_stream(CALLS_PER_CONNECTION)
+            // Messages are not inflated: gRPC would look at their size only afterwards.
+            .raw_cfg_int(c"grpc.per_message_decompression".to_owned(), 0)
+            .raw_cfg_int(c"grpc.compression_enabled_algorithms_bitset".to_owned(), ONLY_UNCOMPRESSED)
             .set_resource_quota(ResourceQuota::new(None).resize_memory(TRANSPORT_BYTES))
             .build_args();
         let load = Load::new();

@@ -47,7 +47,7 @@ pub fn connect(socket: &Path) -> Channel {
     connect_as(socket, |channel| channel)
 }
 
-fn connect_as(socket: &Path, how: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
+pub fn connect_as(socket: &Path, how: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
     let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
     let channel = ChannelBuilder::new(environment)
         // Else a new client waits as long as an old one that found nobody at home.

@@ -17,6 +17,8 @@ pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 
 pub const END_STREAM: u8 = 1;
+/// Of SETTINGS and PING.
+const ACK: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -60,8 +62,24 @@ pub fn call(method: &str) -> Vec<u8> {
 
 /// A message as gRPC writes it.
 pub fn message(bytes: &[u8]) -> Vec<u8> {
+    message_as(0, bytes)
+}
+
+/// As `message`, of bytes that are compressed.
+pub fn compressed_message(bytes: &[u8]) -> Vec<u8> {
+    message_as(1, bytes)
+}
+
+fn message_as(flag: u8, bytes: &[u8]) -> Vec<u8> {
     let length = u32::try_from(bytes.len()).expect("a message is short").to_be_bytes();
-    [&[0], &length[..], bytes].concat()
+    [&[flag], &length[..], bytes].concat()
+}
+
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
 }
 
 /// A connection that does not have to keep to any rule.
@@ -123,23 +141,76 @@ impl Raw {
 
     /// Whether the other side sends a frame of this kind within `limit`. Others are passed over.
     pub fn hears(&mut self, kind: u8, limit: Duration) -> bool {
-        self.0.set_read_timeout(Some(limit)).expect("a timeout can be set");
         let until = Instant::now() + limit;
-        while Instant::now() < until {
-            let mut head = [0; 9];
-            if self.0.read_exact(&mut head).is_err() {
-                return false;
-            }
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            let mut payload = vec![0; usize::try_from(length).expect("a frame is short")];
-            if self.0.read_exact(&mut payload).is_err() {
-                return false;
-            }
-            if head[3] == kind {
+        while let Some(frame) = self.read_frame(until) {
+            if frame.kind == kind {
                 return true;
             }
         }
         false
+    }
+
+    /// The next frame. None: there is none until then, or the connection is closed.
+    fn read_frame(&mut self, until: Instant) -> Option<Frame> {
+        let left = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+        self.0.set_read_timeout(Some(left)).expect("a timeout can be set");
+        let mut head = [0; 9];
+        self.0.read_exact(&mut head).ok()?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; usize::try_from(length).expect("a frame is short")];
+        self.0.read_exact(&mut payload).ok()?;
+        let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+        Some(Frame { kind: head[3], flags: head[4], stream, payload })
+    }
+
+    /// Sends a call on stream 1 with a message of any length, no faster than the other side takes it, and reads what it
+    /// says until the stream or the connection is closed. The result is whether all was taken.
+    pub fn upload(&mut self, headers: &[u8], message: &[u8], limit: Duration) -> bool {
+        const FRAME: usize = 16_000;
+        /// As HTTP/2 begins with, in both windows.
+        const WINDOW: usize = 65_535;
+        let until = Instant::now() + limit;
+        self.send(&frame(HEADERS, END_HEADERS, 1, headers), limit);
+        let (mut sent, mut windows, mut initial) = (0, [WINDOW; 2], WINDOW);
+        loop {
+            while sent < message.len() {
+                let size = windows[0].min(windows[1]).min(FRAME).min(message.len() - sent);
+                if size == 0 {
+                    break;
+                }
+                let flags = if sent + size == message.len() { END_STREAM } else { 0 };
+                if self.send(&frame(DATA, flags, 1, &message[sent..sent + size]), limit) != Sent::All {
+                    return false;
+                }
+                sent += size;
+                windows = windows.map(|window| window - size);
+            }
+            let Some(Frame { kind, flags, stream, payload }) = self.read_frame(until) else {
+                return sent == message.len();
+            };
+            match kind {
+                WINDOW_UPDATE => {
+                    let more = payload.first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
+                    windows[usize::from(stream == 1)] += usize::try_from(more).expect("a window is small");
+                }
+                // The window of a stream, among other things, each with two bytes that name it.
+                SETTINGS if flags & ACK == 0 => {
+                    self.send(&frame(SETTINGS, ACK, 0, &[]), limit);
+                    for setting in payload.chunks_exact(6).filter(|setting| setting[..2] == [0, 4]) {
+                        let size = u32::from_be_bytes([setting[2], setting[3], setting[4], setting[5]]);
+                        let size = usize::try_from(size).expect("a window is small");
+                        windows[1] = (windows[1] + size).saturating_sub(initial);
+                        initial = size;
+                    }
+                }
+                PING if flags & ACK == 0 => {
+                    self.send(&frame(PING, ACK, 0, &payload), limit);
+                }
+                // Trailers come last.
+                RST_STREAM | HEADERS if stream == 1 => return sent == message.len(),
+                _ => {}
+            }
+        }
     }
 
     /// Whether the other side closes the connection within `limit`.
