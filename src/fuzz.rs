@@ -14,12 +14,16 @@ use std::path::{Component, Path};
 use protobuf::Message;
 
 #[cfg(feature = "server")]
-use crate::server::{convert, filters};
+use crate::server::{convert, fields, filters};
 // Without the server, from the same files: they need nothing of gRPC.
 #[cfg(not(feature = "server"))]
 #[path = "server/convert.rs"]
 #[allow(dead_code)]
 mod convert;
+#[cfg(not(feature = "server"))]
+#[path = "server/fields.rs"]
+#[allow(dead_code)]
+mod fields;
 #[cfg(not(feature = "server"))]
 #[path = "server/filters.rs"]
 mod filters;
@@ -246,15 +250,15 @@ fn requests(bytes: &[u8]) {
     let Some((which, message)) = bytes.split_first() else { return };
     match which % 10 {
         0 => {
-            let Ok(request) = PrepareSnapshotRequest::parse_from_bytes(message) else { return };
+            let Ok(request) = parse::<PrepareSnapshotRequest>(message) else { return };
             wanted(convert::wanted(&request.key, &request.parent, request.labels));
         }
         1 => {
-            let Ok(request) = ViewSnapshotRequest::parse_from_bytes(message) else { return };
+            let Ok(request) = parse::<ViewSnapshotRequest>(message) else { return };
             wanted(convert::wanted(&request.key, &request.parent, request.labels));
         }
         2 => {
-            let Ok(request) = UpdateSnapshotRequest::parse_from_bytes(message) else { return };
+            let Ok(request) = parse::<UpdateSnapshotRequest>(message) else { return };
             let paths = request.update_mask.clone().unwrap_or_default().paths;
             let asked = |path: &str| paths.iter().any(|one| one == path);
             match convert::update(request) {
@@ -273,22 +277,31 @@ fn requests(bytes: &[u8]) {
             }
         }
         3 => {
-            let Ok(request) = CommitSnapshotRequest::parse_from_bytes(message) else { return };
+            let Ok(request) = parse::<CommitSnapshotRequest>(message) else { return };
             let _ = (Key::parse(&request.name), Key::parse(&request.key), Key::parse_optional(&request.parent));
             labels(request.labels.into_iter().collect());
         }
         4 => {
-            let Ok(request) = ListSnapshotsRequest::parse_from_bytes(message) else { return };
+            let Ok(request) = parse::<ListSnapshotsRequest>(message) else { return };
             if let Err(e) = Filters::parse(&request.filters) {
                 assert!(e.to_string().len() < 200);
             }
         }
-        5 => key(MountsRequest::parse_from_bytes(message).map(|request| request.key)),
-        6 => key(RemoveSnapshotRequest::parse_from_bytes(message).map(|request| request.key)),
-        7 => key(StatSnapshotRequest::parse_from_bytes(message).map(|request| request.key)),
-        8 => key(UsageRequest::parse_from_bytes(message).map(|request| request.key)),
-        _ => drop(CleanupRequest::parse_from_bytes(message)),
+        5 => key(parse::<MountsRequest>(message).map(|request| request.key)),
+        6 => key(parse::<RemoveSnapshotRequest>(message).map(|request| request.key)),
+        7 => key(parse::<StatSnapshotRequest>(message).map(|request| request.key)),
+        8 => key(parse::<UsageRequest>(message).map(|request| request.key)),
+        _ => drop(parse::<CleanupRequest>(message)),
     }
+}
+
+/// Decodes a request as the server does, which counts it before. All that is kept of it was counted.
+fn parse<Q: Message>(message: &[u8]) -> protobuf::Result<Q> {
+    let counted = fields::count::<Q>(message)?;
+    let request = Q::parse_from_bytes(message)?;
+    let kept = fields::count::<Q>(&request.write_to_bytes().unwrap()).unwrap();
+    assert!(kept <= counted, "{kept} of {counted} fields");
+    Ok(request)
 }
 
 fn key(parsed: protobuf::Result<String>) {

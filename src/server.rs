@@ -8,10 +8,12 @@
 mod admin;
 pub(crate) mod convert;
 mod door;
+pub(crate) mod fields;
 pub(crate) mod filters;
 mod handlers;
 mod list;
 mod load;
+mod request;
 pub mod service;
 mod socket;
 mod status;

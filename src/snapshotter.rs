@@ -40,7 +40,7 @@ use crate::store::{Lookup, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
     CHAIN_SNAPSHOTS, Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF,
-    LABEL_UID_MAPPING, LABELS_BYTES, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
+    LABEL_UID_MAPPING, LABELS_BYTES, LABELS_COUNT, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
 };
 
 /// Snapshots with one `snapshot.ref` on one parent that are read, one after the other, before a pull is answered that
@@ -451,6 +451,9 @@ fn is_the_layer(snapshot: &Snapshot, reference: &str, digest: &Digest) -> bool {
 /// Labels without a value are no labels, and too many are refused.
 pub(crate) fn check_labels(labels: &mut Labels) -> Result<()> {
     labels.retain(|_, value| !value.is_empty());
+    if labels.len() > LABELS_COUNT {
+        return Err(Error::TooManyLabels { count: labels.len() });
+    }
     match labels.iter().map(|(label, value)| label.len() + value.len()).sum() {
         ..=LABELS_BYTES => Ok(()),
         bytes => Err(Error::LabelsTooLong { bytes }),

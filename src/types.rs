@@ -235,6 +235,9 @@ pub type Labels = BTreeMap<String, String>;
 /// must always fit into a message of a List.
 pub const LABELS_BYTES: usize = 1 << 20;
 
+/// Most labels of a snapshot. containerd has some dozens at most.
+pub const LABELS_COUNT: usize = 1024;
+
 /// Most snapshots of a chain, the one on top included. overlayfs itself takes 500 lower directories.
 pub const CHAIN_SNAPSHOTS: usize = 512;
 

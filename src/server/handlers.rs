@@ -10,7 +10,8 @@ use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
 use super::door::ConnectionId;
-use super::load::Load;
+use super::load::{Burden, Load};
+use super::request::{Incoming, limit_fields};
 use super::status::{Code, Failure};
 use super::{Late, convert, service};
 use crate::metrics::METRICS;
@@ -108,7 +109,7 @@ impl Handlers {
         let handlers = self.clone();
         METRICS.expect_calls(service::LIST.name);
         service
-            .add_server_streaming_handler(&service::LIST, move |context, request, sink| {
+            .add_server_streaming_handler(&limit_fields(&service::LIST), move |context, request, sink| {
                 handlers.list(&context, request, sink);
             })
             .build()
@@ -125,7 +126,7 @@ impl Handlers {
     ) -> ServiceBuilder
     where
         Q: Message,
-        R: Send + 'static,
+        R: Message,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> snapshotter::Result<R> + Clone + Send + 'static,
     {
         self.unary_from_the_start(service, method, None, waits, move |s, request, cancelled| {
@@ -145,18 +146,17 @@ impl Handlers {
     ) -> ServiceBuilder
     where
         Q: Message,
-        R: Send + 'static,
+        R: Message,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
     {
         let handlers = self.clone();
         let name = method.name;
         METRICS.expect_calls(name);
-        service.add_unary_handler(method, move |context: RpcContext<'_>, request: Q, sink: UnarySink<R>| {
+        service.add_unary_handler(&limit_fields(method), move |context: RpcContext<'_>, request, sink: UnarySink<R>| {
             let reply = Reply { name, since: Instant::now(), sink };
-            let connection = ConnectionId::from_peer(&context.peer());
-            let burden = match handlers.load.take(connection, request.compute_size()) {
-                Ok(burden) => burden,
-                Err(overload) => return context.spawn(reply.send(Err(overload.into())).finish()),
+            let (request, mut burden) = match handlers.admit(&context, request) {
+                Ok(admitted) => admitted,
+                Err(failure) => return context.spawn(reply.send(Err(failure)).finish()),
             };
             let early = early.filter(|_| handlers.snapshotter.get().is_none());
             if let Some(early) = early {
@@ -166,8 +166,12 @@ impl Handlers {
             let answer = move |result: Result<Outcome<R>, Refusal>| {
                 // A refusal may be said on gRPC's own thread, which must not wait.
                 let permit = result.is_ok().then(|| burden.answer());
+                let result = result.map_err(Failure::Pool).flatten().and_then(|response| {
+                    burden.hold_answer(response.compute_size())?;
+                    Ok(response)
+                });
                 // Sending starts here, on the worker, without another change of threads.
-                let sent = reply.send(result.map_err(Failure::Pool).flatten());
+                let sent = reply.send(result);
                 drop(started.send((sent, permit, burden)));
             };
             handlers.begin(context.deadline(), request, waits, work.clone(), answer);
@@ -182,6 +186,17 @@ impl Handlers {
         })
     }
 
+    /// Counts a request that came in, if there is room for it.
+    pub(super) fn admit<Q>(&self, context: &RpcContext<'_>, request: Incoming<Q>) -> Outcome<(Q, Burden)> {
+        match request {
+            Incoming::Request { request, memory } => {
+                let connection = ConnectionId::from_peer(&context.peer());
+                Ok((request, self.load.take(connection, memory)?))
+            }
+            Incoming::TooManyFields => Err(Failure::TooManyFields),
+        }
+    }
+
     /// Has a worker, and then a waiter if the call `waits`, do `work`, and `answer` with its result.
     fn begin<Q, R, F>(
         &self,
@@ -192,7 +207,7 @@ impl Handlers {
         answer: impl FnOnce(Result<Outcome<R>, Refusal>) + Send + 'static,
     ) where
         Q: Message,
-        R: Send + 'static,
+        R: Message,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
     {
         let (snapshotter, waiters) = (Arc::clone(&self.snapshotter), Arc::clone(&self.waiters));

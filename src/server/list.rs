@@ -13,10 +13,10 @@ use futures_util::SinkExt;
 use grpcio::{Deadline, RpcContext, ServerStreamingSink, WriteFlags};
 use protobuf::Message;
 
-use super::door::ConnectionId;
 use super::filters::Filters;
 use super::handlers::{Handlers, Outcome, failed};
 use super::load::{Burden, Sending};
+use super::request::Incoming;
 use super::status::{Code, Failure};
 use super::{convert, service};
 use crate::metrics::METRICS;
@@ -48,12 +48,11 @@ impl Handlers {
     pub(super) fn list(
         &self,
         context: &RpcContext<'_>,
-        request: ListSnapshotsRequest,
+        request: Incoming<ListSnapshotsRequest>,
         mut sink: ServerStreamingSink<ListSnapshotsResponse>,
     ) {
         let (deadline, since) = (context.deadline(), Instant::now());
-        let connection = ConnectionId::from_peer(&context.peer());
-        let mut answered = self.begin_list(connection, deadline, request);
+        let mut answered = self.begin_list(deadline, self.admit(context, request));
         let handlers = self.clone();
         context.spawn(async move {
             let mut sent = 0;
@@ -88,16 +87,11 @@ impl Handlers {
         });
     }
 
-    fn begin_list(
-        &self,
-        connection: Option<ConnectionId>,
-        deadline: Deadline,
-        request: ListSnapshotsRequest,
-    ) -> Answered {
+    fn begin_list(&self, deadline: Deadline, admitted: Outcome<(ListSnapshotsRequest, Burden)>) -> Answered {
         let (answer, answered) = oneshot::channel();
-        match self.load.take(connection, request.compute_size()) {
-            Err(overload) => drop(answer.send(Err(Failure::Load(overload)))),
-            Ok(burden) => {
+        match admitted {
+            Err(failure) => drop(answer.send(Err(failure))),
+            Ok((request, burden)) => {
                 let snapshotter = Arc::clone(&self.snapshotter);
                 self.pool.submit(
                     move || deadline.exceeded(),

@@ -1,7 +1,7 @@
 //! What calls weigh while they are here, and when their answers may leave.
 //!
-//! Every request has its bytes counted from its arrival until its answer was sent, and every
-//! list what of it is here, against one limit for all clients: what does not fit is refused, so
+//! Every request has what it takes counted from its arrival until its answer was sent, and every
+//! answer what of it is here, against one limit for all clients: what does not fit is refused, so
 //! no client can make the daemon grow. And all answers can be held back for a moment, which is
 //! how a stop finds one in which nothing is being written to a connection, or learns on which
 //! connections something is.
@@ -17,9 +17,9 @@ use parking_lot::{Condvar, Mutex};
 
 use super::door::ConnectionId;
 
-/// All requests and lists that are here at one time. containerd allows a message 16 MiB.
+/// All requests and answers that are here at one time. containerd allows a message 16 MiB.
 const LIMIT: usize = 256 << 20;
-/// One part in so many is not for lists: those that nobody reads must not keep others out.
+/// One part in so many is not for answers: those that nobody reads must not keep others out.
 const PARTS: usize = 4;
 /// But for the short ones, such as what a pull asks for: those are sent whether they are read or not.
 const SHORT: usize = 64 << 10;
@@ -35,7 +35,7 @@ pub struct Overload {
 impl fmt::Display for Overload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mebibytes = self.limit >> 20;
-        write!(f, "requests and lists of {mebibytes} MiB are being worked on, that is the limit: try again later")
+        write!(f, "requests and answers of {mebibytes} MiB are being worked on, that is the limit: try again later")
     }
 }
 
@@ -69,11 +69,11 @@ impl Load {
         })
     }
 
-    /// Takes in a call on `connection` whose request has so many bytes.
-    pub fn take(self: &Arc<Self>, connection: Option<ConnectionId>, bytes: u64) -> Result<Burden, Overload> {
+    /// Takes in a call on `connection` whose request takes so many bytes.
+    pub fn take(self: &Arc<Self>, connection: Option<ConnectionId>, bytes: usize) -> Result<Burden, Overload> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let mut burden = Burden { load: Arc::clone(self), connection, request: 0, answer: 0 };
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(CALL_BYTES);
+        let bytes = bytes.saturating_add(CALL_BYTES);
         self.add(bytes, self.limit)?;
         burden.request = bytes;
         Ok(burden)
@@ -157,6 +157,18 @@ impl Burden {
         Ok(())
     }
 
+    /// Counts an answer that is made already. A short one is never refused, because its call may have changed
+    /// something; what it takes keeps others out.
+    pub fn hold_answer(&mut self, bytes: u64) -> Result<(), Overload> {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        if bytes > SHORT {
+            return self.hold(bytes);
+        }
+        self.load.bytes.fetch_add(bytes, Ordering::SeqCst);
+        self.answer += bytes;
+        Ok(())
+    }
+
     /// Before an answer, or a part of one, is sent; waits while answers are held. Not for gRPC's
     /// own threads.
     pub fn answer(&self) -> Sending {
@@ -205,7 +217,7 @@ mod tests {
         let load = Load::with_limit(8 * CALL_BYTES);
         let calls: Vec<Burden> = (0..8).map(|_| load.take(None, 0).unwrap()).collect();
         assert_eq!(load.take(None, 0).err(), Some(Overload { limit: 8 * CALL_BYTES }));
-        assert_eq!(load.take(None, u64::MAX).err(), Some(Overload { limit: 8 * CALL_BYTES }));
+        assert_eq!(load.take(None, usize::MAX).err(), Some(Overload { limit: 8 * CALL_BYTES }));
         assert_eq!(load.calls(), 8);
         drop(calls);
         assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (0, 0));
@@ -223,13 +235,29 @@ mod tests {
             other.hold(SHORT).unwrap();
         }
         // There is no room for a single byte more.
-        let _large = load.take(None, (SHORT - 4 * CALL_BYTES) as u64).unwrap();
+        let _large = load.take(None, SHORT - 4 * CALL_BYTES).unwrap();
         assert!(load.take(None, 0).is_err());
         list.hold(5 * SHORT).unwrap();
         list.hold(SHORT + 1).unwrap();
         list.hold(2 * SHORT).unwrap();
         drop((list, others));
         assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (1, SHORT - 3 * CALL_BYTES));
+    }
+
+    /// A call that has done something is told so.
+    #[test]
+    fn short_answers_are_counted_and_never_refused() {
+        let load = Load::with_limit(8 * SHORT);
+        let mut calls: Vec<Burden> = (0..10).map(|_| load.take(None, 0).unwrap()).collect();
+        for call in &mut calls {
+            call.hold_answer(SHORT as u64).unwrap();
+        }
+        assert!(load.take(None, 0).is_err(), "there is more than there may be");
+        calls.truncate(1);
+        assert!(calls[0].hold_answer(6 * SHORT as u64).is_err());
+        calls[0].hold_answer(4 * SHORT as u64).unwrap();
+        drop(calls);
+        assert_eq!((load.calls(), load.bytes.load(Ordering::SeqCst)), (0, 0));
     }
 
     #[test]

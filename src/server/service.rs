@@ -2,10 +2,8 @@
 //! tables: grpcio needs no more to serve them, and clients need no more to call them.
 #![forbid(unsafe_code)]
 
-use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
-use crate::metrics::METRICS;
 use crate::proto::admin::{
     DescribeRequest, DescribeResponse, LeftoversRequest, LeftoversResponse, SnapshotsRequest, SnapshotsResponse,
 };
@@ -22,21 +20,13 @@ macro_rules! methods {
         $(pub const $constant: grpcio::Method<$request, $response> = grpcio::Method {
             ty: grpcio::MethodType::$kind,
             name: concat!("/", $service, "/", $name),
-            req_mar: grpcio::Marshaller { ser: grpcio::pb_ser, de: $crate::server::service::request },
+            req_mar: grpcio::Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de },
             resp_mar: grpcio::Marshaller { ser: grpcio::pb_ser, de: grpcio::pb_de },
         };)*
     };
 }
 
 pub(crate) use methods;
-
-/// Reads a request. grpcio answers one that cannot be read by itself, so it is counted here.
-pub(crate) fn request<M: Message>(reader: grpcio::MessageReader) -> grpcio::Result<M> {
-    grpcio::pb_de(reader).inspect_err(|e| {
-        log::debug!("a request cannot be read: {e}");
-        METRICS.unreadable();
-    })
-}
 
 methods! {
     "containerd.services.snapshots.v1.Snapshots"

@@ -7,6 +7,7 @@ use std::fmt;
 use grpcio::{RpcStatus, RpcStatusCode};
 use log::Level;
 
+use super::fields::FIELDS;
 use super::load::Overload;
 use crate::pool::Refusal;
 use crate::snapshotter::{self, Error};
@@ -67,6 +68,8 @@ pub enum Failure {
     Call(Error),
     Pool(Refusal),
     Load(Overload),
+    /// The request has more fields than it may have, and was not decoded.
+    TooManyFields,
     /// Health was asked for something that is not here.
     UnknownService(String),
 }
@@ -90,6 +93,7 @@ impl Failure {
             Self::Call(error) => of_error(error),
             Self::Pool(refusal) => of_refusal(refusal),
             Self::Load(Overload { .. }) => (Code::ResourceExhausted, Level::Warn),
+            Self::TooManyFields => (Code::InvalidArgument, Level::Debug),
             Self::UnknownService(_) => (Code::NotFound, Level::Debug),
         }
     }
@@ -101,6 +105,10 @@ impl fmt::Display for Failure {
             Self::Call(error) => error.fmt(f),
             Self::Pool(refusal) => refusal.fmt(f),
             Self::Load(overload) => overload.fmt(f),
+            Self::TooManyFields => write!(
+                f,
+                "the request has more than {FIELDS} fields: labels, filters and paths of a mask count, each as one"
+            ),
             Self::UnknownService(name) => write!(f, "there is no service or repository {} here", Quoted(name)),
         }
     }
@@ -126,6 +134,7 @@ fn of_error(error: &Error) -> (Code, Level) {
         | Error::ImmutableField(_)
         | Error::InvalidFilter { .. }
         | Error::LabelsTooLong { .. }
+        | Error::TooManyLabels { .. }
         | Error::InvalidMapping { .. } => (Code::InvalidArgument, Level::Debug),
         Error::NotFound(_) | Error::ParentNotFound(_) => (Code::NotFound, Level::Debug),
         Error::AlreadyExists(_) | Error::RemoteCommitted { .. } => (Code::AlreadyExists, Level::Debug),
@@ -181,6 +190,7 @@ mod tests {
             (Error::ImmutableField("f".into()), Code::InvalidArgument, DEBUG),
             (Error::InvalidFilter { filter: "f".into(), why: "w".into() }, Code::InvalidArgument, DEBUG),
             (Error::LabelsTooLong { bytes: 1 }, Code::InvalidArgument, DEBUG),
+            (Error::TooManyLabels { count: 1 }, Code::InvalidArgument, DEBUG),
             (Error::InvalidMapping { label: "l", value: "v".into() }, Code::InvalidArgument, DEBUG),
             (unavailable, Code::Unavailable, Level::Warn),
             (Error::Broken { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
@@ -210,6 +220,7 @@ mod tests {
             assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");
         }
         assert_eq!(Failure::Load(Overload { limit: 1 }).code(), Code::ResourceExhausted);
+        assert_eq!(Failure::TooManyFields.code(), Code::InvalidArgument);
         assert_eq!(Failure::UnknownService("x".into()).code(), Code::NotFound);
     }
 

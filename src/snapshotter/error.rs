@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::repository::Missing;
-use crate::types::{CHAIN_SNAPSHOTS, Digest, InvalidKey, Key, Kind, LABELS_BYTES, Quoted, SnapshotId};
+use crate::types::{CHAIN_SNAPSHOTS, Digest, InvalidKey, Key, Kind, LABELS_BYTES, LABELS_COUNT, Quoted, SnapshotId};
 use crate::{store, sys};
 
 #[derive(Debug)]
@@ -51,6 +51,9 @@ pub enum Error {
     },
     LabelsTooLong {
         bytes: usize,
+    },
+    TooManyLabels {
+        count: usize,
     },
     InvalidMapping {
         label: &'static str,
@@ -110,6 +113,9 @@ impl fmt::Display for Error {
             Self::InvalidFilter { filter, why } => write!(f, "invalid filter {}: {why}", Quoted(filter)),
             Self::LabelsTooLong { bytes } => {
                 write!(f, "labels of {bytes} bytes are too long for a snapshot, the limit is {LABELS_BYTES}")
+            }
+            Self::TooManyLabels { count } => {
+                write!(f, "{count} labels are too many for a snapshot, the limit is {LABELS_COUNT}")
             }
             Self::InvalidMapping { label, value } => write!(
                 f,

@@ -1,19 +1,27 @@
-//! Requests that are small on the wire and large in memory.
+//! Requests that are small on the wire and large in memory, and answers that nobody takes.
 
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::ops::Range;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use cvmfs_snapshotter::proto::snapshots::StatSnapshotRequest;
+use cvmfs_snapshotter::proto::snapshots::UpdateSnapshotRequest;
+use cvmfs_snapshotter::proto::snapshots::{Info, ListSnapshotsRequest, PrepareSnapshotRequest, StatSnapshotRequest};
 use cvmfs_snapshotter::server::service;
 use grpcio::RpcStatusCode as Code;
 use grpcio::{CallOption, CompressionAlgorithms};
+use protobuf::Message;
+use protobuf::well_known_types::field_mask::FieldMask;
 use scene::alone::{Alone, refused};
-use scene::client::{call as call_with, connect_as};
+use scene::client::{call as call_with, connect_as, labels};
 use scene::footprint::{Footprint, forget_peak};
-use scene::process::run;
-use scene::wire::{Raw, call, compressed_message, header};
+use scene::metrics::{find_sample, scrape};
+use scene::process::{eventually, run};
+use scene::wire::{
+    DATA, END_HEADERS, END_STREAM, HEADERS, Raw, Sent, call, compressed_message, frame, header, message,
+};
 
 /// What memory may come and go by besides, in KiB.
 const MARGIN: usize = 24 << 10;
@@ -71,4 +79,111 @@ fn root_compressed_message_is_refused_and_not_inflated() {
     assert!(message.contains("Compression algorithm 'gzip' is disabled"), "{message}");
     // Others are served as ever, on the connections that they have.
     m.d.client.stat("key").unwrap();
+}
+
+const SIZE: usize = 15 << 20;
+
+/// Requests of 15 MiB, all of it fields of a few bytes.
+fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let tiny = (0..SIZE / 14).map(|n| (format!("{n:x}"), "v".to_owned())).collect();
+    let prepare = PrepareSnapshotRequest { key: "new".to_owned(), labels: tiny, ..PrepareSnapshotRequest::default() };
+    let filters = vec![String::new(); SIZE / 2];
+    let list = ListSnapshotsRequest { filters, ..ListSnapshotsRequest::default() };
+    let paths = vec![String::new(); SIZE / 2];
+    let update = UpdateSnapshotRequest {
+        info: Some(Info { name: "key".to_owned(), ..Info::default() }).into(),
+        update_mask: Some(FieldMask { paths, ..FieldMask::default() }).into(),
+        ..UpdateSnapshotRequest::default()
+    };
+    // What nobody knows is kept as well: fields 2000, 2001, and so on, each a number.
+    let mut unknown = Vec::new();
+    for field in 2_000..2_000 + u32::try_from(SIZE / 5).unwrap() {
+        let mut tag = field << 3;
+        while tag >= 128 {
+            unknown.push(u8::try_from(tag & 127).unwrap() | 128);
+            tag >>= 7;
+        }
+        unknown.extend([u8::try_from(tag).unwrap(), 0]);
+    }
+    let bytes = |request: &dyn protobuf::MessageDyn| request.write_to_bytes_dyn().unwrap();
+    let all = vec![
+        ("labels", "Prepare", bytes(&prepare)),
+        ("filters", "List", bytes(&list)),
+        ("paths", "Update", bytes(&update)),
+        ("unknown fields", "Stat", unknown),
+    ];
+    assert!(all.iter().all(|(_, _, request)| (8 << 20..16 << 20).contains(&request.len())));
+    all
+}
+
+/// What counted was what they take on the wire. Decoded they took 13 to 16 times as much.
+#[test]
+fn root_requests_of_many_tiny_fields_are_refused_before_they_are_decoded() {
+    let mut m = Measured::start("fields", "");
+    for (what, method, request) in requests_of_tiny_fields() {
+        let grown = m.growth(what, |d| {
+            let mut raw = Raw::greeted(&d.snapshotter.socket());
+            assert!(raw.upload(&call(method), &message(&request), Duration::from_mins(1)), "{what}");
+        });
+        // The message, and a copy of it.
+        assert!(grown < MARGIN + 2 * (SIZE >> 10), "{what}: {} bytes take {} MiB", request.len(), grown >> 10);
+    }
+    // Such requests of a client that is no more than careless are answered with the reason.
+    let d = &m.d;
+    let names: Vec<String> = (0..1_100).map(|n| n.to_string()).collect();
+    let with: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "v")).collect();
+    let filters = vec!["name"; 1_100];
+    for answer in [d.client.prepare("new", "", &with).map(drop), d.client.list(&filters).map(drop)] {
+        let message = refused(answer, Code::INVALID_ARGUMENT);
+        assert!(message.contains("more than 1024 fields"), "{message}");
+    }
+    d.client.prepare("new", "", &with[..900]).unwrap();
+    // A snapshot gets no more labels in several steps.
+    let add = |range: Range<usize>| {
+        let paths: Vec<String> = names[range.clone()].iter().map(|name| format!("labels.{name}")).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        d.client.update(Info { name: "new".to_owned(), labels: labels(&with[range]), ..Info::default() }, &paths)
+    };
+    add(900..1_000).unwrap();
+    let message = refused(add(1_000..1_100), Code::INVALID_ARGUMENT);
+    assert!(message.contains("1100 labels are too many for a snapshot, the limit is 1024"), "{message}");
+}
+
+/// Answers of 1 MiB that nobody reads, a thousand on each connection, were in no count.
+#[test]
+fn root_answers_that_nobody_takes_are_bounded_together() {
+    const CALLS: usize = 1_000;
+    /// In KiB: 192 MiB of them.
+    const LIMIT: usize = 320 << 10;
+    let dir = PathBuf::from(format!("/run/scene-answers-{}", std::process::id()));
+    let metrics = dir.join("m.sock");
+    let mut m = Measured::start("answers", &format!("metrics-address = {metrics:?}"));
+    let (pid, at_rest) = (m.d.snapshotter.server().pid(), m.at_rest);
+    let value = "x".repeat((1 << 20) - 100);
+    m.d.client.prepare("large", "", &[("l", &value)]).unwrap();
+    let request = StatSnapshotRequest { key: "large".to_owned(), ..StatSnapshotRequest::default() };
+    let request = message(&request.write_to_bytes().unwrap());
+    let calls: Vec<u8> = (0..u32::try_from(CALLS).unwrap())
+        .flat_map(|n| {
+            let stream = 2 * n + 1;
+            [frame(HEADERS, END_HEADERS, stream, &call("Stat")), frame(DATA, END_STREAM, stream, &request)].concat()
+        })
+        .collect();
+    let refused = || {
+        let name = "call_duration_seconds_count{method=\"Stat\",code=\"RESOURCE_EXHAUSTED\"}";
+        usize::try_from(find_sample(&scrape(&metrics), name).unwrap_or(0)).unwrap()
+    };
+    let grown = m.growth("answers", |d| {
+        let mut raw = Raw::greeted(&d.snapshotter.socket());
+        assert_eq!(raw.send(&calls, Duration::from_mins(1)), Sent::All);
+        eventually("all are answered, most of them with a refusal", || {
+            refused() > CALLS * 3 / 4 || Footprint::of(pid).peak > at_rest + LIMIT
+        });
+        // Others are served.
+        d.client.stat("key").unwrap();
+        drop(raw);
+    });
+    assert!(grown < LIMIT, "{} MiB", grown >> 10);
+    eventually("there is room again", || m.d.client.stat("large").is_ok());
+    fs::remove_dir_all(&dir).unwrap();
 }
