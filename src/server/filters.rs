@@ -18,7 +18,6 @@ use crate::types::{Key, LABEL_SNAPSHOT_REF, Snapshot};
 pub struct Filters {
     /// Alternatives; none matches everything.
     any: Vec<Vec<Selector>>,
-    memory: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -44,10 +43,26 @@ enum Test {
 const REGEX_BYTES: usize = 1 << 20;
 /// And so many regular expressions in one List.
 const MOST_REGEXES: usize = 32;
+/// Longest pattern of one. Two bytes of it, `\w`, take 6.4 KiB while it is compiled.
+const PATTERN_BYTES: usize = 1 << 10;
+/// What one takes at most: the program, what it needs while it searches, and what compiling it needs.
+const REGEX_MEMORY: usize = 4 << 20;
 /// All filters of a List, as text. A quoted key has 128 KiB at most.
 pub const MOST_BYTES: usize = 256 << 10;
-/// What a byte of text takes when it is parsed, if the selectors are as short as can be.
-const PARSED_BYTES: usize = 100;
+/// Fields of all filters of a List, each part of their names counted.
+const MOST_TERMS: usize = 1024;
+/// What a term takes besides its text.
+const TERM_BYTES: usize = 512;
+/// How often a text is in memory at most: parsed, in a copy, and while it is unquoted.
+const COPIES: usize = 3;
+
+/// Bytes that these filters take at most. That is known before they are parsed.
+pub fn estimate_memory(filters: &[String]) -> usize {
+    let count = |found: fn(&str) -> usize| -> usize { filters.iter().map(|text| found(text)).sum() };
+    let terms = count(|text| 1 + text.matches(['.', ',']).count()).min(MOST_TERMS);
+    let regexes = count(|text| text.matches("~=").count()).min(MOST_REGEXES);
+    count(str::len) * COPIES + terms * TERM_BYTES + regexes * REGEX_MEMORY
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
@@ -65,7 +80,7 @@ impl fmt::Display for Invalid {
 impl Filters {
     pub fn parse(filters: &[String]) -> Result<Self, Invalid> {
         let mut bytes = 0;
-        let mut regexes = 0;
+        let mut counts = Counts::default();
         let mut all = Vec::new();
         for text in filters {
             let refuse = |why| Err(Invalid { filter: text.clone(), at: 0, why });
@@ -74,15 +89,9 @@ impl Filters {
             if bytes > MOST_BYTES {
                 return refuse("more than 256 KiB of filters are too many");
             }
-            let selectors = parse(text, &mut regexes)?;
-            all.push(selectors);
+            all.push(parse(text, &mut counts)?);
         }
-        Ok(Self { any: all, memory: bytes * PARSED_BYTES + regexes * REGEX_BYTES })
-    }
-
-    /// Bytes that they take in memory, at most.
-    pub fn memory(&self) -> usize {
-        self.memory
+        Ok(Self { any: all })
     }
 
     pub fn matches(&self, snapshot: &Snapshot) -> bool {
@@ -135,11 +144,11 @@ fn label_name(path: &[Text]) -> Option<String> {
     }
 }
 
-fn parse(text: &str, regexes: &mut usize) -> Result<Vec<Selector>, Invalid> {
+fn parse(text: &str, counts: &mut Counts) -> Result<Vec<Selector>, Invalid> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    let mut parser = Parser { text, at: 0, after_operator: false, regexes };
+    let mut parser = Parser { text, at: 0, after_operator: false, counts };
     parser.selectors().map_err(|(at, why)| Invalid { filter: text.to_owned(), at, why })
 }
 
@@ -156,14 +165,20 @@ enum Token<'t> {
     Unexpected,
 }
 
-struct Parser<'t, 'r> {
+/// What all filters of a List have so far.
+#[derive(Default)]
+struct Counts {
+    terms: usize,
+    regexes: usize,
+}
+
+struct Parser<'t, 'c> {
     text: &'t str,
     /// The next character to read.
     at: usize,
     /// The next unquoted text is a value.
     after_operator: bool,
-    /// Those of all filters of a List so far.
-    regexes: &'r mut usize,
+    counts: &'c mut Counts,
 }
 
 impl<'t> Parser<'t, '_> {
@@ -196,9 +211,12 @@ impl<'t> Parser<'t, '_> {
             _ => {
                 let at = self.at;
                 let pattern = self.value("\"/|")?;
-                *self.regexes += 1;
-                if *self.regexes > MOST_REGEXES {
+                self.counts.regexes += 1;
+                if self.counts.regexes > MOST_REGEXES {
                     return Err((at, "more than 32 regular expressions are too many"));
+                }
+                if pattern.as_ref().is_some_and(|pattern| pattern.len() > PATTERN_BYTES) {
+                    return Err((at, "a regular expression of more than 1 KiB is too long"));
                 }
                 let compile = |p: String| RegexBuilder::new(&p).size_limit(REGEX_BYTES).build().ok();
                 Test::Matches(pattern.and_then(compile).map(Box::new))
@@ -209,6 +227,10 @@ impl<'t> Parser<'t, '_> {
 
     fn field(&mut self) -> Result<Text, Failure> {
         let (at, token) = self.token()?;
+        self.counts.terms += 1;
+        if self.counts.terms > MOST_TERMS {
+            return Err((at, "more than 1024 fields are too many"));
+        }
         match token {
             Token::Field(name) => Ok(Some(name.to_owned())),
             Token::Quoted(literal) => unquote(at, literal, "\""),
@@ -496,13 +518,35 @@ mod tests {
         let refused = many("name~=my", MOST_REGEXES + 1).unwrap_err();
         assert_eq!(refused.to_string(), "more than 32 regular expressions are too many at byte 6");
         assert!(matches(&[&["name~=my"; MOST_REGEXES + 1].join(",")]).is_err());
-        assert_eq!(matches(&[&vec!["name"; MOST_BYTES / 5].join(",")]), Ok(true));
-        for (filter, count) in [(&*"x".repeat(MOST_BYTES), 1), ("name", MOST_BYTES / 5 + 1), ("", MOST_BYTES + 1)] {
+        for separator in [",", "."] {
+            assert!(matches(&[&vec!["name"; MOST_TERMS].join(separator)]).is_ok());
+            let refused = matches(&["name", &vec!["name"; MOST_TERMS].join(separator)]).unwrap_err();
+            assert_eq!(refused.why, "more than 1024 fields are too many");
+        }
+        assert_eq!(matches(&[&format!("name~=/{}/", "(my)?".repeat(PATTERN_BYTES / 5))]), Ok(true));
+        let refused = matches(&[&format!("name~=/{}/", r"\\w".repeat(PATTERN_BYTES / 2 + 1))]).unwrap_err();
+        assert_eq!(refused.why, "a regular expression of more than 1 KiB is too long");
+        for (filter, count) in [(&*"x".repeat(MOST_BYTES), 1), ("", MOST_BYTES + 1)] {
             assert!(many(filter, count).unwrap_err().why.contains("256 KiB"));
         }
         // As much as containerd may have to ask.
         let key = "\\U0010ffff".repeat(Key::MAX_BYTES / 4);
         assert_eq!(matches(&[&format!("parent==\"{key}\"")]), Ok(false));
+    }
+
+    /// It is counted before it is parsed, so it is never less than what was parsed.
+    #[test]
+    fn memory_of_filters_covers_what_is_parsed_of_them() {
+        let filters = |filter: &str, count: usize| vec![filter.to_owned(); count];
+        assert_eq!(estimate_memory(&[]), 0);
+        assert_eq!(estimate_memory(&filters("name", 2)), 2 * (4 * COPIES + TERM_BYTES));
+        assert_eq!(estimate_memory(&filters("labels.a==1,name", 1)), 16 * COPIES + 3 * TERM_BYTES);
+        assert_eq!(estimate_memory(&filters("a~=b", 2)), 2 * (4 * COPIES + TERM_BYTES + REGEX_MEMORY));
+        // What would be refused is not counted.
+        assert_eq!(
+            estimate_memory(&filters("a~=b", 2_000)),
+            8_000 * COPIES + MOST_TERMS * TERM_BYTES + MOST_REGEXES * REGEX_MEMORY
+        );
     }
 
     #[test]

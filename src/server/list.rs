@@ -13,7 +13,7 @@ use futures_util::SinkExt;
 use grpcio::{Deadline, RpcContext, ServerStreamingSink, WriteFlags};
 use protobuf::Message;
 
-use super::filters::Filters;
+use super::filters::{self, Filters};
 use super::handlers::{Handlers, Outcome, failed};
 use super::load::{Burden, Sending};
 use super::request::Incoming;
@@ -31,6 +31,8 @@ const BATCH_BYTES: u64 = 1 << 20;
 /// What one List keeps between its chunks.
 struct Listing {
     filters: Filters,
+    /// What the filters take.
+    memory: usize,
     burden: Burden,
 }
 
@@ -116,12 +118,14 @@ impl Handlers {
 }
 
 impl Listing {
-    fn begin(texts: &[String], burden: Burden) -> Outcome<Self> {
+    fn begin(texts: &[String], mut burden: Burden) -> Outcome<Self> {
+        let memory = filters::estimate_memory(texts);
+        burden.hold(memory)?;
         let filters = Filters::parse(texts).map_err(|invalid| snapshotter::Error::InvalidFilter {
             why: invalid.to_string(),
             filter: invalid.filter,
         })?;
-        Ok(Self { filters, burden })
+        Ok(Self { filters, memory, burden })
     }
 
     /// The next chunk: what is left, or the first one.
@@ -138,9 +142,9 @@ impl Listing {
         // that is more than a chunk can be too much.
         let weight = match chunk.rest {
             None => chunk.bytes,
-            Some(_) => chunk.bytes.max(CHUNK_BYTES) + self.filters.memory(),
+            Some(_) => chunk.bytes.max(CHUNK_BYTES),
         };
-        self.burden.hold(weight)?;
+        self.burden.hold(weight + self.memory)?;
         let sending = self.burden.answer();
         Ok(Part { found: chunk.found, sending, listing: self, rest: chunk.rest })
     }

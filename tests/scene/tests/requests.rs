@@ -149,6 +149,40 @@ fn root_requests_of_many_tiny_fields_are_refused_before_they_are_decoded() {
     assert!(message.contains("1100 labels are too many for a snapshot, the limit is 1024"), "{message}");
 }
 
+/// A pattern of 240 KB took 513 MiB while it was compiled, and 32 of them at once 14 GiB.
+#[test]
+fn root_lists_with_large_filters_are_bounded_together() {
+    const AT_ONCE: usize = 32;
+    /// What such lists may take together, in KiB.
+    const LIMIT: usize = 192 << 10;
+    let mut m = Measured::start("filters", "");
+    let words = |count: usize| format!("name~=/{}/", r"\\w".repeat(count));
+    for (what, at_once, filters, code) in [
+        ("a pattern of 240 KB", 1, vec![words(80_000)], Code::INVALID_ARGUMENT),
+        ("patterns of 240 KB", AT_ONCE, vec![words(80_000)], Code::INVALID_ARGUMENT),
+        ("many selectors", AT_ONCE, vec!["a,".repeat(130_000) + "a"], Code::INVALID_ARGUMENT),
+        ("long names of fields", AT_ONCE, vec!["a.".repeat(130_000) + "a"], Code::INVALID_ARGUMENT),
+        ("many selectors in many filters", AT_ONCE, vec!["a,".repeat(140) + "a"; 900], Code::INVALID_ARGUMENT),
+        ("as many selectors as may be", AT_ONCE, vec!["a,".repeat(500) + "a"; 2], Code::OK),
+        ("32 patterns of 1 KiB each", AT_ONCE, vec![words(512); 32], Code::OK),
+        ("patterns of 1 KiB", AT_ONCE, vec![words(512)], Code::OK),
+    ] {
+        let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+        let mut codes = Vec::new();
+        let grown = m.growth(what, |d| {
+            let list = || d.client.list(&filters).map_or_else(|status| status.code(), |_| Code::OK);
+            std::thread::scope(|scope| {
+                let lists: Vec<_> = (0..at_once).map(|_| scope.spawn(list)).collect();
+                codes.extend(lists.into_iter().map(|list| list.join().unwrap()));
+            });
+        });
+        assert!(grown < LIMIT + MARGIN, "{what}: {} MiB", grown >> 10);
+        assert!(at_once > 1 || grown < MARGIN, "{what}: {} MiB", grown >> 10);
+        codes.retain(|answer| *answer != Code::RESOURCE_EXHAUSTED);
+        assert!(!codes.is_empty() && codes.iter().all(|answer| *answer == code), "{what}: {codes:?}");
+    }
+}
+
 /// Answers of 1 MiB that nobody reads, a thousand on each connection, were in no count.
 #[test]
 fn root_answers_that_nobody_takes_are_bounded_together() {
