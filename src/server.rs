@@ -45,6 +45,9 @@ use crate::types::Timestamp;
 const MESSAGE_BYTES: i32 = 16 << 20;
 /// The one bit of gRPC's set of compression algorithms that stands for none.
 const ONLY_UNCOMPRESSED: i32 = 1;
+/// gRPC closes a connection after so many pings that come too early; 0 stands for never. Until it can do so it keeps
+/// 8 KiB for each further one, and a client that does not read keeps it from doing so.
+const MOST_EARLY_PINGS: i32 = 0;
 /// Threads of grpcio's own that read requests and send answers; they never wait for a disk.
 const TRANSPORT_THREADS: usize = 1;
 /// Calls at one time on one connection. containerd sends all its calls over one; a client keeps
@@ -111,6 +114,7 @@ impl Server {
             // Messages are not inflated: gRPC would look at their size only afterwards.
             .raw_cfg_int(c"grpc.per_message_decompression".to_owned(), 0)
             .raw_cfg_int(c"grpc.compression_enabled_algorithms_bitset".to_owned(), ONLY_UNCOMPRESSED)
+            .raw_cfg_int(c"grpc.http2.max_ping_strikes".to_owned(), MOST_EARLY_PINGS)
             .set_resource_quota(ResourceQuota::new(None).resize_memory(TRANSPORT_BYTES))
             .build_args();
         let load = Load::new();
