@@ -18,7 +18,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -95,6 +95,8 @@ pub struct Attacher {
     /// Never used for two mounts, not even by two processes: whoever takes an old one away must
     /// not find a new one there.
     next_point: AtomicU64,
+    /// Bytes that plans of skeletons take.
+    planned: Arc<AtomicUsize>,
 }
 
 #[derive(Default)]
@@ -116,11 +118,14 @@ impl Drop for Pin {
     }
 }
 
-/// What is in its place now.
-pub struct Attachment {
-    pub edition: Edition,
-    /// It was attached just now.
-    pub fresh: bool,
+/// How an attach ended.
+pub enum Attachment {
+    /// The layer is in its place; `fresh`: since just now.
+    Done { edition: Edition, fresh: bool },
+    /// Another thread was faster with another source: the layer has to be surveyed again.
+    SurveyAgain,
+    /// Another thread works on the layer's directory, and did not end in time.
+    Busy,
 }
 
 /// What a caller of `release` wants done.
@@ -143,24 +148,32 @@ impl Attacher {
     pub fn new(places: Places, mode: Mode, sys: Arc<dyn Sys>) -> Self {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let next_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
-        Self { places, mode, sys, slots: Mutex::default(), retired: Mutex::default(), next_point }
+        Self {
+            places,
+            mode,
+            sys,
+            slots: Mutex::default(),
+            retired: Mutex::default(),
+            next_point,
+            planned: Arc::default(),
+        }
     }
 
     pub fn mode(&self) -> Mode {
         self.mode
     }
 
-    /// What `id` has on disk is not taken away while the pin lives. Waits for a release that is
-    /// under way.
-    pub fn pin(&self, id: SnapshotId) -> Pin {
+    /// What `id` has on disk is not taken away while the pin lives. Waits for an attach or a release that is
+    /// under way; None: until `until` in vain.
+    pub fn pin(&self, id: SnapshotId, until: Instant) -> Option<Pin> {
         loop {
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-            let guard = slot.lock.lock();
+            let guard = slot.lock.try_lock_until(until)?;
             // A release that ended meanwhile may have taken the slot off the map.
             if self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 slot.pins.fetch_add(1, Ordering::SeqCst);
                 drop(guard);
-                return Pin { slot };
+                return Some(Pin { slot });
             }
         }
     }
@@ -180,25 +193,25 @@ impl Attacher {
         Ok(Survey { edition, is_begun, mask, hide, point })
     }
 
-    /// Attaches a layer that was surveyed under `pin`, unless it is attached already. None: another
-    /// thread was faster with another source, and this one has to be surveyed again.
-    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey) -> Result<Option<Attachment>> {
-        let attached = self.try_to_attach(pin, request, &survey);
-        if !matches!(attached, Ok(Some(_))) {
+    /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
+    /// for another thread that works on it.
+    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey, until: Instant) -> Result<Attachment> {
+        let attached = self.try_to_attach(pin, request, &survey, until);
+        if !matches!(attached, Ok(Attachment::Done { .. })) {
             self.discard(request.id, survey);
         }
         attached
     }
 
-    fn try_to_attach(&self, pin: &Pin, request: &AttachRequest, survey: &Survey) -> Result<Option<Attachment>> {
+    fn try_to_attach(&self, pin: &Pin, request: &AttachRequest, survey: &Survey, until: Instant) -> Result<Attachment> {
         let AttachRequest { id, ref source, .. } = *request;
         let Survey { edition, ref mask, ref hide, ref point, .. } = *survey;
         let home = self.places.home(id);
-        let _guard = pin.slot.lock.lock();
+        let Some(_guard) = pin.slot.lock.try_lock_until(until) else { return Ok(Attachment::Busy) };
         let place = self.places.root(id, edition);
         let recorded = self.source_of(&place)?;
         if recorded.as_deref().is_some_and(|recorded| recorded != source) {
-            return Ok(None);
+            return Ok(Attachment::SurveyAgain);
         }
         self.ensure_directory(&home, 0o700)?;
         let has_skeletons = request.needs(Part::Mask) || request.needs(Part::Hide);
@@ -209,7 +222,7 @@ impl Attacher {
         self.build(&request.scan, Part::Mask, &self.places.mask(id, edition), mask)?;
         self.build(&request.scan, Part::Hide, &self.places.hide(id, edition), hide)?;
         let fresh = self.ensure_leads(&home, &place, source, point.as_ref())?;
-        Ok(Some(Attachment { edition, fresh }))
+        Ok(Attachment::Done { edition, fresh })
     }
 
     /// Whether an error is of our own disk, and not of a repository.

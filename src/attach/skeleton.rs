@@ -5,6 +5,8 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
@@ -17,6 +19,8 @@ use crate::sys::{Attributes, DirHandle, Error, Result};
 /// Extended attributes of the directories of one skeleton, in bytes. A directory of an image has a
 /// hundred.
 const MAX_ATTRIBUTES: usize = 8 << 20;
+/// What is planned for all skeletons that are being made, in bytes.
+const MAX_PLANNED: usize = 64 << 20;
 
 /// One of the two skeletons of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +41,35 @@ impl Part {
 /// What is to be done for a skeleton.
 pub(super) enum Plan {
     Nothing,
-    /// To build it of the scan's directories with these places, each to look like this.
-    Build(Vec<(usize, Attributes)>),
+    /// To build it of the scan's directories at these indexes, each with these attributes.
+    Build {
+        directories: Vec<(usize, Attributes)>,
+        _memory: Planned,
+    },
+}
+
+/// The memory that a plan takes, which counts for all plans together until this is dropped.
+pub(super) struct Planned {
+    bytes: usize,
+    all: Arc<AtomicUsize>,
+}
+
+impl Planned {
+    pub(super) fn new(all: &Arc<AtomicUsize>) -> Self {
+        Self { bytes: 0, all: Arc::clone(all) }
+    }
+
+    /// Counts `bytes` more; whether there is room for them.
+    fn add(&mut self, bytes: usize) -> bool {
+        self.bytes += bytes;
+        self.all.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_PLANNED
+    }
+}
+
+impl Drop for Planned {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Attacher {
@@ -59,6 +90,7 @@ impl Attacher {
         let scan = &request.scan;
         let mut bytes = 0;
         let mut planned = Vec::new();
+        let mut memory = Planned::new(&self.planned);
         for directory in scan.with_parents(|directory| part.is_for(directory)) {
             let path = scan.path(directory);
             let mut attributes = self.sys.attributes_below(layer, &path, ignored)?;
@@ -67,7 +99,12 @@ impl Attacher {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
             }
-            bytes += attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+            let xattrs = attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+            bytes += xattrs;
+            if !memory.add(size_of::<(usize, Attributes)>() + xattrs) {
+                let call = "hold the attributes of more directories while others are attached (64 MiB), try again; at";
+                return Err(Error { call, path: layer.path().join(path), errno: Errno::ENOMEM });
+            }
             if bytes > MAX_ATTRIBUTES {
                 return Err(Error {
                     call: "hold more than 8 MiB of attributes of directories, at",
@@ -77,12 +114,12 @@ impl Attacher {
             }
             planned.push((directory, attributes));
         }
-        Ok(Plan::Build(planned))
+        Ok(Plan::Build { directories: planned, _memory: memory })
     }
 
     /// Builds what was planned, unless another thread has done so.
     pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> Result<()> {
-        let Plan::Build(planned) = plan else { return Ok(()) };
+        let Plan::Build { directories: planned, .. } = plan else { return Ok(()) };
         if self.lstat(place)?.is_some() {
             return Ok(());
         }

@@ -50,6 +50,10 @@ pub enum Missing {
     BeingScanned {
         directories: usize,
     },
+    /// Other scans are in memory, and with this one there would be too much.
+    ScansTakeMemory {
+        limit: usize,
+    },
     Unscannable(scan::Error),
     /// The configuration names no such repository any more, and no other one has it: what the
     /// first of them said.
@@ -69,7 +73,8 @@ impl Missing {
             | Self::Sick(_)
             | Self::Stuck { .. }
             | Self::NoThread
-            | Self::BeingScanned { .. } => Reason::NoAnswer,
+            | Self::BeingScanned { .. }
+            | Self::ScansTakeMemory { .. } => Reason::NoAnswer,
             Self::Unreadable(_) | Self::NotADirectory { .. } | Self::LeadsOut { .. } | Self::Unscannable(_) => {
                 Reason::Unreadable
             }
@@ -120,6 +125,11 @@ impl fmt::Display for Missing {
             Self::BeingScanned { directories } => {
                 write!(f, "its scan is not finished ({directories} directories so far); try again")
             }
+            Self::ScansTakeMemory { limit } => write!(
+                f,
+                "the scans of layers that are being attached take {} MiB of memory, that is the limit; try again",
+                limit >> 20
+            ),
             Self::Unscannable(cause) => cause.fmt(f),
             Self::NotConfigured { instead } => {
                 f.write_str("the configuration does not name the repository any more")?;

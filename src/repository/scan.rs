@@ -44,8 +44,8 @@ const MAX_MEMORY: usize = 64 << 20;
 const MAX_DIRECTORIES: usize = 1_000_000;
 /// Directories of the result. A mask and a hide have as many each, on the local disk.
 const MAX_MARKED: usize = 65_536;
-/// Names in the result, in bytes. An ordinary layer has a few kilobytes.
-const MAX_NAMES: usize = 8 << 20;
+/// What the result takes in memory, in bytes: some 80,000 deletions. An ordinary layer has a few kilobytes.
+const MAX_RESULT: usize = 16 << 20;
 /// Length of the path of a directory of the result, in bytes: the kernel takes 4096, and the path of
 /// the state root comes before it.
 const MAX_PATH: usize = 3_584;
@@ -101,7 +101,7 @@ impl fmt::Display for Limit {
             Self::Memory => write!(f, "more names of directories and markers than {} MiB hold", MAX_MEMORY >> 20),
             Self::Directories => write!(f, "more than {MAX_DIRECTORIES} directories"),
             Self::Marked => write!(f, "markers in more than {MAX_MARKED} directories, with those above them"),
-            Self::Names => write!(f, "names of markers of more than {} MiB", MAX_NAMES >> 20),
+            Self::Names => write!(f, "markers whose names take more than {} MiB of memory", MAX_RESULT >> 20),
             Self::Path => write!(f, "a marker in a directory whose path is longer than {MAX_PATH} bytes"),
         }
     }
@@ -144,7 +144,17 @@ pub struct Progress {
     pub pulse: Pulse,
 }
 
+/// What a name takes in memory at most, with the directory that it may be of, in bytes.
+fn cost(name: &OsStr) -> usize {
+    name.len() + 96
+}
+
 impl Scan {
+    /// What it takes, in bytes.
+    pub fn memory(&self) -> usize {
+        self.directories.iter().map(Directory::memory).sum()
+    }
+
     /// Something in it is to be hidden, or shown with another owner.
     pub fn has_mask(&self) -> bool {
         self.directories.iter().any(Directory::has_mask)
@@ -177,6 +187,10 @@ impl Scan {
 }
 
 impl Directory {
+    fn memory(&self) -> usize {
+        cost(&self.name) + self.hidden.iter().chain(&self.deleted).map(|name| cost(name)).sum::<usize>()
+    }
+
     /// Something of it is to be hidden, or it is to be shown with another owner.
     pub fn has_mask(&self) -> bool {
         !self.hidden.is_empty() || self.has_no_owner
@@ -389,7 +403,7 @@ mod tests {
     #[test]
     fn names_of_markers_are_bounded() {
         let top = tempfile::tempdir().unwrap();
-        for n in 0..MAX_NAMES / 500 {
+        for n in 0..MAX_RESULT / 500 {
             fs::write(top.path().join(format!(".wh.{n:0250}")), "").unwrap();
         }
         assert_eq!(find(&Host, top.path()), Err(Error::Exceeds(Limit::Names)));

@@ -142,7 +142,7 @@ fn of_error(error: &Error) -> (Code, Level) {
             (Code::FailedPrecondition, Level::Debug)
         }
         Error::ChainTooLong { .. } => (Code::FailedPrecondition, Level::Warn),
-        Error::LayerUnavailable { .. } => (Code::Unavailable, Level::Warn),
+        Error::LayerUnavailable { .. } | Error::LayerBusy { .. } => (Code::Unavailable, Level::Warn),
         Error::Broken { .. } => (Code::Unavailable, Level::Error),
         Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
         Error::System(_) | Error::Store(_) => (Code::Internal, Level::Error),

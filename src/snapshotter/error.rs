@@ -55,6 +55,10 @@ pub enum Error {
     TooManyLabels {
         count: usize,
     },
+    /// Another call works on the layer's directory.
+    LayerBusy {
+        digest: Digest,
+    },
     InvalidMapping {
         label: &'static str,
         value: String,
@@ -126,13 +130,17 @@ impl fmt::Display for Error {
             Self::LayerUnavailable { digest, repository, why } => {
                 write!(f, "layer {digest} of repository {repository} is not available: {why}")?;
                 match why {
-                    Missing::BeingScanned { .. } | Missing::Slow { .. } => Ok(()),
+                    Missing::BeingScanned { .. } | Missing::Slow { .. } | Missing::ScansTakeMemory { .. } => Ok(()),
                     _ => f.write_str(
                         "; see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is \
                          wrong) and retry, or remove the image and pull it anew",
                     ),
                 }
             }
+            Self::LayerBusy { digest } => write!(
+                f,
+                "layer {digest} is being prepared or removed on the local disk by another call, which takes long; try again"
+            ),
             Self::Broken { key, id } => write!(
                 f,
                 "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \

@@ -126,6 +126,12 @@ struct AttachTarget {
     repository: Arc<Repository>,
 }
 
+impl AttachTarget {
+    fn busy(&self) -> Trouble {
+        Trouble::Own(Error::LayerBusy { digest: self.digest.clone() })
+    }
+}
+
 /// A layer in its place. It stays there while this lives.
 pub struct Attached {
     _pin: Pin,
@@ -162,7 +168,7 @@ impl From<Missing> for Trouble {
 /// When a call waits no longer, however well the repository gets on.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For walks; they go on without it.
+    /// For scans, which go on without it, and for other calls that work on the same layers.
     pub scans: Instant,
     pub all: Instant,
 }
@@ -281,7 +287,10 @@ impl Sources {
         let mut to_survey = Vec::with_capacity(targets.len());
         for (place, target) in targets.into_iter().enumerate() {
             match target {
-                Ok(target) => to_survey.push((place, self.attacher.pin(target.request.id), Arc::new(target))),
+                Ok(target) => match self.attacher.pin(target.request.id, limits.scans) {
+                    Some(pin) => to_survey.push((place, pin, Arc::new(target))),
+                    None => tried.push((place, Err(target.busy()))),
+                },
                 Err(missing) => tried.push((place, Err(missing.into()))),
             }
         }
@@ -295,10 +304,13 @@ impl Sources {
                 begun.push(self.start_survey(some.iter().map(|(_, _, target)| Arc::clone(target)).collect(), since));
             }
         }
+        // The time of the repository is over before that of the local disk begins.
+        let surveyed: Vec<_> =
+            begun.into_iter().map(|(begun, count)| (begun.and_then(|asked| asked.wait(limits.all)), count)).collect();
         let mut to_attach = to_survey.into_iter();
-        for (begun, count) in begun {
+        for (surveyed, count) in surveyed {
             let some = to_attach.by_ref().take(count);
-            match begun.and_then(|asked| asked.wait(limits.all)) {
+            match surveyed {
                 Ok(surveyed) => tried.extend(some.zip(surveyed).map(|((place, pin, target), survey)| {
                     (place, survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, limits)))
                 })),
@@ -370,14 +382,16 @@ impl Sources {
     /// Work on the local disk: the repository has said all that it has to.
     fn attach_surveyed(self: &Arc<Self>, target: &AttachTarget, pin: Pin, survey: Survey, limits: Limits) -> Tried {
         let AttachTarget { request, digest, repository } = target;
-        match self.attacher.attach(&pin, request, survey) {
-            Ok(Some(Attachment { edition, fresh })) => {
+        let until = Instant::now() + repository.timeout();
+        match self.attacher.attach(&pin, request, survey, until) {
+            Ok(Attachment::Done { edition, fresh }) => {
                 if fresh {
                     METRICS.attached("attached");
                 }
                 Ok(Attached { _pin: pin, edition, scan: Arc::clone(&request.scan), masked: request.masked })
             }
-            Ok(None) => {
+            Ok(Attachment::Busy) => Err(target.busy()),
+            Ok(Attachment::SurveyAgain) => {
                 let (request, digest, repository) = (request.clone(), digest.clone(), Arc::clone(repository));
                 let again = AttachTarget { request, digest, repository };
                 self.attach_targets(vec![Ok(again)], limits).swap_remove(0)

@@ -24,6 +24,11 @@ use crate::sys::Sys;
 /// pulled layer is left to the first container that needs it.
 const MAX_QUEUED: usize = 4096;
 
+/// Records of scans that are shorter are decoded by every call for itself, and not counted.
+const SMALL_RECORD: usize = 512;
+/// What the scans of layers that are being attached may take together, in bytes.
+const MAX_HELD: usize = 128 << 20;
+
 #[derive(Clone)]
 pub struct ScanScheduler {
     shared: Arc<Shared>,
@@ -37,6 +42,32 @@ struct Shared {
     sys: Arc<dyn Sys>,
     /// So that nobody scans a layer beside somebody else.
     in_progress: Mutex<HashMap<JobKey, Entry>>,
+    held: Mutex<HeldScans>,
+}
+
+/// The large scans that somebody holds, which share them.
+#[derive(Default)]
+struct HeldScans(HashMap<ScanKey, (Weak<Scan>, usize)>);
+
+impl HeldScans {
+    fn get(&self, key: &ScanKey) -> Option<Arc<Scan>> {
+        self.0.get(key)?.0.upgrade()
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.0.retain(|_, (scan, _)| scan.strong_count() > 0);
+        self.0.values().map(|(_, bytes)| bytes).sum::<usize>() < MAX_HELD
+    }
+
+    /// The scan, shared from now on, unless others leave no room for it.
+    fn add(&mut self, key: &ScanKey, scan: Scan) -> std::result::Result<Arc<Scan>, Missing> {
+        if !self.has_room() {
+            return Err(Missing::ScansTakeMemory { limit: MAX_HELD });
+        }
+        let (bytes, scan) = (scan.memory(), Arc::new(scan));
+        self.0.insert(key.clone(), (Arc::downgrade(&scan), bytes));
+        Ok(scan)
+    }
 }
 
 /// A job, and the guard that its queued closures hold.
@@ -79,12 +110,15 @@ pub enum ScanHandle {
 
 impl ScanScheduler {
     pub fn new(store: Arc<Store>, sys: Arc<dyn Sys>) -> Self {
-        Self { shared: Arc::new(Shared { store, sys, in_progress: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { store, sys, in_progress: Mutex::default(), held: Mutex::default() }) }
     }
 
     /// Why the layer cannot be shown, if a scan has found that out.
     pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
-        Ok(self.shared.known(scan_key)?.and_then(std::result::Result::err))
+        Ok(match self.shared.known(scan_key)? {
+            Some(Err(refusal @ Missing::Unscannable(_))) => Some(refusal),
+            _ => None,
+        })
     }
 
     /// Begins a scan of the layer, unless it is known or there is one. A scan that somebody waits
@@ -157,11 +191,26 @@ impl ScanHandle {
 }
 
 impl Shared {
-    /// What the store has: the scan, or why there is none.
+    /// What the store has: the scan, or why there is none. Large ones are decoded one after the other, so that
+    /// no two calls decode the same one, and at most one is above the limit.
     fn known(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Missing>>> {
-        let stored = self.store.read(|tx| tx.scan(scan_key).map_err(Error::from))?;
         let refused = |limit| Missing::Unscannable(scan::Error::Exceeds(limit));
-        Ok(stored.map(|scan| scan.map(Arc::new).map_err(refused)))
+        let small = self.store.read(|tx| match tx.scan_bytes(scan_key)? {
+            Some(SMALL_RECORD..) => Ok::<_, Error>(None),
+            Some(_) | None => Ok(Some(tx.scan(scan_key)?)),
+        })?;
+        if let Some(stored) = small {
+            return Ok(stored.map(|scan| scan.map(Arc::new).map_err(refused)));
+        }
+        let mut held = self.held.lock();
+        if let Some(scan) = held.get(scan_key) {
+            return Ok(Some(Ok(scan)));
+        }
+        if !held.has_room() {
+            return Ok(Some(Err(Missing::ScansTakeMemory { limit: MAX_HELD })));
+        }
+        let stored = self.store.read(|tx| tx.scan(scan_key).map_err(Error::from))?;
+        Ok(stored.map(|scan| scan.map_err(refused).and_then(|scan| held.add(scan_key, scan))))
     }
 
     /// On a thread of the repository.
@@ -179,7 +228,7 @@ impl Shared {
         }
         let since = Instant::now();
         let scanned = repository.layer(&scan_key.digest).and_then(|layer| {
-            scan::scan(self.sys.as_ref(), &layer, &job.progress).map(Arc::new).map_err(|e| match e {
+            scan::scan(self.sys.as_ref(), &layer, &job.progress).map_err(|e| match e {
                 scan::Error::System(e) => repository.unreadable(e),
                 e => Missing::Unscannable(e),
             })
@@ -191,7 +240,7 @@ impl Shared {
         // The repository has nothing to do with how long the store takes.
         job.progress.pulse.pause();
         let stored = match &scanned {
-            Ok(scan) => Some(Ok(scan.as_ref())),
+            Ok(scan) => Some(Ok(scan)),
             Err(Missing::Unscannable(scan::Error::Exceeds(limit))) => Some(Err(*limit)),
             Err(_) => None,
         };
@@ -200,7 +249,7 @@ impl Shared {
         {
             log::warn!("{} will be scanned again: {e}", scan_key.digest);
         }
-        job.finish(scanned);
+        job.finish(scanned.and_then(|scan| self.held.lock().add(scan_key, scan)));
         self.forget(key, job);
     }
 
@@ -221,5 +270,51 @@ impl ScanJob {
             *result = Some(finished);
             self.changed.notify_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::scan::Directory;
+    use crate::sys::Host;
+    use crate::types::Digest;
+
+    fn key(digit: char) -> ScanKey {
+        let digest = Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap();
+        ScanKey { digest, repository: "r".into() }
+    }
+
+    /// Every call decoded the scans of its whole chain for itself: an image within the bounds of each layer took
+    /// gigabytes, and the daemon was killed at each start of a container.
+    #[test]
+    fn large_scans_are_shared_and_bounded_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(&dir.path().join("m"), None).unwrap());
+        let scheduler = ScanScheduler::new(Arc::clone(&store), Arc::new(Host));
+        let known = |digit| scheduler.shared.known(&key(digit)).unwrap().unwrap();
+        let deleted = (0..150_000).map(|n| format!("{n}").into()).collect();
+        let large = Scan { directories: vec![Directory { deleted, ..Directory::default() }] };
+        let digits = ['a', 'b', 'c', 'd', 'e', 'f', '0', '1', '2', '3', '4', '5'];
+        for digit in digits {
+            store.write(|tx| tx.put_scan(&key(digit), Ok(&large)).map_err(Error::from)).unwrap();
+        }
+        store
+            .write(|tx| {
+                tx.put_scan(&key('9'), Ok(&Scan { directories: vec![Directory::default()] })).map_err(Error::from)
+            })
+            .unwrap();
+        let first = known('a').unwrap();
+        assert!(Arc::ptr_eq(&first, &known('a').unwrap()), "two calls hold the same scan twice");
+        let mut held = vec![first];
+        let refused = digits[1..].iter().find_map(|digit| known(*digit).map(|scan| held.push(scan)).err());
+        assert_eq!(refused, Some(Missing::ScansTakeMemory { limit: MAX_HELD }));
+        let bytes: usize = held.iter().map(|scan| scan.memory()).sum();
+        assert!((MAX_HELD..MAX_HELD + large.memory()).contains(&bytes), "{bytes}");
+        assert!(known('9').is_ok(), "ordinary layers are attached meanwhile");
+        // It is no reason to download a layer that is pulled.
+        assert_eq!(scheduler.refusal(&key('5')).unwrap(), None);
+        held.clear();
+        assert!(known('5').is_ok());
     }
 }

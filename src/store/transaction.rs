@@ -217,6 +217,13 @@ pub trait Lookup {
         row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
     }
 
+    /// The size of the record of a scan, in bytes.
+    fn scan_bytes(&self, key: &ScanKey) -> Result<Option<usize>> {
+        let scans = self.table(SCANS)?;
+        let row = scans.get(scan_row(key).as_str()).map_err(|e| self.error(e))?;
+        Ok(row.map(|row| row.value().len()))
+    }
+
     /// The keys of scans whose digests `is_needed` does not know.
     fn scans_of_nobody(&self, is_needed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
         let mut keys = Vec::new();

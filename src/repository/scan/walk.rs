@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    Directory, Error, Limit, MAX_DIRECTORIES, MAX_MARKED, MAX_MEMORY, MAX_NAMES, MAX_PATH, NO_OWNER, Progress, Result,
-    Scan, is_publishers, is_whiteout,
+    Directory, Error, Limit, MAX_DIRECTORIES, MAX_MARKED, MAX_MEMORY, MAX_PATH, MAX_RESULT, NO_OWNER, Progress, Result,
+    Scan, cost, is_publishers, is_whiteout,
 };
 use crate::sys::{self, DirHandle, FileType, Sys};
 
@@ -79,11 +79,31 @@ impl Drop for Node {
     }
 }
 
+/// The names that a walker holds of the directory that it reads.
+struct NamesRead<'a> {
+    bytes: usize,
+    memory: &'a AtomicUsize,
+}
+
+impl NamesRead<'_> {
+    /// Counts a name; the result is what the whole scan holds.
+    fn add(&mut self, bytes: usize) -> usize {
+        self.bytes += bytes;
+        self.memory.fetch_add(bytes, Ordering::Relaxed) + bytes
+    }
+}
+
+impl Drop for NamesRead<'_> {
+    fn drop(&mut self) {
+        self.memory.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 struct Walk<'a> {
     sys: &'a dyn Sys,
     top: &'a DirHandle,
     progress: &'a Progress,
-    /// Bytes that nodes and marked directories take.
+    /// Bytes that nodes, marked directories and the names that are being read take.
     memory: Arc<AtomicUsize>,
     state: Mutex<State>,
     changed: Condvar,
@@ -99,8 +119,8 @@ struct State {
     found: Vec<(Arc<Node>, Directory)>,
     /// Directories of the result so far.
     marked: usize,
-    /// Bytes of names in the result so far.
-    names: usize,
+    /// Bytes that the result takes so far.
+    result: usize,
     failed: Option<Error>,
 }
 
@@ -116,14 +136,14 @@ impl State {
             path += above.name.len() + 1;
             if !above.is_marked.swap(true, Ordering::Relaxed) {
                 self.marked += 1;
-                self.names += above.name.len();
+                self.result += cost(&above.name);
             }
         }
-        self.names += directory.hidden.iter().chain(&directory.deleted).map(|name| name.len()).sum::<usize>();
+        self.result += directory.memory();
         let exceeded = [
             (path > MAX_PATH, Limit::Path),
             (self.marked > MAX_MARKED, Limit::Marked),
-            (self.names > MAX_NAMES, Limit::Names),
+            (self.result > MAX_RESULT, Limit::Names),
         ];
         if let Some((_, limit)) = exceeded.into_iter().find(|(is_exceeded, _)| *is_exceeded) {
             return Err(Error::Exceeds(limit));
@@ -160,13 +180,16 @@ impl Walk<'_> {
             };
             let Some(next) = next else { return };
             // A panic must not leave the others waiting for this one.
-            let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next)))
+            let mut names = NamesRead { bytes: 0, memory: &self.memory };
+            let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next, &mut names)))
                 .unwrap_or(Err(Error::Panicked));
             self.progress.directories.fetch_add(1, Ordering::Relaxed);
             self.progress.pulse.beat();
             let mut state = self.state.lock();
             state.busy -= 1;
             state.read += 1;
+            // From here on they are counted as what becomes of them.
+            drop(names);
             if let Err(e) = found.and_then(|found| self.note(&mut state, &next, found)) {
                 state.failed.get_or_insert(e);
             }
@@ -192,11 +215,11 @@ impl Walk<'_> {
     }
 
     /// The markers of one directory, and the directories in it.
-    fn read(&self, node: &Node) -> Result<(Directory, Vec<OsString>)> {
+    fn read(&self, node: &Node, names: &mut NamesRead<'_>) -> Result<(Directory, Vec<OsString>)> {
         let path = node.path();
         let (mut below, mut markers) = (Vec::new(), Vec::new());
-        let (mut bytes, mut entries) = (0, 0_usize);
-        let mut leads_out = false;
+        let mut entries = 0_usize;
+        let (mut leads_out, mut is_too_much) = (false, false);
         let status = self.sys.for_each_entry_below(self.top, &path, &mut |name, file_type| {
             entries += 1;
             leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
@@ -210,14 +233,14 @@ impl Walk<'_> {
                 FileType::Directory => &mut below,
                 _ => return ControlFlow::Continue(()),
             };
-            bytes += cost(name);
-            if bytes > MAX_MEMORY {
+            is_too_much = names.add(cost(name)) > MAX_MEMORY;
+            if is_too_much {
                 return ControlFlow::Break(());
             }
             kept.push(name.to_owned());
             ControlFlow::Continue(())
         })?;
-        if bytes > MAX_MEMORY {
+        if is_too_much {
             return Err(Error::Exceeds(Limit::Memory));
         }
         if leads_out {
@@ -302,9 +325,4 @@ impl Tree {
         }
         Scan { directories: sorted }
     }
-}
-
-/// What a name takes in memory, about, with the node or the entry that holds it.
-fn cost(name: &OsStr) -> usize {
-    name.len() + 96
 }
