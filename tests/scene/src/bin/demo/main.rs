@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 
     say("comparing with the normal pull: type, mode, owner, mtime, links, xattrs, content");
     report_differences(&stage, &image, &image);
-    say("doing the same with a normal pull of what the publisher left of the image");
+    say("comparing with a normal pull of what the publisher left of the image");
     let as_published = stage.repository.as_published(&stage.builder, &image);
     stage.normal.pull(&stage.registry.push(&as_published));
     let fine = report_differences(&stage, &as_published, &image) == 0 && normal.answer == ours.answer;
@@ -79,12 +79,12 @@ fn report_differences(stage: &Stage, expected: &Image, image: &Image) -> usize {
             *by_property.entry(difference.property).or_default() += 1;
         }
         let counts: Vec<String> = by_property.iter().map(|(property, count)| format!("{property} {count}")).collect();
+        let counts = if counts.is_empty() { String::new() } else { format!(" ({})", counts.join(", ")) };
         println!(
-            "          {name}: {} entries, {} MB of content, {} differences {}",
+            "          {name}: {} entries, {} MB of content, {} differences{counts}",
             comparison.entries,
             comparison.bytes / 1_000_000,
-            comparison.differences.len(),
-            counts.join(", ")
+            comparison.differences.len()
         );
         all += comparison.differences.len();
     }
