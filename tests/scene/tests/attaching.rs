@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, options, pull_chain, refused, unavailable};
+use scene::alone::{Alone, digest, options, pull_chain, refused, unavailable, unavailable_with_advice};
 use scene::client::Client;
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
@@ -243,13 +243,13 @@ fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
             assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "{what}");
         };
         d.repository.command("fail EIO");
-        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        let message = unavailable_with_advice(d.client.prepare("container", &chain, &[]));
         assert!(message.contains("EIO"), "{message}");
         nothing_is_left("every question failed");
         d.repository.command("normal");
         // One layer of three is missing.
         d.repository.withdraw(&digest(2));
-        let message = unavailable(d.client.prepare("container", &chain, &[]));
+        let message = unavailable_with_advice(d.client.prepare("container", &chain, &[]));
         assert!(message.contains(&digest(2)) && message.contains("does not have it"), "{message}");
         nothing_is_left("a layer is missing");
         let top = d.repository.layer_dir(&digest(2)).join("layerfs/dir");
@@ -332,6 +332,7 @@ fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
     let begun = Instant::now();
     let message = unavailable(c.prepare("container", &chain, &[]));
     assert!(message.contains("its scan is not finished") && message.contains("directories so far"), "{message}");
+    assert!(message.ends_with("try again"), "nothing else is to be done: {message}");
     // Six walks, four threads each, two at once: they are not waited for one after the other.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     // Others need no walk, and are not told that the repository is to blame.
@@ -340,7 +341,7 @@ fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
     }
     repository.command("hang all");
     let begun = Instant::now();
-    let message = unavailable(c.prepare("container", &chain, &[]));
+    let message = unavailable_with_advice(c.prepare("container", &chain, &[]));
     assert!(message.contains("answer"), "{message}");
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     assert_eq!(snapshotter.log().matches("does not answer").count(), 1, "only once it hung it was to blame");

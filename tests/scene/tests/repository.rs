@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, pull_chain, unavailable};
+use scene::alone::{Alone, digest, pull_chain, unavailable, unavailable_with_advice};
 use scene::automounter::Automounter;
 use scene::client::{Answer, Client, LAYER_DIGEST, REF};
 use scene::metrics::{sample, scrape};
@@ -115,7 +115,7 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
             assert!(begun.elapsed() < TIMEOUT * 3, "container starts took {:?}", begun.elapsed());
             // From now on everybody knows.
             let begun = Instant::now();
-            let message = unavailable(c.mounts("running"));
+            let message = unavailable_with_advice(c.mounts("running"));
             assert!(message.contains("it has not answered for"), "{message}");
             unavailable(c.view("view", &chain, &[]));
             assert!(begun.elapsed() < TIMEOUT, "it is asked in vain again: {:?}", begun.elapsed());

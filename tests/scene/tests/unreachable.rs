@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use scene::alone::{Alone, digest, pull_chain, unavailable};
+use scene::alone::{Alone, digest, pull_chain, unavailable_with_advice};
 use scene::doctor;
 use scene::metrics::{sample, scrape};
 use scene::process::eventually;
@@ -162,7 +162,7 @@ fn root_a_layer_that_cannot_be_read_keeps_no_container_from_another_one() {
         c.prepare(key, layer, &[]).expect("the repository answers");
     }
     repository.command("fail EIO");
-    let message = unavailable(c.prepare("bad-again", &bad, &[]));
+    let message = unavailable_with_advice(c.prepare("bad-again", &bad, &[]));
     assert!(message.contains(SENTENCE), "{message}");
     assert!(!c.is_serving(NAME));
     repository.command("normal");
