@@ -13,11 +13,14 @@ use grpcio::{CallOption, ChannelBuilder, Client, EnvBuilder, MetadataBuilder, Me
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::proto::admin::{DescribeRequest, DescribeResponse, Leftover, LeftoversRequest, Snapshot, SnapshotsRequest};
+use crate::proto::health::HealthCheckRequest;
 use crate::proto::snapshots::{CleanupRequest, UsageRequest};
 use crate::server::{self, service};
 
 /// The daemon waits for repositories longer than this only if they answer, slowly.
 const LIMIT: Duration = Duration::from_secs(120);
+/// The daemon says how it is at once, even during its start, unless it hangs.
+const HEALTH_LIMIT: Duration = Duration::from_secs(15);
 /// To get a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Deleting and measuring take as long as they take.
@@ -32,6 +35,10 @@ pub enum Error {
     },
     /// Somebody else does, or an older version of us.
     NotOurs {
+        address: PathBuf,
+    },
+    /// It took the call.
+    Silent {
         address: PathBuf,
     },
     Call {
@@ -58,6 +65,12 @@ impl fmt::Display for Error {
                 "what serves {} does not know this question: it is the Go snapshotter, or an older version of this one \
                  that was not restarted",
                 address.display()
+            ),
+            Self::Silent { address } => write!(
+                f,
+                "the daemon at {} takes calls and does not answer within {} s: see its log, and restart it",
+                address.display(),
+                HEALTH_LIMIT.as_secs()
             ),
             Self::Call { method, code, message } => write!(f, "no answer to {method}: {code}: {message}"),
         }
@@ -159,8 +172,16 @@ impl Peer {
 pub struct Daemon(Peer);
 
 impl Daemon {
+    /// Fails soon if the daemon hangs: what is asked later may take long.
     pub fn connect(address: &Path) -> Result<Self> {
-        Peer::connect(address).map(Self)
+        let peer = Peer::connect(address)?;
+        match peer.call_within(HEALTH_LIMIT, "", &service::HEALTH_CHECK, &HealthCheckRequest::new()) {
+            Err(Error::Call { code: RpcStatusCode::DEADLINE_EXCEEDED, .. }) => {
+                Err(Error::Silent { address: address.to_owned() })
+            }
+            // Others tell later what is wrong with what they were asked.
+            Ok(_) | Err(_) => Ok(Self(peer)),
+        }
     }
 
     pub fn describe(&self) -> Result<DescribeResponse> {

@@ -399,7 +399,9 @@ fn not_running(socket: &Path, e: &Error) -> Finding {
     let what = match e {
         Error::NotRunning { cause, .. } => format!("containerd does not answer at {}: {cause}", socket.display()),
         Error::NotOurs { .. } => format!("what listens at {} is no containerd, or one of before 1.0", socket.display()),
-        e @ Error::Call { .. } => format!("containerd at {} cannot be asked: {e}", socket.display()),
+        e @ (Error::Silent { .. } | Error::Call { .. }) => {
+            format!("containerd at {} cannot be asked: {e}", socket.display())
+        }
     };
     Finding::problem(CHECK, what, "systemctl status containerd; or say where it is: --containerd SOCKET")
 }

@@ -129,7 +129,7 @@ fn not_running(e: &Error) -> Finding {
             "systemctl enable --now cvmfs-snapshotter; if it runs and only its socket is gone: systemctl restart \
              cvmfs-snapshotter.socket; what keeps it from starting: journalctl -u cvmfs-snapshotter -n 20",
         ),
-        Error::Call { .. } => Finding::problem(
+        Error::Silent { .. } | Error::Call { .. } => Finding::problem(
             CHECK,
             format!("{e}{}", last_words()),
             "mend what its last words name, if there are any; see its log: journalctl -u cvmfs-snapshotter -n 50. A restart \

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
-use grpcio::{Deadline, Method, RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink, UnarySinkResult};
+use grpcio::{ClientStreamingSink, ClientStreamingSinkResult, Deadline, Method, RpcStatus, Service, ServiceBuilder};
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
 use super::door::ConnectionId;
 use super::load::{Burden, Load};
-use super::request::{Incoming, limit_fields};
+use super::request::{Begun, Incoming, limit_fields};
 use super::status::{Code, Failure};
 use super::{Late, convert, service};
 use crate::metrics::METRICS;
@@ -109,8 +109,8 @@ impl Handlers {
         let handlers = self.clone();
         METRICS.expect_calls(service::LIST.name);
         service
-            .add_server_streaming_handler(&limit_fields(&service::LIST), move |context, request, sink| {
-                handlers.list(&context, request, sink);
+            .add_duplex_streaming_handler(&limit_fields(&service::LIST), move |context, messages, sink| {
+                context.spawn(handlers.clone().list(Begun::new(&context, messages), sink));
             })
             .build()
     }
@@ -152,32 +152,38 @@ impl Handlers {
         let handlers = self.clone();
         let name = method.name;
         METRICS.expect_calls(name);
-        service.add_unary_handler(&limit_fields(method), move |context: RpcContext<'_>, request, sink: UnarySink<R>| {
-            let reply = Reply { name, since: Instant::now(), sink };
-            let (request, mut burden) = match handlers.admit(&context, request) {
-                Ok(admitted) => admitted,
-                Err(failure) => return context.spawn(reply.send(Err(failure)).finish()),
-            };
-            let early = early.filter(|_| handlers.snapshotter.get().is_none());
-            if let Some(early) = early {
-                return context.spawn(reply.send(Ok(early())).finish());
-            }
-            let (started, sending) = oneshot::channel();
-            let answer = move |result: Result<Outcome<R>, Refusal>| {
-                // A refusal may be said on gRPC's own thread, which must not wait.
-                let permit = result.is_ok().then(|| burden.answer());
-                let result = result.map_err(Failure::Pool).flatten().and_then(|response| {
-                    burden.hold_answer(response.compute_size())?;
-                    Ok(response)
-                });
-                // Sending starts here, on the worker, without another change of threads.
-                let sent = reply.send(result);
-                drop(started.send((sent, permit, burden)));
-            };
-            handlers.begin(context.deadline(), request, waits, work.clone(), answer);
-            // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
-            // wait for the end of it: not the worker, which a slow client must not hold.
+        service.add_client_streaming_handler(&limit_fields(method), move |context, messages, sink| {
+            let (handlers, work) = (handlers.clone(), work.clone());
+            let mut call = Begun::new(&context, messages);
             context.spawn(async move {
+                let request = match call.message().await {
+                    Ok(request) => request,
+                    Err(status) => return drop(sink.fail(status).await),
+                };
+                let reply = Reply { name, since: Instant::now(), sink };
+                let (request, mut burden) = match handlers.admit(call.connection, request) {
+                    Ok(admitted) => admitted,
+                    Err(failure) => return reply.send(Err(failure)).finish().await,
+                };
+                let early = early.filter(|_| handlers.snapshotter.get().is_none());
+                if let Some(early) = early {
+                    return reply.send(Ok(early())).finish().await;
+                }
+                let (started, sending) = oneshot::channel();
+                let answer = move |result: Result<Outcome<R>, Refusal>| {
+                    // A refusal may be said on gRPC's own thread, which must not wait.
+                    let permit = result.is_ok().then(|| burden.answer());
+                    let result = result.map_err(Failure::Pool).flatten().and_then(|response| {
+                        burden.hold_answer(response.compute_size())?;
+                        Ok(response)
+                    });
+                    // Sending starts here, on the worker, without another change of threads.
+                    let sent = reply.send(result);
+                    drop(started.send((sent, permit, burden)));
+                };
+                handlers.begin(call.deadline, request, waits, work, answer);
+                // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
+                // wait for the end of it: not the worker, which a slow client must not hold.
                 if let Ok((sent, permit, burden)) = sending.await {
                     sent.finish().await;
                     drop((permit, burden));
@@ -187,12 +193,9 @@ impl Handlers {
     }
 
     /// Counts a request that came in, if there is room for it.
-    pub(super) fn admit<Q>(&self, context: &RpcContext<'_>, request: Incoming<Q>) -> Outcome<(Q, Burden)> {
+    pub(super) fn admit<Q>(&self, connection: Option<ConnectionId>, request: Incoming<Q>) -> Outcome<(Q, Burden)> {
         match request {
-            Incoming::Request { request, memory } => {
-                let connection = ConnectionId::from_peer(&context.peer());
-                Ok((request, self.load.take(connection, memory)?))
-            }
+            Incoming::Request { request, memory } => Ok((request, self.load.take(connection, memory)?)),
             Incoming::TooManyFields => Err(Failure::TooManyFields),
         }
     }
@@ -238,7 +241,7 @@ impl Handlers {
 struct Reply<R> {
     name: &'static str,
     since: Instant,
-    sink: UnarySink<R>,
+    sink: ClientStreamingSink<R>,
 }
 
 impl<R> Reply<R> {
@@ -258,7 +261,7 @@ struct Sent {
     name: &'static str,
     /// After which time a call succeeded that is not counted yet.
     success: Option<Duration>,
-    answer: UnarySinkResult,
+    answer: ClientStreamingSinkResult,
 }
 
 impl Sent {

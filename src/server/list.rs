@@ -10,13 +10,13 @@ use std::time::Instant;
 
 use futures_channel::oneshot;
 use futures_util::SinkExt;
-use grpcio::{Deadline, RpcContext, ServerStreamingSink, WriteFlags};
+use grpcio::{Deadline, DuplexSink, WriteFlags};
 use protobuf::Message;
 
 use super::filters::{self, Filters};
 use super::handlers::{Handlers, Outcome, failed};
 use super::load::{Burden, Sending};
-use super::request::Incoming;
+use super::request::Begun;
 use super::status::{Code, Failure};
 use super::{convert, service};
 use crate::metrics::METRICS;
@@ -47,46 +47,42 @@ struct Part {
 type Answered = oneshot::Receiver<Outcome<Part>>;
 
 impl Handlers {
-    pub(super) fn list(
-        &self,
-        context: &RpcContext<'_>,
-        request: Incoming<ListSnapshotsRequest>,
-        mut sink: ServerStreamingSink<ListSnapshotsResponse>,
-    ) {
-        let (deadline, since) = (context.deadline(), Instant::now());
-        let mut answered = self.begin_list(deadline, self.admit(context, request));
-        let handlers = self.clone();
-        context.spawn(async move {
-            let mut sent = 0;
-            loop {
-                let Part { found, sending, listing, rest } = match answered.await {
-                    Ok(Ok(part)) => part,
-                    Ok(Err(failure)) => return drop(sink.fail(failed(service::LIST.name, since, &failure)).await),
-                    Err(oneshot::Canceled) => return,
-                };
-                let mut found = found.into_iter();
-                while let Some(batch) = next_batch(&mut found) {
-                    sent += batch.info.len();
-                    if sink.send((batch, WriteFlags::default())).await.is_err() {
-                        return abandoned(since, sent);
-                    }
-                }
-                let Some(rest) = rest else {
-                    let took = since.elapsed();
-                    match sink.close().await {
-                        Ok(()) => METRICS.called(service::LIST.name, Code::Ok.name(), took),
-                        Err(_) => abandoned(since, sent),
-                    }
-                    return drop((sending, listing));
-                };
-                drop(sending);
-                // Nothing may have been sent: this asks whether the client is there at all.
-                if sink.flush().await.is_err() {
+    pub(super) async fn list(self, mut call: Begun<ListSnapshotsRequest>, mut sink: DuplexSink<ListSnapshotsResponse>) {
+        let request = match call.message().await {
+            Ok(request) => request,
+            Err(status) => return drop(sink.fail(status).await),
+        };
+        let (deadline, since) = (call.deadline, Instant::now());
+        let mut answered = self.begin_list(deadline, self.admit(call.connection, request));
+        let mut sent = 0;
+        loop {
+            let Part { found, sending, listing, rest } = match answered.await {
+                Ok(Ok(part)) => part,
+                Ok(Err(failure)) => return drop(sink.fail(failed(service::LIST.name, since, &failure)).await),
+                Err(oneshot::Canceled) => return,
+            };
+            let mut found = found.into_iter();
+            while let Some(batch) = next_batch(&mut found) {
+                sent += batch.info.len();
+                if sink.send((batch, WriteFlags::default())).await.is_err() {
                     return abandoned(since, sent);
                 }
-                answered = handlers.go_on_with_list(deadline, listing, rest);
             }
-        });
+            let Some(rest) = rest else {
+                let took = since.elapsed();
+                match sink.close().await {
+                    Ok(()) => METRICS.called(service::LIST.name, Code::Ok.name(), took),
+                    Err(_) => abandoned(since, sent),
+                }
+                return drop((sending, listing));
+            };
+            drop(sending);
+            // Nothing may have been sent: this asks whether the client is there at all.
+            if sink.flush().await.is_err() {
+                return abandoned(since, sent);
+            }
+            answered = self.go_on_with_list(deadline, listing, rest);
+        }
     }
 
     fn begin_list(&self, deadline: Deadline, admitted: Outcome<(ListSnapshotsRequest, Burden)>) -> Answered {

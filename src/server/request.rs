@@ -3,9 +3,11 @@
 
 use std::io::Read;
 
-use grpcio::{Marshaller, MessageReader, Method};
+use futures_util::StreamExt;
+use grpcio::{Deadline, Marshaller, MessageReader, Method, RequestStream, RpcContext, RpcStatus, RpcStatusCode};
 use protobuf::Message;
 
+use super::door::ConnectionId;
 use super::fields::{self, FIELD_BYTES, FIELDS};
 use crate::metrics::METRICS;
 
@@ -15,6 +17,34 @@ pub enum Incoming<Q> {
     Request { request: Q, memory: usize },
     /// It has more than `FIELDS`.
     TooManyFields,
+}
+
+/// A call that has begun; its one message may be still on its way.
+///
+/// All methods are registered as if clients sent streams: for the others gRPC holds a slot, of which it has a fixed
+/// number for all clients, until the message has come.
+pub struct Begun<Q> {
+    /// gRPC cancels a call whose stream is dropped before its answer was sent.
+    messages: RequestStream<Incoming<Q>>,
+    /// None: gRPC does not name it.
+    pub connection: Option<ConnectionId>,
+    pub deadline: Deadline,
+}
+
+impl<Q> Begun<Q> {
+    pub fn new(context: &RpcContext<'_>, messages: RequestStream<Incoming<Q>>) -> Self {
+        Self { messages, connection: ConnectionId::from_peer(&context.peer()), deadline: context.deadline() }
+    }
+
+    /// Waits for the message. The error is an answer, if anybody still waits for one.
+    pub async fn message(&mut self) -> Result<Incoming<Q>, RpcStatus> {
+        let refuse = |why| Err(RpcStatus::with_message(RpcStatusCode::INTERNAL, why));
+        match self.messages.next().await {
+            Some(Ok(request)) => Ok(request),
+            Some(Err(e)) => refuse(format!("the request cannot be read: {e}")),
+            None => refuse("the call has no request".to_owned()),
+        }
+    }
 }
 
 /// The same method, of which requests with too many fields are not decoded.
@@ -32,7 +62,7 @@ fn send_nothing<Q>(_: &Incoming<Q>, _: &mut grpcio::GrpcSlice) -> grpcio::Result
     Err(grpcio::Error::Codec("a server sends no requests".into()))
 }
 
-/// grpcio answers a request that cannot be read by itself, so it is counted here.
+/// What cannot be read is no call of any method's count, so it is counted here.
 fn read<Q: Message>(reader: MessageReader) -> grpcio::Result<Incoming<Q>> {
     decode(reader).inspect_err(|e| {
         log::debug!("a request cannot be read: {e}");

@@ -2,8 +2,10 @@
 //! registry and FUSE mounts.
 
 use std::fs;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use cvmfs_snapshotter::proto::health::HealthCheckRequest;
 use cvmfs_snapshotter::proto::health::health_check_response::ServingStatus;
@@ -17,7 +19,9 @@ use scene::client::{call, connect, labels};
 use scene::metrics::{sample, scrape, scrape_as};
 use scene::process::{Output, eventually, run, tool};
 use scene::sandbox::Sandbox;
+use scene::snapshotter::Snapshotter;
 use scene::stage::Stage;
+use scene::wire::{SETTINGS, frame};
 use serde_json::Value;
 
 fn json(output: Output) -> Value {
@@ -295,4 +299,33 @@ fn root_the_log_says_more_and_less_by_signal() {
     server.end(Signal::SIGTERM);
     let log = server.log();
     assert!(!log.contains("quiet") && !log.contains("silent"), "{log}");
+}
+
+/// Each of them waited for two minutes, for a daemon that greeted and for nothing else had an ear.
+#[test]
+fn root_commands_give_up_on_a_daemon_that_takes_calls_and_does_not_answer() {
+    const LIMIT: Duration = Duration::from_secs(90);
+    let sandbox = Sandbox::enter("silent");
+    let d = Snapshotter::configured(&sandbox.path("s"), &sandbox.make_dir("cvmfs"), "");
+    sandbox.make_dir("s/run");
+    let listener = UnixListener::bind(d.socket()).expect("the socket is new");
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.expect("a connection can be taken");
+            connection.write_all(&frame(SETTINGS, 0, 0, &[])).expect("a greeting can be sent");
+            std::thread::spawn(move || io::copy(&mut connection, &mut io::sink()));
+        }
+    });
+    let give_up = &|words: &[&str]| {
+        let since = Instant::now();
+        let output = d.admin(words);
+        let said = format!("{}{}", output.stdout, output.stderr);
+        assert!(since.elapsed() < LIMIT, "{words:?} took {:?}: {said}", since.elapsed());
+        assert!(!output.status.success() && said.contains("takes calls and does not answer"), "{words:?}: {said}");
+    };
+    std::thread::scope(|scope| {
+        for words in [&["status"][..], &["gc"], &["doctor", "--containerd", "/nonexistent"]] {
+            scope.spawn(move || give_up(words));
+        }
+    });
 }

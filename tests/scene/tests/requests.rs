@@ -20,7 +20,7 @@ use scene::footprint::{Footprint, forget_peak};
 use scene::metrics::{find_sample, scrape};
 use scene::process::{eventually, run};
 use scene::wire::{
-    DATA, END_HEADERS, END_STREAM, HEADERS, Raw, Sent, call, compressed_message, frame, header, message,
+    DATA, END_HEADERS, END_STREAM, HEADERS, PING, Raw, Sent, call, compressed_message, frame, header, message,
 };
 
 /// What memory may come and go by besides, in KiB.
@@ -220,4 +220,42 @@ fn root_answers_that_nobody_takes_are_bounded_together() {
     assert!(grown < LIMIT, "{} MiB", grown >> 10);
     eventually("there is room again", || m.d.client.stat("large").is_ok());
     fs::remove_dir_all(&dir).unwrap();
+}
+
+/// gRPC held a slot for each call until its message had come, and had 1,024 of them for all clients: one who began as
+/// many calls and sent no message made the daemon deaf.
+#[test]
+fn root_calls_without_a_message_keep_nobody_from_being_served() {
+    const CONNECTIONS: usize = 4;
+    const CALLS: u32 = 1_000;
+    let d = Alone::start("begun", "");
+    d.client.prepare("key", "", &[]).unwrap();
+    let begin = |n: u32| frame(HEADERS, END_HEADERS, 2 * n + 1, &call(if n % 2 == 0 { "Stat" } else { "List" }));
+    let calls: Vec<u8> = (0..CALLS).flat_map(begin).collect();
+    let mut crowd: Vec<Raw> = (0..CONNECTIONS)
+        .map(|_| {
+            let mut raw = Raw::greeted(&d.snapshotter.socket());
+            assert_eq!(raw.send(&calls, Duration::from_mins(1)), Sent::All);
+            raw
+        })
+        .collect();
+    // gRPC has seen all that came before a ping when it answers that.
+    for raw in &mut crowd {
+        raw.send(&frame(PING, 0, 0, &[0; 8]), Duration::from_mins(1));
+        assert!(raw.hears(PING, Duration::from_mins(1)));
+    }
+    for client in [d.client.clone(), d.snapshotter.client()] {
+        client.stat("key").unwrap();
+        assert_eq!(client.list(&[]).unwrap().len(), 1);
+    }
+    // Messages that come late are answered.
+    let request = StatSnapshotRequest { key: "key".to_owned(), ..StatSnapshotRequest::default() };
+    let request = message(&request.write_to_bytes().unwrap());
+    crowd[0].send(&frame(DATA, END_STREAM, 1, &request), Duration::from_mins(1));
+    assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
+    // One that ends without a message is refused, and disturbs nobody.
+    crowd[0].send(&frame(DATA, END_STREAM, 5, &[]), Duration::from_mins(1));
+    assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
+    drop(crowd);
+    d.client.stat("key").unwrap();
 }
