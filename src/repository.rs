@@ -33,7 +33,7 @@ pub use self::condition::{Condition, OWN_ATTRIBUTES};
 use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
-pub use self::missing::Missing;
+pub use self::missing::{Missing, Remedy};
 use self::owners::Sample;
 use self::server::{Server, ServerHealth};
 use self::watch::Watch;

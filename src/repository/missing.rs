@@ -5,6 +5,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::health::Sick;
 use super::server::Unreachable;
 use super::{LAYERS, scan};
@@ -84,6 +86,30 @@ impl Missing {
         }
     }
 
+    /// What a caller can do about it.
+    pub fn remedy(&self) -> Remedy {
+        match self {
+            Self::BeingScanned { .. } | Self::Slow { .. } | Self::ScansTakeMemory { .. } => Remedy::Wait,
+            Self::Unscannable(scan::Error::Exceeds(_)) => Remedy::Download,
+            Self::Unscannable(scan::Error::Panicked) => Remedy::Report,
+            // The bound of attributes, and the kernel's own.
+            Self::Unreadable(cause) if cause.errno == Errno::E2BIG => Remedy::Republish,
+            Self::NotConfigured { instead: Some((_, why)) } => why.remedy(),
+            Self::NotPublished
+            | Self::NotMounted { .. }
+            | Self::Unreadable(_)
+            | Self::ServerUnreachable(_)
+            | Self::NotADirectory { .. }
+            | Self::NoAnswer { .. }
+            | Self::LeadsOut { .. }
+            | Self::Sick(_)
+            | Self::Stuck { .. }
+            | Self::NoThread
+            | Self::Unscannable(scan::Error::System(_))
+            | Self::NotConfigured { instead: None } => Remedy::MakeAvailable,
+        }
+    }
+
     /// That its server cannot be reached, if that is why.
     pub fn server_outage(&self) -> Option<&Unreachable> {
         match self {
@@ -102,6 +128,33 @@ impl Missing {
     }
 }
 
+/// What helps where something cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    Wait,
+    MakeAvailable,
+    /// The refusal is remembered, so a new pull downloads the layer.
+    Download,
+    /// The files themselves are the reason.
+    Republish,
+    Report,
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Wait => "try again",
+            Self::MakeAvailable => {
+                "see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is wrong) and \
+                 retry, or remove the image and pull it anew"
+            }
+            Self::Download => "remove the image and pull it again: the layer is downloaded then",
+            Self::Republish => "the publisher has to drop extended attributes of the layer's directories",
+            Self::Report => "see the log of the daemon, and report it",
+        })
+    }
+}
+
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -116,18 +169,18 @@ impl fmt::Display for Missing {
                 write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
             }
             Self::Slow { limit } => {
-                write!(f, "the repository answers slowly, and was not done after {} s; try again", limit.as_secs())
+                write!(f, "the repository answers slowly, and was not done after {} s", limit.as_secs())
             }
             Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
             Self::Sick(sick) => sick.fmt(f),
             Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
             Self::NoThread => f.write_str("no thread can be started to ask the repository (see the log)"),
             Self::BeingScanned { directories } => {
-                write!(f, "its scan is not finished ({directories} directories so far); try again")
+                write!(f, "its scan is not finished ({directories} directories so far)")
             }
             Self::ScansTakeMemory { limit } => write!(
                 f,
-                "the scans of layers that are being attached take {} MiB of memory, that is the limit; try again",
+                "the scans of layers that are being attached take {} MiB of memory, that is the limit",
                 limit >> 20
             ),
             Self::Unscannable(cause) => cause.fmt(f),
@@ -135,6 +188,33 @@ impl fmt::Display for Missing {
                 f.write_str("the configuration does not name the repository any more")?;
                 instead.iter().try_for_each(|(name, why)| write!(f, "; {name}: {why}"))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layer that exceeds a bound was said to need a retry, a look at the repository and a new pull.
+    #[test]
+    fn remedy_of_what_a_retry_cannot_help_is_no_retry() {
+        let unreadable = |errno| Missing::Unreadable(sys::Error { call: "read", path: "/r".into(), errno });
+        let exceeds = Missing::Unscannable(scan::Error::Exceeds(scan::Limit::Marked));
+        let elsewhere = |why| Missing::NotConfigured { instead: Some(("r".to_owned(), Box::new(why))) };
+        for (missing, remedy) in [
+            (Missing::BeingScanned { directories: 1 }, Remedy::Wait),
+            (Missing::Slow { limit: Duration::from_secs(1) }, Remedy::Wait),
+            (Missing::NotPublished, Remedy::MakeAvailable),
+            (unreadable(Errno::EIO), Remedy::MakeAvailable),
+            (unreadable(Errno::E2BIG), Remedy::Republish),
+            (exceeds.clone(), Remedy::Download),
+            (elsewhere(exceeds), Remedy::Download),
+            (elsewhere(Missing::NotPublished), Remedy::MakeAvailable),
+            (Missing::NotConfigured { instead: None }, Remedy::MakeAvailable),
+            (Missing::Unscannable(scan::Error::Panicked), Remedy::Report),
+        ] {
+            assert_eq!(missing.remedy(), remedy, "{missing:?}");
         }
     }
 }

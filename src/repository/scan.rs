@@ -100,9 +100,22 @@ impl fmt::Display for Limit {
         match self {
             Self::Memory => write!(f, "more names of directories and markers than {} MiB hold", MAX_MEMORY >> 20),
             Self::Directories => write!(f, "more than {MAX_DIRECTORIES} directories"),
-            Self::Marked => write!(f, "markers in more than {MAX_MARKED} directories, with those above them"),
-            Self::Names => write!(f, "markers whose names take more than {} MiB of memory", MAX_RESULT >> 20),
-            Self::Path => write!(f, "a marker in a directory whose path is longer than {MAX_PATH} bytes"),
+            Self::Marked => write!(
+                f,
+                "more than {MAX_MARKED} directories that have markers or are of nobody (uid or gid {NO_OWNER}), with those \
+                 above them"
+            ),
+            Self::Names => write!(
+                f,
+                "markers, and directories that have markers or are of nobody (uid or gid {NO_OWNER}), that take more than \
+                 {} MiB of memory",
+                MAX_RESULT >> 20
+            ),
+            Self::Path => write!(
+                f,
+                "a directory that has markers or is of nobody (uid or gid {NO_OWNER}), whose path is longer than {MAX_PATH} \
+                 bytes"
+            ),
         }
     }
 }
@@ -120,9 +133,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::System(cause) => cause.fmt(f),
-            Self::Exceeds(limit) => {
-                write!(f, "the layer has {limit} and cannot be shown; pull the image again to download the layer")
-            }
+            Self::Exceeds(limit) => write!(f, "the layer has {limit}, and cannot be shown"),
             Self::Panicked => f.write_str("its scan hit a bug in the snapshotter"),
         }
     }
@@ -365,6 +376,14 @@ mod tests {
             let sys = crate::sys::failing::Failing::refusing(at.clone(), nix::errno::Errno::EIO);
             let Err(Error::System(e)) = find(&sys, top.path()) else { panic!("{unreadable} was read") };
             assert_eq!((e.path, e.errno), (at, nix::errno::Errno::EIO));
+        }
+    }
+
+    /// A layer of 65,600 directories of nobody, without a marker, was said to have markers in so many.
+    #[test]
+    fn reason_of_a_bound_that_directories_of_nobody_count_for_names_them() {
+        for limit in [Limit::Marked, Limit::Names, Limit::Path] {
+            assert!(limit.to_string().contains("of nobody (uid or gid 65534)"), "{limit}");
         }
     }
 

@@ -128,14 +128,7 @@ impl fmt::Display for Error {
                 Quoted(value)
             ),
             Self::LayerUnavailable { digest, repository, why } => {
-                write!(f, "layer {digest} of repository {repository} is not available: {why}")?;
-                match why {
-                    Missing::BeingScanned { .. } | Missing::Slow { .. } | Missing::ScansTakeMemory { .. } => Ok(()),
-                    _ => f.write_str(
-                        "; see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is \
-                         wrong) and retry, or remove the image and pull it anew",
-                    ),
-                }
+                write!(f, "layer {digest} of repository {repository} is not available: {why}; {}", why.remedy())
             }
             Self::LayerBusy { digest } => write!(
                 f,
