@@ -343,7 +343,7 @@ fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> 
     const CHECK: &str = "state.images";
     let is_away = |image: &Image| {
         let of = |name: &String| repositories.iter().any(|one| one.name == *name && !one.trouble.is_empty());
-        image.broken_in.as_ref().is_some_and(of)
+        !image.refused && image.broken_in.as_ref().is_some_and(of)
     };
     let broken: Vec<&Image> = images.iter().filter(|image| image.broken.is_some()).collect();
     let lost: Vec<(&str, &str)> = broken
@@ -357,18 +357,21 @@ fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> 
             _ if is_away(image) => {
                 return "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned();
             }
+            // Nobody can make it fit.
+            _ if image.refused => "",
             Some(_) => "make it available again (any repository in \"repositories\" that has it will do), or ",
             None => "",
         };
+        let download = if image.refused { ": the layer is downloaded then" } else { "" };
         if image.reference.is_none() {
-            return format!("{again}remove the image that uses it, and its containers, and pull it anew");
+            return format!("{again}remove the image that uses it, and its containers, and pull it anew{download}");
         }
         // Images that share what is lost have to go together.
         if std::mem::replace(&mut is_said, true) {
             return format!("{again}with the first one of {CHECK}");
         }
         let containers = if lost.len() == 1 { "its containers" } else { "the containers of all these images" };
-        format!("{again}remove {containers}, then {}", pull_anew(lost.iter().copied()))
+        format!("{again}remove {containers}, then {}{download}", pull_anew(lost.iter().copied()))
     };
     let mut findings: Vec<Finding> = broken
         .iter()
@@ -454,6 +457,7 @@ mod tests {
             source: Source::Mixed,
             broken: Some("it is lost".to_owned()),
             broken_in: broken_in.map(str::to_owned),
+            refused: false,
             namespace: namespace.map(str::to_owned),
             users: Vec::new(),
             bytes: 0,
@@ -484,5 +488,11 @@ mod tests {
         assert!(remedies[2].starts_with("make it available again") && remedies[2].ends_with(&remedies[1]));
         assert!(remedies[3].starts_with("bring the repository back"), "{}", remedies[3]);
         assert!(remedies[4].starts_with("remove the image that uses it"), "{}", remedies[4]);
+
+        // A layer that is refused is downloaded, and how its repository is does not matter.
+        let refused = Image { refused: true, ..image("c:1", None, Some("away")) };
+        let [finding] = &broken_images(&[refused], &repositories)[..] else { panic!("one for the image") };
+        let remedy = "remove its containers, then crictl rmi c:1 && crictl pull c:1: the layer is downloaded then";
+        assert_eq!(finding.remedy.as_deref(), Some(remedy));
     }
 }

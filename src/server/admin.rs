@@ -135,7 +135,7 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
 }
 
 fn inspected_snapshot(one: Inspected) -> Snapshot {
-    let Inspected { snapshot, trouble } = one;
+    let Inspected { snapshot, trouble, refused } = one;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {
@@ -152,6 +152,7 @@ fn inspected_snapshot(one: Inspected) -> Snapshot {
         digest,
         repository,
         trouble: trouble.unwrap_or_default(),
+        refused,
         ..Snapshot::default()
     }
 }

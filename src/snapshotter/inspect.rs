@@ -10,7 +10,8 @@ use super::cleanup::needs_its_directory;
 use super::list::Rest;
 use super::{Error, Found, Result, Snapshotter};
 use crate::attach::Mode;
-use crate::repository::{Condition, Missing, Repository};
+use crate::repository::scan::ScanKey;
+use crate::repository::{Condition, Missing, Remedy, Repository};
 use crate::store::Lookup;
 use crate::types::{Digest, Snapshot, SnapshotId};
 
@@ -29,6 +30,8 @@ pub struct Inspected {
     pub snapshot: Snapshot,
     /// Why its files cannot be had.
     pub trouble: Option<String>,
+    /// Its layer is downloaded when it is removed and pulled again.
+    pub refused: bool,
 }
 
 /// How the daemon is set up.
@@ -100,20 +103,21 @@ impl Snapshotter {
             Some(rest) => self.list_rest(rest, |_| true)?,
         };
         let mut inspected: Vec<Inspected> =
-            chunk.found.into_iter().map(|snapshot| Inspected { snapshot, trouble: None }).collect();
+            chunk.found.into_iter().map(|snapshot| Inspected { snapshot, trouble: None, refused: false }).collect();
         for one in inspected.iter_mut().filter(|one| one.snapshot.layer.is_none()) {
             one.trouble = self.require_files(&one.snapshot).err().map(|e| e.to_string());
         }
         if ask == Ask::Repositories {
-            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected) {
+            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected)? {
+                inspected[index].refused = missing.remedy() == Remedy::Download;
                 inspected[index].trouble = Some(format!("layer {digest} of repository {repository}: {missing}"));
             }
         }
         Ok((inspected, chunk.rest))
     }
 
-    /// The layers that no repository has.
-    fn find_unavailable(&self, inspected: &[Inspected]) -> Vec<AvailabilityQuery> {
+    /// The layers that no repository has, or that cannot be shown as it has them.
+    fn find_unavailable(&self, inspected: &[Inspected]) -> Result<Vec<AvailabilityQuery>> {
         let mut queries: Vec<AvailabilityQuery> = Vec::new();
         for (index, one) in inspected.iter().enumerate() {
             if let Some(layer) = &one.snapshot.layer {
@@ -128,19 +132,27 @@ impl Snapshotter {
         }
         for repository in &self.sources.repositories {
             let digests = queries.iter().map(|query| query.digest.clone()).collect();
-            let mut answers = answers(repository, digests).into_iter();
-            queries.retain_mut(|query| match answers.next() {
-                Some(Ok(())) => false,
-                Some(Err(missing)) => {
-                    if query.repository == repository.name() || matches!(query.missing, Missing::NotConfigured { .. }) {
-                        query.missing = missing;
-                    }
-                    true
+            let mut unavailable = Vec::new();
+            for (mut query, answer) in queries.into_iter().zip(answers(repository, digests)) {
+                let missing = match answer {
+                    Err(missing) => missing,
+                    Ok(()) => match self.refusal(&query.digest, repository)? {
+                        Some(refusal) => refusal,
+                        None => continue,
+                    },
+                };
+                if query.repository == repository.name() || matches!(query.missing, Missing::NotConfigured { .. }) {
+                    query.missing = missing;
                 }
-                None => true,
-            });
+                unavailable.push(query);
+            }
+            queries = unavailable;
         }
-        queries
+        Ok(queries)
+    }
+
+    fn refusal(&self, digest: &Digest, repository: &Repository) -> Result<Option<Missing>> {
+        self.sources.scans.refusal(&ScanKey { digest: digest.clone(), repository: repository.name().to_owned() })
     }
 
     /// What the next cleanup would take away, from id `next` on, and where it goes on.

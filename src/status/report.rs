@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
-use crate::repository::OWN_ATTRIBUTES;
 use crate::repository::owners::Owners;
+use crate::repository::{OWN_ATTRIBUTES, Remedy};
 use crate::server::convert;
 use crate::table::{age, size, table};
 use crate::types::{Timestamp, printable};
@@ -54,6 +54,8 @@ pub struct Image {
     pub broken: Option<String>,
     /// The repository of what that is about; none, if it was downloaded.
     pub broken_in: Option<String>,
+    /// It can be had by a download: the daemon cannot show it as it is published.
+    pub refused: bool,
     /// containerd's namespace, as far as keys of its snapshots tell.
     pub namespace: Option<String>,
     /// Keys of the snapshots of containers, and of views, on it.
@@ -152,6 +154,7 @@ impl Report {
                 "published": one.published,
                 "source": one.source.as_str(),
                 "broken": one.broken,
+                "remedy": one.refused.then(|| Remedy::Download.to_string()),
                 "used_by": one.users,
                 "bytes": one.bytes,
                 "created": one.created / NANOS,
@@ -228,7 +231,8 @@ impl Report {
         text.push_str(&table(&self.image_rows()));
         for one in &self.images {
             if let Some(why) = &one.broken {
-                let _ = writeln!(text, "broken: {}: {}", printable(name(one)), printable(why));
+                let remedy = if one.refused { format!("; {}", Remedy::Download) } else { String::new() };
+                let _ = writeln!(text, "broken: {}: {}{remedy}", printable(name(one)), printable(why));
             }
         }
         let written: u64 = self.containers.iter().filter_map(|(_, bytes)| *bytes).sum();
@@ -350,6 +354,7 @@ fn image(
         },
         broken: broken.map(|one| one.trouble.clone()),
         broken_in: broken.and_then(|one| none_if_empty(&one.repository)).map(str::to_owned),
+        refused: broken.is_some_and(|one| one.refused),
         namespace,
         users,
         bytes: chain.iter().filter_map(|one| usages.get(&one.id)).sum(),

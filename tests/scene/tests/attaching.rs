@@ -4,19 +4,21 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
 use scene::alone::{Alone, digest, options, pull_chain, refused, unavailable, unavailable_with_advice};
 use scene::client::Client;
+use scene::doctor::read;
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
 use scene::snapshotter::Snapshotter;
 use scene::stage::names;
+use serde_json::Value;
 
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
 
@@ -304,6 +306,61 @@ fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
     let before = reads();
     c.prepare("two", &second, &[]).expect("it can be read");
     assert_eq!(reads(), before, "no directory was read");
+}
+
+/// The refusal of a layer is kept, and `status` and the doctor called its image good; the message of each start advised
+/// to retry, to look at the repository, and to pull the image.
+#[test]
+fn root_an_image_on_a_refused_layer_is_broken_until_it_is_pulled_again() {
+    let sandbox = Sandbox::enter("refused");
+    let repository = Repository::mounted(&sandbox.path("cvmfs"));
+    // Its path is longer than that of a directory of a mask may be.
+    let deep: PathBuf = vec!["d".repeat(250); 15].iter().collect();
+    let marked = repository.layer_dir(&digest(1)).join("layerfs").join(deep);
+    fs::create_dir_all(&marked).expect("a layer can be made");
+    fs::write(marked.join(".wh.gone"), "").expect("a layer can be marked");
+    repository.commit();
+    let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
+    let c = snapshotter.client();
+    let digest = digest(1);
+    let labels = [
+        ("containerd.io/snapshot.ref", "sha256:c1"),
+        ("containerd.io/snapshot/cri.layer-digest", digest.as_str()),
+        ("containerd.io/snapshot/cri.image-ref", "r.test/deep:1"),
+    ];
+    refused(c.prepare("k8s.io/1/extract-1 sha256:c1", "", &labels), Code::ALREADY_EXISTS);
+    let chain = c.list(&[]).expect("snapshots can be listed").swap_remove(0).name;
+    let message = unavailable(c.prepare("container", &chain, &[]));
+    assert!(message.ends_with("; remove the image and pull it again: the layer is downloaded then"), "{message}");
+    for other in ["retry", "doctor", "mounted"] {
+        assert!(!message.contains(other), "{other} does not help: {message}");
+    }
+
+    let image = || {
+        let status: Value = serde_json::from_str(&snapshotter.admin(&["status", "--json"]).ok()).expect("it is JSON");
+        status["images"][0].clone()
+    };
+    let diagnosed = || {
+        let findings = read(&snapshotter.admin(&["doctor", "--json"]));
+        findings.into_iter().find(|one| one.check == "state.images").expect("images are looked at")
+    };
+    let broken = image();
+    assert_eq!(broken["image"], "r.test/deep:1");
+    assert!(broken["broken"].as_str().is_some_and(|why| why.contains(&digest)), "{broken}");
+    assert!(broken["remedy"].as_str().is_some_and(|what| what.contains("downloaded")), "{broken}");
+    let line = snapshotter.admin(&["status"]).ok();
+    let line = line.lines().find(|line| line.starts_with("broken: r.test/deep:1: ")).expect("the image is broken");
+    assert!(line.ends_with("the layer is downloaded then"), "{line}");
+    let found = diagnosed();
+    assert_eq!(found.state, "problem", "{found:?}");
+    let remedy = found.remedy.expect("a problem has a remedy");
+    assert!(remedy.contains("rmi r.test/deep:1") && remedy.contains("downloaded"), "{remedy}");
+
+    c.remove(&chain).expect("nobody stands on it");
+    c.prepare("k8s.io/2/extract-1 sha256:c1", "", &labels).expect("the layer is downloaded");
+    c.commit("unpacked", "k8s.io/2/extract-1 sha256:c1", &labels).expect("it can be committed");
+    assert_eq!(image()["broken"], Value::Null);
+    assert_eq!(diagnosed().state, "good");
 }
 
 /// The first container on a very large layer must not wait for ever, nor be told that the
