@@ -83,6 +83,33 @@ struct Point {
     before: Option<PathBuf>,
 }
 
+/// Extended attributes of a directory of a layer that the file system of the state root does not take.
+#[derive(Debug)]
+pub struct RefusedAttributes {
+    /// From the top of the layer.
+    pub directory: PathBuf,
+    /// Bytes of all attributes of the directory, with their names.
+    pub bytes: usize,
+    /// The largest attribute, and the bytes of its value.
+    pub largest: (OsString, usize),
+    pub errno: Errno,
+}
+
+/// Why a layer could not be attached.
+#[derive(Debug)]
+pub enum AttachError {
+    System(Error),
+    Attributes(RefusedAttributes),
+}
+
+impl From<Error> for AttachError {
+    fn from(cause: Error) -> Self {
+        Self::System(cause)
+    }
+}
+
+type Attached<T> = std::result::Result<T, AttachError>;
+
 /// How long a release waits for a thread that attaches the same layer right now.
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
 
@@ -195,7 +222,7 @@ impl Attacher {
 
     /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
     /// for another thread that works on it.
-    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey, until: Instant) -> Result<Attachment> {
+    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey, until: Instant) -> Attached<Attachment> {
         let attached = self.try_to_attach(pin, request, &survey, until);
         if !matches!(attached, Ok(Attachment::Done { .. })) {
             self.discard(request.id, survey);
@@ -203,7 +230,13 @@ impl Attacher {
         attached
     }
 
-    fn try_to_attach(&self, pin: &Pin, request: &AttachRequest, survey: &Survey, until: Instant) -> Result<Attachment> {
+    fn try_to_attach(
+        &self,
+        pin: &Pin,
+        request: &AttachRequest,
+        survey: &Survey,
+        until: Instant,
+    ) -> Attached<Attachment> {
         let AttachRequest { id, ref source, .. } = *request;
         let Survey { edition, ref mask, ref hide, ref point, .. } = *survey;
         let home = self.places.home(id);

@@ -156,6 +156,8 @@ pub struct FileSystem {
     pub read_only: bool,
     /// Its inode numbers may change under us, as those of CernVM-FS do.
     pub fuse: bool,
+    /// Bytes that can still be written.
+    pub free: u64,
 }
 
 impl From<Statfs> for FileSystem {
@@ -163,6 +165,7 @@ impl From<Statfs> for FileSystem {
         Self {
             read_only: found.flags().contains(FsFlags::ST_RDONLY),
             fuse: found.filesystem_type() == FUSE_SUPER_MAGIC,
+            free: found.blocks_available().saturating_mul(u64::try_from(found.block_size()).unwrap_or(0)),
         }
     }
 }

@@ -4,13 +4,13 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
-use super::{AttachRequest, Attacher, beside};
+use super::{AttachError, AttachRequest, Attached, Attacher, RefusedAttributes, beside};
 use crate::overlay::Mask;
 use crate::repository::lane::{alive, without_repository};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
@@ -21,6 +21,8 @@ use crate::sys::{Attributes, DirHandle, Error, Result};
 const MAX_ATTRIBUTES: usize = 8 << 20;
 /// What is planned for all skeletons that are being made, in bytes.
 const MAX_PLANNED: usize = 64 << 20;
+/// With so many bytes free, a file system is not full: it does not take the attributes of one directory.
+const MIN_FREE: u64 = 1 << 20;
 
 /// One of the two skeletons of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +101,7 @@ impl Attacher {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
             }
-            let xattrs = attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+            let xattrs = size_of_xattrs(&attributes);
             bytes += xattrs;
             if !memory.add(size_of::<(usize, Attributes)>() + xattrs) {
                 let call = "hold the attributes of more directories while others are attached (64 MiB), try again; at";
@@ -118,7 +120,7 @@ impl Attacher {
     }
 
     /// Builds what was planned, unless another thread has done so.
-    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> Result<()> {
+    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> Attached<()> {
         let Plan::Build { directories: planned, .. } = plan else { return Ok(()) };
         if self.lstat(place)?.is_some() {
             return Ok(());
@@ -140,10 +142,36 @@ impl Attacher {
         }
         // Children first: making an entry changes the time of its directory.
         for (directory, attributes) in planned.iter().rev() {
-            self.sys.set_attributes(&new.join(scan.path(*directory)), attributes)?;
+            let path = scan.path(*directory);
+            self.sys
+                .set_attributes(&new.join(&path), attributes)
+                .map_err(|e| self.attributes_error(e, path, attributes))?;
         }
-        self.sys.rename(&new, place)
+        Ok(self.sys.rename(&new, place)?)
     }
+
+    /// Why `directory` cannot have its attributes. ext4 says that no space is left where those of one
+    /// directory do not fit into a block.
+    fn attributes_error(&self, error: Error, directory: PathBuf, attributes: &Attributes) -> AttachError {
+        let is_refused = match error.errno {
+            Errno::E2BIG | Errno::ERANGE | Errno::EOPNOTSUPP => true,
+            Errno::ENOSPC => self.sys.statfs(self.places.all()).is_ok_and(|found| found.free >= MIN_FREE),
+            _ => false,
+        };
+        match attributes.xattrs.iter().max_by_key(|(_, value)| value.len()) {
+            Some((name, value)) if is_refused => AttachError::Attributes(RefusedAttributes {
+                directory,
+                bytes: size_of_xattrs(attributes),
+                largest: (name.clone(), value.len()),
+                errno: error.errno,
+            }),
+            _ => AttachError::System(error),
+        }
+    }
+}
+
+fn size_of_xattrs(attributes: &Attributes) -> usize {
+    attributes.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum()
 }
 
 /// What the skeletons of a layer are for: what its mask hides, and whether it hides

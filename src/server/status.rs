@@ -141,7 +141,7 @@ fn of_error(error: &Error) -> (Code, Level) {
         Error::WrongKind { .. } | Error::HasChildren(_) | Error::NewParentNotCommitted { .. } => {
             (Code::FailedPrecondition, Level::Debug)
         }
-        Error::ChainTooLong { .. } => (Code::FailedPrecondition, Level::Warn),
+        Error::ChainTooLong { .. } | Error::AttributesRefused { .. } => (Code::FailedPrecondition, Level::Warn),
         Error::LayerUnavailable { .. } | Error::LayerBusy { .. } => (Code::Unavailable, Level::Warn),
         Error::Broken { .. } => (Code::Unavailable, Level::Error),
         Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
@@ -162,6 +162,7 @@ fn of_refusal(refusal: &Refusal) -> (Code, Level) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attach::RefusedAttributes;
     use crate::repository::Missing;
     use crate::types::{Digest, InvalidKey, Key, Kind, SnapshotId};
     use crate::{store, sys};
@@ -174,6 +175,13 @@ mod tests {
         let key = || Key::parse("k").unwrap();
         let system = || sys::Error { call: "stat", path: "/x".into(), errno: Errno::EIO };
         let digest = Digest::parse(&format!("sha256:{}", "0".repeat(64))).unwrap();
+        let attributes = RefusedAttributes {
+            directory: "d".into(),
+            bytes: 5_008,
+            largest: ("user.big".into(), 5_000),
+            errno: Errno::ENOSPC,
+        };
+        let refused = Error::AttributesRefused { digest: digest.clone(), refused: attributes };
         let unavailable = Error::LayerUnavailable { digest, repository: "r".into(), why: Missing::NotPublished };
         for (error, code, level) in [
             (Error::InvalidKey(InvalidKey::Empty), Code::InvalidArgument, DEBUG),
@@ -193,6 +201,7 @@ mod tests {
             (Error::TooManyLabels { count: 1 }, Code::InvalidArgument, DEBUG),
             (Error::InvalidMapping { label: "l", value: "v".into() }, Code::InvalidArgument, DEBUG),
             (unavailable, Code::Unavailable, Level::Warn),
+            (refused, Code::FailedPrecondition, Level::Warn),
             (Error::Broken { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
             (Error::Cancelled, Code::DeadlineExceeded, DEBUG),
             (Error::System(system()), Code::Internal, Level::Error),

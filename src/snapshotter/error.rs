@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use crate::attach::RefusedAttributes;
 use crate::repository::Missing;
 use crate::types::{CHAIN_SNAPSHOTS, Digest, InvalidKey, Key, Kind, LABELS_BYTES, LABELS_COUNT, Quoted, SnapshotId};
 use crate::{store, sys};
@@ -67,6 +68,11 @@ pub enum Error {
         digest: Digest,
         repository: String,
         why: Missing,
+    },
+    /// The file system of the state root does not take the attributes of a directory of the layer.
+    AttributesRefused {
+        digest: Digest,
+        refused: RefusedAttributes,
     },
     /// The directory of a local snapshot is missing.
     Broken {
@@ -134,6 +140,17 @@ impl fmt::Display for Error {
                 f,
                 "layer {digest} is being prepared or removed on the local disk by another call, which takes long; try again"
             ),
+            Self::AttributesRefused { digest, refused: RefusedAttributes { directory, bytes, largest, errno } } => {
+                let (directory, name, size) = (directory.to_string_lossy(), largest.0.to_string_lossy(), largest.1);
+                write!(
+                    f,
+                    "layer {digest} cannot be attached: the file system of the state root does not take the extended \
+                     attributes of its directory {}, {bytes} bytes, {size} of them of {} ({errno:?}); use another file system \
+                     for the state root (ext4 without ea_inode takes 4 KiB), or have the publisher drop the attribute",
+                    Quoted(&directory),
+                    Quoted(&name)
+                )
+            }
             Self::Broken { key, id } => write!(
                 f,
                 "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::scans::ScanScheduler;
 use super::{Error, Result, cleanup};
-use crate::attach::{self, AttachRequest, Attacher, Attachment, Pin, Release, Released, Survey};
+use crate::attach::{self, AttachError, AttachRequest, Attacher, Attachment, Pin, Release, Released, Survey};
 use crate::metrics::{METRICS, Reason};
 use crate::overlay::{self, Edition, Lower, Shown};
 use crate::repository::lane::Turn;
@@ -398,7 +398,10 @@ impl Sources {
             }
             Err(e) => {
                 METRICS.attached("failed");
-                Err(Trouble::Own(Error::System(e)))
+                Err(Trouble::Own(match e {
+                    AttachError::System(e) => Error::System(e),
+                    AttachError::Attributes(refused) => Error::AttributesRefused { digest: digest.clone(), refused },
+                }))
             }
         }
     }

@@ -6,16 +6,17 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, lchown};
 use std::path::{Path, PathBuf};
 
+use grpcio::RpcStatusCode;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use scene::alone::digest;
+use scene::alone::{digest, refused};
 use scene::client::Client;
 use scene::disk::Disk;
 use scene::doctor::{Finding, read};
 use scene::process::eventually;
 use scene::publisher::{NO_OWNER, Repository, Settings};
 use scene::rootfs::Mounted;
-use scene::sandbox::Sandbox;
+use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::Snapshotter;
 use scene::stage::names;
 
@@ -262,6 +263,33 @@ fn root_attributes_that_a_client_lists_everywhere_are_in_no_mask() {
         assert!(one.remedy.as_deref().is_some_and(|text| text.contains("CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly")));
         assert_eq!(status(&snapshotter).0["lists_own_attributes"], true);
         assert!(snapshotter.log().contains("CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly"));
+    }
+}
+
+/// Each start failed with "No space left on device" in the way of a fault of this program, with most of the disk free.
+#[test]
+fn root_attributes_that_the_state_root_does_not_take_are_named_with_their_directory() {
+    for config in MODES {
+        let sandbox = Sandbox::enter("large-attribute");
+        // It takes larger attributes than ext4.
+        mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
+        let repository = Repository::plain(&sandbox.path("cvmfs"));
+        let top = make_layer(&repository, 1, &["d/.cvmfscatalog", "d/file"]);
+        xattr::set(top.join("d"), "user.big", &[b'x'; 5000]).expect("tmpfs takes attributes of 5,000 bytes");
+        let _disk = Disk::ext4(&sandbox.path("s/root"), 64, &["-b", "4096"]);
+        let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
+        let c = snapshotter.client();
+        let chain = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
+        for key in ["first", "second"] {
+            let message = refused(c.prepare(key, &chain, &[]), RpcStatusCode::FAILED_PRECONDITION);
+            for part in [digest(1).as_str(), "\"d\"", "\"user.big\"", "5000", "file system of the state root"] {
+                assert!(message.contains(part), "{config}: {part} is missing in: {message}");
+            }
+        }
+        // Its directory goes with the layer.
+        c.remove(&chain).expect("nobody stands on it");
+        c.cleanup().expect("a cleanup succeeds");
+        assert_eq!(names(&snapshotter.snapshots()), Vec::<String>::new(), "{config}");
     }
 }
 
