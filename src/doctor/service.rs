@@ -263,6 +263,7 @@ fn owners(one: &Repository) -> Finding {
     let owners = convert::owners(one);
     let what = owners.describe(&one.name);
     match owners.remedy(&one.name) {
+        Some(remedy) if owners.is_usual() => Finding::note(CHECK, format!("{what}; {remedy}")),
         Some(remedy) => Finding::warning(CHECK, what, remedy),
         None if owners == Owners::Kept => Finding::good(CHECK, what),
         None => Finding::note(CHECK, what),

@@ -91,6 +91,7 @@ impl Repository {
             let what = sample.owners.describe(name);
             match sample.owners.remedy(name) {
                 None => log::info!(repository = name; "{what}"),
+                Some(remedy) if sample.owners.is_usual() => log::info!(repository = name; "{what}; {remedy}"),
                 Some(remedy) => log::warn!(repository = name; "{what}: {remedy}"),
             }
         }

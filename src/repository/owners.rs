@@ -39,12 +39,12 @@ pub struct Owner {
 pub enum Owners {
     /// To more than one owner: the publisher kept those of the images.
     Kept,
-    /// Everything to the user that the client runs as. The owners that the repository has cannot be seen.
+    /// Everything to the user that the client runs as, who may be root. The owners that the repository has cannot be seen.
     Claimed(Owner),
     /// Everything to the repository's owner, who may be root.
     Lost(Owner),
-    /// Everything to one owner: the client's user or the repository's owner. The client's process cannot
-    /// be seen from here, as when it runs in a container.
+    /// Everything to one owner, who may be root: the client's user or the repository's owner. The client's
+    /// process cannot be seen from here, as when it runs in a container.
     Undecided(Owner),
     /// Too little was seen.
     Unknown,
@@ -55,6 +55,11 @@ impl Owners {
     pub fn describe(self, name: &str) -> String {
         match self {
             Self::Kept => format!("owners are kept: files in repository {name} belong to several users or groups"),
+            Self::Undecided(Owner { uid: 0, gid: 0 }) => format!(
+                "everything in repository {name} belongs to root: that is the repository's owner, and nothing has to be \
+                 mapped, or the CernVM-FS client runs as root and shows everything as its own; which of the two cannot be \
+                 told, because its process cannot be seen from here"
+            ),
             Self::Claimed(Owner { uid, gid }) => format!(
                 "owners are claimed: the CernVM-FS client shows everything in repository {name} as its own user's, uid \
                  {uid}, gid {gid}, and containers see that instead of the owners of the image; those that the repository has \
@@ -79,12 +84,28 @@ impl Owners {
         }
     }
 
+    /// Nothing says that something is wrong. Repositories in which everything is root's are usual.
+    pub fn is_usual(self) -> bool {
+        match self {
+            Self::Kept | Self::Unknown => true,
+            Self::Lost(owner) | Self::Undecided(owner) => owner == Owner { uid: 0, gid: 0 },
+            Self::Claimed(_) => false,
+        }
+    }
+
     /// The settings of the client that help, if any do.
     pub fn remedy(self, name: &str) -> Option<String> {
         const UNCLAIM: &str = "set CVMFS_CLAIM_OWNERSHIP=no in /etc/cvmfs/default.local, run cvmfs_config reload, and ask \
                                again";
         match self {
             Self::Kept | Self::Unknown | Self::Lost(Owner { uid: 0, gid: 0 }) => None,
+            Self::Claimed(Owner { uid: 0, gid: 0 }) => Some(format!(
+                "{UNCLAIM}: then the repository's owners show. If that is set already, the repository's owner is root too, and \
+                 nothing has to be mapped"
+            )),
+            Self::Undecided(Owner { uid: 0, gid: 0 }) => {
+                Some(format!("to find out, {UNCLAIM}. If everything is root's then too, nothing has to be mapped"))
+            }
             Self::Claimed(owner) => Some(format!(
                 "{UNCLAIM}: then the repository's owners show. If that is set already, the repository's owner has the same \
                  number by chance, and {}",
@@ -148,9 +169,6 @@ pub fn sample(sys: &dyn Sys, path: &Path) -> sys::Result<Sample> {
 }
 
 fn one_owner(sys: &dyn Sys, path: &Path, owner: Owner) -> Owners {
-    if owner.uid == 0 {
-        return Owners::Lost(owner);
-    }
     match client::user(sys, path) {
         User::Uid(uid) if uid == owner.uid => Owners::Claimed(owner),
         User::Uid(_) | User::NoClient => Owners::Lost(owner),
@@ -360,6 +378,30 @@ mod tests {
         // A process that does not serve this repository.
         xattr::set(&repository, "user.pid", std::process::id().to_string().as_bytes()).unwrap();
         assert_eq!(owners(&repository), Owners::Undecided(other));
+    }
+
+    /// Nobody asked for the client of a repository in which everything is root's: it was lost to root, and
+    /// nothing was to be done.
+    #[test]
+    fn root_everything_of_root_is_claimed_by_a_client_of_root_and_undecided_with_a_hidden_one() {
+        let root = Owner { uid: 0, gid: 0 };
+        let served = |uid| {
+            let served = Served::of_user("a.example.org", uid);
+            layer(&served.path("repository"), 'a', 20, root);
+            served
+        };
+        let by_root = served(0);
+        let repository = by_root.path("repository");
+        assert_eq!(owners(&repository), Owners::Claimed(root));
+        // A process that does not serve this repository.
+        xattr::set(&repository, "user.pid", std::process::id().to_string().as_bytes()).unwrap();
+        assert_eq!(owners(&repository), Owners::Undecided(root));
+        let by_another = served(OWNER.uid);
+        assert_eq!(owners(&by_another.path("repository")), Owners::Lost(root));
+        for owners in [Owners::Claimed(root), Owners::Undecided(root)] {
+            let remedy = owners.remedy("r").unwrap();
+            assert!(remedy.contains("CVMFS_CLAIM_OWNERSHIP=no") && !remedy.contains("_MAP"), "{remedy}");
+        }
     }
 
     #[test]

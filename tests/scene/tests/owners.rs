@@ -115,16 +115,16 @@ const CASES: [Case; 4] = [
         settings: &["CVMFS_CLAIM_OWNERSHIP=no", "/etc/cvmfs/default.local", "cvmfs_config reload"],
         others: &[],
     },
-    // The old rule said nothing.
+    // The old rule said that everything was lost to root, and nothing had to be done.
     Case {
         name: "root",
-        client: &[],
-        owners: [(0, 0); 2],
-        state: "lost",
+        client: &["--claim-ownership", "0:0"],
+        owners: [(991, 990), (5, 5)],
+        state: "claimed",
         owner: Some((0, 0)),
-        finding: "note",
-        settings: &[],
-        others: &["CVMFS_"],
+        finding: "warning",
+        settings: &["CVMFS_CLAIM_OWNERSHIP=no", "/etc/cvmfs/default.local", "cvmfs_config reload"],
+        others: &["_MAP"],
     },
 ];
 
