@@ -230,7 +230,8 @@ fn root_calls_without_a_message_keep_nobody_from_being_served() {
     const CALLS: u32 = 1_000;
     let d = Alone::start("begun", "");
     d.client.prepare("key", "", &[]).unwrap();
-    let begin = |n: u32| frame(HEADERS, END_HEADERS, 2 * n + 1, &call(if n % 2 == 0 { "Stat" } else { "List" }));
+    let begin =
+        |n: u32| frame(HEADERS, END_HEADERS, 2 * n + 1, &call(if n.is_multiple_of(2) { "Stat" } else { "List" }));
     let calls: Vec<u8> = (0..CALLS).flat_map(begin).collect();
     let mut crowd: Vec<Raw> = (0..CONNECTIONS)
         .map(|_| {
