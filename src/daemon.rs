@@ -75,7 +75,7 @@ pub fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Resu
     if !arguments.root.join(SNAPSHOTS).is_dir() {
         return Err(Error::NothingToRebuild { root: arguments.root.clone() });
     }
-    let root = StateRoot::take(&arguments.root)?;
+    let root = StateRoot::take(&arguments.root, &config.repositories)?;
     let first = config.repositories.first().map_or("", |at| at.name.as_str());
     let places = Places::new(root.snapshots.clone());
     let report = rebuild::run(&root.metadata, &places, first, wanted, &Host).map_err(Error::Rebuild)?;
@@ -194,7 +194,7 @@ fn begin_unless_stopped(
 
 /// Everything up to the first call: the state root, the metadata, and what a crash left.
 fn begin(root: &Path, config: &Config) -> Result<Begun, Error> {
-    let root = StateRoot::take(root)?;
+    let root = StateRoot::take(root, &config.repositories)?;
     let snapshotter = Arc::new(open(&root, config)?);
     let found = snapshotter.recover().map_err(Error::Recovery)?;
     log::info!(

@@ -24,6 +24,24 @@ pub enum Error {
     RootNotAbsolute(PathBuf),
     /// A path that cannot be named in the options of an overlay mount.
     RootNotMountable(PathBuf),
+    /// A file, or a link that is not followed or leads nowhere.
+    RootNotADirectory {
+        path: PathBuf,
+    },
+    /// Others could put something into the state root.
+    RootOfOthers {
+        path: PathBuf,
+        mode: u32,
+        owner: u32,
+    },
+    RootInRepository {
+        root: PathBuf,
+        repository: PathBuf,
+    },
+    RepositoryInRoot {
+        root: PathBuf,
+        repository: PathBuf,
+    },
     /// Its file system cannot hold the upper directories of overlays.
     RootWithoutTypes {
         root: PathBuf,
@@ -84,6 +102,32 @@ impl fmt::Display for Error {
             Self::RootNotMountable(root) => write!(
                 f,
                 "--root {} cannot be used for overlay mounts: it must be UTF-8 without colons, commas, quotes and backslashes",
+                root.display()
+            ),
+            Self::RootNotADirectory { path } => write!(
+                f,
+                "the state root needs a directory at {}, and something else is there or above it, such as a file or a \
+                 link (only the path of the state root itself may lead over links, to a directory): move it away, or \
+                 choose another --root; to have what is below on another disk, mount that there",
+                path.display()
+            ),
+            Self::RootOfOthers { path, mode, owner } => write!(
+                f,
+                "the directory {} of the state root has mode {mode:04o} and owner {owner}, and others could put files there that \
+                 root then uses: see that all in it is yours, then \"chown root\" and \"chmod go-w\" it",
+                path.display()
+            ),
+            Self::RootInRepository { root, repository } => write!(
+                f,
+                "the state root {} is inside the repository {}, which is only read: choose another --root",
+                root.display(),
+                repository.display()
+            ),
+            Self::RepositoryInRoot { root, repository } => write!(
+                f,
+                "the repository {} is inside the state root {}: choose another --root, or correct the path of the \
+                 repository in the configuration",
+                repository.display(),
                 root.display()
             ),
             Self::RootWithoutTypes { root } => write!(
@@ -151,6 +195,10 @@ impl Error {
             | Self::Address(_)
             | Self::RootNotAbsolute(_)
             | Self::RootNotMountable(_)
+            | Self::RootNotADirectory { .. }
+            | Self::RootOfOthers { .. }
+            | Self::RootInRepository { .. }
+            | Self::RepositoryInRoot { .. }
             | Self::RootWithoutTypes { .. } => 78,
             Self::Root { .. }
             | Self::RootInUse { .. }

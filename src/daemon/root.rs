@@ -2,16 +2,18 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder, File};
-use std::io::Write;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
 
 use super::Error;
+use crate::config::RepositoryAt;
 use crate::sys;
 
 /// Below the state root.
@@ -27,11 +29,13 @@ pub struct StateRoot {
 }
 
 impl StateRoot {
-    pub fn take(root: &Path) -> Result<Self, Error> {
+    pub fn take(root: &Path, repositories: &[RepositoryAt]) -> Result<Self, Error> {
         if !root.is_absolute() {
             return Err(Error::RootNotAbsolute(root.to_owned()));
         }
+        keep_apart(root, repositories)?;
         make_private(root)?;
+        refuse_link_of_others(root)?;
         // The mount table names things by their real paths, and so must we, to recognise what
         // is mounted below us.
         let real = root.canonicalize().map_err(|cause| Error::Root { path: root.to_owned(), cause })?;
@@ -39,10 +43,12 @@ impl StateRoot {
         if real.to_str().is_none_or(|text| text.contains(odd)) {
             return Err(Error::RootNotMountable(real));
         }
-        let home = real.join("snapshotter");
-        make_private(&home.join("snapshots"))?;
-        let snapshots = home.join("snapshots");
-        let snapshots = snapshots.canonicalize().map_err(|cause| Error::Root { path: snapshots, cause })?;
+        refuse_others(&real)?;
+        let (home, snapshots) = (real.join("snapshotter"), real.join(SNAPSHOTS));
+        for directory in [&home, &snapshots] {
+            make_private(directory)?;
+            refuse_others(directory)?;
+        }
         let lock = lock(root, &home.join("lock"))?;
         if !sys::tells_types(&home).map_err(Error::System)? {
             return Err(Error::RootWithoutTypes { root: real });
@@ -85,9 +91,125 @@ fn killed_holder(path: &Path) -> Option<u32> {
 
 /// Makes `path` and what is missing above it, for root alone.
 fn make_private(path: &Path) -> Result<(), Error> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|cause| Error::Root { path: path.to_owned(), cause })
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|cause| match cause.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+            Error::RootNotADirectory { path: path.to_owned() }
+        }
+        _ => Error::Root { path: path.to_owned(), cause },
+    })
+}
+
+/// Refuses a directory in which others than root and the daemon's own user could put theirs, and a link: what is in
+/// the state root decides what root removes. A sticky bit would keep others from replacing what is there, but not from
+/// being first.
+fn refuse_others(path: &Path) -> Result<(), Error> {
+    let status = path.symlink_metadata().map_err(|cause| Error::Root { path: path.to_owned(), cause })?;
+    if !status.is_dir() {
+        return Err(Error::RootNotADirectory { path: path.to_owned() });
+    }
+    let (mode, owner) = (status.mode() & 0o7777, status.uid());
+    if mode & 0o022 != 0 || !is_trusted(owner) {
+        return Err(Error::RootOfOthers { path: path.to_owned(), mode, owner });
+    }
+    Ok(())
+}
+
+/// The path of the state root may be a link, whose owner decides where it leads.
+fn refuse_link_of_others(path: &Path) -> Result<(), Error> {
+    match path.symlink_metadata() {
+        Ok(status) if status.is_symlink() && !is_trusted(status.uid()) => {
+            Err(Error::RootOfOthers { path: path.to_owned(), mode: status.mode() & 0o7777, owner: status.uid() })
+        }
+        Ok(_) => Ok(()),
+        Err(cause) => Err(Error::Root { path: path.to_owned(), cause }),
+    }
+}
+
+fn is_trusted(owner: u32) -> bool {
+    owner == 0 || owner == geteuid().as_raw()
+}
+
+/// Refuses a state root inside a repository, which is only read, and a repository inside the state root. Repositories
+/// are known by their paths: they are not asked, because they may hang.
+fn keep_apart(root: &Path, repositories: &[RepositoryAt]) -> Result<(), Error> {
+    let refuse = |at: &RepositoryAt| Error::RootInRepository { root: root.to_owned(), repository: at.path.clone() };
+    let real = resolve(root, |path| repositories.iter().find(|at| path.starts_with(&at.path))).map_err(refuse)?;
+    match repositories.iter().find(|at| at.path.starts_with(&real) || at.path.starts_with(root)) {
+        Some(at) => Err(Error::RepositoryInRoot { root: root.to_owned(), repository: at.path.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Where the links in `path` lead. What is missing is no link, and the way ends with an error before anything that is
+/// `forbidden` is looked at.
+fn resolve<F>(path: &Path, forbidden: impl Fn(&Path) -> Option<F>) -> Result<PathBuf, F> {
+    /// As many as the kernel follows.
+    const LINKS: usize = 40;
+    let mut links = 0;
+    let mut real = PathBuf::new();
+    // The next component is the last one.
+    let mut rest: Vec<PathBuf> = reversed(path);
+    while let Some(next) = rest.pop() {
+        if next == Path::new("..") {
+            real.pop();
+            continue;
+        }
+        // An absolute one, "/", begins anew.
+        real.push(next);
+        if let Some(found) = forbidden(&real) {
+            return Err(found);
+        }
+        if let Ok(target) = real.read_link()
+            && links < LINKS
+        {
+            links += 1;
+            real.pop();
+            rest.extend(reversed(&target));
+        }
+    }
+    Ok(real)
+}
+
+fn reversed(path: &Path) -> Vec<PathBuf> {
+    let components = path.components().filter(|component| *component != Component::CurDir);
+    components.rev().map(|component| PathBuf::from(component.as_os_str())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn at(path: &Path) -> RepositoryAt {
+        RepositoryAt { name: "r".to_owned(), path: path.to_owned() }
+    }
+
+    #[test]
+    fn state_root_and_repository_in_each_other_are_refused_wherever_links_lead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir_all(path("repo/below")).unwrap();
+        fs::create_dir_all(path("other/deep")).unwrap();
+        symlink("repo", path("link")).unwrap();
+        symlink(path("link/below"), path("other/deep/link")).unwrap();
+        symlink("loop", path("loop")).unwrap();
+        let repositories = [at(&path("none")), at(&path("repo"))];
+        for root in ["repo", "repo/x/y", "link", "link/x", "other/deep/link", "other/../repo/x", "other/deep/link/../x"]
+        {
+            let refused = keep_apart(&path(root), &repositories);
+            assert!(
+                matches!(&refused, Err(Error::RootInRepository { repository, .. }) if *repository == path("repo")),
+                "{root}: {refused:?}"
+            );
+        }
+        for root in ["repository", "other", "other/deep", "link2/x", "loop/x"] {
+            keep_apart(&path(root), &repositories).unwrap_or_else(|e| panic!("{root}: {e}"));
+        }
+        symlink("other", path("second")).unwrap();
+        for (root, repository) in [("other", "other/deep"), ("second", "other/deep"), ("second", "second/x")] {
+            let refused = keep_apart(&path(root), &[at(&path(repository))]);
+            assert!(matches!(refused, Err(Error::RepositoryInRoot { .. })), "{root} {repository}: {refused:?}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ pub struct Disk {
 impl Disk {
     pub fn tmpfs(at: &Path, mebibytes: usize) -> Self {
         fs::create_dir_all(at).expect("a mount point can be made");
-        mount_tmpfs(at, &format!("size={mebibytes}m"));
+        mount_tmpfs(at, &format!("size={mebibytes}m,mode=755"));
         Self { at: at.to_owned(), image: None }
     }
 

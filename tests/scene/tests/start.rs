@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,7 +19,7 @@ use nix::sys::signal::Signal;
 use scene::alone::refused;
 use scene::client::{Answer, Client};
 use scene::disk::Disk;
-use scene::process::eventually;
+use scene::process::{Output, eventually, run};
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
@@ -152,4 +154,114 @@ fn root_slow_start_takes_signals_and_can_be_stopped() {
     snapshotter.start_again();
     snapshotter.client().stat("key").unwrap();
     assert!(snapshotter.end(Signal::SIGTERM).success());
+}
+
+/// A configured snapshotter that was never started, in a sandbox of its own.
+fn unstarted(name: &str) -> (Sandbox, Snapshotter) {
+    let sandbox = Sandbox::enter(name);
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let snapshotter = Snapshotter::configured(&sandbox.path("s"), repository.dir(), "");
+    (sandbox, snapshotter)
+}
+
+/// What a start with this state root says. One that is not refused is ended after a while.
+fn start_at(snapshotter: &Snapshotter, root: &Path) -> Output {
+    let command = snapshotter.command();
+    let usual = snapshotter.root();
+    let arguments = command.get_args().map(|word| if word == usual { root.as_os_str() } else { word });
+    run("timeout", [OsStr::new("20"), command.get_program()].into_iter().chain(arguments))
+}
+
+fn assert_refused(what: &str, output: &Output, parts: &[&str]) {
+    assert_eq!(output.status.code(), Some(78), "{what}: {output:?}");
+    let said = output.stderr.lines().last().unwrap_or_default();
+    assert!(parts.iter().all(|part| said.contains(part)), "{what}: {said}");
+}
+
+/// Whoever could write there put metadata and a link of theirs in it, and root removed what the link led to.
+#[test]
+fn root_state_root_in_which_others_can_write_is_refused() {
+    let (sandbox, snapshotter) = unstarted("others");
+    let victim = sandbox.make_dir("victim/7");
+    let cases = [
+        ("everybody's", "", 0, 0o777),
+        ("everybody's, sticky", "", 0, 0o1777),
+        ("a group's", "", 0, 0o770),
+        ("a user's", "", 1234, 0o755),
+        ("a user's snapshotter", "snapshotter", 1234, 0o711),
+        ("everybody's snapshots", "snapshotter/snapshots", 0, 0o1777),
+    ];
+    for (n, (what, below, owner, mode)) in cases.into_iter().enumerate() {
+        let root = sandbox.path(&format!("root-{n}"));
+        let bad = root.join(below);
+        fs::create_dir_all(&bad).unwrap();
+        chown(&bad, Some(owner), None).unwrap();
+        fs::set_permissions(&bad, fs::Permissions::from_mode(mode)).unwrap();
+        let shown = bad.display().to_string();
+        let parts = [
+            shown.trim_end_matches('/'),
+            &format!("{mode:04o}"),
+            &format!("owner {owner}"),
+            "chown root",
+            "chmod go-w",
+        ];
+        assert_refused(what, &start_at(&snapshotter, &root), &parts);
+        assert!(!root.join("snapshotter/metadata.redb").exists(), "{what}");
+    }
+    for link in ["snapshotter", "snapshotter/snapshots"] {
+        let root = sandbox.path(&format!("linked-{}", link.len()));
+        let link = root.join(link);
+        fs::create_dir_all(link.parent().unwrap()).unwrap();
+        symlink(victim.parent().unwrap(), &link).unwrap();
+        assert_refused("a link", &start_at(&snapshotter, &root), &[&link.display().to_string(), "link"]);
+    }
+    let (theirs, link) = (sandbox.make_dir("theirs"), sandbox.path("their-link"));
+    symlink(&theirs, &link).unwrap();
+    lchown(&link, Some(1234), None).unwrap();
+    assert_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
+    assert!(victim.exists());
+}
+
+#[test]
+fn root_state_root_as_a_go_snapshotter_or_an_admin_made_it_is_accepted() {
+    let (sandbox, mut snapshotter) = unstarted("accepted");
+    let root = snapshotter.root();
+    for mode in [0o700, 0o711, 0o755] {
+        for directory in [&root, &root.join("snapshotter"), &snapshotter.snapshots()] {
+            fs::create_dir_all(directory).unwrap();
+            fs::set_permissions(directory, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        snapshotter.start_again();
+        assert!(snapshotter.end(Signal::SIGTERM).success(), "{mode:o}");
+        fs::remove_dir_all(&root).unwrap();
+    }
+    symlink(sandbox.make_dir("elsewhere"), &root).unwrap();
+    snapshotter.start_again();
+    assert!(snapshotter.end(Signal::SIGTERM).success());
+    assert!(sandbox.path("elsewhere/snapshotter/metadata.redb").exists());
+}
+
+/// A file was "File exists (os error 17)", and tried for ever; a state root in a repository was taken, and written to.
+#[test]
+fn root_state_root_that_cannot_be_one_is_a_fault_of_the_configuration() {
+    let (sandbox, snapshotter) = unstarted("no-root");
+    fs::write(sandbox.path("file"), "").unwrap();
+    symlink("nowhere", sandbox.path("dangling")).unwrap();
+    symlink("cvmfs", sandbox.path("link")).unwrap();
+    for (root, parts) in [
+        ("file", ["directory", "--root"]),
+        ("file/below", ["directory", "--root"]),
+        ("dangling", ["directory", "--root"]),
+        ("cvmfs", ["is inside the repository", "--root"]),
+        ("cvmfs/.layers/x", ["is inside the repository", "--root"]),
+        ("link/x", ["is inside the repository", "--root"]),
+        (".", ["is inside the state root", "--root"]),
+    ] {
+        let root = sandbox.path(root);
+        let shown = root.display().to_string();
+        assert_refused(&shown, &start_at(&snapshotter, &root), &[shown.trim_end_matches("/."), parts[0], parts[1]]);
+    }
+    for place in ["", "cvmfs"] {
+        assert!(!sandbox.path(place).join("snapshotter").exists(), "nothing is made");
+    }
 }
