@@ -421,7 +421,7 @@ mod tests {
     use std::sync::mpsc;
 
     const SOON: Duration = Duration::from_secs(10);
-    const SHORT: Duration = Duration::from_millis(40);
+    const SHORT: Duration = Duration::from_millis(300);
 
     fn lane(threads: (usize, usize), stuck_after: Duration) -> Lane {
         Lane::new("r", "t", threads, stuck_after, &ThreadBudget::new(100))
