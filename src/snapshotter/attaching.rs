@@ -353,6 +353,34 @@ fn root_a_slow_release_does_not_remove_a_layer_that_is_attached_meanwhile() {
     }
 }
 
+/// Each waited as long as the work took, on a thread that others needed.
+#[test]
+fn a_call_waits_with_a_limit_for_another_one_that_prepares_the_same_layer() {
+    let place = Place::new(Mode::Symlink);
+    let (begun, has_begun) = crossbeam_channel::bounded(1);
+    let (go_on, may_go_on) = crossbeam_channel::bounded::<()>(0);
+    let below = place.snapshots().join("2");
+    let sys = Failing::before_call(move |call, path| {
+        if call == "create_whiteout" && path.starts_with(&below) && begun.try_send(()).is_ok() {
+            let _ = may_go_on.recv();
+        }
+    });
+    let s = place.open(Arc::new(sys));
+    let bottom = pull(&s, 1, "");
+    let top = pull(&s, 2, &bottom);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| s.prepare(wanted("first", &top, &[])));
+        has_begun.recv().unwrap();
+        s.prepare(wanted("on another layer", &bottom, &[])).unwrap();
+        let second = s.prepare(wanted("second", &top, &[]));
+        assert!(matches!(second, Err(Error::LayerBusy { .. })), "{second:?}");
+        drop(go_on);
+        first.join().unwrap().unwrap();
+    });
+    check_files(&place, &s.prepare(wanted("second", &top, &[])).unwrap());
+    remove_all(&place, &s);
+}
+
 /// Between the look at a layer and its mount, a publisher can put a link in its place: mount(2) followed
 /// it to the host.
 #[test]
