@@ -92,6 +92,8 @@ impl Missing {
             Self::BeingScanned { .. } | Self::Slow { .. } | Self::ScansTakeMemory { .. } => Remedy::Wait,
             Self::Unscannable(scan::Error::Exceeds(_)) => Remedy::Download,
             Self::Unscannable(scan::Error::Panicked) => Remedy::Report,
+            // Attributes of layers that others attach take their share of memory.
+            Self::Unreadable(cause) if cause.errno == Errno::ENOMEM => Remedy::Wait,
             // The bound of attributes, and the kernel's own.
             Self::Unreadable(cause) if cause.errno == Errno::E2BIG => Remedy::Republish,
             Self::NotConfigured { instead: Some((_, why)) } => why.remedy(),
@@ -208,6 +210,7 @@ mod tests {
             (Missing::NotPublished, Remedy::MakeAvailable),
             (unreadable(Errno::EIO), Remedy::MakeAvailable),
             (unreadable(Errno::E2BIG), Remedy::Republish),
+            (unreadable(Errno::ENOMEM), Remedy::Wait),
             (exceeds.clone(), Remedy::Download),
             (elsewhere(exceeds), Remedy::Download),
             (elsewhere(Missing::NotPublished), Remedy::MakeAvailable),
