@@ -26,6 +26,7 @@ mod convert;
 mod fields;
 #[cfg(not(feature = "server"))]
 #[path = "server/filters.rs"]
+#[allow(dead_code)]
 mod filters;
 
 #[cfg(test)]
