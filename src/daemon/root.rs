@@ -43,7 +43,7 @@ impl StateRoot {
         if real.to_str().is_none_or(|text| text.contains(odd)) {
             return Err(Error::RootNotMountable(real));
         }
-        refuse_others(&real)?;
+        warn_of_others(&real)?;
         let (home, snapshots) = (real.join("snapshotter"), real.join(SNAPSHOTS));
         for directory in [&home, &snapshots] {
             make_private(directory)?;
@@ -103,15 +103,38 @@ fn make_private(path: &Path) -> Result<(), Error> {
 /// the state root decides what root removes. A sticky bit would keep others from replacing what is there, but not from
 /// being first.
 fn refuse_others(path: &Path) -> Result<(), Error> {
-    let status = path.symlink_metadata().map_err(|cause| Error::Root { path: path.to_owned(), cause })?;
-    if !status.is_dir() {
-        return Err(Error::RootNotADirectory { path: path.to_owned() });
-    }
-    let (mode, owner) = (status.mode() & 0o7777, status.uid());
+    let (mode, owner) = mode_and_owner(path)?;
     if mode & 0o022 != 0 || !is_trusted(owner) {
         return Err(Error::RootOfOthers { path: path.to_owned(), mode, owner });
     }
     Ok(())
+}
+
+/// Refuses a state root of another user. One that others may write to is told only, for containerd's own tests use
+/// such: what they put there before is refused, and what they do later is not seen.
+fn warn_of_others(path: &Path) -> Result<(), Error> {
+    let (mode, owner) = mode_and_owner(path)?;
+    if !is_trusted(owner) {
+        return Err(Error::RootOfOthers { path: path.to_owned(), mode, owner });
+    }
+    if mode & 0o022 != 0 {
+        log::warn!(
+            "the state root {} has mode {mode:04o}: others can replace what is in it, and root would use and remove \
+             what they put there; chmod go-w it",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// Of a directory.
+fn mode_and_owner(path: &Path) -> Result<(u32, u32), Error> {
+    let status = path.symlink_metadata().map_err(|cause| Error::Root { path: path.to_owned(), cause })?;
+    if status.is_dir() {
+        Ok((status.mode() & 0o7777, status.uid()))
+    } else {
+        Err(Error::RootNotADirectory { path: path.to_owned() })
+    }
 }
 
 /// The path of the state root may be a link, whose owner decides where it leads.

@@ -180,15 +180,13 @@ fn assert_refused(what: &str, output: &Output, parts: &[&str]) {
 
 /// Whoever could write there put metadata and a link of theirs in it, and root removed what the link led to.
 #[test]
-fn root_state_root_in_which_others_can_write_is_refused() {
+fn root_state_root_with_directories_of_others_is_refused() {
     let (sandbox, snapshotter) = unstarted("others");
     let victim = sandbox.make_dir("victim/7");
     let cases = [
-        ("everybody's", "", 0, 0o777),
-        ("everybody's, sticky", "", 0, 0o1777),
-        ("a group's", "", 0, 0o770),
         ("a user's", "", 1234, 0o755),
         ("a user's snapshotter", "snapshotter", 1234, 0o711),
+        ("a group's snapshotter", "snapshotter", 0, 0o770),
         ("everybody's snapshots", "snapshotter/snapshots", 0, 0o1777),
     ];
     for (n, (what, below, owner, mode)) in cases.into_iter().enumerate() {
@@ -220,6 +218,20 @@ fn root_state_root_in_which_others_can_write_is_refused() {
     lchown(&link, Some(1234), None).unwrap();
     assert_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
     assert!(victim.exists());
+}
+
+#[test]
+fn root_state_root_that_others_can_write_to_is_told() {
+    let (_sandbox, mut snapshotter) = unstarted("writable");
+    let root = snapshotter.root();
+    fs::create_dir_all(&root).unwrap();
+    for mode in [0o777, 0o1777, 0o770] {
+        fs::set_permissions(&root, fs::Permissions::from_mode(mode)).unwrap();
+        snapshotter.start_again();
+        let warning = format!("{} has mode {mode:04o}", root.display());
+        eventually("it is told", || snapshotter.log().contains(&warning));
+        assert!(snapshotter.end(Signal::SIGTERM).success());
+    }
 }
 
 #[test]
