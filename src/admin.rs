@@ -68,7 +68,8 @@ impl fmt::Display for Error {
             ),
             Self::Silent { address } => write!(
                 f,
-                "the daemon at {} takes calls and does not answer within {} s: see its log, and restart it",
+                "the daemon at {} takes calls and does not answer within {} s, it is very busy or hangs: see its log, and restart \
+                 it if that lasts",
                 address.display(),
                 HEALTH_LIMIT.as_secs()
             ),

@@ -104,7 +104,7 @@ impl Attacher {
             let xattrs = size_of_xattrs(&attributes);
             bytes += xattrs;
             if !memory.add(size_of::<(usize, Attributes)>() + xattrs) {
-                let call = "hold the attributes of more directories while others are attached (64 MiB), at";
+                let call = "hold the attributes of more directories at one time (64 MiB), at";
                 return Err(Error { call, path: layer.path().join(path), errno: Errno::ENOMEM });
             }
             if bytes > MAX_ATTRIBUTES {

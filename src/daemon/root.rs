@@ -33,6 +33,9 @@ impl StateRoot {
         if !root.is_absolute() {
             return Err(Error::RootNotAbsolute(root.to_owned()));
         }
+        // With a slash at the end, a link would not be seen.
+        let root = root.components().collect::<PathBuf>();
+        let root = root.as_path();
         keep_apart(root, repositories)?;
         make_private(root)?;
         refuse_link_of_others(root)?;
@@ -93,7 +96,11 @@ fn killed_holder(path: &Path) -> Option<u32> {
 fn make_private(path: &Path) -> Result<(), Error> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|cause| match cause.kind() {
         io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-            Error::RootNotADirectory { path: path.to_owned() }
+            // A link may lead to a disk that is mounted later: the start is tried again.
+            match path.ancestors().find(|one| one.is_symlink() && !one.exists()) {
+                Some(link) => Error::Root { path: link.to_owned(), cause: io::ErrorKind::NotFound.into() },
+                None => Error::RootNotADirectory { path: path.to_owned() },
+            }
         }
         _ => Error::Root { path: path.to_owned(), cause },
     })

@@ -46,6 +46,9 @@ fn count_in(input: &mut CodedInputStream<'_>, messages: Messages, counted: &mut 
                 let length = input.read_raw_varint32()?;
                 let before = input.push_limit(u64::from(length))?;
                 count_in(input, *inner, counted)?;
+                if *counted > FIELDS {
+                    return Ok(());
+                }
                 input.pop_limit(before);
             }
         }

@@ -108,7 +108,7 @@ impl Snapshotter {
             one.trouble = self.require_files(&one.snapshot).err().map(|e| e.to_string());
         }
         if ask == Ask::Repositories {
-            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected)? {
+            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected) {
                 inspected[index].refused = missing.remedy() == Remedy::Download;
                 inspected[index].trouble = Some(format!("layer {digest} of repository {repository}: {missing}"));
             }
@@ -117,7 +117,7 @@ impl Snapshotter {
     }
 
     /// The layers that no repository has, or that cannot be shown as it has them.
-    fn find_unavailable(&self, inspected: &[Inspected]) -> Result<Vec<AvailabilityQuery>> {
+    fn find_unavailable(&self, inspected: &[Inspected]) -> Vec<AvailabilityQuery> {
         let mut queries: Vec<AvailabilityQuery> = Vec::new();
         for (index, one) in inspected.iter().enumerate() {
             if let Some(layer) = &one.snapshot.layer {
@@ -136,7 +136,11 @@ impl Snapshotter {
             for (mut query, answer) in queries.into_iter().zip(answers(repository, digests)) {
                 let missing = match answer {
                     Err(missing) => missing,
-                    Ok(()) => match self.refusal(&query.digest, repository)? {
+                    // A row that is damaged must not keep the answer about all others.
+                    Ok(()) => match self.refusal(&query.digest, repository).unwrap_or_else(|e| {
+                        log::warn!("{e}");
+                        None
+                    }) {
                         Some(refusal) => refusal,
                         None => continue,
                     },
@@ -148,7 +152,7 @@ impl Snapshotter {
             }
             queries = unavailable;
         }
-        Ok(queries)
+        queries
     }
 
     fn refusal(&self, digest: &Digest, repository: &Repository) -> Result<Option<Missing>> {

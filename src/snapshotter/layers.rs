@@ -168,7 +168,7 @@ impl From<Missing> for Trouble {
 /// When a call waits no longer, however well the repository gets on.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For scans, which go on without it, and for other calls that work on the same layers.
+    /// For scans, which go on without it.
     pub scans: Instant,
     pub all: Instant,
 }
@@ -252,6 +252,14 @@ impl Sources {
         let begun = layers.iter().map(|one| self.scans.start(&one.scan_key(), &one.repository, Turn::Next));
         let begun = begun.collect::<Result<Vec<_>>>()?;
         let scans: Vec<_> = begun.into_iter().map(|scan| scan.and_then(|scan| scan.wait(limits.scans))).collect();
+        // No other repository would help, and what is held keeps others out.
+        let too_much = layers.iter().zip(&scans).find_map(|(one, scan)| match scan {
+            Err(why @ Missing::ScansTakeMemory { .. }) => Some(unavailable(one.layer, why.clone())),
+            _ => None,
+        });
+        if let Some(e) = too_much {
+            return Err(e);
+        }
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
         let targets = layers.iter().zip(scans).zip(masked).map(|((one, scan), masked)| Ok(one.target(scan?, masked)));
         let mut attached = Vec::with_capacity(layers.len());
@@ -282,12 +290,14 @@ impl Sources {
         targets: Vec<std::result::Result<AttachTarget, Missing>>,
         limits: Limits,
     ) -> Vec<Tried> {
+        let timeout = self.repositories[0].timeout();
+        let pinned_until = limits.scans.max(Instant::now() + timeout);
         // With their places in `targets`.
         let mut tried: Vec<(usize, Tried)> = Vec::with_capacity(targets.len());
         let mut to_survey = Vec::with_capacity(targets.len());
         for (place, target) in targets.into_iter().enumerate() {
             match target {
-                Ok(target) => match self.attacher.pin(target.request.id, limits.scans) {
+                Ok(target) => match self.attacher.pin(target.request.id, pinned_until) {
                     Some(pin) => to_survey.push((place, pin, Arc::new(target))),
                     None => tried.push((place, Err(target.busy()))),
                 },
@@ -307,12 +317,16 @@ impl Sources {
         // The time of the repository is over before that of the local disk begins.
         let surveyed: Vec<_> =
             begun.into_iter().map(|(begun, count)| (begun.and_then(|asked| asked.wait(limits.all)), count)).collect();
+        let attached_until = Instant::now() + timeout;
         let mut to_attach = to_survey.into_iter();
         for (surveyed, count) in surveyed {
             let some = to_attach.by_ref().take(count);
             match surveyed {
                 Ok(surveyed) => tried.extend(some.zip(surveyed).map(|((place, pin, target), survey)| {
-                    (place, survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, limits)))
+                    (
+                        place,
+                        survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, (limits, attached_until))),
+                    )
                 })),
                 Err(missing) => tried.extend(some.map(|(place, ..)| (place, Err(missing.clone().into())))),
             }
@@ -380,9 +394,14 @@ impl Sources {
     }
 
     /// Work on the local disk: the repository has said all that it has to.
-    fn attach_surveyed(self: &Arc<Self>, target: &AttachTarget, pin: Pin, survey: Survey, limits: Limits) -> Tried {
+    fn attach_surveyed(
+        self: &Arc<Self>,
+        target: &AttachTarget,
+        pin: Pin,
+        survey: Survey,
+        (limits, until): (Limits, Instant),
+    ) -> Tried {
         let AttachTarget { request, digest, repository } = target;
-        let until = Instant::now() + repository.timeout();
         match self.attacher.attach(&pin, request, survey, until) {
             Ok(Attachment::Done { edition, fresh }) => {
                 if fresh {

@@ -26,6 +26,8 @@ const MAX_QUEUED: usize = 4096;
 
 /// Records of scans that are shorter are decoded by every call for itself, and not counted.
 const SMALL_RECORD: usize = 512;
+/// What such a scan takes at most: a name takes three bytes or more in a record, and a hundred in memory.
+const SMALL_SCAN: usize = SMALL_RECORD * 40;
 /// What the scans of layers that are being attached may take together, in bytes.
 const MAX_HELD: usize = 128 << 20;
 
@@ -59,12 +61,20 @@ impl HeldScans {
         self.0.values().map(|(_, bytes)| bytes).sum::<usize>() < MAX_HELD
     }
 
-    /// The scan, shared from now on, unless others leave no room for it.
+    /// The scan, shared from now on if it is large, unless others leave no room for it.
     fn add(&mut self, key: &ScanKey, scan: Scan) -> std::result::Result<Arc<Scan>, Missing> {
+        let bytes = scan.memory();
+        if bytes <= SMALL_SCAN {
+            return Ok(Arc::new(scan));
+        }
+        // Somebody may have decoded it between its way into the store and here.
+        if let Some(shared) = self.get(key) {
+            return Ok(shared);
+        }
         if !self.has_room() {
             return Err(Missing::ScansTakeMemory { limit: MAX_HELD });
         }
-        let (bytes, scan) = (scan.memory(), Arc::new(scan));
+        let scan = Arc::new(scan);
         self.0.insert(key.clone(), (Arc::downgrade(&scan), bytes));
         Ok(scan)
     }
@@ -115,10 +125,12 @@ impl ScanScheduler {
 
     /// Why the layer cannot be shown, if a scan has found that out.
     pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
-        Ok(match self.shared.known(scan_key)? {
-            Some(Err(refusal @ Missing::Unscannable(_))) => Some(refusal),
-            _ => None,
-        })
+        // The record of a refusal is small.
+        let stored = self.shared.store.read(|tx| match tx.scan_bytes(scan_key)? {
+            None | Some(SMALL_RECORD..) => Ok::<_, Error>(None),
+            Some(_) => Ok(tx.scan(scan_key)?),
+        })?;
+        Ok(stored.and_then(std::result::Result::err).map(|limit| Missing::Unscannable(scan::Error::Exceeds(limit))))
     }
 
     /// Begins a scan of the layer, unless it is known or there is one. A scan that somebody waits
@@ -312,6 +324,8 @@ mod tests {
         let bytes: usize = held.iter().map(|scan| scan.memory()).sum();
         assert!((MAX_HELD..MAX_HELD + large.memory()).contains(&bytes), "{bytes}");
         assert!(known('9').is_ok(), "ordinary layers are attached meanwhile");
+        let small = Scan { directories: vec![Directory::default()] };
+        assert!(scheduler.shared.held.lock().add(&key('8'), small).is_ok(), "so are those that were just scanned");
         // It is no reason to download a layer that is pulled.
         assert_eq!(scheduler.refusal(&key('5')).unwrap(), None);
         held.clear();
