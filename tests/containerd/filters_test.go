@@ -270,7 +270,6 @@ var table = []string{
 	"name~=(((x{0,100}){0,100}){0,100})", "name~=(x{0,30}){0,30}", `name~=\w{50}|x`,
 	"name~=(?U)x+", `labels.b~=\d+x`, `name~=[a-z0-9_.-]+$`, `name~=^(base|x)$`, `name~=^default/[0-9]+/`,
 	"name~=" + strings.Repeat("(", 240) + "x" + strings.Repeat(")", 240),
-	"name~=" + strings.Repeat("(", 1100) + "x" + strings.Repeat(")", 1100),
 
 	// What containerd asks after a remote layer, and its neighbours: the daemon has an index.
 	`labels."containerd.io/snapshot.ref"==sha256:abc,parent==""`, `labels."containerd.io/snapshot.ref"==sha256:abc,parent==base`,
