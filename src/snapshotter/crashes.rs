@@ -276,7 +276,7 @@ fn try_case(operation: &Operation, mode: Mode, fault: Fault, left: Left) -> Vec<
         all
     };
     let steps = Arc::new(Steps::with(fault));
-    let (before, end) = {
+    let (before, end, taken) = {
         let s = world.open(&world.disk, &steps).unwrap();
         let before = untouched(&s);
         steps.arm();
@@ -285,9 +285,9 @@ fn try_case(operation: &Operation, mode: Mode, fault: Fault, left: Left) -> Vec<
             (Ok(()), _) => End::Acknowledged,
             (Err(_), _) => End::Refused,
         };
-        (before, end)
+        // What closing the metadata writes is none of the operation's steps.
+        (before, end, steps.recorded())
     };
-    let taken = steps.recorded();
     check_changes(&world, &steps.changes(), &case);
     let disk = world.disk.after(left);
     let s = world.open(&disk, &Arc::new(Steps::with(Fault::None)));
