@@ -108,7 +108,7 @@ impl From<Error> for AttachError {
     }
 }
 
-type Attached<T> = std::result::Result<T, AttachError>;
+type AttachResult<T> = std::result::Result<T, AttachError>;
 
 /// How long a release waits for a thread that attaches the same layer right now.
 const RELEASE_WAIT: Duration = Duration::from_millis(50);
@@ -222,7 +222,13 @@ impl Attacher {
 
     /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
     /// for another thread that works on it.
-    pub fn attach(&self, pin: &Pin, request: &AttachRequest, survey: Survey, until: Instant) -> Attached<Attachment> {
+    pub fn attach(
+        &self,
+        pin: &Pin,
+        request: &AttachRequest,
+        survey: Survey,
+        until: Instant,
+    ) -> AttachResult<Attachment> {
         let attached = self.try_to_attach(pin, request, &survey, until);
         if !matches!(attached, Ok(Attachment::Done { .. })) {
             self.discard(request.id, survey);
@@ -236,7 +242,7 @@ impl Attacher {
         request: &AttachRequest,
         survey: &Survey,
         until: Instant,
-    ) -> Attached<Attachment> {
+    ) -> AttachResult<Attachment> {
         let AttachRequest { id, ref source, .. } = *request;
         let Survey { edition, ref mask, ref hide, ref point, .. } = *survey;
         let home = self.places.home(id);

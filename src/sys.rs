@@ -7,6 +7,7 @@
 //! whole FUSE file system, for everybody on the node.
 #![deny(unsafe_code)]
 
+mod counted;
 #[cfg(feature = "server")]
 mod descriptors;
 mod directory;
@@ -35,6 +36,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::sys::time::TimeSpec;
 use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags, statx};
 
+pub use self::counted::CountedMemory;
 #[cfg(feature = "server")]
 pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::directory::DirHandle;

@@ -5,16 +5,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
-use super::{AttachError, AttachRequest, Attached, Attacher, RefusedAttributes, beside};
+use super::{AttachError, AttachRequest, AttachResult, Attacher, RefusedAttributes, beside};
 use crate::overlay::Mask;
 use crate::repository::lane::{alive, without_repository};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
-use crate::sys::{Attributes, DirHandle, Error, Result};
+use crate::sys::{Attributes, CountedMemory, DirHandle, Error, Result};
 
 /// Extended attributes of the directories of one skeleton, in bytes. A directory of an image has a
 /// hundred.
@@ -46,32 +44,8 @@ pub(super) enum Plan {
     /// To build it of the scan's directories at these indexes, each with these attributes.
     Build {
         directories: Vec<(usize, Attributes)>,
-        _memory: Planned,
+        _memory: CountedMemory,
     },
-}
-
-/// The memory that a plan takes, which counts for all plans together until this is dropped.
-pub(super) struct Planned {
-    bytes: usize,
-    all: Arc<AtomicUsize>,
-}
-
-impl Planned {
-    pub(super) fn new(all: &Arc<AtomicUsize>) -> Self {
-        Self { bytes: 0, all: Arc::clone(all) }
-    }
-
-    /// Counts `bytes` more; whether there is room for them.
-    fn add(&mut self, bytes: usize) -> bool {
-        self.bytes += bytes;
-        self.all.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_PLANNED
-    }
-}
-
-impl Drop for Planned {
-    fn drop(&mut self) {
-        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
 }
 
 impl Attacher {
@@ -92,7 +66,7 @@ impl Attacher {
         let scan = &request.scan;
         let mut bytes = 0;
         let mut planned = Vec::new();
-        let mut memory = Planned::new(&self.planned);
+        let mut memory = CountedMemory::new(&self.planned);
         for directory in scan.with_parents(|directory| part.is_for(directory)) {
             let path = scan.path(directory);
             let mut attributes = self.sys.attributes_below(layer, &path, ignored)?;
@@ -103,7 +77,7 @@ impl Attacher {
             }
             let xattrs = size_of_xattrs(&attributes);
             bytes += xattrs;
-            if !memory.add(size_of::<(usize, Attributes)>() + xattrs) {
+            if memory.add(size_of::<(usize, Attributes)>() + xattrs) > MAX_PLANNED {
                 let call = "hold the attributes of more directories at one time (64 MiB), at";
                 return Err(Error { call, path: layer.path().join(path), errno: Errno::ENOMEM });
             }
@@ -120,7 +94,7 @@ impl Attacher {
     }
 
     /// Builds what was planned, unless another thread has done so.
-    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> Attached<()> {
+    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> AttachResult<()> {
         let Plan::Build { directories: planned, .. } = plan else { return Ok(()) };
         if self.lstat(place)?.is_some() {
             return Ok(());

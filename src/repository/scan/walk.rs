@@ -17,7 +17,7 @@ use super::{
     Directory, Error, Limit, MAX_DIRECTORIES, MAX_MARKED, MAX_MEMORY, MAX_PATH, MAX_RESULT, NO_OWNER, Progress, Result,
     Scan, cost, is_publishers, is_whiteout,
 };
-use crate::sys::{self, DirHandle, FileType, Sys};
+use crate::sys::{self, CountedMemory, DirHandle, FileType, Sys};
 
 /// Threads that read directories of one tree. The time goes to the FUSE server's round
 /// trips, not to our cores: four need half the time of one.
@@ -76,26 +76,6 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.memory.fetch_sub(cost(&self.name), Ordering::Relaxed);
-    }
-}
-
-/// The names that a walker holds of the directory that it reads.
-struct NamesRead<'a> {
-    bytes: usize,
-    memory: &'a AtomicUsize,
-}
-
-impl NamesRead<'_> {
-    /// Counts a name; the result is what the whole scan holds.
-    fn add(&mut self, bytes: usize) -> usize {
-        self.bytes += bytes;
-        self.memory.fetch_add(bytes, Ordering::Relaxed) + bytes
-    }
-}
-
-impl Drop for NamesRead<'_> {
-    fn drop(&mut self) {
-        self.memory.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -180,7 +160,7 @@ impl Walk<'_> {
             };
             let Some(next) = next else { return };
             // A panic must not leave the others waiting for this one.
-            let mut names = NamesRead { bytes: 0, memory: &self.memory };
+            let mut names = CountedMemory::new(&self.memory);
             let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next, &mut names)))
                 .unwrap_or(Err(Error::Panicked));
             self.progress.directories.fetch_add(1, Ordering::Relaxed);
@@ -188,7 +168,7 @@ impl Walk<'_> {
             let mut state = self.state.lock();
             state.busy -= 1;
             state.read += 1;
-            // From here on they are counted as what becomes of them.
+            // The names are counted from here on as the nodes and entries that they become.
             drop(names);
             if let Err(e) = found.and_then(|found| self.note(&mut state, &next, found)) {
                 state.failed.get_or_insert(e);
@@ -214,8 +194,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The markers of one directory, and the directories in it.
-    fn read(&self, node: &Node, names: &mut NamesRead<'_>) -> Result<(Directory, Vec<OsString>)> {
+    /// The markers of one directory, and the directories in it. `names` counts both while it is read.
+    fn read(&self, node: &Node, names: &mut CountedMemory) -> Result<(Directory, Vec<OsString>)> {
         let path = node.path();
         let (mut below, mut markers) = (Vec::new(), Vec::new());
         let mut entries = 0_usize;
