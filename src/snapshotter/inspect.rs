@@ -134,17 +134,8 @@ impl Snapshotter {
             let digests = queries.iter().map(|query| query.digest.clone()).collect();
             let mut unavailable = Vec::new();
             for (mut query, answer) in queries.into_iter().zip(answers(repository, digests)) {
-                let missing = match answer {
-                    Err(missing) => missing,
-                    // A row that is damaged must not keep the answer about all others.
-                    Ok(()) => match self.refusal(&query.digest, repository).unwrap_or_else(|e| {
-                        log::warn!("{e}");
-                        None
-                    }) {
-                        Some(refusal) => refusal,
-                        None => continue,
-                    },
-                };
+                let refusal = || self.refusal(&query.digest, repository);
+                let Some(missing) = answer.err().or_else(refusal) else { continue };
                 if query.repository == repository.name() || matches!(query.missing, Missing::NotConfigured { .. }) {
                     query.missing = missing;
                 }
@@ -155,8 +146,13 @@ impl Snapshotter {
         queries
     }
 
-    fn refusal(&self, digest: &Digest, repository: &Repository) -> Result<Option<Missing>> {
-        self.sources.scans.refusal(&ScanKey { digest: digest.clone(), repository: repository.name().to_owned() })
+    fn refusal(&self, digest: &Digest, repository: &Repository) -> Option<Missing> {
+        let scan_key = ScanKey { digest: digest.clone(), repository: repository.name().to_owned() };
+        self.sources.scans.refusal(&scan_key).unwrap_or_else(|e| {
+            // A row that is damaged must not keep the answer about all others.
+            log::warn!("{e}");
+            None
+        })
     }
 
     /// What the next cleanup would take away, from id `next` on, and where it goes on.

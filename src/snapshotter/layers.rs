@@ -325,7 +325,7 @@ impl Sources {
                 Ok(surveyed) => tried.extend(some.zip(surveyed).map(|((place, pin, target), survey)| {
                     (
                         place,
-                        survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, (limits, attached_until))),
+                        survey.and_then(|survey| self.attach_surveyed(&target, pin, survey, limits, attached_until)),
                     )
                 })),
                 Err(missing) => tried.extend(some.map(|(place, ..)| (place, Err(missing.clone().into())))),
@@ -399,7 +399,8 @@ impl Sources {
         target: &AttachTarget,
         pin: Pin,
         survey: Survey,
-        (limits, until): (Limits, Instant),
+        limits: Limits,
+        until: Instant,
     ) -> Tried {
         let AttachTarget { request, digest, repository } = target;
         match self.attacher.attach(&pin, request, survey, until) {

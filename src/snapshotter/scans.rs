@@ -15,8 +15,9 @@ use parking_lot::{Condvar, Mutex};
 use super::{Error, Result};
 use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
-use crate::repository::scan::{self, Progress, Scan, ScanKey};
+use crate::repository::scan::{self, Limit, Progress, Scan, ScanKey};
 use crate::repository::{Missing, MountGeneration, Repository};
+use crate::store::record::ShortScan;
 use crate::store::{Lookup, Store};
 use crate::sys::Sys;
 
@@ -118,6 +119,10 @@ pub enum ScanHandle {
     Running { job: Arc<ScanJob>, mount: Arc<MountGeneration>, repository: Arc<Repository> },
 }
 
+fn refused(limit: Limit) -> Missing {
+    Missing::Unscannable(scan::Error::Exceeds(limit))
+}
+
 impl ScanScheduler {
     pub fn new(store: Arc<Store>, sys: Arc<dyn Sys>) -> Self {
         Self { shared: Arc::new(Shared { store, sys, in_progress: Mutex::default(), held: Mutex::default() }) }
@@ -125,12 +130,11 @@ impl ScanScheduler {
 
     /// Why the layer cannot be shown, if a scan has found that out.
     pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
-        // The record of a refusal is small.
-        let stored = self.shared.store.read(|tx| match tx.scan_bytes(scan_key)? {
-            None | Some(SMALL_RECORD..) => Ok::<_, Error>(None),
-            Some(_) => Ok(tx.scan(scan_key)?),
-        })?;
-        Ok(stored.and_then(std::result::Result::err).map(|limit| Missing::Unscannable(scan::Error::Exceeds(limit))))
+        // The record of a refusal is short.
+        Ok(match self.shared.short(scan_key)? {
+            ShortScan::Short(Err(limit)) => Some(refused(limit)),
+            ShortScan::Short(Ok(_)) | ShortScan::Absent | ShortScan::Long => None,
+        })
     }
 
     /// Begins a scan of the layer, unless it is known or there is one. A scan that somebody waits
@@ -203,16 +207,17 @@ impl ScanHandle {
 }
 
 impl Shared {
+    fn short(&self, scan_key: &ScanKey) -> Result<ShortScan> {
+        self.store.read(|tx| tx.scan_shorter_than(SMALL_RECORD, scan_key).map_err(Error::from))
+    }
+
     /// What the store has: the scan, or why there is none. Large ones are decoded one after the other, so that
     /// no two calls decode the same one, and at most one is above the limit.
     fn known(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Missing>>> {
-        let refused = |limit| Missing::Unscannable(scan::Error::Exceeds(limit));
-        let small = self.store.read(|tx| match tx.scan_bytes(scan_key)? {
-            Some(SMALL_RECORD..) => Ok::<_, Error>(None),
-            Some(_) | None => Ok(Some(tx.scan(scan_key)?)),
-        })?;
-        if let Some(stored) = small {
-            return Ok(stored.map(|scan| scan.map(Arc::new).map_err(refused)));
+        match self.short(scan_key)? {
+            ShortScan::Absent => return Ok(None),
+            ShortScan::Short(stored) => return Ok(Some(stored.map(Arc::new).map_err(refused))),
+            ShortScan::Long => {}
         }
         let mut held = self.held.lock();
         if let Some(scan) = held.get(scan_key) {

@@ -103,6 +103,13 @@ fn to_name(bytes: Vec<u8>) -> Option<OsString> {
 /// What is stored of a layer: what its scan found, or the bound that it exceeds.
 pub type StoredScan = std::result::Result<Scan, Limit>;
 
+/// What the store has of a scan, read only if its record is short.
+pub enum ShortScan {
+    Absent,
+    Short(StoredScan),
+    Long,
+}
+
 const REFUSALS: [(Limit, Refusal); 5] = [
     (Limit::Memory, Refusal::MEMORY),
     (Limit::Directories, Refusal::DIRECTORIES),

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, Value, WriteTransaction};
 
-use super::record::StoredScan;
+use super::record::{ShortScan, StoredScan};
 use super::{Error, Result, record};
 use crate::repository::scan::{Limit, Scan, ScanKey};
 use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Snapshot, SnapshotId};
@@ -211,17 +211,21 @@ pub trait Lookup {
     }
 
     fn scan(&self, key: &ScanKey) -> Result<Option<StoredScan>> {
-        let scans = self.table(SCANS)?;
-        let key = scan_row(key);
-        let row = scans.get(key.as_str()).map_err(|e| self.error(e))?;
-        row.map_or(Ok(None), |row| record::decode_scan(&key, row.value()))
+        Ok(match self.scan_shorter_than(usize::MAX, key)? {
+            ShortScan::Short(scan) => Some(scan),
+            ShortScan::Absent | ShortScan::Long => None,
+        })
     }
 
-    /// The size of the record of a scan, in bytes.
-    fn scan_bytes(&self, key: &ScanKey) -> Result<Option<usize>> {
+    /// The scan, if its record has fewer than `bytes`.
+    fn scan_shorter_than(&self, bytes: usize, key: &ScanKey) -> Result<ShortScan> {
         let scans = self.table(SCANS)?;
-        let row = scans.get(scan_row(key).as_str()).map_err(|e| self.error(e))?;
-        Ok(row.map(|row| row.value().len()))
+        let key = scan_row(key);
+        let Some(row) = scans.get(key.as_str()).map_err(|e| self.error(e))? else { return Ok(ShortScan::Absent) };
+        if row.value().len() >= bytes {
+            return Ok(ShortScan::Long);
+        }
+        Ok(record::decode_scan(&key, row.value())?.map_or(ShortScan::Absent, ShortScan::Short))
     }
 
     /// The keys of scans whose digests `is_needed` does not know.
