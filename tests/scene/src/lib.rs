@@ -4,6 +4,7 @@
 
 pub mod alone;
 pub mod automounter;
+pub mod calls;
 pub mod client;
 pub mod compare;
 pub mod containerd;

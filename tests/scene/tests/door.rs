@@ -7,12 +7,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use scene::calls::Calls;
+use scene::client::Client;
 use scene::containerd::Containerd;
-use scene::process::{SetOnDrop, eventually, run};
+use scene::process::run;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
@@ -26,53 +27,18 @@ fn root_no_call_of_containerd_fails_while_the_daemon_restarts_behind_its_socket(
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
     let containerd = Containerd::with_snapshotter(&sandbox.path("o"), "none:1", &snapshotter.socket());
-    let (over, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let failed: Vec<String> = std::thread::scope(|scope| {
-        let set_over = SetOnDrop(&over);
-        let threads: Vec<_> = (0..6)
-            .map(|t| {
-                let (c, over, calls) = (containerd.snapshots(), &over, &calls);
-                scope.spawn(move || {
-                    let mut failed = Vec::new();
-                    for n in 0.. {
-                        if over.load(Ordering::SeqCst) {
-                            break;
-                        }
-                        let key = format!("key-{t}-{n}");
-                        let keep = [("containerd.io/gc.root", "scene")];
-                        let answers = [
-                            c.prepare(&key, "", &keep).map(drop),
-                            c.mounts(&key).map(drop),
-                            c.usage(&key).map(drop),
-                            c.stat(&key).map(drop),
-                            c.remove(&key),
-                        ];
-                        calls.fetch_add(answers.len(), Ordering::SeqCst);
-                        failed.extend(
-                            answers
-                                .into_iter()
-                                .filter_map(Result::err)
-                                .map(|status| format!("{key}: {:?} {}", status.code(), status.message())),
-                        );
-                    }
-                    failed
-                })
-            })
-            .collect();
+    let clients: Vec<Client> = (0..6).map(|_| containerd.snapshots()).collect();
+    let calls = Calls::beside(&clients, |calls| {
         for n in 0..RESTARTS {
-            // However slow the machine is, a restart comes in the middle of calls.
-            let before = calls.load(Ordering::SeqCst);
-            eventually("calls are answered", || calls.load(Ordering::SeqCst) > before + 30);
+            calls.wait_for_more(30);
             std::thread::sleep(Duration::from_millis(7 * (n as u64 % 5)));
             assert!(snapshotter.end(Signal::SIGTERM).success());
             snapshotter.start_again();
         }
-        drop(set_over);
-        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     });
-    let calls = calls.load(Ordering::SeqCst);
+    let (made, failed) = (calls.made(), calls.take_failed());
     scene::tell::tell(format_args!(
-        "behind a socket: {RESTARTS} restarts, {calls} calls through containerd, {} failed",
+        "behind a socket: {RESTARTS} restarts, {made} calls through containerd, {} failed",
         failed.len()
     ));
     assert_eq!(failed, Vec::<String>::new());

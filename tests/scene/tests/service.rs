@@ -8,20 +8,19 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use cvmfs_snapshotter::proto::mount::Mount;
 use scene::alone::digest;
+use scene::calls::Calls;
 use scene::client::{Answer, Client};
 use scene::compare::compare;
 use scene::containerd::{NAMESPACE, Writable};
 use scene::cri::Cri;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
-use scene::process::{SetOnDrop, eventually};
+use scene::process::eventually;
 use scene::publisher::{Repository, Settings};
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
@@ -401,62 +400,28 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
     // With the service stopped, a call starts it.
     machine.run(&["systemctl", "stop", SERVICE]).ok();
     containerd.prepare("first", "", &[("containerd.io/gc.root", "scene")]).expect("the socket starts the service");
-    let (over, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let failures = Mutex::new(Vec::new());
-    thread::scope(|scope| {
-        let set_over = SetOnDrop(&over);
-        for client in 0..CLIENTS {
-            let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
-            let (over, calls, failures) = (&over, &calls, &failures);
-            scope.spawn(move || {
-                for n in 0.. {
-                    if over.load(Ordering::SeqCst) {
-                        break;
-                    }
-                    let key = format!("key-{client}-{n}");
-                    let answers = [
-                        containerd.prepare(&key, "", &[("containerd.io/gc.root", "scene")]).map(drop),
-                        containerd.mounts(&key).map(drop),
-                        containerd.usage(&key).map(drop),
-                        containerd.stat(&key).map(drop),
-                        containerd.remove(&key),
-                    ];
-                    calls.fetch_add(answers.len(), Ordering::SeqCst);
-                    let failed = answers.into_iter().filter_map(Result::err);
-                    let failed: Vec<String> =
-                        failed.map(|status| format!("{key}: {:?} {}", status.code(), status.message())).collect();
-                    if !failed.is_empty() {
-                        // As any client would.
-                        thread::sleep(Duration::from_millis(50));
-                    }
-                    failures.lock().expect("nobody panicked").extend(failed);
-                }
-            });
-        }
+    let client = || Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
+    let calls = Calls::beside(&clients, |calls| {
         let pid = || machine.property(SERVICE, "MainPID");
-        let some_calls = || {
-            let before = calls.load(Ordering::SeqCst);
-            eventually("calls go on", || calls.load(Ordering::SeqCst) > before + 20);
-        };
         for _ in 0..RESTARTS {
             let before = pid();
             machine.restart(SERVICE);
             assert_ne!(pid(), before, "it was not restarted");
-            some_calls();
+            calls.wait_for_more(20);
         }
-        let (during, failed) = (calls.load(Ordering::SeqCst), failures.lock().expect("nobody panicked").split_off(0));
-        scene::tell::tell(format_args!("under systemd: {RESTARTS} restarts, {during} calls, {} failed", failed.len()));
+        let (made, failed) = (calls.made(), calls.take_failed());
+        scene::tell::tell(format_args!("under systemd: {RESTARTS} restarts, {made} calls, {} failed", failed.len()));
+        assert_eq!(failed, Vec::<String>::new());
         for _ in 0..KILLS {
             let before = pid();
             machine.run(&["systemctl", "kill", "--signal=SIGKILL", SERVICE]).ok();
             eventually("systemd starts it again", || ![before.as_str(), "0"].contains(&pid().as_str()));
-            some_calls();
+            calls.wait_for_more(20);
         }
         println!("{} at most", machine.status(SERVICE)("VmHWM"));
-        drop(set_over);
-        assert_eq!(failed, Vec::<String>::new());
     });
-    let failed = failures.into_inner().expect("nobody panicked");
+    let failed = calls.take_failed();
     println!("{KILLS} kills, {} calls failed: {failed:#?}", failed.len());
     // What was under way at a kill, and what of its key follows from that. (More, if systemd
     // takes longer than the second that containerd gives a new connection.)

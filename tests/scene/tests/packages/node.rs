@@ -2,17 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
-use std::time::Duration;
 
+use scene::calls::Calls;
 use scene::client::Client;
 use scene::containerd::NAMESPACE;
 use scene::cri::Cri;
 use scene::image::Builder;
 use scene::machine::{HOST, Machine, SERVICE, STATE};
-use scene::process::{Output, SetOnDrop, eventually};
+use scene::process::{Output, eventually};
 use scene::publisher::Repository;
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
@@ -208,35 +205,13 @@ impl Node {
 
     /// Calls of containerd while `work` is done: how many there were, and which failed.
     pub fn calls_during(&self, work: impl FnOnce()) -> (usize, Vec<String>) {
-        let (over, calls, failures) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
-        let socket = self.machine.path(CONTAINERD);
-        thread::scope(|scope| {
-            let set_over = SetOnDrop(&over);
-            scope.spawn(|| {
-                let client = Client::of_containerd(&socket, NAMESPACE, "cvmfs-snapshotter");
-                for n in 0.. {
-                    if over.load(Ordering::SeqCst) {
-                        break;
-                    }
-                    let key = format!("call-{n}");
-                    let answers = [
-                        client.prepare(&key, "", &[("containerd.io/gc.root", "scene")]).map(drop),
-                        client.usage(&key).map(drop),
-                        client.remove(&key),
-                    ];
-                    calls.fetch_add(answers.len(), Ordering::SeqCst);
-                    let failed = answers.into_iter().filter_map(Result::err);
-                    failures.lock().expect("nobody panicked").extend(failed.map(|s| format!("{key}: {}", s.message())));
-                    thread::sleep(Duration::from_millis(2));
-                }
-            });
-            eventually("calls begin", || calls.load(Ordering::SeqCst) > 20);
+        let client = Client::of_containerd(&self.machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+        let calls = Calls::beside(&[client], |calls| {
+            calls.wait_for_more(20);
             work();
-            let before = calls.load(Ordering::SeqCst);
-            eventually("calls go on", || calls.load(Ordering::SeqCst) > before + 20);
-            drop(set_over);
+            calls.wait_for_more(20);
         });
-        (calls.into_inner(), failures.into_inner().expect("nobody panicked"))
+        (calls.made(), calls.take_failed())
     }
 
     /// The unit's place in time: the same if it was neither stopped nor started meanwhile.
