@@ -46,7 +46,7 @@ impl StateRoot {
         if real.to_str().is_none_or(|text| text.contains(odd)) {
             return Err(Error::RootNotMountable(real));
         }
-        warn_of_others(&real)?;
+        check_root(&real)?;
         let (home, snapshots) = (real.join("snapshotter"), real.join(SNAPSHOTS));
         for directory in [&home, &snapshots] {
             make_private(directory)?;
@@ -117,9 +117,9 @@ fn refuse_others(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses a state root of another user. One that others may write to is told only, for containerd's own tests use
-/// such: what they put there before is refused, and what they do later is not seen.
-fn warn_of_others(path: &Path) -> Result<(), Error> {
+/// Refuses a state root of another user. One that others may write to is only reported, because containerd's own tests
+/// use such: what others put there before the start is refused, and what they do later is not seen.
+fn check_root(path: &Path) -> Result<(), Error> {
     let (mode, owner) = mode_and_owner(path)?;
     if !is_trusted(owner) {
         return Err(Error::RootOfOthers { path: path.to_owned(), mode, owner });
@@ -134,7 +134,7 @@ fn warn_of_others(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Of a directory.
+/// The mode and the owner of a directory; an error if it is something else.
 fn mode_and_owner(path: &Path) -> Result<(u32, u32), Error> {
     let status = path.symlink_metadata().map_err(|cause| Error::Root { path: path.to_owned(), cause })?;
     if status.is_dir() {

@@ -232,7 +232,7 @@ pub(super) mod tests {
         assert_eq!(served.cache(&refusing), None);
         fs::remove_file(etc.join("config.d/a.example.org.local")).unwrap();
         assert_eq!(served.cache(&refusing), Some(base.join("shared")));
-        // What cannot be read may say something else.
+        // A file that cannot be read may name another cache, so nothing is said.
         fs::create_dir(etc.join("config.d/a.example.org.local")).unwrap();
         assert_eq!(served.cache(&refusing), None);
     }

@@ -126,7 +126,7 @@ fn map(owner: Owner, name: &str) -> String {
     let maps: Vec<_> = maps.into_iter().filter(|(.., id)| *id != 0).collect();
     let lines: Vec<_> = maps.iter().map(|(_, file, id)| format!("\"{id} 0\" to /etc/cvmfs/{file}.map")).collect();
     let settings: Vec<_> = maps.iter().map(|(key, file, _)| format!("CVMFS_{key}_MAP=/etc/cvmfs/{file}.map")).collect();
-    // One that the configuration names by its path may have any name in CernVM-FS.
+    // A repository that the configuration names by its path may have any name in CernVM-FS.
     let fqrn = if name.starts_with('/') { "<repository>" } else { name };
     format!(
         "root's files are root's again with these: write {}, set {} in /etc/cvmfs/config.d/{fqrn}.local, and run \

@@ -542,7 +542,7 @@ mod tests {
         assert_eq!(estimate_memory(&filters("name", 2)), 2 * (4 * COPIES + TERM_BYTES));
         assert_eq!(estimate_memory(&filters("labels.a==1,name", 1)), 16 * COPIES + 3 * TERM_BYTES);
         assert_eq!(estimate_memory(&filters("a~=b", 2)), 2 * (4 * COPIES + TERM_BYTES + REGEX_MEMORY));
-        // What would be refused is not counted.
+        // Terms and expressions beyond the limits are not counted, because they are refused.
         assert_eq!(
             estimate_memory(&filters("a~=b", 2_000)),
             8_000 * COPIES + MOST_TERMS * TERM_BYTES + MOST_REGEXES * REGEX_MEMORY

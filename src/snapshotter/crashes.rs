@@ -285,7 +285,7 @@ fn try_case(operation: &Operation, mode: Mode, fault: Fault, left: Left) -> Vec<
             (Ok(()), _) => End::Acknowledged,
             (Err(_), _) => End::Refused,
         };
-        // What closing the metadata writes is none of the operation's steps.
+        // The steps are read here, because closing the metadata may write once more.
         (before, end, steps.recorded())
     };
     check_changes(&world, &steps.changes(), &case);

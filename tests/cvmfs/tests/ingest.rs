@@ -63,7 +63,7 @@ fn root_ingest_that_keeps_owners_keeps_those_of_files_and_gives_invented_directo
     stage.publish();
     let mount = stage.mount("mount", &[]);
     let layer = mount.mountpoint().join(BASE);
-    // What `stat` says of an owner that no file can have.
+    // The kernel shows the owner -1, which no file can have, as this number.
     let overflow = fs::read_to_string("/proc/sys/kernel/overflowuid").expect("the kernel has a number for that");
     let nobody = overflow.trim().parse().map(|id| (id, id)).expect("the kernel's number is one");
     assert_eq!(shown(&layer, "named/setuid"), (0o104_755, (1000, 1001), true));

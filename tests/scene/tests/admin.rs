@@ -313,7 +313,7 @@ fn root_commands_give_up_on_a_daemon_that_takes_calls_and_does_not_answer() {
         for connection in listener.incoming() {
             let mut connection = connection.expect("a connection can be taken");
             std::thread::spawn(move || {
-                // Who only looks whether somebody listens is gone by now.
+                // The test itself connects once to see that the socket is there, and is gone by now, so errors are no failure.
                 let _ = connection.write_all(&frame(SETTINGS, 0, 0, &[]));
                 let _ = io::copy(&mut connection, &mut io::sink());
             });

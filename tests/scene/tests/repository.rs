@@ -183,7 +183,7 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
         let c = &d.client;
         let chain = pull_chain(c);
         c.prepare("running", &chain, &[]).expect("the repository answers");
-        // One that was not scanned before.
+        // This layer was not scanned before.
         let top = d.repository.layer_dir(&digest(7)).join("layerfs/dir");
         fs::create_dir_all(&top).expect("a layer can be made");
         d.repository.commit();

@@ -68,7 +68,7 @@ fn root_compressed_message_is_refused_and_not_inflated() {
         });
         assert!(grown < MARGIN, "{} MiB for {} bytes", grown >> 10, compressed.len());
     }
-    // Whoever compresses is told so.
+    // A client that compresses its request gets an error that says so.
     let channel = connect_as(&m.d.snapshotter.socket(), |channel| {
         channel.default_compression_algorithm(CompressionAlgorithms::GRPC_COMPRESS_GZIP)
     });
@@ -95,7 +95,7 @@ fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         update_mask: Some(FieldMask { paths, ..FieldMask::default() }).into(),
         ..UpdateSnapshotRequest::default()
     };
-    // What nobody knows is kept as well: fields 2000, 2001, and so on, each a number.
+    // Protobuf keeps fields that it does not know, too. These are 2000, 2001, and so on, each a number.
     let mut unknown = Vec::new();
     for field in 2_000..2_000 + u32::try_from(SIZE / 5).unwrap() {
         let mut tag = field << 3;
@@ -254,7 +254,7 @@ fn root_calls_without_a_message_keep_nobody_from_being_served() {
     let request = message(&request.write_to_bytes().unwrap());
     crowd[0].send(&frame(DATA, END_STREAM, 1, &request), Duration::from_mins(1));
     assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
-    // One that ends without a message is refused, and disturbs nobody.
+    // A call that ends without a message is refused, and its connection goes on.
     crowd[0].send(&frame(DATA, END_STREAM, 5, &[]), Duration::from_mins(1));
     assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
     drop(crowd);

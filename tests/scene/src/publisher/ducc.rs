@@ -1,5 +1,5 @@
-//! What DUCC writes: layers by ingest, and in transactions of its own, as root, what it remembers of them
-//! and of images.
+//! This part of the publisher does what DUCC does: it unpacks layers by ingest, and writes records of layers and
+//! images in transactions of its own, as root.
 
 use std::fs::{self, File};
 use std::io::Read;
