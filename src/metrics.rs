@@ -297,19 +297,22 @@ pub enum Reason {
     NoAnswer,
     /// The repository's client cannot fetch it.
     ServerUnreachable,
+    /// The repository's client adds attributes to files.
+    OwnAttributes,
     Unreadable,
     /// Its name is too long, or taken.
     Name,
 }
 
 impl Reason {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::NotPublished,
         Self::NoDigest,
         Self::BadDigest,
         Self::NotMounted,
         Self::NoAnswer,
         Self::ServerUnreachable,
+        Self::OwnAttributes,
         Self::Unreadable,
         Self::Name,
     ];
@@ -322,6 +325,7 @@ impl Reason {
             Self::NotMounted => "not_mounted",
             Self::NoAnswer => "no_answer",
             Self::ServerUnreachable => "server_unreachable",
+            Self::OwnAttributes => "own_attributes",
             Self::Unreadable => "unreadable",
             Self::Name => "name",
         };

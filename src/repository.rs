@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-pub use self::condition::{Condition, OWN_ATTRIBUTES};
+pub use self::condition::{Condition, own_attributes};
 use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
@@ -76,8 +76,8 @@ pub struct MountGeneration {
     scans: Lane,
     /// What was mounted there when it ceased to answer; see `Sys::mounted_fuse`.
     device: Mutex<Option<u64>>,
-    /// When the last question was asked that its server answered, and no cache.
-    answered: Mutex<Option<Instant>>,
+    /// When the last question was asked that showed that its layers can be used.
+    usable: Mutex<Option<Instant>>,
     client_attributes: OnceLock<Arc<Vec<OsString>>>,
     /// A sample of the layers is being read, or showed whose the files are.
     is_sampled: AtomicBool,
@@ -255,8 +255,8 @@ impl Repository {
         self.layer_since(digest, Instant::now())
     }
 
-    /// As `layer`. That the repository's server is there need not be asked if it answered a
-    /// question that was asked after `since`: one is enough for all layers of a container.
+    /// As `layer`. Whether the mount can be used need not be asked if it could by a question that was asked after
+    /// `since`: one is enough for all layers of a container.
     pub fn layer_since(&self, digest: &Digest, since: Instant) -> Result<DirHandle, Missing> {
         let below = layer_path(digest);
         let layer = if let Some(layer) = self.open(&below)? {
@@ -266,7 +266,7 @@ impl Repository {
             // It may have been mounted after the first look.
             self.open(&below)?.ok_or(Missing::NotPublished)?
         };
-        self.require_server(&layer, since)?;
+        self.require_usable(&layer, since)?;
         Ok(layer)
     }
 
@@ -349,17 +349,22 @@ impl Repository {
         Missing::NotADirectory { path }
     }
 
-    /// The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs`
-    /// never.
-    fn require_server(&self, layer: &DirHandle, since: Instant) -> Result<(), Missing> {
+    /// Whether the client is alive, and adds no attributes to the files of layers.
+    fn require_usable(&self, layer: &DirHandle, since: Instant) -> Result<(), Missing> {
         let mount = self.mount();
-        if mount.answered.lock().is_some_and(|asked| asked >= since) {
+        if mount.usable.lock().is_some_and(|asked| asked >= since) {
             return Ok(());
         }
         let asked = Instant::now();
+        // The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs` never.
         self.sys.dir_statfs(layer).map_err(|e| self.unreadable(e))?;
         alive();
-        *mount.answered.lock() = Some(asked);
+        let listed = self.sys.dir_attribute_names(layer).map_err(|e| self.unreadable(e))?;
+        alive();
+        if listed.iter().any(|name| name == MAGIC_NAME) {
+            return Err(Missing::OwnAttributes);
+        }
+        *mount.usable.lock() = Some(asked);
         Ok(())
     }
 
@@ -404,7 +409,7 @@ impl MountGeneration {
             calls: Lane::new(name, "repository", CALLS, timeout, threads),
             scans: Lane::new(name, "scan", SCANS, timeout, threads),
             device: Mutex::default(),
-            answered: Mutex::default(),
+            usable: Mutex::default(),
             client_attributes: OnceLock::new(),
             is_sampled: AtomicBool::new(false),
             sample: Mutex::default(),

@@ -223,6 +223,8 @@ pub trait Sys: Send + Sync {
     fn dir_status(&self, dir: &DirHandle) -> Result<Status>;
     /// As `statfs`.
     fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem>;
+    /// As `attribute_names`.
+    fn dir_attribute_names(&self, dir: &DirHandle) -> Result<Vec<OsString>>;
     /// Everything about a directory that shows through an overlay, without the extended attributes
     /// named in `ignored`.
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes>;
@@ -368,6 +370,10 @@ impl Sys for Host {
 
     fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem> {
         fstatfs(dir.as_fd()).map(FileSystem::from).map_err(|e| Error::new("statfs", dir.path(), e))
+    }
+
+    fn dir_attribute_names(&self, dir: &DirHandle) -> Result<Vec<OsString>> {
+        self.attribute_names(&dir.proc_path()).map_err(|e| Error { path: dir.path().to_owned(), ..e })
     }
 
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes> {

@@ -17,8 +17,8 @@ use crate::config::{Config, MetricsAddress};
 use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
-use crate::repository::OWN_ATTRIBUTES;
 use crate::repository::owners::Owners;
+use crate::repository::{Remedy, own_attributes};
 use crate::server::convert;
 use crate::status::{Image, Report};
 use crate::types::{Timestamp, printable, shell};
@@ -248,11 +248,8 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
     }
     findings.push(owners(one));
     if one.lists_own_attributes {
-        findings.push(Finding::warning(
-            "repository.attributes",
-            format!("the CernVM-FS client of repository {name} lists attributes of its own on every file"),
-            OWN_ATTRIBUTES,
-        ));
+        let remedy = Remedy::ConfigureClient.to_string();
+        findings.push(Finding::problem("repository.attributes", own_attributes(name), remedy));
     }
     findings
 }

@@ -8,15 +8,18 @@ use std::sync::atomic::Ordering;
 
 use super::client::{self, Cache};
 use super::lane::{Pulse, Turn};
-use super::missing::Missing;
+use super::missing::{Missing, Remedy};
 use super::owners::{self, Owners, Sample};
 use super::server::IoErrors;
 use super::{MountGeneration, Repository, probe};
 
-/// What a client that lists its own attributes on files does to containers, and the setting that helps.
-pub const OWN_ATTRIBUTES: &str = "containers see them, and where a file or directory of an image is changed they are \
-    copied, for which ext4 has \"no space left on device\"; set CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly in \
-    /etc/cvmfs/default.local and run cvmfs_config reload";
+/// What is said of a repository whose client lists its own attributes on every file.
+pub fn own_attributes(name: &str) -> String {
+    format!(
+        "the CernVM-FS client of repository {name} lists attributes of its own on every file: its layers are not used, \
+         because containers would see these attributes and copy them with every file that they change"
+    )
+}
 
 /// Of a repository that can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,8 +99,7 @@ impl Repository {
             }
         }
         if sample.lists_own_attributes && !before.is_some_and(|before| before.lists_own_attributes) {
-            log::warn!(repository = name;
-                "the CernVM-FS client of repository {name} lists attributes of its own on every file: {OWN_ATTRIBUTES}");
+            log::warn!(repository = name; "{}: {}", own_attributes(name), Remedy::ConfigureClient);
         }
         Some(sample)
     }

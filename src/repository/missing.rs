@@ -25,6 +25,8 @@ pub enum Missing {
     Unreadable(sys::Error),
     /// Its client is there and cannot fetch what is not cached.
     ServerUnreachable(Box<Unreachable>),
+    /// Its client lists attributes of its own on every file.
+    OwnAttributes,
     NotADirectory {
         path: PathBuf,
     },
@@ -70,6 +72,7 @@ impl Missing {
             Self::NotPublished => Reason::NotPublished,
             Self::NotMounted { .. } => Reason::NotMounted,
             Self::ServerUnreachable(_) => Reason::ServerUnreachable,
+            Self::OwnAttributes => Reason::OwnAttributes,
             Self::NoAnswer { .. }
             | Self::Slow { .. }
             | Self::Sick(_)
@@ -96,6 +99,7 @@ impl Missing {
             Self::Unreadable(cause) if cause.errno == Errno::ENOMEM => Remedy::Wait,
             // The bound of attributes, and the kernel's own.
             Self::Unreadable(cause) if cause.errno == Errno::E2BIG => Remedy::Republish,
+            Self::OwnAttributes => Remedy::ConfigureClient,
             Self::NotConfigured { instead: Some((_, why)) } => why.remedy(),
             Self::NotPublished
             | Self::NotMounted { .. }
@@ -135,6 +139,8 @@ impl Missing {
 pub enum Remedy {
     Wait,
     MakeAvailable,
+    /// To hide the attributes that the client of CernVM-FS makes up.
+    ConfigureClient,
     /// The refusal is remembered, so a new pull downloads the layer.
     Download,
     /// The files themselves are the reason.
@@ -149,6 +155,11 @@ impl fmt::Display for Remedy {
             Self::MakeAvailable => {
                 "see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is wrong) and \
                  retry, or remove the image and pull it anew"
+            }
+            Self::ConfigureClient => {
+                "set CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly (CVMFS_HIDE_MAGIC_XATTRS=yes where the client is too old for it) \
+                 in /etc/cvmfs/default.local and run cvmfs_config reload, or remove the image and pull it again: it is \
+                 downloaded then"
             }
             Self::Download => "remove the image and pull it again: the layer is downloaded then",
             Self::Republish => "the publisher has to drop extended attributes of the layer's directories",
@@ -166,6 +177,9 @@ impl fmt::Display for Missing {
             }
             Self::Unreadable(cause) => cause.fmt(f),
             Self::ServerUnreachable(unreachable) => unreachable.fmt(f),
+            Self::OwnAttributes => f.write_str(
+                "the repository's CernVM-FS client lists attributes of its own on every file, which containers would see",
+            ),
             Self::NotADirectory { path } => write!(f, "{} is not a directory", path.display()),
             Self::NoAnswer { limit } => {
                 write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
@@ -211,6 +225,7 @@ mod tests {
             (unreadable(Errno::EIO), Remedy::MakeAvailable),
             (unreadable(Errno::E2BIG), Remedy::Republish),
             (unreadable(Errno::ENOMEM), Remedy::Wait),
+            (Missing::OwnAttributes, Remedy::ConfigureClient),
             (exceeds.clone(), Remedy::Download),
             (elsewhere(exceeds), Remedy::Download),
             (elsewhere(Missing::NotPublished), Remedy::MakeAvailable),

@@ -143,3 +143,22 @@ fn a_new_repository_without_layers_is_mounted() {
     let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
     assert_eq!(path_of(&repository, 'a'), Err(Missing::NotPublished));
 }
+
+/// The setting can be changed while the repository stays mounted.
+#[test]
+fn root_a_layer_is_refused_as_long_as_its_client_lists_attributes_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = dir.path().join(layer_path(&digest('a')));
+    fs::create_dir_all(&layer).unwrap();
+    let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
+    for _ in 0..2 {
+        xattr::set(&layer, MAGIC_NAME, b"a.test").unwrap();
+        let since = Instant::now();
+        for _ in 0..2 {
+            let refused = repository.layer_since(&digest('a'), since).map(drop);
+            assert_eq!(refused, Err(Missing::OwnAttributes));
+        }
+        xattr::remove(&layer, MAGIC_NAME).unwrap();
+        repository.layer_since(&digest('a'), since).unwrap();
+    }
+}

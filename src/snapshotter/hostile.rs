@@ -86,6 +86,10 @@ impl Sys for Watched {
         Host.dir_statfs(dir)
     }
 
+    fn dir_attribute_names(&self, dir: &DirHandle) -> sys::Result<Vec<OsString>> {
+        Host.dir_attribute_names(dir)
+    }
+
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> sys::Result<Attributes> {
         self.asked.lock().push(("attributes_below", dir.path().join(below)));
         Host.attributes_below(dir, below, ignored)

@@ -165,6 +165,11 @@ impl Sys for Failing {
         self.host.dir_statfs(dir)
     }
 
+    fn dir_attribute_names(&self, dir: &DirHandle) -> Result<Vec<OsString>> {
+        self.take("attribute_names", dir.path(), Kind::Question)?;
+        self.host.dir_attribute_names(dir)
+    }
+
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes> {
         self.take("attributes", &dir.path().join(below), Kind::Question)?;
         self.host.attributes_below(dir, below, ignored)

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 use scene::client::Client;
+use scene::containerd::Writable;
 use scene::image::Blob;
 use scene::process::eventually;
-use scene::publisher::Repository;
+use scene::publisher::{Repository, Settings};
 use scene::sandbox::mounts_below;
 use scene::stage::{PAUSE, Stage, names};
 
@@ -48,6 +49,32 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
         let time = field("time");
         assert!(time.len() == "2026-11-24T12:00:00.000000000Z".len() && time.ends_with('Z'), "{time}");
     }
+}
+
+/// It started on the layers of the repository, with 40 attributes on every file that no image has.
+#[test]
+fn root_a_container_has_the_attributes_of_a_normal_pull_though_the_client_lists_its_own_on_every_file() {
+    let client = &["--magic-xattrs", "always"];
+    let stage = Stage::with("listed", "", |dir| Repository::mounted_with(dir, Settings::with_client(client)));
+    let image = stage.shell_image("listed:1", "x");
+    let reference = stage.publish_and_push(&image);
+    let listed = xattr::list(stage.repository.dir().join(".layers"));
+    assert!(
+        listed.is_ok_and(|mut names| names.any(|name| name == "user.fqrn")),
+        "the client lists its own at the root"
+    );
+    for containerd in [&stage.normal, &stage.ours] {
+        containerd.pull(&reference);
+    }
+    for writable in [Writable::No, Writable::Yes] {
+        let comparison = stage.compare(&image, &image, writable);
+        assert!(comparison.entries > 1, "nothing was compared");
+        assert!(comparison.differences.is_empty(), "{writable:?}: {:?}", comparison.differences);
+    }
+    let changed = ["/bin/sh", "-c", "echo y >> /data/text && cat /data/text"];
+    assert_eq!(stage.ours.run(&reference, "first", &changed).ok(), "xy\n");
+    let log = stage.snapshotter.log();
+    assert!(log.contains("will be downloaded") && log.contains("lists attributes of its own"), "{log}");
 }
 
 #[test]

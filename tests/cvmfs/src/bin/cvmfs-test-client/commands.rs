@@ -8,6 +8,7 @@ use std::time::Duration;
 use fuser::{Errno, Notifier};
 
 use crate::gate::Behaviour;
+use crate::magic::Visibility;
 use crate::served::Served;
 
 /// Returns when stdin is closed.
@@ -36,6 +37,14 @@ fn obey(served: &Served, notifier: &Notifier, line: &str) -> Result<String, Stri
             Behaviour::Slow(Duration::from_millis(time))
         }
         ["fail", name] => Behaviour::Fail(errno(name).ok_or_else(|| format!("fail: no error is named {name:?} here"))?),
+        ["magic-xattrs", "rootonly"] => {
+            served.magic.show_on(Visibility::RootOnly);
+            return Ok(String::new());
+        }
+        ["magic-xattrs", "always"] => {
+            served.magic.show_on(Visibility::Always);
+            return Ok(String::new());
+        }
         ["reload"] => return served.reload(notifier).map(|revision| revision.to_string()),
         ["requests"] => return Ok(served.gate.counted()),
         _ => return Err(format!("obey: there is no command {line:?}")),

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use fuser::{Errno, FileType};
@@ -84,7 +84,7 @@ const PUBLIC_KEY: &str = include_str!("../../../../data/real-repositories/root.f
 const PUBLIC_KEYS: usize = 5;
 
 pub struct MagicAttributes {
-    visibility: Visibility,
+    visibility: Mutex<Visibility>,
     /// The URL of the repository.
     host: String,
     log: Arc<ErrorLog>,
@@ -93,12 +93,18 @@ pub struct MagicAttributes {
 
 impl MagicAttributes {
     pub fn new(visibility: Visibility, host: &str, log: Arc<ErrorLog>) -> Self {
-        Self { visibility, host: host.to_owned(), log, started: Instant::now() }
+        Self { visibility: Mutex::new(visibility), host: host.to_owned(), log, started: Instant::now() }
+    }
+
+    /// Lists them elsewhere from now on, as the real client does after `cvmfs_config reload`.
+    pub fn show_on(&self, visibility: Visibility) {
+        *self.visibility.lock().unwrap_or_else(PoisonError::into_inner) = visibility;
     }
 
     /// The names that are listed on the entry at `path`, each with a zero byte after it.
     pub fn list(&self, path: &[u8], entry: &Entry) -> Vec<u8> {
-        if self.visibility == Visibility::RootOnly && !path.is_empty() {
+        let visibility = *self.visibility.lock().unwrap_or_else(PoisonError::into_inner);
+        if visibility == Visibility::RootOnly && !path.is_empty() {
             return Vec::new();
         }
         let names = NAMES.iter().filter(|(_, owner)| has(entry, *owner));

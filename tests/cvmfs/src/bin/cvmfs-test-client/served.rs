@@ -29,7 +29,7 @@ use cvmfs_testbed::format;
 pub struct Served {
     pub gate: Gate,
     backend: Box<dyn Backend>,
-    magic: MagicAttributes,
+    pub magic: MagicAttributes,
     log: Arc<ErrorLog>,
     /// To whom everything belongs, if not to whom the repository says.
     claimed_by: Option<(u32, u32)>,
