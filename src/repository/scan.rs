@@ -113,8 +113,8 @@ impl fmt::Display for Limit {
             ),
             Self::Path => write!(
                 f,
-                "a directory that has markers or is of nobody (uid or gid {NO_OWNER}), whose path is longer than {MAX_PATH} \
-                 bytes"
+                "a directory whose path is longer than 4095 bytes, or one that has markers or is of nobody (uid or gid \
+                 {NO_OWNER}) and has a path of more than {MAX_PATH} bytes"
             ),
         }
     }

@@ -219,6 +219,10 @@ impl Walk<'_> {
             }
             kept.push(name.to_owned());
             ControlFlow::Continue(())
+        });
+        let status = status.map_err(|e| match e.errno {
+            Errno::ENAMETOOLONG => Error::Exceeds(Limit::Path),
+            _ => e.into(),
         })?;
         if is_too_much {
             return Err(Error::Exceeds(Limit::Memory));
