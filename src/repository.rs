@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-pub use self::condition::{Condition, own_attributes};
+pub use self::condition::{Condition, HIDE_ATTRIBUTES, own_attributes};
 use self::health::Health;
 use self::lane::{AllStuck, Lane, Lost, Patience, Pulse, ThreadBudget, Ticket, Turn, alive};
 use self::manifest::{ImageRef, Manifest};
@@ -220,12 +220,22 @@ impl Repository {
         let is_sick = mount.health.sick().is_some();
         if !is_sick && mount.watch.wants_a_look() {
             let (asked, of) = (Arc::clone(repository), Arc::clone(&mount));
-            let look = move || of.watch.saw(probe(asked.sys.as_ref(), &asked.path).is_ok());
+            let look = move || of.watch.saw(asked.look_at_layers().is_ok());
             if mount.calls.run(Turn::Last, Pulse::default(), Box::new(look)).is_err() {
                 mount.watch.saw(false);
             }
         }
         !is_sick && mount.watch.can_be_used(repository.timeout) && mount.server.outage().is_none()
+    }
+
+    /// Asks whether it is there and its layers can be used. Runs on a thread of the repository.
+    fn look_at_layers(&self) -> Result<(), Missing> {
+        probe(self.sys.as_ref(), &self.path)?;
+        match lists_own_attributes(self.sys.as_ref(), &self.path) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Missing::OwnAttributes),
+            Err(e) => Err(Missing::Unreadable(e)),
+        }
     }
 
     /// Asks whether it is there, without waiting, and says so if it is not.
@@ -283,8 +293,13 @@ impl Repository {
         if let Some(known) = mount.client_attributes.get() {
             return Ok(Arc::clone(known));
         }
-        let names = Arc::new(self.sys.attribute_names(&self.path).map_err(|e| self.unreadable(e))?);
+        let mut names = self.sys.attribute_names(&self.path).map_err(|e| self.unreadable(e))?;
         alive();
+        // A directory on a disk has attributes of its own, and none of a client.
+        if !names.iter().any(|name| name == MAGIC_NAME) {
+            names.clear();
+        }
+        let names = Arc::new(names);
         Ok(Arc::clone(mount.client_attributes.get_or_init(|| names)))
     }
 
@@ -359,9 +374,7 @@ impl Repository {
         // The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs` never.
         self.sys.dir_statfs(layer).map_err(|e| self.unreadable(e))?;
         alive();
-        let listed = self.sys.dir_attribute_names(layer).map_err(|e| self.unreadable(e))?;
-        alive();
-        if listed.iter().any(|name| name == MAGIC_NAME) {
+        if lists_own_attributes(self.sys.as_ref(), &self.path).map_err(|e| self.unreadable(e))? {
             return Err(Missing::OwnAttributes);
         }
         *mount.usable.lock() = Some(asked);
@@ -483,6 +496,20 @@ fn mounted(sys: &dyn Sys, path: &Path) -> Result<(), Missing> {
         },
         Err(e) => Err(Missing::Unreadable(e)),
     }
+}
+
+/// Whether the client lists the attributes that it makes up on every file, and not only at its root. No publisher can
+/// give `.layers` any.
+fn lists_own_attributes(sys: &dyn Sys, path: &Path) -> sys::Result<bool> {
+    let root = sys.open_dir(path)?;
+    alive();
+    let names = match sys.open_below(&root, Path::new(LAYERS)) {
+        Ok(layers) => sys.dir_attribute_names(&layers)?,
+        Err(e) if e.errno == Errno::ENOENT => Vec::new(),
+        Err(e) => return Err(e),
+    };
+    alive();
+    Ok(names.iter().any(|name| name == MAGIC_NAME))
 }
 
 /// Reads the directory `below` a repository's root, as far as its first entry.

@@ -18,7 +18,7 @@ use crate::metrics::endpoint;
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::repository::owners::Owners;
-use crate::repository::{Remedy, own_attributes};
+use crate::repository::{HIDE_ATTRIBUTES, own_attributes};
 use crate::server::convert;
 use crate::status::{Image, Report};
 use crate::types::{Timestamp, printable, shell};
@@ -248,8 +248,7 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
     }
     findings.push(owners(one));
     if one.lists_own_attributes {
-        let remedy = Remedy::ConfigureClient.to_string();
-        findings.push(Finding::problem("repository.attributes", own_attributes(name), remedy));
+        findings.push(Finding::problem("repository.attributes", own_attributes(name), HIDE_ATTRIBUTES));
     }
     findings
 }
@@ -340,7 +339,10 @@ fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
 fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> {
     const CHECK: &str = "state.images";
     let is_away = |image: &Image| {
-        let of = |name: &String| repositories.iter().any(|one| one.name == *name && !one.trouble.is_empty());
+        let of = |name: &String| {
+            let is_unusable = |one: &Repository| !one.trouble.is_empty() || one.lists_own_attributes;
+            repositories.iter().any(|one| one.name == *name && is_unusable(one))
+        };
         !image.refused && image.broken_in.as_ref().is_some_and(of)
     };
     let broken: Vec<&Image> = images.iter().filter(|image| image.broken.is_some()).collect();
@@ -353,7 +355,9 @@ fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> 
     let mut remedy = |image: &Image| {
         let again = match &image.broken_in {
             _ if is_away(image) => {
-                return "bring the repository back (see repository.answers): nothing has to be pulled again".to_owned();
+                return "bring the repository back (see repository.answers and repository.attributes): nothing has to be pulled \
+                        again"
+                    .to_owned();
             }
             // Nobody can make it fit.
             _ if image.refused => "",

@@ -8,10 +8,14 @@ use std::sync::atomic::Ordering;
 
 use super::client::{self, Cache};
 use super::lane::{Pulse, Turn};
-use super::missing::{Missing, Remedy};
+use super::missing::Missing;
 use super::owners::{self, Owners, Sample};
 use super::server::IoErrors;
-use super::{MountGeneration, Repository, probe};
+use super::{MountGeneration, Repository};
+
+/// The setting of a client that lists its own attributes on every file.
+pub const HIDE_ATTRIBUTES: &str = "set CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly (CVMFS_HIDE_MAGIC_XATTRS=yes where the \
+    client is too old for it) in /etc/cvmfs/default.local and run cvmfs_config reload";
 
 /// What is said of a repository whose client lists its own attributes on every file.
 pub fn own_attributes(name: &str) -> String {
@@ -38,9 +42,13 @@ impl Repository {
     pub fn condition(repository: &Arc<Self>) -> Result<Condition, Missing> {
         let (asked, mount) = (Arc::clone(repository), repository.mount());
         Self::ask(repository, move || {
-            let probed = probe(asked.sys.as_ref(), &asked.path);
-            mount.watch.saw(probed.is_ok());
-            probed.map_err(|why| asked.known(why))?;
+            let looked = asked.look_at_layers();
+            mount.watch.saw(looked.is_ok());
+            if let Err(why) = looked
+                && why != Missing::OwnAttributes
+            {
+                return Err(asked.known(why));
+            }
             if let Some(unreachable) = mount.server.outage() {
                 return Err(Missing::ServerUnreachable(Box::new(unreachable)));
             }
@@ -99,7 +107,7 @@ impl Repository {
             }
         }
         if sample.lists_own_attributes && !before.is_some_and(|before| before.lists_own_attributes) {
-            log::warn!(repository = name; "{}: {}", own_attributes(name), Remedy::ConfigureClient);
+            log::warn!(repository = name; "{}: {}", own_attributes(name), HIDE_ATTRIBUTES);
         }
         Some(sample)
     }

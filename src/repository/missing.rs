@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::health::Sick;
 use super::server::Unreachable;
-use super::{LAYERS, scan};
+use super::{HIDE_ATTRIBUTES, LAYERS, scan};
 use crate::metrics::Reason;
 use crate::sys;
 
@@ -154,14 +154,12 @@ impl fmt::Display for Remedy {
             Self::Wait => "try again",
             Self::MakeAvailable => {
                 "see that the repository is mounted and answers (\"cvmfs-snapshotter doctor\" says what is wrong) and \
-                 retry, or remove the image and pull it anew"
+                 retry, or remove every image with this layer and pull it anew"
             }
             Self::ConfigureClient => {
-                "set CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly (CVMFS_HIDE_MAGIC_XATTRS=yes where the client is too old for it) \
-                 in /etc/cvmfs/default.local and run cvmfs_config reload, or remove the image and pull it again: it is \
-                 downloaded then"
+                return write!(f, "{HIDE_ATTRIBUTES}, or remove every image with this layer and pull it anew");
             }
-            Self::Download => "remove the image and pull it again: the layer is downloaded then",
+            Self::Download => "remove every image with this layer and pull it anew: the layer is downloaded then",
             Self::Republish => "the publisher has to drop extended attributes of the layer's directories",
             Self::Report => "see the log of the daemon, and report it",
         })

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 
 use super::client::{self, User};
 use super::lane::alive;
-use super::{LAYER_ROOT, LAYERS, MAGIC_NAME};
+use super::{LAYER_ROOT, LAYERS, lists_own_attributes};
 use crate::sys::{self, DirHandle, FileType, Status, Sys};
 
 /// Layers of a sample.
@@ -148,7 +148,7 @@ pub struct Sample {
 pub fn sample(sys: &dyn Sys, path: &Path) -> sys::Result<Sample> {
     let root = sys.open_dir(path)?;
     alive();
-    let mut found = Found { until: Instant::now() + MAX_TIME, owner: None, others: false, entries: 0, lists: None };
+    let mut found = Found { until: Instant::now() + MAX_TIME, owner: None, others: false, entries: 0 };
     for layer in layers(sys, &root)? {
         match sys.open_below(&root, &layer) {
             Ok(layer) => found.read(sys, &layer)?,
@@ -165,7 +165,7 @@ pub fn sample(sys: &dyn Sys, path: &Path) -> sys::Result<Sample> {
         Some(owner) if found.entries >= MIN_ENTRIES => one_owner(sys, path, owner),
         _ => Owners::Unknown,
     };
-    Ok(Sample { owners, lists_own_attributes: found.lists == Some(true) })
+    Ok(Sample { owners, lists_own_attributes: lists_own_attributes(sys, path)? })
 }
 
 fn one_owner(sys: &dyn Sys, path: &Path, owner: Owner) -> Owners {
@@ -224,14 +224,12 @@ struct Found {
     /// Another entry has another owner.
     others: bool,
     entries: usize,
-    /// None: no file was asked yet.
-    lists: Option<bool>,
 }
 
 impl Found {
     /// More entries would not change the result, or there is no time for them.
     fn is_over(&self) -> bool {
-        (self.others && self.lists.is_some()) || Instant::now() > self.until
+        self.others || Instant::now() > self.until
     }
 
     fn add(&mut self, status: &Status) {
@@ -245,7 +243,11 @@ impl Found {
         let mut unread = VecDeque::from([PathBuf::new()]);
         let end = self.entries + MAX_ENTRIES;
         while let Some(below) = unread.pop_front() {
-            let directory = sys.open_below(layer, &below)?;
+            let directory = match sys.open_below(layer, &below) {
+                // It lies so deep that no path leads to it.
+                Err(e) if e.errno == Errno::ENAMETOOLONG => continue,
+                directory => directory?,
+            };
             alive();
             let (mut names, limit) = (Vec::new(), end.saturating_sub(self.entries));
             let status = sys.for_each_entry_below(&directory, Path::new(""), &mut |name, file_type| {
@@ -261,23 +263,13 @@ impl Found {
                 if file_type == FileType::Directory {
                     unread.push_back(below.join(name));
                 } else {
-                    self.read_file(sys, &directory, &name, file_type)?;
+                    self.add(&sys.lstat(&directory.entry(&name))?);
+                    alive();
                 }
                 if self.is_over() || self.entries >= end {
                     return Ok(());
                 }
             }
-        }
-        Ok(())
-    }
-
-    fn read_file(&mut self, sys: &dyn Sys, directory: &DirHandle, name: &OsStr, of: FileType) -> sys::Result<()> {
-        let path = directory.entry(name);
-        self.add(&sys.lstat(&path)?);
-        alive();
-        if self.lists.is_none() && of == FileType::Other {
-            self.lists = Some(sys.attribute_names(&path)?.iter().any(|name| name == MAGIC_NAME));
-            alive();
         }
         Ok(())
     }
@@ -289,6 +281,7 @@ mod tests {
     use std::os::unix::fs::lchown;
 
     use super::*;
+    use crate::repository::MAGIC_NAME;
     use crate::repository::client::tests::Served;
     use crate::sys::Host;
 
@@ -420,9 +413,9 @@ mod tests {
     #[test]
     fn root_a_client_that_lists_its_own_attributes_on_files_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
-        let top = layer(dir.path(), 'a', 1, OWNER);
+        layer(dir.path(), 'a', 1, OWNER);
         assert!(!sample(&Host, dir.path()).unwrap().lists_own_attributes);
-        xattr::set(top.join("dir/0"), MAGIC_NAME, b"a.example.org").unwrap();
+        xattr::set(dir.path().join(LAYERS), MAGIC_NAME, b"a.example.org").unwrap();
         assert!(sample(&Host, dir.path()).unwrap().lists_own_attributes);
     }
 }

@@ -144,21 +144,39 @@ fn a_new_repository_without_layers_is_mounted() {
     assert_eq!(path_of(&repository, 'a'), Err(Missing::NotPublished));
 }
 
-/// The setting can be changed while the repository stays mounted.
+/// The setting can be changed while the repository stays mounted. What a layer itself has is not asked: an image may have
+/// such an attribute.
 #[test]
-fn root_a_layer_is_refused_as_long_as_its_client_lists_attributes_on_it() {
+fn layers_are_refused_as_long_as_the_client_lists_attributes_below_its_root() {
     let dir = tempfile::tempdir().unwrap();
     let layer = dir.path().join(layer_path(&digest('a')));
     fs::create_dir_all(&layer).unwrap();
+    xattr::set(&layer, MAGIC_NAME, b"of the image").unwrap();
     let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
     for _ in 0..2 {
-        xattr::set(&layer, MAGIC_NAME, b"a.test").unwrap();
+        xattr::set(dir.path().join(LAYERS), MAGIC_NAME, b"a.test").unwrap();
         let since = Instant::now();
         for _ in 0..2 {
             let refused = repository.layer_since(&digest('a'), since).map(drop);
             assert_eq!(refused, Err(Missing::OwnAttributes));
         }
-        xattr::remove(&layer, MAGIC_NAME).unwrap();
+        assert_eq!(repository.look_at_layers(), Err(Missing::OwnAttributes));
+        xattr::remove(dir.path().join(LAYERS), MAGIC_NAME).unwrap();
         repository.layer_since(&digest('a'), since).unwrap();
+        assert_eq!(repository.look_at_layers(), Ok(()));
     }
+}
+
+/// Attributes of a directory on a disk were taken for those of a client, and were missing in masks.
+#[test]
+fn only_a_client_has_attributes_that_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = || {
+        let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
+        repository.client_attributes().unwrap().len()
+    };
+    xattr::set(dir.path(), "user.mine", b"1").unwrap();
+    assert_eq!(names(), 0);
+    xattr::set(dir.path(), MAGIC_NAME, b"a.test").unwrap();
+    assert_eq!(names(), 2);
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::repository::owners::Owners;
-use crate::repository::{Remedy, own_attributes};
+use crate::repository::{HIDE_ATTRIBUTES, Remedy, own_attributes};
 use crate::server::convert;
 use crate::table::{age, size, table};
 use crate::types::{Timestamp, printable};
@@ -295,7 +295,7 @@ fn sample(one: &Repository) -> String {
         let _ = writeln!(text, "  {remedy}");
     }
     if one.lists_own_attributes {
-        let _ = writeln!(text, "{}\n  {}", own_attributes(&name), Remedy::ConfigureClient);
+        let _ = writeln!(text, "{}\n  {}", own_attributes(&name), HIDE_ATTRIBUTES);
     }
     text
 }

@@ -331,7 +331,10 @@ fn root_an_image_on_a_refused_layer_is_broken_until_it_is_pulled_again() {
     refused(c.prepare("k8s.io/1/extract-1 sha256:c1", "", &labels), Code::ALREADY_EXISTS);
     let chain = c.list(&[]).expect("snapshots can be listed").swap_remove(0).name;
     let message = unavailable(c.prepare("container", &chain, &[]));
-    assert!(message.ends_with("; remove the image and pull it again: the layer is downloaded then"), "{message}");
+    assert!(
+        message.ends_with("; remove every image with this layer and pull it anew: the layer is downloaded then"),
+        "{message}"
+    );
     for other in ["retry", "doctor", "mounted"] {
         assert!(!message.contains(other), "{other} does not help: {message}");
     }

@@ -12,7 +12,7 @@ use scene::client::Client;
 use scene::disk::Disk;
 use scene::doctor::{Finding, read};
 use scene::process::eventually;
-use scene::publisher::{NO_OWNER, Repository, Settings};
+use scene::publisher::{NAME, NO_OWNER, Repository, Settings};
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::Snapshotter;
@@ -250,9 +250,11 @@ fn root_no_container_stands_on_layers_whose_client_lists_its_attributes_on_every
         assert!(one.remedy.as_deref().is_some_and(|text| text.contains(setting)));
         assert_eq!(status(&snapshotter).0["lists_own_attributes"], true);
         eventually("the log names the setting", || snapshotter.log().contains(setting));
+        eventually("health says that it cannot be used", || !c.is_serving(NAME));
 
         // Nothing has to be restarted after the setting was changed.
         repository.command("magic-xattrs rootonly");
+        eventually("health says that it can be used", || c.is_serving(NAME));
         let mounts = c.prepare("container", &chain, &[]).unwrap_or_else(|e| panic!("{config}: {}", e.message()));
         let root = Mounted::new(&mounts, &sandbox.path("mnt")).expect("an overlay");
         for entry in ["", "masked", "masked/other", "plain", "plain/file"] {
