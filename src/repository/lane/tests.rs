@@ -30,6 +30,17 @@ fn stuck(lane: &Lane) -> (mpsc::Sender<()>, Ticket<()>) {
     (release, ticket)
 }
 
+/// A thread is free a moment after its job has answered.
+fn start_when_free(lane: &Lane, result: u8) -> Ticket<u8> {
+    let until = Instant::now() + SOON;
+    loop {
+        match lane.start(move || result, drop) {
+            Ok(ticket) => return ticket,
+            Err(AllStuck { .. }) => assert!(Instant::now() < until, "the thread never came back"),
+        }
+    }
+}
+
 #[test]
 fn stuck_threads_are_replaced_and_bounded() {
     let lane = self::lane((2, 3), SHORT);
@@ -134,15 +145,7 @@ fn jobs_that_no_thread_can_take_are_given_up_at_once() {
     assert_eq!(queued.wait(within(SOON), never), Err(Lost::Dropped));
     drop(release);
     assert_eq!(held.wait(within(SOON), never), Ok(()));
-    // The thread is free a moment after its job has answered.
-    let until = Instant::now() + SOON;
-    let next = loop {
-        match lane.start(|| 3, drop) {
-            Ok(ticket) => break ticket,
-            Err(AllStuck { .. }) => assert!(Instant::now() < until, "the thread never came back"),
-        }
-    };
-    assert_eq!(next.wait(within(SOON), never), Ok(3));
+    assert_eq!(start_when_free(&lane, 3).wait(within(SOON), never), Ok(3));
 }
 
 #[test]
@@ -161,7 +164,7 @@ fn threads_that_hang_in_replaced_lanes_count_against_the_budget() {
         drop(release);
         ticket.wait(within(SOON), never).unwrap();
     }
-    assert_eq!(new.start(|| 2, drop).unwrap().wait(within(SOON), never), Ok(2));
+    assert_eq!(start_when_free(&new, 2).wait(within(SOON), never), Ok(2));
 }
 
 #[test]
