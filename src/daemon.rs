@@ -39,6 +39,8 @@ const STOP_DURING_START_LIMIT: Duration = Duration::from_secs(5);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// And so long for the last lines of the log.
 const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// A thread that waits for pulls or for a repository ends after so long without a job.
+const IDLE: Duration = Duration::from_secs(10);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
 /// Set by a unit: the one value of `attach` that it is made for.
@@ -306,7 +308,7 @@ struct Pools {
 impl Pools {
     /// All but the workers: calls that come before the start is over wait for those.
     fn start(config: &Config) -> io::Result<Self> {
-        let waiters = |name: &str| Pool::start(name, config.waiter_threads(), config.queue);
+        let waiters = |name: &str| Pool::growing(name, config.waiter_threads(), config.queue, IDLE);
         Ok(Self {
             workers: Pool::idle("worker", config.worker_threads(), config.queue),
             pulls: waiters("pull")?,

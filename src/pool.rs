@@ -5,6 +5,7 @@
 //! once instead of growing, a panic costs nothing but its own job, and a job whose caller
 //! has given up is not started. Work that is done in parts goes on through a second queue,
 //! which is never full; the workers serve both in turns, so neither can hold up the other.
+//! A pool for jobs that wait most of their time may grow: it has one thread, and more while jobs need them.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -59,6 +60,15 @@ pub struct Entrance {
     threads: usize,
     going_on: Sender<Job>,
     running: Arc<Running>,
+    growth: Option<Arc<Growth>>,
+}
+
+/// How a pool gets more threads.
+struct Growth {
+    name: String,
+    queues: Queues,
+    /// A thread that had no job for so long ends.
+    idle: Duration,
 }
 
 /// Jobs that are waiting or under way, and whether more may come.
@@ -71,6 +81,8 @@ struct Running {
 #[derive(Default)]
 struct State {
     jobs: usize,
+    /// Of a pool that grows.
+    threads: usize,
     closed: bool,
 }
 
@@ -102,13 +114,28 @@ impl Pool {
         let (jobs, queued) = bounded::<Job>(queue);
         let (going_on, begun) = unbounded::<Job>();
         let running = Arc::new(Running::default());
-        let entrance = Entrance { jobs, limit: queue, threads: workers, going_on, running };
+        let entrance = Entrance { jobs, limit: queue, threads: workers, going_on, running, growth: None };
         Self { name: name.to_owned(), entrance, queues: Queues { queued, begun }, workers: Vec::new() }
+    }
+
+    /// As `start`, with one thread, and up to `most` while there are jobs for them. One that had none for as long as
+    /// `idle` ends.
+    pub fn growing(name: &str, most: usize, queue: usize, idle: Duration) -> io::Result<Self> {
+        let mut pool = Self::idle(name, most, queue);
+        pool.spawn(1)?;
+        pool.entrance.running.state.lock().threads = 1;
+        let growth = Growth { name: pool.name.clone(), queues: pool.queues.clone(), idle };
+        pool.entrance.growth = Some(Arc::new(growth));
+        Ok(pool)
     }
 
     /// Starts the threads. To be called once.
     pub fn run(&mut self) -> io::Result<()> {
-        for n in 0..self.entrance.threads {
+        self.spawn(self.entrance.threads)
+    }
+
+    fn spawn(&mut self, threads: usize) -> io::Result<()> {
+        for n in 0..threads {
             let queues = self.queues.clone();
             let thread = thread::Builder::new().name(format!("{}-{n}", self.name));
             self.workers.push(thread.spawn(move || work(&queues))?);
@@ -155,12 +182,31 @@ enum Turn {
 }
 
 impl Queues {
-    /// None: nobody can hand in jobs any more.
-    fn next(&self, turn: &mut Turn) -> Option<Job> {
-        let (first, second, then) = match turn {
+    /// None: there was no job for so long.
+    fn next_within(&self, turn: &mut Turn, limit: Duration) -> Option<Job> {
+        let (first, second, then) = self.in_turn(*turn);
+        let (job, of_first) = select_biased! {
+            recv(first) -> job => (job, true),
+            recv(second) -> job => (job, false),
+            default(limit) => return None,
+        };
+        if of_first {
+            *turn = then;
+        }
+        job.ok()
+    }
+
+    /// The queue that is served first, the other one, and whose turn is next if the first has something.
+    fn in_turn(&self, turn: Turn) -> (&Receiver<Job>, &Receiver<Job>, Turn) {
+        match turn {
             Turn::Begun => (&self.begun, &self.queued, Turn::Queued),
             Turn::Queued => (&self.queued, &self.begun, Turn::Begun),
-        };
+        }
+    }
+
+    /// None: nobody can hand in jobs any more.
+    fn next(&self, turn: &mut Turn) -> Option<Job> {
+        let (first, second, then) = self.in_turn(*turn);
         // One that is closed and empty may hide what the other one still has.
         let (job, of_first) = select_biased! {
             recv(first) -> job => (job.or_else(|_| second.recv()), true),
@@ -176,9 +222,32 @@ impl Queues {
 fn work(queues: &Queues) {
     let mut turn = Turn::Begun;
     while let Some(job) = queues.next(&mut turn) {
-        // `submit` fences the work itself; this fence is for a panic while answering.
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(None))) {
-            log::error!("a worker could not send an answer: {}", panic_message(panic.as_ref()));
+        do_job(job);
+    }
+}
+
+fn do_job(job: Job) {
+    // `submit` fences the work itself; this fence is for a panic while answering.
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(None))) {
+        log::error!("a worker could not send an answer: {}", panic_message(panic.as_ref()));
+    }
+}
+
+impl Growth {
+    /// Works until there was nothing to do for a while.
+    fn work(&self, running: &Running) {
+        let mut turn = Turn::Begun;
+        loop {
+            if let Some(job) = self.queues.next_within(&mut turn, self.idle) {
+                do_job(job);
+                continue;
+            }
+            let mut state = running.state.lock();
+            // Whoever hands in a job counts it before, and looks for threads after.
+            if state.threads > state.jobs {
+                state.threads -= 1;
+                return;
+            }
         }
     }
 }
@@ -195,7 +264,7 @@ impl Entrance {
     ) {
         let Some(job) = self.job(expired, work, answer) else { return };
         match self.jobs.try_send(job) {
-            Ok(()) => {}
+            Ok(()) => self.grow(),
             Err(TrySendError::Full(job)) => job(Some(Refusal::QueueFull { limit: self.limit })),
             Err(TrySendError::Disconnected(job)) => job(Some(Refusal::Stopping)),
         }
@@ -218,8 +287,28 @@ impl Entrance {
         answer: impl FnOnce(Result<T, Refusal>) + Send + 'static,
     ) {
         let Some(job) = self.job(expired, work, answer) else { return };
-        if let Err(SendError(job)) = self.going_on.send(job) {
-            job(Some(Refusal::Stopping));
+        match self.going_on.send(job) {
+            Ok(()) => self.grow(),
+            Err(SendError(job)) => job(Some(Refusal::Stopping)),
+        }
+    }
+
+    /// Starts a thread if there are more jobs than threads, and there may be more threads.
+    fn grow(&self) {
+        let Some(growth) = &self.growth else { return };
+        let number = {
+            let mut state = self.running.state.lock();
+            if state.threads >= state.jobs.min(self.threads) {
+                return;
+            }
+            state.threads += 1;
+            state.threads - 1
+        };
+        let (running, growth) = (Arc::clone(&self.running), Arc::clone(growth));
+        let thread = thread::Builder::new().name(format!("{}-{number}", growth.name));
+        if let Err(e) = thread.spawn(move || growth.work(&running)) {
+            self.running.state.lock().threads -= 1;
+            log::warn!("a call waits for another one, because no thread can be started for it: {e}");
         }
     }
 
@@ -458,6 +547,30 @@ mod tests {
             drop(busy);
             let answers: Vec<_> = waiting.iter().map(|w| w.recv_timeout(SOON).unwrap().unwrap()).collect();
             assert_eq!(answers, [0, 1, 2, 3, 4, 5]);
+        }
+    }
+
+    /// Threads that waited for nothing were there from the start, 32 for each repository.
+    #[test]
+    fn a_pool_that_grows_has_as_many_threads_as_jobs_and_then_one_again() {
+        let pool = Pool::growing("t", 3, 8, Duration::from_millis(20)).unwrap();
+        let entrance = pool.entrance();
+        let threads = || entrance.running.state.lock().threads;
+        assert_eq!(threads(), 1);
+        for round in 0..3 {
+            let busy: Vec<_> = (0..3).map(|_| occupy(&entrance)).collect();
+            assert_eq!(threads(), 3, "round {round}");
+            let waiting = outcome(&entrance, Work::New, || 7);
+            assert_eq!(threads(), 3, "round {round}");
+            assert!(waiting.try_recv().is_err());
+            drop(busy);
+            assert_eq!(waiting.recv_timeout(SOON), Ok(Ok(7)));
+            let until = Instant::now() + SOON;
+            while threads() > 1 && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(threads(), 1, "round {round}");
+            assert_eq!(outcome(&entrance, Work::Begun, || 8).recv_timeout(SOON), Ok(Ok(8)));
         }
     }
 
