@@ -158,7 +158,7 @@ fn other_tasks() -> [Arg; 5] {
                 exit. The daemon and containerd must be stopped; containers run on. Of local snapshots \
                 it reads the records beside their files; which of them hold, and what was published, \
                 containerd's metadata says. What contradicts itself is left out and its directory left \
-                alone. The old file is kept as metadata.redb.damaged-<n>. Metadata that is sound is not \
+                alone. The old file is kept as metadata.sqlite.damaged-<n>. Metadata that is sound is not \
                 touched.",
             ),
         path(

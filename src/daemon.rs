@@ -350,6 +350,10 @@ fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
 /// tells: the space put by, which is made after it, and the records of local snapshots, but for
 /// those that a takeover from a Go snapshotter writes before.
 fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
+    let earlier = root.metadata.with_extension("redb");
+    if earlier.exists() {
+        return Err(Error::MetadataOfEarlierVersion { path: earlier });
+    }
     let ids = sys::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
     let snapshots = ids.iter().filter(|id| places.record(**id).exists()).count();
     let takes_over = root.metadata.with_file_name(takeover::GO_METADATA).exists();

@@ -34,6 +34,7 @@ mod driver;
 
 use self::filters::Filters;
 use crate::config::{self, Config};
+use crate::proto::record::SnapshotRecord;
 use crate::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
@@ -334,7 +335,7 @@ fn wanted(wanted: snapshotter::Result<Wanted>) {
     let info = Info::parse_from_bytes(&convert::info(before.clone()).write_to_bytes().unwrap()).unwrap();
     assert_eq!((info.name.as_str(), info.labels.len()), (before.key.as_str(), before.labels.len()));
     assert_eq!(info.labels.into_iter().collect::<Labels>(), before.labels);
-    assert_eq!(record::decode_snapshot(before.key.as_str(), &record::encode_snapshot(&before)).unwrap(), before);
+    assert_eq!(record::from_record(before.key.as_str(), record::to_record(&before)).unwrap(), before);
 }
 
 /// The labels that are kept.
@@ -405,11 +406,12 @@ fn manifest(bytes: &[u8]) {
 fn records(bytes: &[u8]) {
     let Some((which, row)) = bytes.split_first() else { return };
     if which.is_multiple_of(3) {
-        let Ok(snapshot) = record::decode_snapshot("key", row) else { return };
+        let Ok(read) = SnapshotRecord::parse_from_bytes(row) else { return };
+        let Ok(snapshot) = record::from_record("key", read) else { return };
         if let Some(Layer { digest, .. }) = &snapshot.layer {
             good_digest(digest);
         }
-        assert_eq!(record::decode_snapshot("key", &record::encode_snapshot(&snapshot)).unwrap(), snapshot);
+        assert_eq!(record::from_record("key", record::to_record(&snapshot)).unwrap(), snapshot);
     } else {
         let Ok(Some(stored)) = record::decode_scan("key", row) else { return };
         // They become names of whiteouts below `snapshots/<id>`.

@@ -137,8 +137,9 @@ pub fn run(
 ) -> Result<Report, Error> {
     match Store::check(metadata) {
         Ok(()) => return Err(Error::Sound { path: metadata.to_owned() }),
-        Err(store::Error::Damaged { .. } | store::Error::Engine { .. }) => {}
-        // In use, or of another version of this program: not damaged.
+        Err(store::Error::Damaged { .. }) => {}
+        Err(e) if matches!(e.errno(), Some(Errno::ENOENT | Errno::EIO)) => {}
+        // Of another version of this program, or of the machine: not damaged.
         Err(other) => return Err(Error::Metadata(other)),
     }
     // Held until the new store stands: containerd must not begin meanwhile.
@@ -313,7 +314,19 @@ fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
         name.push(format!(".damaged-{n}"));
         let kept = PathBuf::from(name);
         match fs::hard_link(metadata, &kept) {
-            Ok(()) => return Ok(Some(kept)),
+            Ok(()) => {
+                // What was written last is in its log, if the daemon was killed.
+                let log = Store::log_of(metadata);
+                let moved = match fs::hard_link(&log, Store::log_of(&kept)) {
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => fs::remove_file(metadata),
+                    // The file goes first: it is never there without its log.
+                    linked => linked.and_then(|()| fs::remove_file(metadata)).and_then(|()| fs::remove_file(&log)),
+                };
+                return match moved {
+                    Ok(()) => Ok(Some(kept)),
+                    Err(cause) => Err(Error::Keep { path: kept, cause }),
+                };
+            }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             // It was moved away.
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -36,7 +36,7 @@ use crate::overlay::{self, Lower, Places};
 use crate::repository::Repository;
 use crate::repository::scan::ScanKey;
 use crate::store::sidecar::Sidecar;
-use crate::store::{Lookup, Store};
+use crate::store::{Read, Store};
 use crate::sys::{self, Sys};
 use crate::types::{
     CHAIN_SNAPSHOTS, Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF,
@@ -303,7 +303,7 @@ impl Snapshotter {
         let Err(failed) = made else { return Ok(self.describe(kind, id, &lower)) };
         // A write that failed may have reached the disk all the same, and then the directory
         // is somebody's. Where that cannot even be asked, the next start decides.
-        match self.store.read(|tx| tx.exists(id).map_err(Error::from)) {
+        match self.store.read_settled(|tx| tx.exists(id).map_err(Error::from)) {
             Ok(true) => Ok(self.describe(kind, id, &lower)),
             Ok(false) => match self.sys.remove_tree(&self.places.home(id), &|| false) {
                 Ok(()) => Err(failed),
@@ -370,7 +370,7 @@ impl Snapshotter {
 
 /// What must hold before `wanted` can be made, in the order in which containerd expects
 /// the complaints; the result is the parent.
-fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
+fn check_new(tx: &Read, wanted: &Wanted) -> Result<Option<Snapshot>> {
     let parent = match &wanted.parent {
         None => None,
         Some(key) => match tx.get(key.as_str())? {
@@ -388,7 +388,7 @@ fn check_new(tx: &impl Lookup, wanted: &Wanted) -> Result<Option<Snapshot>> {
 }
 
 /// As `check_new`, where the parent was looked at before and had this id.
-fn check_new_on(tx: &impl Lookup, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Option<Snapshot>> {
+fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Option<Snapshot>> {
     let parent = check_new(tx, wanted)?;
     match &parent {
         // Removed meanwhile, and made again under the same name.
@@ -398,7 +398,7 @@ fn check_new_on(tx: &impl Lookup, wanted: &Wanted, id: Option<SnapshotId>) -> Re
 }
 
 /// Whether a chain goes on with one snapshot more on `parent`. Below a committed snapshot nothing changes any more.
-fn check_chain(tx: &impl Lookup, parent: &Key) -> Result<()> {
+fn check_chain(tx: &Read, parent: &Key) -> Result<()> {
     let mut length = 0;
     tx.chain_until(parent, |_| {
         length += 1;
@@ -416,7 +416,7 @@ fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Resul
 /// The committed snapshot that stands for the layer `reference` on `parent` already. Of all that containerd can find
 /// for the answer "it is there" it takes the first, and a label can have been changed: so all must be the layer.
 fn find_present(
-    tx: &impl Lookup,
+    tx: &Read,
     reference: &str,
     parent: Option<&Key>,
     digest: &Digest,

@@ -16,6 +16,7 @@ pub mod failing;
 pub mod file;
 mod memory;
 mod mounts;
+mod sqlite;
 mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -43,6 +44,7 @@ pub use self::directory::DirHandle;
 use self::file::Links;
 pub use self::memory::share_arenas;
 pub use self::mounts::mount_point_of;
+pub use self::sqlite::sqlite_errno;
 pub use self::tree::DiskUsage;
 use crate::types::{Quoted, SnapshotId};
 

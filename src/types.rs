@@ -219,6 +219,11 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The kind that `as_str` calls so.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::View, Self::Active, Self::Committed].into_iter().find(|kind| kind.as_str() == name)
+    }
+
     /// The word that containerd's filters use.
     pub fn as_str(self) -> &'static str {
         match self {

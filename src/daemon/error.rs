@@ -62,6 +62,9 @@ pub enum Error {
         path: PathBuf,
         snapshots: usize,
     },
+    MetadataOfEarlierVersion {
+        path: PathBuf,
+    },
     /// The daemon before us was killed, and cannot end.
     RootHeld {
         root: PathBuf,
@@ -151,9 +154,15 @@ impl fmt::Display for Error {
             Self::MetadataGone { path, snapshots } => write!(
                 f,
                 "the metadata {} is gone, and the records of {snapshots} local snapshots are there; nothing was changed. \
-                 Put a copy of the file back; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
+                 Put a copy of the file back, and remove the file beside it that ends in -wal; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
                  without any snapshot, remove the images and containers of this snapshotter and move the directory that \
                  the file was in away",
+                path.display()
+            ),
+            Self::MetadataOfEarlierVersion { path } => write!(
+                f,
+                "the metadata {} is of a version before the first release, which is not read any more; nothing was changed. \
+                 Stop containerd and make it anew with \"cvmfs-snapshotter --rebuild-metadata\"",
                 path.display()
             ),
             Self::RootHeld { root, pid } => write!(
@@ -163,15 +172,7 @@ impl fmt::Display for Error {
                  (cvmfs_config probe), kill or unmount it, and start again",
                 root.display()
             ),
-            Self::Store(cause) if cause.is_full_disk() => {
-                write!(f, "{cause}; nothing was changed: free some space, or raise the quota")
-            }
-            Self::Store(cause @ store::Error::Damaged { .. }) => write!(
-                f,
-                "{cause}; nothing was changed. Put a copy of the file back if there is one; else stop containerd and \
-                 rebuild it with \"cvmfs-snapshotter --rebuild-metadata\""
-            ),
-            Self::Store(cause) => write!(f, "{cause}; nothing was changed"),
+            Self::Store(cause) => tell_of_store(cause, f),
             Self::Takeover(cause) => cause.fmt(f),
             Self::Rebuild(cause) => cause.fmt(f),
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
@@ -180,6 +181,21 @@ impl fmt::Display for Error {
             Self::Address(cause) | Self::Server(cause) => cause.fmt(f),
         }
     }
+}
+
+/// Why the metadata cannot be used, and what helps.
+fn tell_of_store(cause: &store::Error, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    if cause.is_full_disk() {
+        return write!(f, "{cause}; nothing was changed: free some space, or raise the quota");
+    }
+    write!(f, "{cause}; nothing was changed")?;
+    if let store::Error::Damaged { .. } = cause {
+        f.write_str(
+            ". Put a copy of the file back if there is one, and remove the file beside it that ends in -wal; else stop \
+             containerd and rebuild it with \"cvmfs-snapshotter --rebuild-metadata\"",
+        )?;
+    }
+    Ok(())
 }
 
 impl std::error::Error for Error {}
@@ -204,6 +220,7 @@ impl Error {
             | Self::RootInUse { .. }
             | Self::NothingToRebuild { .. }
             | Self::MetadataGone { .. }
+            | Self::MetadataOfEarlierVersion { .. }
             | Self::RootHeld { .. }
             | Self::Takeover(_)
             | Self::Rebuild(_)
@@ -225,8 +242,8 @@ mod tests {
     #[test]
     fn a_disk_without_room_is_told_with_what_helps() {
         for errno in [Errno::ENOSPC, Errno::EDQUOT] {
-            let cause = io::Error::from_raw_os_error(errno as i32).into();
-            let told = Error::Store(store::Error::Engine { path: "/x".into(), cause }).to_string();
+            let cause = io::Error::from_raw_os_error(errno as i32);
+            let told = Error::Store(store::Error::File { path: "/x".into(), cause: cause.into() }).to_string();
             assert!(told.ends_with("free some space, or raise the quota"), "{told}");
         }
     }

@@ -56,7 +56,7 @@ impl StateRoot {
         if !sys::tells_types(&home).map_err(Error::System)? {
             return Err(Error::RootWithoutTypes { root: real });
         }
-        Ok(Self { metadata: home.join("metadata.redb"), snapshots, _lock: lock })
+        Ok(Self { metadata: home.join("metadata.sqlite"), snapshots, _lock: lock })
     }
 }
 

@@ -206,7 +206,7 @@ mod tests {
             (Error::Cancelled, Code::DeadlineExceeded, DEBUG),
             (Error::System(system()), Code::Internal, Level::Error),
             (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, Code::NotFound, Level::Error),
-            (Error::Store(store::Error::InUse { path: "/x".into() }), Code::Internal, Level::Error),
+            (Error::Store(store::Error::Closed), Code::Internal, Level::Error),
         ] {
             let failure = Failure::Call(error);
             assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");

@@ -32,7 +32,7 @@ fn publish_third(place: &Place, repository: &str, has_catalog: bool) {
 }
 
 fn with_two_repositories(place: &Place) -> Snapshotter {
-    let store = Store::open(&place.dir.path().join("metadata.redb"), None).unwrap();
+    let store = Store::open(&place.dir.path().join("metadata.sqlite"), None).unwrap();
     place.with_repositories(&[("r", "cvmfs"), ("other", "other")], store, Arc::new(Host))
 }
 

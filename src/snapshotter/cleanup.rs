@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::{Error, Result, Snapshotter};
 use crate::attach::Released;
 use crate::metrics::METRICS;
-use crate::store::Lookup;
+use crate::store::Read;
 use crate::types::SnapshotId;
 
 /// So many ids are worked on between two looks at the mount table.
@@ -164,7 +164,7 @@ impl Snapshotter {
 }
 
 /// A local snapshot owns its directory; a remote one has it while something stands on it.
-pub(super) fn needs_its_directory(tx: &impl Lookup, id: SnapshotId) -> Result<bool> {
+pub(super) fn needs_its_directory(tx: &Read, id: SnapshotId) -> Result<bool> {
     Ok(match tx.by_id(id)? {
         None => false,
         Some(remote) if remote.layer.is_some() => tx.is_live(id)?,

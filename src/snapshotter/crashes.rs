@@ -216,14 +216,8 @@ impl World {
     }
 
     fn open(&self, disk: &Disk, steps: &Arc<Steps>) -> crate::store::Result<Snapshotter> {
-        let path = self.place.dir.path().join("metadata.redb");
-        let store = loop {
-            match Store::open_with(&path, disk.opener(steps), |_| Ok(()), None) {
-                // A thread of the process before has not ended yet.
-                Err(crate::store::Error::InUse { .. }) => std::thread::sleep(std::time::Duration::from_micros(50)),
-                store => break store?,
-            }
-        };
+        disk.count(steps);
+        let store = Store::open(&disk.metadata(), None)?;
         Ok(self.place.with_store(store, Arc::new(Failing::with(Arc::clone(steps)))))
     }
 

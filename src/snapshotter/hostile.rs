@@ -188,7 +188,7 @@ impl Place {
     }
 
     fn open(&self) -> Snapshotter {
-        let store = Store::open(&self.dir.path().join("metadata.redb"), None).unwrap();
+        let store = Store::open(&self.dir.path().join("metadata.sqlite"), None).unwrap();
         let sys: Arc<dyn Sys> = Arc::<Watched>::clone(&self.sys);
         let repository = Repository::new("r".into(), self.repository(), Duration::from_secs(10), Arc::clone(&sys));
         let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };
@@ -576,5 +576,5 @@ fn root_a_layer_that_exceeds_a_bound_is_refused_once_and_then_downloaded() {
     let mounts = s.prepare(wanted("extract", "", &labels)).unwrap();
     assert_eq!(mounts[0].kind, crate::types::MountKind::Bind, "an ordinary snapshot, to be unpacked into");
     drop(s);
-    assert!(fs::metadata(place.dir.path().join("metadata.redb")).unwrap().len() < 4 << 20);
+    assert!(fs::metadata(place.dir.path().join("metadata.sqlite")).unwrap().len() < 4 << 20);
 }

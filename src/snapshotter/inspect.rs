@@ -12,7 +12,6 @@ use super::{Error, Found, Result, Snapshotter};
 use crate::attach::Mode;
 use crate::repository::scan::ScanKey;
 use crate::repository::{Condition, Missing, Remedy, Repository};
-use crate::store::Lookup;
 use crate::types::{Digest, Snapshot, SnapshotId};
 
 /// Of the list for cleanup, so many at a time.

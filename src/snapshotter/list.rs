@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Result, Snapshotter};
-use crate::store::{Lookup, Read};
+use crate::store::Read;
 use crate::types::{Snapshot, SnapshotId};
 
 /// What is looked at in one chunk, unless one snapshot alone is more.
@@ -137,7 +137,7 @@ mod tests {
     impl Node {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let store = Store::open(&dir.path().join("metadata.redb"), None).unwrap();
+            let store = Store::open(&dir.path().join("metadata.sqlite"), None).unwrap();
             let repository =
                 Repository::new("r".into(), dir.path().join("cvmfs"), Duration::from_secs(1), Arc::new(Host));
             let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{Error, Result, Snapshotter, check_chain, check_labels};
-use crate::store::Lookup;
+use crate::store::Read;
 use crate::store::sidecar::Sidecar;
 use crate::sys::DiskUsage;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
@@ -171,7 +171,7 @@ fn usage_of(DiskUsage { bytes, inodes, .. }: DiskUsage) -> Usage {
 }
 
 /// The active snapshot `key`, and the parent on which it can be committed as `name`.
-fn check_commit(tx: &impl Lookup, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
+fn check_commit(tx: &Read, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
     let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
     if tx.get(name.as_str())?.is_some() {
         return Err(Error::AlreadyExists(name.clone()));

@@ -11,7 +11,6 @@ use nix::errno::Errno;
 
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
-use crate::store::Lookup;
 use crate::sys::FileType;
 use crate::types::{Digest, SnapshotId};
 

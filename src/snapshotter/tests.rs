@@ -75,16 +75,10 @@ impl Place {
         self.dir.path().join("snapshots")
     }
 
-    /// As after the start of a process. One that ended before has let go of the store.
+    /// As after the start of a process.
     pub fn open(&self, sys: Arc<dyn Sys>) -> Snapshotter {
-        let path = self.dir.path().join("metadata.redb");
-        let store = loop {
-            match Store::open(&path, None) {
-                Err(crate::store::Error::InUse { .. }) => std::thread::yield_now(),
-                store => break store.unwrap(),
-            }
-        };
-        self.with_store(store, sys)
+        let path = self.dir.path().join("metadata.sqlite");
+        self.with_store(Store::open(&path, None).unwrap(), sys)
     }
 
     pub fn with_store(&self, store: Store, sys: Arc<dyn Sys>) -> Snapshotter {

@@ -1,5 +1,5 @@
-//! How the values of the tables are written: protobuf messages of `proto/record.proto`,
-//! so that fields can be added without a new schema version.
+//! What is written as protobuf messages of `proto/record.proto`: what a scan found, and the record
+//! beside the files of a snapshot.
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
@@ -18,10 +18,6 @@ use crate::types::{Digest, Key, Kind, Layer, Snapshot, SnapshotId, Timestamp, Us
 /// Encoding into memory cannot fail: no field of ours is required.
 pub fn encode(message: &impl Message) -> Vec<u8> {
     message.write_to_bytes().unwrap_or_default()
-}
-
-pub fn encode_snapshot(snapshot: &Snapshot) -> Vec<u8> {
-    encode(&to_record(snapshot))
 }
 
 pub fn to_record(snapshot: &Snapshot) -> SnapshotRecord {
@@ -49,11 +45,6 @@ pub fn to_record(snapshot: &Snapshot) -> SnapshotRecord {
         })),
         ..SnapshotRecord::default()
     }
-}
-
-pub fn decode_snapshot(key: &str, bytes: &[u8]) -> Result<Snapshot> {
-    let record = SnapshotRecord::parse_from_bytes(bytes);
-    from_record(key, record.map_err(|_| Error::BadRow { table: "snapshots", key: key.to_owned() })?)
 }
 
 pub fn from_record(key: &str, record: SnapshotRecord) -> Result<Snapshot> {

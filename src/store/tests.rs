@@ -1,28 +1,135 @@
-//! The store on a disk that has no room.
+//! The store on a disk that has no room, and the look at its file before it is trusted.
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::disk::Disk;
-use super::{Lookup, Store};
+use super::*;
 use crate::faults::{Fault, Steps};
-use crate::types::SnapshotId;
+use crate::types::{Key, Kind, Labels, Snapshot, Timestamp};
 
 /// A project quota answers EDQUOT. That was no full disk: the reserve was never used, and nothing could be removed.
 #[test]
-fn removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
+fn root_removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
     for errno in [Errno::ENOSPC, Errno::EDQUOT] {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("metadata.redb");
         let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(0, errno))));
-        let store = Store::open_with(&path, disk.opener(&steps), |_| Ok(()), None).unwrap();
+        disk.count(&steps);
+        let store = Store::open(&disk.metadata(), None).unwrap();
         assert!(store.reserve.exists());
         steps.arm();
         store.write_to_free(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
         assert!(!store.reserve.exists(), "{errno}: the reserve was not used");
         assert!(store.read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap(), "{errno}");
     }
+}
+
+fn snapshots() -> Vec<Snapshot> {
+    let snapshot = |id: u64| Snapshot {
+        id: SnapshotId(id),
+        key: Key::parse(&format!("snapshot-{id}")).unwrap(),
+        parent: (id > 1).then(|| Key::parse(&format!("snapshot-{}", id - 1)).unwrap()),
+        kind: Kind::Committed,
+        created: Timestamp(1),
+        updated: Timestamp(2),
+        labels: Labels::from([("label".to_owned(), "v".repeat(200))]),
+        layer: None,
+        usage: None,
+    };
+    (1..=40).map(snapshot).collect()
+}
+
+fn rows(path: &Path) -> Result<Vec<Snapshot>> {
+    let store = Store::open(path, None)?;
+    let mut rows = Vec::new();
+    store.read(|tx| tx.for_each(|snapshot| rows.push(snapshot)))?;
+    Ok(rows)
+}
+
+/// Whoever finds a file changed has to find it again as it was, and a start never ends in a panic or a wrong schema.
+#[test]
+fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.sqlite");
+    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let whole = fs::read(&path).unwrap();
+    assert_eq!(rows(&path).unwrap(), snapshots());
+    let (mut refused, mut read) = (0, 0);
+    // The head byte by byte, and something of every page.
+    for at in (0..256).chain((256..whole.len()).step_by(whole.len() / 300)) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x11;
+        fs::write(&path, &bytes).unwrap();
+        if let Err(e) = Store::check(&path) {
+            refused += 1;
+            assert!(matches!(e, Error::Damaged { .. } | Error::Schema { .. }), "byte {at}: {e}");
+            assert!(fs::read(&path).unwrap() == bytes, "byte {at}: the file was changed");
+        } else {
+            // What SQLite takes for sound has all its rows, but for a text in one of them.
+            match rows(&path) {
+                Ok(rows) => assert_eq!(rows.len(), snapshots().len(), "byte {at}"),
+                Err(e) => assert!(matches!(e, Error::BadRow { .. } | Error::Damaged { .. }), "byte {at}: {e}"),
+            }
+            read += 1;
+        }
+    }
+    assert!(refused > 50 && read > 50, "{refused} refused, {read} read");
+}
+
+#[test]
+fn a_file_that_is_cut_or_of_something_else_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.sqlite");
+    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let whole = fs::read(&path).unwrap();
+    let check = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        Store::check(&path).unwrap_err().to_string()
+    };
+    for length in (0..whole.len()).step_by(whole.len() / 50) {
+        assert!(check(&whole[..length]).contains("is damaged"), "{length} bytes of {}", whole.len());
+    }
+    for (bytes, why) in [(&b""[..], "0 bytes"), (b"a text of somebody else", "something else")] {
+        assert!(check(bytes).contains(why), "{}", check(bytes));
+    }
+    fs::remove_file(&path).unwrap();
+    rusqlite::Connection::open(&path).unwrap().execute_batch("CREATE TABLE snapshots (id)").unwrap();
+    assert!(Store::check(&path).unwrap_err().to_string().contains("something else"));
+}
+
+/// As docs/format.md says how to copy it.
+#[test]
+fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, copy) = (dir.path().join("metadata.sqlite"), dir.path().join("copy.sqlite"));
+    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let vacuum = format!("VACUUM INTO '{}'", copy.display());
+    Connection::open(&path).unwrap().execute_batch(&vacuum).unwrap();
+    assert_eq!(rows(&copy).unwrap(), snapshots());
+    let mode: String = Connection::open(&copy).unwrap().query_row("PRAGMA journal_mode", [], |row| row.get(0)).unwrap();
+    assert_eq!(mode, "wal");
+}
+
+/// The look at it wrote the log into the file, and removed the log.
+#[test]
+fn a_file_with_a_damaged_schema_keeps_its_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.sqlite");
+    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    store.write(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
+    // As a process that is killed leaves them.
+    let left = dir.path().join("left.sqlite");
+    let (log, log_left) = (Store::log_of(&path), Store::log_of(&left));
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(12).position(|text| text == b"CREATE TABLE").unwrap();
+    bytes[at] ^= 0x11;
+    fs::write(&left, &bytes).unwrap();
+    fs::copy(&log, &log_left).unwrap();
+    let logged = fs::read(&log_left).unwrap();
+    assert!(!logged.is_empty());
+    let refused = Store::check(&left).unwrap_err();
+    assert!(matches!(refused, Error::Damaged { .. }), "{refused}");
+    assert!(fs::read(&left).unwrap() == bytes && fs::read(&log_left).unwrap() == logged);
 }

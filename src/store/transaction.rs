@@ -1,216 +1,248 @@
-//! What can be asked and changed inside a transaction, and the tables it works on.
+//! What can be asked and changed inside a transaction.
 //!
 //! The invariants of the module above are kept here, by each operation for itself.
 #![forbid(unsafe_code)]
 
-use std::cell::Cell;
-use std::ops::RangeInclusive;
+use std::cell::RefCell;
+use std::ops::{Deref, RangeInclusive};
 use std::path::Path;
 
-use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition, Value, WriteTransaction};
+use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::record::{ShortScan, StoredScan};
 use super::{Error, Result, record};
 use crate::repository::scan::{Limit, Scan, ScanKey};
-use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Snapshot, SnapshotId};
+use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Labels, Layer, Snapshot, SnapshotId, Timestamp, Usage};
 
-/// Counters and the schema version, by name.
-pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
-/// Snapshot key to `SnapshotRecord`.
-pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
-/// Snapshot id to its key, the number of its children, and of those children that are live:
-/// active, a view, or committed with a live child. One table, because each one that a
-/// transaction changes costs.
-pub(super) const IDS: TableDefinition<u64, (&str, u64, u64)> = TableDefinition::new("ids");
-/// `(snapshot.ref, parent key or "", key)`: what containerd asks after every remote layer.
-pub(super) const BY_REF: TableDefinition<(&str, &str, &str), ()> = TableDefinition::new("by_ref");
-/// Ids that may have something on disk that nothing needs any more, and whether a cleanup
-/// has begun with them.
-pub(super) const CLEANUP: TableDefinition<u64, bool> = TableDefinition::new("cleanup");
-/// `<digest> <repository>` to `LayerScan`.
-pub(super) const SCANS: TableDefinition<&str, &[u8]> = TableDefinition::new("scans");
-
-/// A read transaction.
+/// A consistent view of the metadata.
 pub struct Read<'s> {
-    pub(super) transaction: ReadTransaction,
-    pub(super) path: &'s Path,
-}
-
-/// A write transaction; what it wrote, it reads.
-pub struct Write<'s> {
-    pub(super) transaction: WriteTransaction,
+    connection: &'s Connection,
     path: &'s Path,
-    changed: Cell<bool>,
+    /// What failed last, for all who share the transaction.
+    failure: RefCell<Option<Error>>,
 }
 
-/// What can be asked inside either kind of transaction.
-pub trait Lookup {
-    #[doc(hidden)]
-    fn table<K: redb::Key + 'static, V: Value + 'static>(
+/// Changes that happen together; what it wrote, it reads.
+pub struct Write<'s>(Read<'s>);
+
+impl<'s> Deref for Write<'s> {
+    type Target = Read<'s>;
+
+    fn deref(&self) -> &Read<'s> {
+        &self.0
+    }
+}
+
+/// A snapshot as a row, without its labels where `$labels` is `''`.
+macro_rules! select {
+    ($labels:literal, $rest:literal) => {
+        concat!(
+            "SELECT s.id, s.key, p.key, s.kind, s.created, s.updated, ",
+            $labels,
+            ", s.digest, s.repository, s.size, s.inodes ",
+            $rest
+        )
+    };
+}
+
+const BY_KEY: &str = select!("s.labels", "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.key = ?1");
+const BY_ID: &str = select!("s.labels", "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.id = ?1");
+const BY_IDS: &str = select!(
+    "s.labels",
+    "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.id BETWEEN ?1 AND ?2 ORDER BY s.id"
+);
+// The order is that of an index, so that who takes few rows has few read.
+const BY_REF_ON_PARENT: &str = select!(
+    "s.labels",
+    "FROM snapshots s JOIN snapshots p ON p.id = s.parent WHERE s.ref = ?1 AND s.parent = (SELECT id FROM snapshots \
+     WHERE key = ?2) ORDER BY s.key"
+);
+const BY_REF_ALONE: &str = select!(
+    "s.labels",
+    "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.ref = ?1 AND s.parent IS NULL ORDER BY s.key"
+);
+const CHAIN: &str = concat!(
+    "WITH RECURSIVE chain (id) AS (SELECT id FROM snapshots WHERE key = ?1 UNION ",
+    "SELECT parent FROM chain CROSS JOIN snapshots USING (id) WHERE parent IS NOT NULL) ",
+    select!("''", "FROM chain CROSS JOIN snapshots s USING (id) LEFT JOIN snapshots p ON p.id = s.parent")
+);
+
+impl<'s> Read<'s> {
+    pub(super) fn new(connection: &'s Connection, path: &'s Path) -> Self {
+        Self { connection, path, failure: RefCell::default() }
+    }
+
+    fn failed(&self, cause: &rusqlite::Error) -> Error {
+        let failure = Error::of(self.path, self.connection, cause);
+        self.failure.replace(Some(failure.clone()));
+        failure
+    }
+
+    /// Gives `take` the rows, until it breaks off with a result.
+    fn rows<T>(
         &self,
-        definition: TableDefinition<K, V>,
-    ) -> Result<impl ReadableTable<K, V> + '_>;
-
-    #[doc(hidden)]
-    fn error(&self, cause: impl Into<redb::Error>) -> Error;
-
-    fn get(&self, key: &str) -> Result<Option<Snapshot>> {
-        let snapshots = self.table(SNAPSHOTS)?;
-        let row = snapshots.get(key).map_err(|e| self.error(e))?;
-        row.map(|row| record::decode_snapshot(key, row.value())).transpose()
-    }
-
-    /// The snapshot `key` and all its ancestors, nearest first, without their labels, of which each may have 1 MiB.
-    /// Empty when there is none.
-    fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
-        self.chain_until(key, |_| false)
-    }
-
-    /// As `chain`, and no further than the first that is `last`.
-    fn chain_until(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
-        let snapshots = self.table(SNAPSHOTS)?;
-        let mut chain: Vec<Snapshot> = Vec::new();
-        let mut next = Some(key.clone());
-        while let Some(key) = next.take() {
-            let Some(row) = snapshots.get(key.as_str()).map_err(|e| self.error(e))? else { break };
-            let mut snapshot = record::decode_snapshot(key.as_str(), row.value())?;
-            snapshot.labels = Labels::new();
-            if !last(&snapshot) {
-                next.clone_from(&snapshot.parent);
-            }
-            chain.push(snapshot);
-        }
-        Ok(chain)
-    }
-
-    fn has_children(&self, id: SnapshotId) -> Result<bool> {
-        Ok(self.children(id)?.0 > 0)
-    }
-
-    /// Whether an active snapshot or a view stands on this one, however far above.
-    fn is_live(&self, id: SnapshotId) -> Result<bool> {
-        Ok(self.children(id)?.1 > 0)
-    }
-
-    #[doc(hidden)]
-    fn children(&self, id: SnapshotId) -> Result<(u64, u64)> {
-        let ids = self.table(IDS)?;
-        let row = ids.get(id.0).map_err(|e| self.error(e))?;
-        Ok(row.map_or((0, 0), |row| (row.value().1, row.value().2)))
-    }
-
-    fn exists(&self, id: SnapshotId) -> Result<bool> {
-        let ids = self.table(IDS)?;
-        let row = ids.get(id.0).map_err(|e| self.error(e))?;
-        Ok(row.is_some())
-    }
-
-    fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
-        let key = {
-            let ids = self.table(IDS)?;
-            let row = ids.get(id.0).map_err(|e| self.error(e))?;
-            row.map(|row| row.value().0.to_owned())
-        };
-        key.map_or(Ok(None), |key| self.get(&key))
-    }
-
-    /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
-    /// `take` takes them. The result says whether it took all.
-    fn take_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
-        let index = self.table(BY_REF)?;
-        let snapshots = self.table(SNAPSHOTS)?;
-        for row in index.range((reference, parent, "")..).map_err(|e| self.error(e))? {
-            let (row, _) = row.map_err(|e| self.error(e))?;
-            let (row_reference, row_parent, key) = row.value();
-            if (row_reference, row_parent) != (reference, parent) {
-                break;
-            }
-            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))?
-                && !take(record::decode_snapshot(key, row.value())?)
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// The highest id that a snapshot has.
-    fn last_id(&self) -> Result<Option<SnapshotId>> {
-        let ids = self.table(IDS)?;
-        let row = ids.last().map_err(|e| self.error(e))?;
-        Ok(row.map(|(id, _)| SnapshotId(id.value())))
-    }
-
-    /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
-    /// than `most`. The result is the first id that is left; None: there is none.
-    fn take_by_id(
-        &self,
-        ids: RangeInclusive<SnapshotId>,
-        most: usize,
-        mut take: impl FnMut(Snapshot) -> bool,
-    ) -> Result<Option<SnapshotId>> {
-        let rows = self.table(IDS)?;
-        let snapshots = self.table(SNAPSHOTS)?;
-        for (n, row) in rows.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.enumerate() {
-            let (id, row) = row.map_err(|e| self.error(e))?;
-            let id = SnapshotId(id.value());
-            if n == most {
-                return Ok(Some(id));
-            }
-            let (key, ..) = row.value();
-            if let Some(row) = snapshots.get(key).map_err(|e| self.error(e))?
-                && !take(record::decode_snapshot(key, row.value())?)
-            {
-                return Ok(Some(id));
+        sql: &str,
+        parameters: impl Params,
+        mut take: impl FnMut(&Row<'_>) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        let mut statement = self.connection.prepare_cached(sql).map_err(|e| self.failed(&e))?;
+        let mut rows = statement.query(parameters).map_err(|e| self.failed(&e))?;
+        while let Some(row) = rows.next().map_err(|e| self.failed(&e))? {
+            if let Some(result) = take(row)? {
+                return Ok(Some(result));
             }
         }
         Ok(None)
     }
 
+    fn snapshots<T>(
+        &self,
+        sql: &str,
+        parameters: impl Params,
+        mut take: impl FnMut(Snapshot) -> Option<T>,
+    ) -> Result<Option<T>> {
+        self.rows(sql, parameters, |row| Ok(take(self.snapshot(row)?)))
+    }
+
+    /// The first column of the one row.
+    fn number(&self, sql: &str, parameters: impl Params) -> Result<Option<i64>> {
+        let mut statement = self.connection.prepare_cached(sql).map_err(|e| self.failed(&e))?;
+        let number = statement.query_row(parameters, |row| row.get(0)).optional();
+        Ok(number.map_err(|e| self.failed(&e))?.flatten())
+    }
+
+    fn is(&self, sql: &str, parameters: impl Params) -> Result<bool> {
+        Ok(self.number(sql, parameters)? == Some(1))
+    }
+
+    fn snapshot(&self, row: &Row<'_>) -> Result<Snapshot> {
+        let id: i64 = row.get(0).map_err(|e| self.failed(&e))?;
+        decode(id, row).ok_or_else(|| Error::BadRow { table: "snapshots", key: id.to_string() })
+    }
+
+    /// The first id that this store handed out.
+    pub(super) fn first_id(&self) -> Result<SnapshotId> {
+        self.number("SELECT first_id FROM numbers", [])?.map(id).ok_or_else(no_numbers)
+    }
+
+    /// The first id that is not reserved.
+    pub(super) fn next_id(&self) -> Result<i64> {
+        self.number("SELECT next_id FROM numbers", [])?.ok_or_else(no_numbers)
+    }
+
+    pub fn get(&self, key: &str) -> Result<Option<Snapshot>> {
+        self.snapshots(BY_KEY, [key], Some)
+    }
+
+    /// The snapshot `key` and all its ancestors, nearest first, without their labels, of which each may have 1 MiB.
+    /// Empty when there is none.
+    pub fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
+        self.chain_until(key, |_| false)
+    }
+
+    /// As `chain`, and no further than the first that is `last`.
+    pub fn chain_until(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+        let mut chain: Vec<Snapshot> = Vec::new();
+        self.snapshots(CHAIN, [key.as_str()], |snapshot| {
+            let is_last = last(&snapshot);
+            chain.push(snapshot);
+            is_last.then_some(())
+        })?;
+        Ok(chain)
+    }
+
+    pub fn has_children(&self, id: SnapshotId) -> Result<bool> {
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [number(id)])
+    }
+
+    /// Whether an active snapshot or a view stands on this one, however far above.
+    pub fn is_live(&self, id: SnapshotId) -> Result<bool> {
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [number(id)])
+    }
+
+    pub fn exists(&self, id: SnapshotId) -> Result<bool> {
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?1)", [number(id)])
+    }
+
+    pub fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
+        self.snapshots(BY_ID, [number(id)], Some)
+    }
+
+    /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
+    /// `take` takes them. The result says whether it took all.
+    pub fn take_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
+        let take = |one| (!take(one)).then_some(());
+        let refused = match parent {
+            "" => self.snapshots(BY_REF_ALONE, [reference], take)?,
+            parent => self.snapshots(BY_REF_ON_PARENT, [reference, parent], take)?,
+        };
+        Ok(refused.is_none())
+    }
+
+    /// The highest id that a snapshot has.
+    pub fn last_id(&self) -> Result<Option<SnapshotId>> {
+        Ok(self.number("SELECT max(id) FROM snapshots", [])?.map(id))
+    }
+
+    /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
+    /// than `most`. The result is the first id that is left; None: there is none.
+    pub fn take_by_id(
+        &self,
+        ids: RangeInclusive<SnapshotId>,
+        most: usize,
+        mut take: impl FnMut(Snapshot) -> bool,
+    ) -> Result<Option<SnapshotId>> {
+        let mut taken = 0;
+        self.snapshots(BY_IDS, range(&ids), |snapshot| {
+            let id = snapshot.id;
+            if taken == most || !take(snapshot) {
+                return Some(id);
+            }
+            taken += 1;
+            None
+        })
+    }
+
     /// Calls `each` for every snapshot.
-    fn for_each(&self, mut each: impl FnMut(Snapshot)) -> Result<()> {
-        for row in self.table(SNAPSHOTS)?.iter().map_err(|e| self.error(e))? {
-            let (key, value) = row.map_err(|e| self.error(e))?;
-            each(record::decode_snapshot(key.value(), value.value())?);
-        }
+    pub fn for_each(&self, mut each: impl FnMut(Snapshot)) -> Result<()> {
+        self.snapshots(BY_IDS, (0, i64::MAX), |snapshot| {
+            each(snapshot);
+            None::<()>
+        })?;
         Ok(())
     }
 
     /// The highest id on the list for cleanup.
-    fn last_scheduled(&self) -> Result<Option<SnapshotId>> {
-        let table = self.table(CLEANUP)?;
-        let row = table.last().map_err(|e| self.error(e))?;
-        Ok(row.map(|(id, _)| SnapshotId(id.value())))
+    pub fn last_scheduled(&self) -> Result<Option<SnapshotId>> {
+        Ok(self.number("SELECT max(id) FROM cleanup", [])?.map(id))
     }
 
     /// Ids on the list for cleanup from `next` on, so many at most, and the first that is left.
-    fn scheduled(&self, next: SnapshotId, most: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
+    pub fn scheduled(&self, next: SnapshotId, most: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
         let mut ids = Vec::new();
-        for row in self.table(CLEANUP)?.range(next.0..).map_err(|e| self.error(e))? {
-            let (id, _) = row.map_err(|e| self.error(e))?;
+        let left = self.rows("SELECT id FROM cleanup WHERE id >= ?1 ORDER BY id", [number(next)], |row| {
+            let id = id(row.get(0).map_err(|e| self.failed(&e))?);
             if ids.len() == most {
-                return Ok((ids, Some(SnapshotId(id.value()))));
+                return Ok(Some(id));
             }
-            ids.push(SnapshotId(id.value()));
-        }
-        Ok((ids, None))
+            ids.push(id);
+            Ok(None)
+        })?;
+        Ok((ids, left))
     }
 
     /// How many snapshots there are, and ids on the list for cleanup.
-    fn counts(&self) -> Result<(u64, u64)> {
-        let snapshots = self.table(IDS)?.len().map_err(|e| self.error(e))?;
-        let scheduled = self.table(CLEANUP)?.len().map_err(|e| self.error(e))?;
-        Ok((snapshots, scheduled))
+    pub fn counts(&self) -> Result<(u64, u64)> {
+        let count = |sql| Ok(self.number(sql, [])?.and_then(|count| u64::try_from(count).ok()).unwrap_or(0));
+        Ok((count("SELECT count(*) FROM snapshots")?, count("SELECT count(*) FROM cleanup")?))
     }
 
     /// Whether `id` is on the list for cleanup.
-    fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
-        let table = self.table(CLEANUP)?;
-        let row = table.get(id.0).map_err(|e| self.error(e))?;
-        Ok(row.is_some())
+    pub fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
+        self.is("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [number(id)])
     }
 
-    fn scan(&self, key: &ScanKey) -> Result<Option<StoredScan>> {
+    pub fn scan(&self, key: &ScanKey) -> Result<Option<StoredScan>> {
         Ok(match self.scan_shorter_than(usize::MAX, key)? {
             ShortScan::Short(scan) => Some(scan),
             ShortScan::Absent | ShortScan::Long => None,
@@ -218,208 +250,234 @@ pub trait Lookup {
     }
 
     /// The scan, if its record has fewer than `bytes`.
-    fn scan_shorter_than(&self, bytes: usize, key: &ScanKey) -> Result<ShortScan> {
-        let scans = self.table(SCANS)?;
-        let key = scan_row(key);
-        let Some(row) = scans.get(key.as_str()).map_err(|e| self.error(e))? else { return Ok(ShortScan::Absent) };
-        if row.value().len() >= bytes {
-            return Ok(ShortScan::Long);
-        }
-        Ok(record::decode_scan(&key, row.value())?.map_or(ShortScan::Absent, ShortScan::Short))
-    }
-
-    /// The keys of scans whose digests `is_needed` does not know.
-    fn scans_of_nobody(&self, is_needed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
-        let mut keys = Vec::new();
-        for row in self.table(SCANS)?.iter().map_err(|e| self.error(e))? {
-            let (key, _) = row.map_err(|e| self.error(e))?;
-            if !key.value().split(' ').next().is_some_and(&is_needed) {
-                keys.push(key.value().to_owned());
+    pub fn scan_shorter_than(&self, bytes: usize, key: &ScanKey) -> Result<ShortScan> {
+        const SQL: &str =
+            "SELECT iif(length(result) < ?3, result, NULL) FROM scans WHERE digest = ?1 AND repository = ?2";
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let row = self.rows(SQL, params![key.digest.as_str(), key.repository, bytes], |row| {
+            row.get::<_, Option<Vec<u8>>>(0).map(Some).map_err(|e| self.failed(&e))
+        })?;
+        Ok(match row {
+            None => ShortScan::Absent,
+            Some(None) => ShortScan::Long,
+            Some(Some(record)) => {
+                let scan = record::decode_scan(&format!("{} {}", key.digest, key.repository), &record)?;
+                scan.map_or(ShortScan::Absent, ShortScan::Short)
             }
-        }
-        Ok(keys)
-    }
-}
-
-impl Lookup for Read<'_> {
-    fn table<K: redb::Key + 'static, V: Value + 'static>(
-        &self,
-        definition: TableDefinition<K, V>,
-    ) -> Result<impl ReadableTable<K, V> + '_> {
-        self.transaction.open_table(definition).map_err(|e| self.error(e))
+        })
     }
 
-    fn error(&self, cause: impl Into<redb::Error>) -> Error {
-        Error::Engine { path: self.path.to_owned(), cause: cause.into() }
-    }
-}
-
-impl Lookup for Write<'_> {
-    fn table<K: redb::Key + 'static, V: Value + 'static>(
-        &self,
-        definition: TableDefinition<K, V>,
-    ) -> Result<impl ReadableTable<K, V> + '_> {
-        self.transaction.open_table(definition).map_err(|e| self.error(e))
-    }
-
-    fn error(&self, cause: impl Into<redb::Error>) -> Error {
-        Error::Engine { path: self.path.to_owned(), cause: cause.into() }
+    /// The rows of scans whose digests `is_needed` does not know.
+    pub fn scans_of_nobody(&self, is_needed: impl Fn(&str) -> bool) -> Result<Vec<i64>> {
+        let mut ids = Vec::new();
+        self.rows("SELECT id, digest FROM scans", [], |row| {
+            let digest: String = row.get(1).map_err(|e| self.failed(&e))?;
+            if !is_needed(&digest) {
+                ids.push(row.get(0).map_err(|e| self.failed(&e))?);
+            }
+            Ok(None::<()>)
+        })?;
+        Ok(ids)
     }
 }
 
 impl<'s> Write<'s> {
-    pub(super) fn new(transaction: WriteTransaction, path: &'s Path) -> Self {
-        Self { transaction, path, changed: Cell::new(false) }
+    pub(super) fn new(connection: &'s Connection, path: &'s Path) -> Self {
+        Self(Read::new(connection, path))
     }
 
-    /// Whether more than questions were asked.
-    pub(super) fn has_changed(&self) -> bool {
-        self.changed.get()
+    /// What failed last.
+    pub(super) fn into_failure(self) -> Option<Error> {
+        self.0.failure.into_inner()
     }
 
-    /// A table that is about to be changed.
-    pub(super) fn open<K: redb::Key + 'static, V: Value + 'static>(
-        &self,
-        definition: TableDefinition<K, V>,
-    ) -> Result<redb::Table<'_, K, V>> {
-        self.changed.set(true);
-        self.transaction.open_table(definition).map_err(|e| self.error(e))
+    /// The result is how many rows were changed.
+    fn change(&self, sql: &str, parameters: impl Params) -> Result<usize> {
+        let changed = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
+        changed.map_err(|e| self.failed(&e))
+    }
+
+    /// Reserves `count` ids; the result is the first.
+    pub(super) fn reserve_ids(&self, count: u32) -> Result<SnapshotId> {
+        let first = self.number("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count])?;
+        first.map(id).ok_or_else(no_numbers)
+    }
+
+    /// Hands out no id below `next`.
+    pub(super) fn skip_ids(&self, next: i64) -> Result<()> {
+        self.change("UPDATE numbers SET next_id = max(next_id, ?1)", [next]).map(drop)
     }
 
     /// Adds a snapshot that has no children. Its key and its id must be free.
     pub fn insert(&self, snapshot: &Snapshot) -> Result<()> {
-        self.put(snapshot)?;
-        self.open(IDS)?.insert(snapshot.id.0, (snapshot.key.as_str(), 0, 0)).map_err(|e| self.error(e))?;
-        self.count_child(snapshot, 1)
+        const SQL: &str = "INSERT INTO snapshots (id, key, parent, kind, live, created, updated, labels, ref, digest, \
+            repository, size, inodes) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)";
+        let parent = match &snapshot.parent {
+            None => None,
+            Some(key) => {
+                let parent = self.number("SELECT id FROM snapshots WHERE key = ?1", [key.as_str()])?;
+                Some(parent.ok_or_else(|| Error::BadRow { table: "snapshots", key: key.as_str().to_owned() })?)
+            }
+        };
+        let (layer, usage) = (snapshot.layer.as_ref(), snapshot.usage);
+        let is_live = snapshot.kind != Kind::Committed;
+        self.change(
+            SQL,
+            params![
+                number(snapshot.id),
+                snapshot.key.as_str(),
+                parent,
+                snapshot.kind.as_str(),
+                is_live,
+                snapshot.created.0,
+                snapshot.updated.0,
+                labels(snapshot),
+                snapshot.labels.get(LABEL_SNAPSHOT_REF),
+                layer.map(|layer| layer.digest.as_str()),
+                layer.map(|layer| &layer.repository),
+                usage.map(|usage| usage.size),
+                usage.map(|usage| usage.inodes),
+            ],
+        )?;
+        let mut next = parent.filter(|_| is_live);
+        // The first ancestor that is live already has told those below it.
+        while let Some(parent) = next {
+            next =
+                self.number("UPDATE snapshots SET live = 1 WHERE id = ?1 AND live = 0 RETURNING parent", [parent])?;
+        }
+        Ok(())
     }
 
-    /// Takes away a snapshot that has no children.
+    /// Takes away a snapshot that has no children. An ancestor that nothing live stands on any more is put on the list
+    /// for cleanup, if it is a published layer.
     pub fn remove(&self, snapshot: &Snapshot) -> Result<()> {
-        self.open(SNAPSHOTS)?.remove(snapshot.key.as_str()).map_err(|e| self.error(e))?;
-        self.unindex(snapshot)?;
-        self.open(IDS)?.remove(snapshot.id.0).map_err(|e| self.error(e))?;
-        self.count_child(snapshot, -1)
+        const END: &str = "UPDATE snapshots SET live = 0 WHERE id = ?1 AND live = 1 AND kind = 'committed' \
+            AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1) RETURNING digest IS NOT NULL, parent";
+        let mut next = self.number("DELETE FROM snapshots WHERE id = ?1 RETURNING parent", [number(snapshot.id)])?;
+        while let Some(parent) = next.take() {
+            self.rows(END, [parent], |row| {
+                if row.get(0).map_err(|e| self.failed(&e))? {
+                    self.schedule_cleanup(&[id(parent)])?;
+                }
+                next = row.get(1).map_err(|e| self.failed(&e))?;
+                Ok(None::<()>)
+            })?;
+        }
+        Ok(())
     }
 
     /// Stores `new`, which differs from `old` in labels, times or usage only.
     pub fn update(&self, old: &Snapshot, new: &Snapshot) -> Result<()> {
+        const SQL: &str = "UPDATE snapshots SET created = ?2, updated = ?3, labels = ?4, ref = ?5, size = ?6, inodes = ?7 \
+            WHERE id = ?1";
         debug_assert!(old.id == new.id && old.key == new.key && old.parent == new.parent && old.kind == new.kind);
-        self.unindex(old)?;
-        self.put(new)
-    }
-
-    fn put(&self, snapshot: &Snapshot) -> Result<()> {
-        let record = record::encode_snapshot(snapshot);
-        self.open(SNAPSHOTS)?.insert(snapshot.key.as_str(), record.as_slice()).map_err(|e| self.error(e))?;
-        if let Some(row) = index_row(snapshot) {
-            self.open(BY_REF)?.insert(row, ()).map_err(|e| self.error(e))?;
-        }
-        Ok(())
-    }
-
-    fn unindex(&self, snapshot: &Snapshot) -> Result<()> {
-        if let Some(row) = index_row(snapshot) {
-            self.open(BY_REF)?.remove(row).map_err(|e| self.error(e))?;
-        }
-        Ok(())
-    }
-
-    /// Counts `child` up or down at its parent. Where that makes an ancestor live, or ends
-    /// it, the next ancestor counts on; a remote layer that nothing stands on any more is
-    /// put on the list for cleanup. So the cost is one row, mostly, however long the chain.
-    fn count_child(&self, child: &Snapshot, step: i64) -> Result<()> {
-        let mut children_step = step;
-        let live_step = match child.kind {
-            Kind::Committed => 0,
-            Kind::Active | Kind::View => step,
-        };
-        let mut next = child.parent.clone();
-        while let Some(key) = next {
-            // Callers have looked; and if it were missing, the child could be removed all the same.
-            let Some(parent) = self.get(key.as_str())? else { break };
-            let (children, live) = self.children(parent.id)?;
-            let counted = (children.saturating_add_signed(children_step), live.saturating_add_signed(live_step));
-            let row = (parent.key.as_str(), counted.0, counted.1);
-            self.open(IDS)?.insert(parent.id.0, row).map_err(|e| self.error(e))?;
-            if (live > 0) == (counted.1 > 0) {
-                break;
-            }
-            if counted.1 == 0 && parent.layer.is_some() {
-                self.schedule_cleanup(&[parent.id])?;
-            }
-            children_step = 0;
-            next = parent.parent;
-        }
+        self.change(
+            SQL,
+            params![
+                number(new.id),
+                new.created.0,
+                new.updated.0,
+                labels(new),
+                new.labels.get(LABEL_SNAPSHOT_REF),
+                new.usage.map(|usage| usage.size),
+                new.usage.map(|usage| usage.inodes),
+            ],
+        )?;
         Ok(())
     }
 
     pub fn schedule_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
-        let mut table = self.open(CLEANUP)?;
-        for id in ids {
-            table.insert(id.0, false).map_err(|e| self.error(e))?;
-        }
-        Ok(())
+        const SQL: &str = "INSERT INTO cleanup (id, begun) VALUES (?1, 0) ON CONFLICT (id) DO UPDATE SET begun = 0";
+        ids.iter().try_for_each(|id| self.change(SQL, [number(*id)]).map(drop))
     }
 
     /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a
     /// crash does not lose them, and are marked, so that it shows if they are put on it again.
     pub fn begin_cleanup(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
-        let ids = {
-            let table = self.table(CLEANUP)?;
-            let rows = table.range(ids.start().0..=ids.end().0).map_err(|e| self.error(e))?.take(limit);
-            rows.map(|row| Ok(SnapshotId(row.map_err(|e| self.error(e))?.0.value()))).collect::<Result<Vec<_>>>()?
-        };
-        // A list with nothing on it costs no write.
-        for id in &ids {
-            self.open(CLEANUP)?.insert(id.0, true).map_err(|e| self.error(e))?;
-        }
-        Ok(ids)
+        const SQL: &str = "UPDATE cleanup SET begun = 1 WHERE id IN \
+            (SELECT id FROM cleanup WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3) RETURNING id";
+        let (first, last) = range(&ids);
+        let mut begun = Vec::new();
+        self.rows(SQL, (first, last, i64::try_from(limit).unwrap_or(i64::MAX)), |row| {
+            begun.push(id(row.get(0).map_err(|e| self.failed(&e))?));
+            Ok(None::<()>)
+        })?;
+        begun.sort();
+        Ok(begun)
     }
 
     /// Takes ids off the list with which a cleanup is through, unless they were put on it
     /// again meanwhile.
     pub fn finish_cleanup(&self, ids: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
-        let mut begun = Vec::new();
-        {
-            let table = self.table(CLEANUP)?;
-            for id in ids {
-                if table.get(id.0).map_err(|e| self.error(e))?.is_some_and(|is_begun| is_begun.value()) {
-                    begun.push(id);
-                }
-            }
-        }
-        // Nothing to take off costs no write either.
-        if begun.is_empty() {
-            return Ok(());
-        }
-        let mut table = self.open(CLEANUP)?;
-        for id in begun {
-            table.remove(id.0).map_err(|e| self.error(e))?;
-        }
-        Ok(())
+        let mut ids = ids.into_iter();
+        ids.try_for_each(|id| self.change("DELETE FROM cleanup WHERE id = ?1 AND begun = 1", [number(id)]).map(drop))
     }
 
     /// Stores what a scan found, or the bound that the layer exceeds.
     pub fn put_scan(&self, key: &ScanKey, scan: std::result::Result<&Scan, Limit>) -> Result<()> {
-        let record = record::encode_scan(scan);
-        self.open(SCANS)?.insert(scan_row(key).as_str(), record.as_slice()).map_err(|e| self.error(e))?;
-        Ok(())
+        const SQL: &str = "INSERT INTO scans (digest, repository, result) VALUES (?1, ?2, ?3) \
+            ON CONFLICT (digest, repository) DO UPDATE SET result = excluded.result";
+        self.change(SQL, params![key.digest.as_str(), key.repository, record::encode_scan(scan)]).map(drop)
     }
 
-    pub fn forget_scans(&self, keys: &[String]) -> Result<()> {
-        let mut table = self.open(SCANS)?;
-        for key in keys {
-            table.remove(key.as_str()).map_err(|e| self.error(e))?;
+    pub fn forget_scans(&self, ids: &[i64]) -> Result<()> {
+        ids.iter().try_for_each(|id| self.change("DELETE FROM scans WHERE id = ?1", [id]).map(drop))
+    }
+}
+
+fn no_numbers() -> Error {
+    Error::BadRow { table: "numbers", key: String::new() }
+}
+
+/// As SQLite has it. No id is that large (`SnapshotId::MAX`), but the end of a range may be.
+fn number(id: SnapshotId) -> i64 {
+    i64::try_from(id.0).unwrap_or(i64::MAX)
+}
+
+/// None is negative.
+fn id(number: i64) -> SnapshotId {
+    SnapshotId(number.try_into().unwrap_or(0))
+}
+
+fn range(ids: &RangeInclusive<SnapshotId>) -> (i64, i64) {
+    (number(*ids.start()), number(*ids.end()))
+}
+
+fn labels(snapshot: &Snapshot) -> String {
+    // Strings as keys and values always have a form in JSON.
+    serde_json::to_string(&snapshot.labels).unwrap_or_default()
+}
+
+/// None: this program did not write it.
+fn decode(id: i64, row: &Row<'_>) -> Option<Snapshot> {
+    let text = |column| row.get_ref(column).ok()?.as_str_or_null().ok();
+    let integer = |column| row.get::<_, Option<i64>>(column).ok();
+    let key = |text: &str| Key::parse(text).ok();
+    let layer = match (text(7)?, text(8)?) {
+        (Some(digest), Some(repository)) => {
+            Some(Layer { digest: Digest::parse(digest).ok()?, repository: repository.to_owned() })
         }
-        Ok(())
-    }
-}
-
-fn scan_row(key: &ScanKey) -> String {
-    format!("{} {}", key.digest, key.repository)
-}
-
-fn index_row(snapshot: &Snapshot) -> Option<(&str, &str, &str)> {
-    let reference = snapshot.labels.get(LABEL_SNAPSHOT_REF)?;
-    Some((reference, snapshot.parent.as_ref().map_or("", Key::as_str), snapshot.key.as_str()))
+        (None, None) => None,
+        _ => return None,
+    };
+    let usage = integer(9)?.zip(integer(10)?).map(|(size, inodes)| Usage { size, inodes });
+    let labels = match text(6)?? {
+        "" => Labels::new(),
+        json => serde_json::from_str(json).ok()?,
+    };
+    let parent = match text(2)? {
+        None => None,
+        Some(parent) => Some(key(parent)?),
+    };
+    Some(Snapshot {
+        id: self::id(id),
+        key: key(text(1)??)?,
+        parent,
+        kind: Kind::from_name(text(3)??)?,
+        created: Timestamp(integer(4)??),
+        updated: Timestamp(integer(5)??),
+        labels,
+        layer,
+        usage,
+    })
 }

@@ -68,7 +68,7 @@ pub fn crowd(root: &Path, count: u64) {
     let snapshots: Vec<Snapshot> = (1..=count).map(snapshot).collect();
     let home = root.join("snapshotter");
     fs::create_dir_all(&home).expect("the state root can be made");
-    Store::create(&home.join("metadata.redb"), Some(SnapshotId(count)), &snapshots, &[])
+    Store::create(&home.join("metadata.sqlite"), Some(SnapshotId(count)), &snapshots, &[])
         .expect("the metadata can be made");
 }
 

@@ -150,5 +150,5 @@ fn root_a_disk_that_overlayfs_cannot_use_is_refused() {
     assert_eq!(output.status.code(), Some(78));
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(message.contains("d_type") && message.contains("-O filetype") && message.contains("s/root"), "{message}");
-    assert!(!sandbox.path("s/root/snapshotter/metadata.redb").exists());
+    assert!(!sandbox.path("s/root/snapshotter/metadata.sqlite").exists());
 }

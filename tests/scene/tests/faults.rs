@@ -235,7 +235,7 @@ fn root_files_that_older_metadata_does_not_know_are_left_alone() {
     let mut d = Alone::start("restored", "");
     d.client.prepare("old", "", &[]).unwrap();
     d.snapshotter.end(Signal::SIGTERM);
-    let metadata = d.snapshotter.root().join("snapshotter/metadata.redb");
+    let metadata = d.snapshotter.root().join("snapshotter/metadata.sqlite");
     fs::copy(&metadata, d.sandbox.path("copy")).unwrap();
     d.snapshotter.start_again();
     let c = d.snapshotter.client();

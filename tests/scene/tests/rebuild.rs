@@ -43,7 +43,7 @@ fn state(snapshotter: &Snapshotter) -> BTreeMap<PathBuf, (u32, i64, Vec<u8>)> {
 }
 
 fn metadata(snapshotter: &Snapshotter) -> PathBuf {
-    snapshotter.root().join("snapshotter/metadata.redb")
+    snapshotter.root().join("snapshotter/metadata.sqlite")
 }
 
 fn rebuild(snapshotter: &Snapshotter, more: &[&str]) -> Output {
@@ -76,11 +76,8 @@ fn fill(c: &Client) -> String {
 }
 
 fn newer_schema(path: &Path) {
-    let database = redb::Database::open(path).unwrap();
-    let write = database.begin_write().unwrap();
-    let meta = redb::TableDefinition::<&str, u64>::new("meta");
-    write.open_table(meta).unwrap().insert("schema", 99).unwrap();
-    write.commit().unwrap();
+    let database = rusqlite::Connection::open(path).unwrap();
+    database.pragma_update(None, "user_version", 99).unwrap();
 }
 
 #[test]
@@ -96,7 +93,7 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{name}: {message}");
         assert!(state(&d.snapshotter) == before, "{name}: something was changed");
-        for part in [why, remedy, "metadata.redb", "nothing was changed"] {
+        for part in [why, remedy, "metadata.sqlite", "nothing was changed"] {
             assert!(message.contains(part), "{name}: {part} is missing in {message}");
         }
         assert_eq!(message.lines().count(), 1, "{name}: {message}");
@@ -120,10 +117,15 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     }
     fs::write(&file, &whole).unwrap();
     newer_schema(&file);
-    let message = refused("newer", "has schema version 99, this program knows 2", "install the version that wrote it");
+    let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
     assert!(!message.contains("rebuild"), "{message}");
     // An empty store in its place would have forgotten everything.
     fs::remove_file(&file).unwrap();
+    fs::write(file.with_extension("redb"), "of an earlier version").unwrap();
+    let message = d.snapshotter.command().output().unwrap().stderr;
+    let message = String::from_utf8_lossy(&message).into_owned();
+    assert!(message.contains("metadata.redb is of a version before") && message.contains(rebuild), "{message}");
+    fs::remove_file(file.with_extension("redb")).unwrap();
     refused("gone", "is gone, and the records of 6 local snapshots are there", "--rebuild-metadata");
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
@@ -190,7 +192,7 @@ fn root_metadata_is_rebuilt_from_the_directories_alone() {
     ] {
         assert!(table.contains(part), "{part} is missing in\n{table}");
     }
-    let kept = file.with_file_name("metadata.redb.damaged-1");
+    let kept = file.with_file_name("metadata.sqlite.damaged-1");
     assert!(fs::read(&kept).unwrap().iter().all(|byte| *byte == 0));
 
     d.snapshotter.start_again();

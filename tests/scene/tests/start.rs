@@ -204,7 +204,7 @@ fn root_state_root_with_directories_of_others_is_refused() {
             "chmod go-w",
         ];
         assert_refused(what, &start_at(&snapshotter, &root), &parts);
-        assert!(!root.join("snapshotter/metadata.redb").exists(), "{what}");
+        assert!(!root.join("snapshotter/metadata.sqlite").exists(), "{what}");
     }
     for link in ["snapshotter", "snapshotter/snapshots"] {
         let root = sandbox.path(&format!("linked-{}", link.len()));
@@ -250,7 +250,7 @@ fn root_state_root_as_a_go_snapshotter_or_an_admin_made_it_is_accepted() {
     symlink(sandbox.make_dir("elsewhere"), &root).unwrap();
     snapshotter.start_again();
     assert!(snapshotter.end(Signal::SIGTERM).success());
-    assert!(sandbox.path("elsewhere/snapshotter/metadata.redb").exists());
+    assert!(sandbox.path("elsewhere/snapshotter/metadata.sqlite").exists());
 }
 
 /// A file was "File exists (os error 17)", and tried for ever; a state root in a repository was taken, and written to.

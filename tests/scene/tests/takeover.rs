@@ -154,7 +154,7 @@ fn root_every_record_of_the_go_snapshotter_is_taken_over() {
     assert_eq!(again, "sha256:c2");
     // Once there was new metadata, the old is true no more, and is not taken over again.
     d.snapshotter.end(Signal::SIGTERM);
-    fs::remove_file(home.join("metadata.redb")).unwrap();
+    fs::remove_file(home.join("metadata.sqlite")).unwrap();
     let message = refusal(&d.snapshotter);
     assert!(message.contains("is gone") && message.contains("--rebuild-metadata"), "{message}");
 }
@@ -177,11 +177,11 @@ fn root_thousands_of_snapshots_with_long_names_and_labels_are_taken_over_at_any_
         command.arg("--root").arg(&root).arg("--address").arg(&address).arg("--config").arg(&config);
         let mut server = Server::start(&mut command, &sandbox.path("log"));
         // The first one before it begins, the others when something of it can be seen.
-        let begun = || ["metadata.new", "metadata.redb"].map(|name| home.join(name).exists()).contains(&true);
+        let begun = || ["metadata.new", "metadata.sqlite"].map(|name| home.join(name).exists()).contains(&true);
         server.wait_until("begin", || n == 0 || begun());
         std::thread::sleep(Duration::from_millis(n * 20));
         server.end(Signal::SIGKILL);
-        let is_whole = home.join("metadata.redb").exists();
+        let is_whole = home.join("metadata.sqlite").exists();
         in_between += usize::from(begun() && !is_whole);
     }
     scene::tell::tell(format_args!("takeover: killed {in_between} times while it wrote"));

@@ -1,0 +1,258 @@
+//! The file of the metadata: how it is made, looked at before it is trusted, and opened.
+//!
+//! It is built beside its place and renamed, so what stands at its place was complete once: a
+//! file there that is not a store is a damaged one, and never one that is just being made.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+
+use super::transaction::Write;
+use super::{Damage, Error, Result, Store};
+use crate::types::{Snapshot, SnapshotId};
+
+/// In the head of each file: "cvms".
+const APPLICATION: i32 = 0x6376_6d73;
+pub(super) const SCHEMA_VERSION: i32 = 1;
+
+/// docs/format.md explains it.
+const SCHEMA: [&str; 6] = [
+    "CREATE TABLE numbers (
+    first_id INTEGER NOT NULL,
+    next_id INTEGER NOT NULL
+) STRICT",
+    "CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    parent INTEGER REFERENCES snapshots (id),
+    kind TEXT NOT NULL CHECK (kind IN ('view', 'active', 'committed')),
+    live INTEGER NOT NULL CHECK (live IN (0, 1)),
+    created INTEGER NOT NULL,
+    updated INTEGER NOT NULL,
+    labels TEXT NOT NULL,
+    ref TEXT,
+    digest TEXT,
+    repository TEXT,
+    size INTEGER,
+    inodes INTEGER
+) STRICT",
+    "CREATE INDEX snapshots_by_parent ON snapshots (parent, live) WHERE parent IS NOT NULL",
+    "CREATE INDEX snapshots_by_ref ON snapshots (ref, parent, key) WHERE ref IS NOT NULL",
+    "CREATE TABLE cleanup (
+    id INTEGER PRIMARY KEY,
+    begun INTEGER NOT NULL CHECK (begun IN (0, 1))
+) STRICT",
+    "CREATE TABLE scans (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,
+    repository TEXT NOT NULL,
+    result BLOB NOT NULL,
+    UNIQUE (digest, repository)
+) STRICT",
+];
+
+const PAGE: u64 = 4096;
+const HEAD: &[u8] = b"SQLite format 3\0";
+
+/// KiB of pages that a connection keeps. The kernel has the file in memory as well.
+const WRITER_CACHE_KIB: u32 = 2048;
+const READER_CACHE_KIB: u32 = 256;
+/// The log shrinks to this when it begins anew.
+const LOG_BYTES: u32 = 4 << 20;
+/// So many pages in the log are written into the file. They fit into the space that is put by (`RESERVE_BYTES`), so any
+/// number of removals does, too.
+const LOG_PAGES: u32 = 128;
+
+impl Store {
+    /// Whether the file at `path` is a whole store of this program's schema. It is not changed.
+    pub fn check(path: &Path) -> Result<()> {
+        let made: Vec<PathBuf> =
+            ["-wal", "-shm"].iter().map(|end| beside(path, end)).filter(|file| !file.exists()).collect();
+        let result = check_head(path).and_then(|()| check_content(path));
+        if result.is_err() {
+            // SQLite has made them to look at the file.
+            for file in made {
+                let _ = remove(&file);
+            }
+        }
+        result
+    }
+
+    /// The log of the metadata at `path`: what is not written into the file yet.
+    pub fn log_of(path: &Path) -> PathBuf {
+        beside(path, "-wal")
+    }
+
+    /// Makes a store with `snapshots`, parents before children, and with `leftovers` on the list
+    /// for cleanup. As with `open`, it hands out ids above `occupied`; theirs must not be higher.
+    /// What was at `path` before is replaced.
+    pub fn create(
+        path: &Path,
+        occupied: Option<SnapshotId>,
+        snapshots: &[Snapshot],
+        leftovers: &[SnapshotId],
+    ) -> Result<()> {
+        let new = path.with_extension("new");
+        let failed = |cause| failed(path, cause);
+        // Of a process that died here.
+        remove_all(&new).map_err(failed)?;
+        let result = fill(&new, occupied, snapshots, leftovers)
+            // A log beside the place belongs to the file that is replaced.
+            .and_then(|()| remove(&Self::log_of(path)).and_then(|()| sync_directory(path)).map_err(failed))
+            .and_then(|()| fs::rename(&new, path).map_err(failed))
+            .and_then(|()| sync_directory(path).map_err(failed));
+        if result.is_err() {
+            // The first failure is the one to tell.
+            let _ = remove_all(&new);
+        }
+        result
+    }
+}
+
+/// Whether it looks like a file of SQLite's.
+fn check_head(path: &Path) -> Result<()> {
+    let damaged = |found| Err(Error::Damaged { path: path.to_owned(), found });
+    let mut head = Vec::new();
+    let file = File::open(path).map_err(|cause| failed(path, cause))?;
+    let length = file.metadata().map_err(|cause| failed(path, cause))?.len();
+    file.take(HEAD.len() as u64).read_to_end(&mut head).map_err(|cause| failed(path, cause))?;
+    if head.is_empty() {
+        return damaged(Damage::Empty);
+    }
+    if head != HEAD {
+        return damaged(Damage::Foreign);
+    }
+    // SQLite takes the rest of a page for zeros. Where there is a log, the page may be in it.
+    if !length.is_multiple_of(PAGE) && !Store::log_of(path).exists() {
+        return damaged(Damage::Cut);
+    }
+    Ok(())
+}
+
+fn check_content(path: &Path) -> Result<()> {
+    let damaged = |found| Error::Damaged { path: path.to_owned(), found };
+    let connection = connect(path, OpenFlags::empty())?;
+    let failed = |cause: rusqlite::Error| match cause.sqlite_error_code() {
+        // A schema that cannot be read, for one.
+        Some(ErrorCode::Unknown) => damaged(Damage::Sqlite(cause.to_string())),
+        _ => Error::of(path, &connection, &cause),
+    };
+    // Before anything is read: otherwise the end of this connection would write the log into the file.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(failed)?;
+    let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
+    if number("PRAGMA application_id").map_err(failed)? != i64::from(APPLICATION) {
+        return Err(damaged(Damage::Foreign));
+    }
+    let version = number("PRAGMA user_version").map_err(failed)?;
+    if version != i64::from(SCHEMA_VERSION) {
+        return Err(Error::Schema { path: path.to_owned(), found: version });
+    }
+    // A copy that VACUUM made has them in another order.
+    let mut expected = SCHEMA.map(str::to_owned);
+    expected.sort();
+    let mut schema = strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL").map_err(failed)?;
+    schema.sort();
+    if schema != expected {
+        return Err(damaged(Damage::Foreign));
+    }
+    match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
+        Some(sound) if sound == "ok" => Ok(()),
+        contradiction => Err(damaged(Damage::Contradiction(contradiction.unwrap_or_default()))),
+    }
+}
+
+fn strings(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<String>> {
+    connection.prepare(sql)?.query_map([], |row| row.get(0))?.collect()
+}
+
+fn failed(path: &Path, cause: io::Error) -> Error {
+    Error::File { path: path.to_owned(), cause: cause.into() }
+}
+
+fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], leftovers: &[SnapshotId]) -> Result<()> {
+    let connection = connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
+    let failed = |cause| Error::of(path, &connection, &cause);
+    configure(&connection, WRITER_CACHE_KIB).map_err(failed)?;
+    let above = above(occupied);
+    // Nobody sees the file before it is whole.
+    connection.execute_batch(&format!("PRAGMA journal_mode = MEMORY; BEGIN; {}", SCHEMA.join(";"))).map_err(failed)?;
+    connection.execute("INSERT INTO numbers VALUES (?1, ?1)", [above]).map_err(failed)?;
+    let write = Write::new(&connection, path);
+    snapshots.iter().try_for_each(|snapshot| write.insert(snapshot))?;
+    write.schedule_cleanup(leftovers)?;
+    let end = format!(
+        "PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT; PRAGMA journal_mode = WAL;"
+    );
+    connection.execute_batch(&end).map_err(failed)?;
+    connection.close().map_err(|(connection, cause)| Error::of(path, &connection, &cause))?;
+    File::open(path).and_then(|file| file.sync_all()).map_err(|cause| self::failed(path, cause))
+}
+
+/// The first id above those that have a directory.
+pub(super) fn above(occupied: Option<SnapshotId>) -> i64 {
+    occupied.and_then(|id| i64::try_from(id.0).ok()?.checked_add(1)).unwrap_or(1)
+}
+
+pub(super) fn open_writer(path: &Path) -> Result<Connection> {
+    let connection = connect(path, OpenFlags::empty())?;
+    let failed = |cause| Error::of(path, &connection, &cause);
+    configure(&connection, WRITER_CACHE_KIB).map_err(failed)?;
+    // A copy that VACUUM made has no log.
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(failed)?;
+    if mode != "wal" {
+        let cause = format!("it cannot have a write-ahead log, its journal mode is {mode}");
+        return Err(Error::Sqlite { path: path.to_owned(), cause, errno: None });
+    }
+    Ok(connection)
+}
+
+pub(super) fn open_reader(path: &Path) -> Result<Connection> {
+    let connection = connect(path, OpenFlags::empty())?;
+    match configure(&connection, READER_CACHE_KIB) {
+        Ok(()) => Ok(connection),
+        Err(cause) => Err(Error::of(path, &connection, &cause)),
+    }
+}
+
+fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | more;
+    Connection::open_with_flags(path, flags).map_err(|cause| {
+        let errno = Some(Errno::last()).filter(|_| cause.sqlite_error_code() == Some(ErrorCode::CannotOpen));
+        Error::Sqlite { path: path.to_owned(), cause: cause.to_string(), errno }
+    })
+}
+
+fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
+    connection.set_prepared_statement_cache_capacity(64);
+    connection.execute_batch(&format!(
+        "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;
+         PRAGMA cache_size = -{cache_kib}; PRAGMA journal_size_limit = {LOG_BYTES};
+         PRAGMA wal_autocheckpoint = {LOG_PAGES};"
+    ))
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
+    [path.to_owned(), beside(path, "-wal"), beside(path, "-shm")].iter().try_for_each(|file| remove(file))
+}
+
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(end);
+    name.into()
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
