@@ -1,6 +1,6 @@
 //! Group commit: writes that wait together become durable together.
 //!
-//! Each write runs its body on its own thread, when it has its turn, in a savepoint of the open transaction: one that
+//! Each write runs its body on its own thread, when it has the lock, in a savepoint of the open transaction: one that
 //! fails takes back its own rows. If others wait by then, the transaction is left to the next of them instead of being
 //! committed, and who finds nobody waiting commits it for all. So one alone waits for nobody, and many share one wait
 //! for the disk. Nobody gets an answer before the transaction that made it true is on disk.
@@ -74,12 +74,12 @@ impl Store {
         &self,
         body: impl FnOnce(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        let mut turn = self.lock_writer();
-        let mut group = match turn.group.take() {
+        let mut state = self.lock_writer();
+        let mut group = match state.group.take() {
             Some(group) => group,
-            None => self.begin(&mut turn)?,
+            None => self.begin(&mut state)?,
         };
-        let Some(connection) = turn.connection.as_ref() else { return Err(Error::Closed.into()) };
+        let Some(connection) = state.connection.as_ref() else { return Err(Error::Closed.into()) };
         let failed = |cause| Error::of(&self.path, connection, &cause);
         let before = connection.total_changes();
         let write = Write::new(connection, &self.path);
@@ -98,7 +98,7 @@ impl Store {
         if let Err(cause) = whole {
             self.take_back(connection);
             group.outcome.decide(Err(cause.clone()));
-            drop(turn);
+            drop(state);
             return match result {
                 Ok(Ok(_)) => Err(cause.into()),
                 Ok(Err(own)) => Err(own),
@@ -110,13 +110,13 @@ impl Store {
         let is_certain = !group.has_changed;
         group.members += usize::from(!is_certain);
         let outcome = Arc::clone(&group.outcome);
-        // Whoever waits now will have a turn, and look again.
+        // Whoever waits now will have the lock, and look again.
         if self.writer.waiting.load(Ordering::SeqCst) > 0 {
-            turn.group = Some(group);
+            state.group = Some(group);
         } else {
-            self.finish(&mut turn, group);
+            self.finish(&mut state, group);
         }
-        drop(turn);
+        drop(state);
         let result = result.unwrap_or_else(|panic| resume_unwind(panic));
         if !is_certain {
             outcome.wait()?;
@@ -134,9 +134,9 @@ impl Store {
 
     fn lock_writer(&self) -> MutexGuard<'_, WriterState> {
         self.writer.waiting.fetch_add(1, Ordering::SeqCst);
-        let turn = self.writer.state.lock();
+        let state = self.writer.state.lock();
         self.writer.waiting.fetch_sub(1, Ordering::SeqCst);
-        turn
+        state
     }
 
     /// Opens the connection that writes.
@@ -145,20 +145,20 @@ impl Store {
         Ok(())
     }
 
-    fn begin(&self, turn: &mut WriterState) -> Result<Group> {
-        let Some(connection) = turn.connection.as_ref() else { return Err(Error::Closed) };
-        if turn.is_unsettled {
+    fn begin(&self, state: &mut WriterState) -> Result<Group> {
+        let Some(connection) = state.connection.as_ref() else { return Err(Error::Closed) };
+        if state.is_unsettled {
             self.settle(connection)?;
-            turn.is_unsettled = false;
+            state.is_unsettled = false;
         }
         run(connection, "BEGIN IMMEDIATE").map_err(|e| Error::of(&self.path, connection, &e))?;
         Ok(Group::default())
     }
 
     /// Commits it for all.
-    fn finish(&self, turn: &mut WriterState, group: Group) {
+    fn finish(&self, state: &mut WriterState, group: Group) {
         let Group { has_changed, members, outcome } = group;
-        let Some(connection) = turn.connection.as_ref() else { return outcome.decide(Err(Error::Closed)) };
+        let Some(connection) = state.connection.as_ref() else { return outcome.decide(Err(Error::Closed)) };
         let since = Instant::now();
         let result = run(connection, "COMMIT").map_err(|e| Error::of(&self.path, connection, &e));
         if has_changed && result.is_ok() {
@@ -166,7 +166,7 @@ impl Store {
         }
         if result.is_err() {
             self.take_back(connection);
-            turn.is_unsettled = self.settle(connection).is_err();
+            state.is_unsettled = self.settle(connection).is_err();
         }
         outcome.decide(result);
     }
@@ -190,11 +190,11 @@ impl Store {
 
     /// As at the end of the process: nothing can be read or written any more.
     pub fn close_for_good(&self) {
-        let mut turn = self.lock_writer();
-        if let Some(group) = turn.group.take() {
-            self.finish(&mut turn, group);
+        let mut state = self.lock_writer();
+        if let Some(group) = state.group.take() {
+            self.finish(&mut state, group);
         }
-        turn.connection = None;
+        state.connection = None;
         self.readers.close();
     }
 }
