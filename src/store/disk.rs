@@ -168,6 +168,8 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let _ = umount2(&self.mountpoint.path().join(SHARED_MEMORY), MntFlags::MNT_DETACH);
+        // Whoever drops the store last may do so a moment later.
+        let _ = umount2(self.mountpoint.path(), MntFlags::MNT_DETACH);
     }
 }
 
