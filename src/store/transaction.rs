@@ -33,38 +33,35 @@ impl<'s> Deref for Write<'s> {
     }
 }
 
-/// A snapshot as a row, without its labels where `$labels` is `''`.
+/// Snapshots as rows for `decode`, those that `$which` names. From other tables than the usual ones, they come without
+/// their labels.
 macro_rules! select {
-    ($labels:literal, $rest:literal) => {
+    ($which:literal) => {
+        select!("s.labels", "FROM snapshots s", $which)
+    };
+    ($labels:literal, $from:literal, $which:literal) => {
         concat!(
             "SELECT s.id, s.key, p.key, s.kind, s.created, s.updated, ",
             $labels,
             ", s.digest, s.repository, s.size, s.inodes ",
-            $rest
+            $from,
+            " LEFT JOIN snapshots p ON p.id = s.parent ",
+            $which
         )
     };
 }
 
-const BY_KEY: &str = select!("s.labels", "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.key = ?1");
-const BY_ID: &str = select!("s.labels", "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.id = ?1");
-const BY_IDS: &str = select!(
-    "s.labels",
-    "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.id BETWEEN ?1 AND ?2 ORDER BY s.id"
-);
-// The order is that of an index, so that who takes few rows has few read.
-const BY_REF_ON_PARENT: &str = select!(
-    "s.labels",
-    "FROM snapshots s JOIN snapshots p ON p.id = s.parent WHERE s.ref = ?1 AND s.parent = (SELECT id FROM snapshots \
-     WHERE key = ?2) ORDER BY s.key"
-);
-const BY_REF_ALONE: &str = select!(
-    "s.labels",
-    "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.ref = ?1 AND s.parent IS NULL ORDER BY s.key"
-);
+const BY_KEY: &str = select!("WHERE s.key = ?1");
+const BY_ID: &str = select!("WHERE s.id = ?1");
+const BY_IDS: &str = select!("WHERE s.id BETWEEN ?1 AND ?2 ORDER BY s.id");
+// The order is that of an index, so SQLite reads only the rows that are taken.
+const BY_REF_ON_PARENT: &str =
+    select!("WHERE s.ref = ?1 AND s.parent = (SELECT id FROM snapshots WHERE key = ?2) ORDER BY s.key");
+const BY_REF_ALONE: &str = select!("WHERE s.ref = ?1 AND s.parent IS NULL ORDER BY s.key");
 const CHAIN: &str = concat!(
     "WITH RECURSIVE chain (id) AS (SELECT id FROM snapshots WHERE key = ?1 UNION ",
     "SELECT parent FROM chain CROSS JOIN snapshots USING (id) WHERE parent IS NOT NULL) ",
-    select!("''", "FROM chain CROSS JOIN snapshots s USING (id) LEFT JOIN snapshots p ON p.id = s.parent")
+    select!("''", "FROM chain CROSS JOIN snapshots s USING (id)", "")
 );
 
 impl<'s> Read<'s> {
