@@ -40,6 +40,14 @@ fn snapshots() -> Vec<Snapshot> {
     (1..=40).map(snapshot).collect()
 }
 
+/// A file with all of `snapshots`, and the directory that it is in.
+fn filled() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.sqlite");
+    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    (dir, path)
+}
+
 fn rows(path: &Path) -> Result<Vec<Snapshot>> {
     let store = Store::open(path, None)?;
     let mut rows = Vec::new();
@@ -50,9 +58,7 @@ fn rows(path: &Path) -> Result<Vec<Snapshot>> {
 /// Whoever finds a file changed has to find it again as it was, and a start never ends in a panic or a wrong schema.
 #[test]
 fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("metadata.sqlite");
-    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let (_dir, path) = filled();
     let whole = fs::read(&path).unwrap();
     assert_eq!(rows(&path).unwrap(), snapshots());
     let (mut refused, mut read) = (0, 0);
@@ -66,7 +72,7 @@ fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
             assert!(matches!(e, Error::Damaged { .. } | Error::Schema { .. }), "byte {at}: {e}");
             assert!(fs::read(&path).unwrap() == bytes, "byte {at}: the file was changed");
         } else {
-            // What SQLite takes for sound has all its rows, but for a text in one of them.
+            // SQLite does not notice a changed text within a row, so that row may be refused or differ; none is missing.
             match rows(&path) {
                 Ok(rows) => assert_eq!(rows.len(), snapshots().len(), "byte {at}"),
                 Err(e) => assert!(matches!(e, Error::BadRow { .. } | Error::Damaged { .. }), "byte {at}: {e}"),
@@ -79,9 +85,7 @@ fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
 
 #[test]
 fn a_file_that_is_cut_or_of_something_else_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("metadata.sqlite");
-    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let (_dir, path) = filled();
     let whole = fs::read(&path).unwrap();
     let check = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
@@ -101,9 +105,8 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
 /// As docs/format.md says how to copy it.
 #[test]
 fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let (path, copy) = (dir.path().join("metadata.sqlite"), dir.path().join("copy.sqlite"));
-    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let (_dir, path) = filled();
+    let copy = path.with_file_name("copy.sqlite");
     let vacuum = format!("VACUUM INTO '{}'", copy.display());
     Connection::open(&path).unwrap().execute_batch(&vacuum).unwrap();
     assert_eq!(rows(&copy).unwrap(), snapshots());
@@ -114,13 +117,11 @@ fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
 /// The look at it wrote the log into the file, and removed the log.
 #[test]
 fn a_file_with_a_damaged_schema_keeps_its_log() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("metadata.sqlite");
-    Store::create(&path, None, &snapshots(), &[]).unwrap();
+    let (_dir, path) = filled();
     let store = Store::open(&path, None).unwrap();
     store.write(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
-    // As a process that is killed leaves them.
-    let left = dir.path().join("left.sqlite");
+    // The copies are what a killed process leaves: a file, and a log with the last write.
+    let left = path.with_file_name("left.sqlite");
     let (log, log_left) = (Store::log_of(&path), Store::log_of(&left));
     let mut bytes = fs::read(&path).unwrap();
     let at = bytes.windows(12).position(|text| text == b"CREATE TABLE").unwrap();
