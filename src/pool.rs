@@ -243,7 +243,7 @@ impl Growth {
                 continue;
             }
             let mut state = running.state.lock();
-            // Whoever hands in a job counts it before, and looks for threads after.
+            // `submit` counts its job before it calls `grow`, so a thread that ends here leaves none for every job.
             if state.threads > state.jobs {
                 state.threads -= 1;
                 return;

@@ -139,7 +139,7 @@ pub fn run(
         Ok(()) => return Err(Error::Sound { path: metadata.to_owned() }),
         Err(store::Error::Damaged { .. }) => {}
         Err(e) if matches!(e.errno(), Some(Errno::ENOENT | Errno::EIO)) => {}
-        // Of another version of this program, or of the machine: not damaged.
+        // A file of another version, and one that the machine cannot read now, are not damaged.
         Err(other) => return Err(Error::Metadata(other)),
     }
     // Held until the new store stands: containerd must not begin meanwhile.
@@ -315,7 +315,7 @@ fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
         let kept = PathBuf::from(name);
         match fs::hard_link(metadata, &kept) {
             Ok(()) => {
-                // What was written last is in its log, if the daemon was killed.
+                // After a kill, the last writes are in the log and not in the file, so both are kept.
                 let log = Store::log_of(metadata);
                 let moved = match fs::hard_link(&log, Store::log_of(&kept)) {
                     Err(e) if e.kind() == io::ErrorKind::NotFound => fs::remove_file(metadata),

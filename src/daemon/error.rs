@@ -154,8 +154,8 @@ impl fmt::Display for Error {
             Self::MetadataGone { path, snapshots } => write!(
                 f,
                 "the metadata {} is gone, and the records of {snapshots} local snapshots are there; nothing was changed. \
-                 Put a copy of the file back, and remove the file beside it that ends in -wal; or stop containerd and make it anew with --rebuild-metadata; or, to begin \
-                 without any snapshot, remove the images and containers of this snapshotter and move the directory that \
+                 Put a copy of the file back, and remove the file beside it that ends in -wal; or stop containerd and make \
+                 it anew with --rebuild-metadata; or, to begin without any snapshot, remove the images and containers of this snapshotter and move the directory that \
                  the file was in away",
                 path.display()
             ),

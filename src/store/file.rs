@@ -99,7 +99,7 @@ impl Store {
     ) -> Result<()> {
         let new = path.with_extension("new");
         let failed = |cause| failed(path, cause);
-        // Of a process that died here.
+        // A process that died while it made new metadata left these files.
         remove_all(&new).map_err(failed)?;
         let result = fill(&new, occupied, snapshots, leftovers)
             // A log beside the place belongs to the file that is replaced.

@@ -52,7 +52,7 @@ impl Readers {
         }
         state.open += 1;
         drop(state);
-        // Where it cannot be opened, this makes room for another one.
+        // If the connection cannot be opened, dropping this reader takes it off the count of open ones.
         let mut reader = Reader { readers: self, connection: None };
         reader.connection = Some(open_reader(path)?);
         Ok(reader)

@@ -106,7 +106,7 @@ fn a_job_that_gets_on_is_late_and_one_that_does_not_is_silent() {
     assert_eq!(busy.wait(patience(), never), Err(Lost::Late));
     let (_release, held) = stuck(&lane);
     assert_eq!(held.wait(patience(), never), Err(Lost::Silent));
-    // One that waits for its turn is as silent as those before it together.
+    // A queued job counts as silent only if no job before it in the lane gave a sign of life.
     assert_eq!(lane.start(|| 1, drop).unwrap().wait(patience(), never), Err(Lost::Late));
     drop(stop);
 }

@@ -69,7 +69,7 @@ fn write(store: &Store, id: u64, manner: Manner) -> Said {
         Ok(Ok(())) => Said::Done,
         Ok(Err(Why::Refused)) => Said::Refused,
         Ok(Err(Why::Store(cause))) => {
-            // Of what the disk said, and not of what that did to a savepoint.
+            // The error names what the disk answered, not that the savepoint is gone in consequence.
             assert!(cause.errno().is_some(), "{cause}");
             Said::Failed
         }
@@ -152,7 +152,7 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
         for (at, errno) in (0..).flat_map(|at| [Errno::ENOSPC, Errno::EDQUOT, Errno::EIO].map(|errno| (at, errno))) {
             let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(at, errno))));
             let store = open(&disk, &steps);
-            // What is too much for it is written before the commit, and fails there.
+            // With a small cache SQLite writes pages before the commit, so the fault hits the body of a large write.
             let small = "PRAGMA cache_size = 8";
             store.writer.state.lock().connection.as_ref().unwrap().execute_batch(small).unwrap();
             let said = together(&store, &steps, &neighbours(Some(manner)));

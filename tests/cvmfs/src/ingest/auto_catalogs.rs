@@ -47,7 +47,7 @@ impl AutoCatalogs {
             directory.subdirectories.iter().map(|&below| (below, self.weigh(below, all, chosen))).collect();
         loop {
             let weight = 1 + directory.others + weights.iter().map(|(_, weight)| weight).sum::<usize>();
-            // Where several directories are equally heavy, the first one is taken.
+            // The publisher takes the first of several directories that have equally many entries.
             let heaviest = weights.iter_mut().rev().max_by_key(|(_, weight)| *weight);
             match heaviest {
                 Some((below, heavy)) if weight > self.max_weight && *heavy >= self.min_weight.max(2) => {
