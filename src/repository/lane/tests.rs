@@ -62,7 +62,7 @@ fn stuck_threads_are_replaced_and_bounded() {
         drop(release);
         assert_eq!(ticket.wait(within(SOON), never), Ok(()));
     }
-    assert_eq!(lane.start(|| 9, drop).unwrap().wait(within(SOON), never), Ok(9));
+    assert_eq!(start_when_free(&lane, 9).wait(within(SOON), never), Ok(9));
 }
 
 #[test]
