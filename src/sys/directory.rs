@@ -19,7 +19,7 @@ use super::{Attributes, Error, FileType, Result, Status};
 /// An open directory, with the path it was opened by for messages.
 #[derive(Clone, Debug)]
 pub struct DirHandle {
-    fd: Arc<OwnedFd>,
+    file: Arc<fs::File>,
     path: PathBuf,
 }
 
@@ -28,14 +28,14 @@ impl DirHandle {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| error("open", path, e))?;
-        Ok(Self { fd: Arc::new(fd), path: path.to_owned() })
+        Ok(Self { file: Arc::new(fd.into()), path: path.to_owned() })
     }
 
     /// The directory `below` this one. ELOOP or ENOTDIR: something on the way is a link or a file.
     pub(super) fn open_below(&self, below: &Path) -> Result<Self> {
         let path = self.path.join(below);
-        let fd = open_beneath(self.fd.as_fd(), below, OFlags::PATH).map_err(|e| error("open", &path, e))?;
-        Ok(Self { fd: Arc::new(fd), path })
+        let fd = open_beneath(self.as_fd(), below, OFlags::PATH).map_err(|e| error("open", &path, e))?;
+        Ok(Self { file: Arc::new(fd.into()), path })
     }
 
     pub fn path(&self) -> &Path {
@@ -49,17 +49,16 @@ impl DirHandle {
     }
 
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.file.as_fd()
     }
 
     /// A name of the open directory itself, for calls that take paths only.
     pub(super) fn proc_path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.fd.as_raw_fd()))
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
 
     pub(super) fn status(&self) -> Result<Status> {
-        // Through a link of /proc, which the kernel follows to the open directory and nowhere else.
-        fs::metadata(self.proc_path()).map(|m| Status::from(&m)).map_err(|e| Error::io("stat", &self.path, &e))
+        self.file.metadata().map(|m| Status::from(&m)).map_err(|e| Error::io("stat", &self.path, &e))
     }
 
     /// Everything about this directory that shows through an overlay, without the attributes in
@@ -91,7 +90,7 @@ impl DirHandle {
     ) -> Result<Status> {
         let path = self.path.join(below);
         let failed = |e| error("read directory", &path, e);
-        let fd = open_beneath(self.fd.as_fd(), below, OFlags::RDONLY).map_err(failed)?;
+        let fd = open_beneath(self.as_fd(), below, OFlags::RDONLY).map_err(failed)?;
         let file = fs::File::from(fd);
         let status = file.metadata().map(|m| Status::from(&m)).map_err(|e| Error::io("stat", &path, &e))?;
         for entry in Dir::read_from(&file).map_err(failed)? {
