@@ -198,7 +198,7 @@ impl Snapshotter {
         use layers::Fallback;
         let below = self.store.read(|tx| {
             let parent = check_new(tx, wanted)?;
-            wanted.parent.as_ref().map_or(Ok(()), |parent| check_chain(tx, parent))?;
+            parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
             Ok::<_, Error>(parent.map(|parent| parent.id))
         })?;
         let Some(text) = wanted.labels.get(LABEL_LAYER_DIGEST) else { return Ok(Err(Fallback::NoDigest)) };
@@ -254,10 +254,9 @@ impl Snapshotter {
     fn create(&self, kind: Kind, wanted: &Wanted) -> Result<Vec<Mount>> {
         let mapped_root = mapped_root(&wanted.labels)?;
         let chain = self.store.read(|tx| {
-            check_new(tx, wanted)?;
-            let Some(parent) = &wanted.parent else { return Ok(Vec::new()) };
-            let chain = tx.chain(parent)?;
-            if chain.len() < CHAIN_SNAPSHOTS { Ok(chain) } else { Err(Error::ChainTooLong { parent: parent.clone() }) }
+            let Some(parent) = check_new(tx, wanted)? else { return Ok(Vec::new()) };
+            check_depth(tx, &parent)?;
+            tx.chain(&parent.key).map_err(Error::from)
         })?;
         let created = self.create_on(kind, wanted, &chain, mapped_root);
         if created.is_err() {
@@ -397,14 +396,10 @@ fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Op
     }
 }
 
-/// Whether a chain goes on with one snapshot more on `parent`. Below a committed snapshot nothing changes any more.
-fn check_chain(tx: &Read, parent: &Key) -> Result<()> {
-    let mut length = 0;
-    tx.chain_until(parent, |_| {
-        length += 1;
-        length == CHAIN_SNAPSHOTS
-    })?;
-    if length < CHAIN_SNAPSHOTS { Ok(()) } else { Err(Error::ChainTooLong { parent: parent.clone() }) }
+/// Whether a chain goes on with one snapshot more on `parent`.
+fn check_depth(tx: &Read, parent: &Snapshot) -> Result<()> {
+    let is_full = tx.depth(parent.id)?.is_some_and(|depth| depth >= CHAIN_SNAPSHOTS);
+    if is_full { Err(Error::ChainTooLong { parent: parent.key.clone() }) } else { Ok(()) }
 }
 
 /// The name of a remote snapshot: a function of (ref, parent), so that the same chain over

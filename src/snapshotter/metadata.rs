@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{Error, Result, Snapshotter, check_chain, check_labels};
+use super::{Error, Result, Snapshotter, check_depth, check_labels};
 use crate::store::Read;
 use crate::store::sidecar::Sidecar;
 use crate::sys::DiskUsage;
@@ -193,7 +193,7 @@ fn check_commit(tx: &Read, name: &Key, key: &Key, parent: Option<&Key>) -> Resul
             if found.kind != Kind::Committed {
                 return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
             }
-            check_chain(tx, named)?;
+            check_depth(tx, &found)?;
             Some(named.clone())
         }
         (None, None) => None,

@@ -30,6 +30,7 @@ const SCHEMA: [&str; 6] = [
     id INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,
     parent INTEGER REFERENCES snapshots (id),
+    depth INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('view', 'active', 'committed')),
     live INTEGER NOT NULL CHECK (live IN (0, 1)),
     created INTEGER NOT NULL,

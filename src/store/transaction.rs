@@ -148,6 +148,12 @@ impl<'s> Read<'s> {
         Ok(chain)
     }
 
+    /// How many snapshots the chain of this one has, with itself. None: there is no such snapshot.
+    pub fn depth(&self, id: SnapshotId) -> Result<Option<usize>> {
+        let depth = self.number("SELECT depth FROM snapshots WHERE id = ?1", [number(id)])?;
+        Ok(depth.map(|depth| usize::try_from(depth).unwrap_or(usize::MAX)))
+    }
+
     pub fn has_children(&self, id: SnapshotId) -> Result<bool> {
         self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [number(id)])
     }
@@ -307,8 +313,10 @@ impl<'s> Write<'s> {
 
     /// Adds a snapshot that has no children. Its key and its id must be free.
     pub fn insert(&self, snapshot: &Snapshot) -> Result<()> {
-        const SQL: &str = "INSERT INTO snapshots (id, key, parent, kind, live, created, updated, labels, ref, digest, \
-            repository, size, inodes) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)";
+        const SQL: &str = "INSERT INTO snapshots (id, key, parent, depth, kind, live, created, updated, labels, ref, \
+            digest, repository, size, inodes) \
+            VALUES (?1, ?2, ?3, 1 + ifnull((SELECT depth FROM snapshots WHERE id = ?3), 0), ?4, ?5, ?6, ?7, ?8, ?9, \
+            ?10, ?11, ?12, ?13)";
         let parent = match &snapshot.parent {
             None => None,
             Some(key) => {
