@@ -130,8 +130,28 @@ pub fn shown(chain: &[Lower]) -> Vec<Shown> {
     chain.iter().map(one).collect()
 }
 
-/// The lower directories of a chain, uppermost first, and whether the uppermost is a published one.
-fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
+/// The lower directories of a chain, as overlayfs takes them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LowerDirectories {
+    /// Uppermost first, with colons between them.
+    joined: String,
+    count: usize,
+    /// The uppermost is a published one.
+    is_published: bool,
+}
+
+impl LowerDirectories {
+    /// The option that names them, `uppermost` above all others if there is one.
+    fn option(&self, uppermost: Option<&Path>) -> String {
+        match uppermost {
+            Some(uppermost) => format!("lowerdir={}:{}", uppermost.display(), self.joined),
+            None => format!("lowerdir={}", self.joined),
+        }
+    }
+}
+
+/// Those of `chain`, whose uppermost snapshot is the first.
+pub fn lower_directories(places: &Places, chain: &[Lower]) -> LowerDirectories {
     let mut directories = Vec::new();
     let shown = shown(chain);
     for (lower, shown) in chain.iter().zip(&shown) {
@@ -151,47 +171,40 @@ fn lower_directories(places: &Places, chain: &[Lower]) -> (Vec<PathBuf>, bool) {
         }
     }
     let is_published = matches!((chain.first(), shown.first()), (Some(Lower::Remote { .. }), Some(Shown::Unmasked)));
-    (directories, is_published)
+    let directories: Vec<String> =
+        directories.iter().map(|directory: &PathBuf| directory.display().to_string()).collect();
+    LowerDirectories { joined: directories.join(":"), count: directories.len(), is_published }
 }
 
-/// The mounts of an active snapshot `id` over `chain`; `options` go to every overlay.
+/// The mounts of an active snapshot `id` over `lower`; `options` go to every overlay.
 ///
 /// `uidmap=` and `gidmap=` are never among them: FUSE file systems cannot be mapped, and
 /// containerd has shifted the owners already where it was not told otherwise.
-pub fn active(places: &Places, id: SnapshotId, chain: &[Lower], options: &[String]) -> Vec<Mount> {
-    if chain.is_empty() {
+pub fn active(places: &Places, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
+    if lower.count == 0 {
         return bind(&places.fs(id), "rw");
     }
-    let (lower, _) = lower_directories(places, chain);
     let own = [
         format!("workdir={}", places.work(id).display()),
         format!("upperdir={}", places.fs(id).display()),
-        lowerdir(&lower),
+        lower.option(None),
     ];
     overlay(&own, options)
 }
 
-/// The mounts of a view `id` of `chain`.
-pub fn view(places: &Places, id: SnapshotId, chain: &[Lower], options: &[String]) -> Vec<Mount> {
-    let (mut lower, is_published) = lower_directories(places, chain);
-    if is_published {
-        lower.insert(0, places.fs(id));
-    }
-    match lower.as_slice() {
-        [] => bind(&places.fs(id), "ro"),
-        [only] => bind(only, "ro"),
-        _ => overlay(&[lowerdir(&lower)], options),
+/// The mounts of a view `id` of `lower`.
+pub fn view(places: &Places, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
+    let own = places.fs(id);
+    match lower.count {
+        0 => bind(&own, "ro"),
+        1 if !lower.is_published => bind(Path::new(&lower.joined), "ro"),
+        _ => overlay(&[lower.option(lower.is_published.then_some(&own))], options),
     }
 }
 
 fn bind(source: &Path, access: &str) -> Vec<Mount> {
     let options = vec![access.to_owned(), "rbind".to_owned()];
     vec![Mount { kind: MountKind::Bind, source: source.display().to_string(), options }]
-}
-
-fn lowerdir(directories: &[PathBuf]) -> String {
-    let directories: Vec<String> = directories.iter().map(|d| d.display().to_string()).collect();
-    format!("lowerdir={}", directories.join(":"))
 }
 
 fn overlay(own: &[String], options: &[String]) -> Vec<Mount> {
@@ -222,8 +235,7 @@ mod tests {
     }
 
     fn lower(chain: &[Lower]) -> String {
-        let names: Vec<_> = lower_directories(&places(), chain).0.iter().map(|d| d.display().to_string()).collect();
-        names.join(":").replace("/s/", "")
+        lower_directories(&places(), chain).joined.replace("/s/", "")
     }
 
     #[test]
@@ -257,11 +269,12 @@ mod tests {
     fn mounts_follow_the_table_of_the_contract() {
         let (places, id) = (places(), SnapshotId(9));
         let options = ["index=off".to_owned()];
-        let one = [local(1)];
-        let two = [local(2), local(1)];
+        let none = lower_directories(&places, &[]);
+        let one = lower_directories(&places, &[local(1)]);
+        let two = lower_directories(&places, &[local(2), local(1)]);
         for (mounts, expected) in [
-            (active(&places, id, &[], &options), "bind /s/9/fs rw,rbind"),
-            (view(&places, id, &[], &options), "bind /s/9/fs ro,rbind"),
+            (active(&places, id, &none, &options), "bind /s/9/fs rw,rbind"),
+            (view(&places, id, &none, &options), "bind /s/9/fs ro,rbind"),
             (view(&places, id, &one, &options), "bind /s/1/fs ro,rbind"),
             (view(&places, id, &two, &options), "overlay overlay lowerdir=/s/2/fs:/s/1/fs,index=off"),
             (
@@ -283,7 +296,8 @@ mod tests {
             .collect();
         // As containerd shortens it: relative to the directory of all snapshots.
         let places = Places::new("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots".into());
-        let mounts = active(&places, SnapshotId(999_999), &chain, &["index=off".to_owned()]);
+        let mounts =
+            active(&places, SnapshotId(999_999), &lower_directories(&places, &chain), &["index=off".to_owned()]);
         let shortened = text(&mounts)
             .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/999999", "UPPER")
             .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/", "")
@@ -293,7 +307,7 @@ mod tests {
 
     #[test]
     fn the_uppermost_directory_of_a_view_is_always_local() {
-        let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), chain, &[]));
+        let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), &lower_directories(&places(), chain), &[]));
         let plain = [remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)];
         assert_eq!(view(&plain), "overlay overlay lowerdir=/s/9/fs:/s/2/fs:/s/1/fs");
         assert_eq!(view(&plain[..1]), "overlay overlay lowerdir=/s/9/fs:/s/2/fs");

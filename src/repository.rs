@@ -46,6 +46,9 @@ const LAYER_ROOT: &str = "layerfs";
 /// Every CernVM-FS mount answers this at its root with its name.
 const MAGIC_NAME: &str = "user.fqrn";
 
+/// Its value is another one whenever something was published.
+const MAGIC_REVISION: &str = "user.revision";
+
 /// Questions that are asked at once, and threads that may be stuck in one.
 const CALLS: (usize, usize) = (4, 16);
 /// Walks over layers at once, each of them with a few threads, and such that may be stuck.
@@ -92,6 +95,28 @@ impl Drop for MountGeneration {
         self.server.close();
         self.calls.close();
         self.scans.close();
+    }
+}
+
+/// What a repository showed at some time. Another state that is equal to it shows the same layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryState {
+    device: u64,
+    content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Content {
+    /// What the client says of all that it shows.
+    Revision(Vec<u8>),
+    /// Nobody knows when a plain directory changes: where each of its layers is.
+    Inodes(Vec<u64>),
+}
+
+impl RepositoryState {
+    /// That of the file system with the layers.
+    pub fn device(&self) -> u64 {
+        self.device
     }
 }
 
@@ -276,8 +301,37 @@ impl Repository {
             // It may have been mounted after the first look.
             self.open(&below)?.ok_or(Missing::NotPublished)?
         };
-        self.require_usable(&layer, since)?;
+        self.require_usable(&layer, false, since)?;
         Ok(layer)
+    }
+
+    /// What it shows of `layers`, unless it cannot be used, or has not all of them. As with `layer_since`, whether it
+    /// can be used is asked after `since`. Asks the repository.
+    pub fn state(&self, layers: &[Digest], since: Instant) -> Result<RepositoryState, Missing> {
+        let unreadable = |e| self.unreadable(e);
+        let root = self.sys.open_dir(&self.path).map_err(unreadable)?;
+        alive();
+        let all = self.sys.open_below(&root, Path::new(LAYERS)).map_err(unreadable)?;
+        alive();
+        // The names of a plain directory's attributes mean nothing.
+        let is_client = !self.client_attributes()?.is_empty();
+        let revision = is_client.then(|| self.sys.attribute(&self.path, MAGIC_REVISION).map_err(unreadable));
+        let revision = revision.transpose()?.flatten();
+        alive();
+        // What said its revision lives.
+        self.require_usable(&all, revision.is_some(), since)?;
+        let content = if let Some(revision) = revision {
+            Content::Revision(revision)
+        } else {
+            let inode = |layer| {
+                let layer = self.sys.open_below(&all, &below_layers(layer))?;
+                self.sys.dir_status(&layer).inspect(|_| alive())
+            };
+            let inodes = layers.iter().map(|layer| inode(layer).map(|status| status.inode));
+            Content::Inodes(inodes.collect::<sys::Result<_>>().map_err(unreadable)?)
+        };
+        let device = self.sys.dir_status(&all).map_err(unreadable)?.device;
+        Ok(RepositoryState { device, content })
     }
 
     /// Where an unpacked layer is, if there is one. Asks nobody.
@@ -364,16 +418,19 @@ impl Repository {
         Missing::NotADirectory { path }
     }
 
-    /// Whether the client is alive, and adds no attributes to the files of layers.
-    fn require_usable(&self, layer: &DirHandle, since: Instant) -> Result<(), Missing> {
+    /// Whether the client adds no attributes to the files of layers and is alive, if that is not known: `directory` is
+    /// any of the repository.
+    fn require_usable(&self, directory: &DirHandle, is_alive: bool, since: Instant) -> Result<(), Missing> {
         let mount = self.mount();
         if mount.usable.lock().is_some_and(|asked| asked >= since) {
             return Ok(());
         }
         let asked = Instant::now();
-        // The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs` never.
-        self.sys.dir_statfs(layer).map_err(|e| self.unreadable(e))?;
-        alive();
+        if !is_alive {
+            // The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs` never.
+            self.sys.dir_statfs(directory).map_err(|e| self.unreadable(e))?;
+            alive();
+        }
         if lists_own_attributes(self.sys.as_ref(), &self.path).map_err(|e| self.unreadable(e))? {
             return Err(Missing::OwnAttributes);
         }
@@ -391,7 +448,12 @@ impl Repository {
 
 /// Where a repository has a layer.
 fn layer_path(digest: &Digest) -> PathBuf {
-    [LAYERS, &digest.hex()[..2], digest.hex(), LAYER_ROOT].iter().collect()
+    Path::new(LAYERS).join(below_layers(digest))
+}
+
+/// The same, below the directory of all layers.
+fn below_layers(digest: &Digest) -> PathBuf {
+    [&digest.hex()[..2], digest.hex(), LAYER_ROOT].iter().collect()
 }
 
 impl MountGeneration {

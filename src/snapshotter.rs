@@ -7,6 +7,7 @@
 //! record, which the next start takes away.
 #![forbid(unsafe_code)]
 
+mod attached;
 mod cleanup;
 mod error;
 pub mod inspect;
@@ -23,16 +24,17 @@ use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 
+use self::attached::{AttachedChain, AttachedChains};
 pub use self::cleanup::Cleaned;
 pub use self::error::{Error, Result};
-use self::layers::{Attached, Sources};
+use self::layers::Sources;
 pub use self::list::{CHUNK_BYTES, Chunk, Rest};
 pub use self::metadata::LabelChange;
 pub use self::recovery::Found;
 use self::scans::ScanScheduler;
 use crate::attach::{Attacher, Mode};
 use crate::metrics::METRICS;
-use crate::overlay::{self, Lower, Places};
+use crate::overlay::{self, LowerDirectories, Places};
 use crate::repository::Repository;
 use crate::repository::scan::ScanKey;
 use crate::store::sidecar::Sidecar;
@@ -98,6 +100,8 @@ impl Snapshotter {
             store: Arc::clone(&store),
             attacher: Attacher::new(places.clone(), ways.attach, Arc::clone(&sys)),
             scans: ScanScheduler::new(Arc::clone(&store), Arc::clone(&sys)),
+            places: places.clone(),
+            chains: AttachedChains::default(),
             repositories: repositories.into_iter().map(Arc::new).collect(),
         });
         Self {
@@ -134,11 +138,19 @@ impl Snapshotter {
     pub fn asks(&self, key: &str) -> Result<Option<Asks>> {
         let Some(key) = Key::parse_optional(key)? else { return Ok(None) };
         // Every start comes by here: no more is read than it takes.
-        let is_remote = |snapshot: &Snapshot| snapshot.layer.is_some();
-        let chain = self.store.read(|tx| tx.chain_until(&key, is_remote).map_err(Error::from))?;
-        let Some(layer) = chain.into_iter().next_back().and_then(|snapshot| snapshot.layer) else { return Ok(None) };
-        let number = self.sources.repositories.iter().position(|one| one.name() == layer.repository);
-        Ok(Some(number.map_or(Asks::All, Asks::One)))
+        let name = self.store.read(|tx| {
+            let Some(snapshot) = tx.get(key.as_str())? else { return Ok(None) };
+            let top = if snapshot.kind == Kind::Committed { Some(snapshot) } else { parent_of(tx, &snapshot)? };
+            let Some(top) = top else { return Ok(None) };
+            if let Some(known) = self.sources.chains.get(top.id) {
+                return Ok(known.repositories.first().map(|one| one.repository.name().to_owned()));
+            }
+            let chain = tx.chain_until(&top.key, |snapshot| snapshot.layer.is_some())?;
+            let nearest = chain.into_iter().next_back().and_then(|snapshot| snapshot.layer);
+            Ok::<_, Error>(nearest.map(|layer| layer.repository))
+        })?;
+        let number = |name| self.sources.repositories.iter().position(|one| one.name() == name);
+        Ok(name.map(|name| number(name).map_or(Asks::All, Asks::One)))
     }
 
     /// As `asks`, for a Prepare with these labels.
@@ -171,8 +183,11 @@ impl Snapshotter {
 
     /// The mounts of an active snapshot or a view, as Prepare or View gave them.
     pub fn mounts(&self, key: &Key) -> Result<Vec<Mount>> {
-        let chain = self.store.read(|tx| tx.chain(key).map_err(Error::from))?;
-        let Some((snapshot, below)) = chain.split_first() else { return Err(Error::NotFound(key.clone())) };
+        let (snapshot, parent) = self.store.read(|tx| {
+            let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+            let parent = parent_of(tx, &snapshot)?;
+            Ok::<_, Error>((snapshot, parent))
+        })?;
         if snapshot.kind == Kind::Committed {
             return Err(Error::WrongKind {
                 key: key.clone(),
@@ -180,16 +195,14 @@ impl Snapshotter {
                 needs: "only active snapshots and views have mounts",
             });
         }
-        self.require_files(snapshot)?;
-        let (lower, attached) = self.lower(below)?;
+        self.require_files(&snapshot)?;
+        let chain = self.chain_below(parent.as_ref())?;
         // If it was removed meanwhile, its layers were attached for nobody.
-        let now = self.store.read(|tx| tx.get(key.as_str()).map_err(Error::from))?;
-        if now.is_none_or(|now| now.id != snapshot.id) {
-            drop(attached);
-            self.release(below);
+        if !self.store.read(|tx| tx.exists(snapshot.id).map_err(Error::from))? {
+            self.release(chain);
             return Err(Error::NotFound(key.clone()));
         }
-        Ok(self.describe(snapshot.kind, snapshot.id, &lower))
+        Ok(self.describe(snapshot.kind, snapshot.id, &chain.lower))
     }
 
     /// Stores the remote snapshot for (ref, parent). The inner error says why this has to be
@@ -253,14 +266,15 @@ impl Snapshotter {
     /// An ordinary snapshot: layers below it attached, directories made, then the record.
     fn create(&self, kind: Kind, wanted: &Wanted) -> Result<Vec<Mount>> {
         let mapped_root = mapped_root(&wanted.labels)?;
-        let chain = self.store.read(|tx| {
-            let Some(parent) = check_new(tx, wanted)? else { return Ok(Vec::new()) };
-            check_depth(tx, &parent)?;
-            tx.chain(&parent.key).map_err(Error::from)
+        let parent = self.store.read(|tx| {
+            let parent = check_new(tx, wanted)?;
+            parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
+            Ok::<_, Error>(parent)
         })?;
-        let created = self.create_on(kind, wanted, &chain, mapped_root);
+        let chain = self.chain_below(parent.as_ref())?;
+        let created = self.create_on(kind, wanted, parent.as_ref(), &chain.lower, mapped_root);
         if created.is_err() {
-            self.release(&chain);
+            self.release(chain);
         }
         created
     }
@@ -269,12 +283,12 @@ impl Snapshotter {
         &self,
         kind: Kind,
         wanted: &Wanted,
-        chain: &[Snapshot],
+        parent: Option<&Snapshot>,
+        lower: &LowerDirectories,
         mapped_root: Option<(u32, u32)>,
     ) -> Result<Vec<Mount>> {
-        let (lower, _attached) = self.lower(chain)?;
         let id = self.store.reserve_id()?;
-        let owner = match (mapped_root, chain.first()) {
+        let owner = match (mapped_root, parent) {
             (Some(root), _) => Some(root),
             // What a layer says of its top, containerd passes over: it is root's.
             (None, Some(parent)) if parent.layer.is_some() => None,
@@ -298,12 +312,12 @@ impl Snapshotter {
         };
         let made = self
             .make_directories(&snapshot, owner)
-            .and_then(|()| self.insert(&snapshot, wanted, chain.first().map(|parent| parent.id)));
-        let Err(failed) = made else { return Ok(self.describe(kind, id, &lower)) };
+            .and_then(|()| self.insert(&snapshot, wanted, parent.map(|parent| parent.id)));
+        let Err(failed) = made else { return Ok(self.describe(kind, id, lower)) };
         // A write that failed may have reached the disk all the same, and then the directory
         // is somebody's. Where that cannot even be asked, the next start decides.
         match self.store.read_settled(|tx| tx.exists(id).map_err(Error::from)) {
-            Ok(true) => Ok(self.describe(kind, id, &lower)),
+            Ok(true) => Ok(self.describe(kind, id, lower)),
             Ok(false) => match self.sys.remove_tree(&self.places.home(id), &|| false) {
                 Ok(()) => Err(failed),
                 Err(undo) => Err(Error::Undo { failed: Box::new(failed), undo }),
@@ -321,9 +335,10 @@ impl Snapshotter {
     }
 
     /// The layers of `chain` may have been attached for nothing.
-    fn release(&self, chain: &[Snapshot]) {
-        let remote: Vec<SnapshotId> = chain.iter().filter(|s| s.layer.is_some()).map(|s| s.id).collect();
-        self.sources.release_unused(&remote);
+    fn release(&self, chain: Arc<AttachedChain>) {
+        let published = chain.published();
+        drop(chain);
+        self.sources.release_unused(&published);
     }
 
     fn make_directories(&self, snapshot: &Snapshot, owner: Option<(u32, u32)>) -> Result<()> {
@@ -342,20 +357,32 @@ impl Snapshotter {
         Ok(())
     }
 
-    fn describe(&self, kind: Kind, id: SnapshotId, lower: &[Lower]) -> Vec<Mount> {
+    fn describe(&self, kind: Kind, id: SnapshotId, lower: &LowerDirectories) -> Vec<Mount> {
         match kind {
             Kind::View => overlay::view(&self.places, id, lower, &self.overlay_options),
             Kind::Active | Kind::Committed => overlay::active(&self.places, id, lower, &self.overlay_options),
         }
     }
 
-    /// The lower directories of `chain`, nearest first, with all that is published attached.
-    fn lower(&self, chain: &[Snapshot]) -> Result<(Vec<Lower>, Vec<Attached>)> {
-        for local in chain.iter().filter(|snapshot| snapshot.layer.is_none()) {
-            self.require_files(local)?;
+    /// The chain that begins with `parent`, with all that is published in its place.
+    fn chain_below(&self, parent: Option<&Snapshot>) -> Result<Arc<AttachedChain>> {
+        let Some(parent) = parent else { return Ok(Arc::default()) };
+        if let Some(known) = self.sources.chains.get_current(parent.id, &self.sources.attacher) {
+            return Ok(known);
         }
-        let (lower, attached): (_, Vec<_>) = self.sources.attach_chain(chain)?.into_iter().unzip();
-        Ok((lower, attached.into_iter().flatten().collect()))
+        let chain = self.store.read(|tx| tx.chain(&parent.key).map_err(Error::from))?;
+        // It may have been removed meanwhile, and made again under the same name.
+        if chain.first().is_none_or(|first| first.id != parent.id) {
+            return Err(Error::ParentNotFound(parent.key.clone()));
+        }
+        let (published, local): (Vec<_>, Vec<_>) = chain.iter().partition(|snapshot| snapshot.layer.is_some());
+        let there = local.into_iter().try_for_each(|local| self.require_files(local));
+        let attached = there.and_then(|()| self.sources.attach_chain(&chain));
+        if attached.is_err() {
+            let published: Vec<SnapshotId> = published.into_iter().map(|snapshot| snapshot.id).collect();
+            self.sources.release_unused(&published);
+        }
+        attached
     }
 
     fn require_files(&self, local: &Snapshot) -> Result<()> {
@@ -394,6 +421,10 @@ fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Op
         Some(other) if Some(other.id) != id => Err(Error::ParentNotFound(other.key.clone())),
         _ => Ok(parent),
     }
+}
+
+fn parent_of(tx: &Read, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
+    Ok(snapshot.parent.as_ref().map(|parent| tx.get(parent.as_str())).transpose()?.flatten())
 }
 
 /// Whether a chain goes on with one snapshot more on `parent`.

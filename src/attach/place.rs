@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Attacher, Point, beside};
+use super::{Attacher, Mode, Point, beside};
 use crate::overlay::{BOUND, Edition};
 use crate::repository::lane::without_repository;
 use crate::sys::{DirHandle, Error, FileType, Result, Status, Unmount};
@@ -89,6 +89,18 @@ impl Attacher {
             return Err(e);
         }
         Ok(Point { name, is_new: true, before: led_to })
+    }
+
+    /// Whether a place that was led to a layer still shows it. What can change without us is a mount: somebody may take
+    /// it away, and then an empty directory is there. Asks no repository. `device` is that of the layer.
+    pub fn is_in_place(&self, id: SnapshotId, edition: Edition, device: u64) -> bool {
+        let leads_to = || self.link_at(&self.places.root(id, edition)).ok().flatten();
+        match self.mode {
+            Mode::Symlink => true,
+            Mode::Bind => leads_to().is_some_and(|point| {
+                self.sys.mounted(&self.places.home(id).join(point)).is_ok_and(|mounted| mounted == Some(device))
+            }),
+        }
     }
 
     /// A directory where nothing was ever mounted; the result is where in `home` it is.

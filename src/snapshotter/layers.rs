@@ -5,11 +5,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::attached::{AttachedChain, AttachedChains, RepositoryInUse};
 use super::scans::ScanScheduler;
 use super::{Error, Result, cleanup};
 use crate::attach::{self, AttachError, AttachRequest, Attacher, Attachment, Pin, Release, Released, Survey};
 use crate::metrics::{METRICS, Reason};
-use crate::overlay::{self, Edition, Lower, Shown};
+use crate::overlay::{self, Edition, Lower, Places, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Scan, ScanKey};
 use crate::repository::{Asked, Missing, Repository};
@@ -115,6 +116,8 @@ pub struct Sources {
     pub store: Arc<Store>,
     pub attacher: Attacher,
     pub scans: ScanScheduler,
+    pub places: Places,
+    pub chains: AttachedChains,
     /// In the order in which they are asked.
     pub repositories: Vec<Arc<Repository>>,
 }
@@ -133,8 +136,8 @@ impl AttachTarget {
 }
 
 /// A layer in its place. It stays there while this lives.
-pub struct Attached {
-    _pin: Pin,
+struct Attached {
+    pin: Pin,
     edition: Edition,
     scan: Arc<Scan>,
     masked: bool,
@@ -199,6 +202,10 @@ impl ChainLayer<'_> {
         ScanKey { digest: self.layer.digest.clone(), repository: self.repository.name().to_owned() }
     }
 
+    fn is_of(&self, repository: &Arc<Repository>) -> bool {
+        Arc::ptr_eq(&self.repository, repository)
+    }
+
     fn target(&self, scan: Arc<Scan>, masked: bool) -> AttachTarget {
         let digest = self.layer.digest.clone();
         let source = self.repository.layer_path(&digest);
@@ -237,8 +244,8 @@ impl Sources {
         self.named(name).into_iter().chain(others).cloned().collect()
     }
 
-    /// Attaches the layers of `chain`, nearest first; None where a snapshot is local.
-    pub fn attach_chain(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Vec<(Lower, Option<Attached>)>> {
+    /// Attaches the layers of `chain`, whose nearest snapshot is the first.
+    pub fn attach_chain(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Arc<AttachedChain>> {
         // All repositories have the same limits.
         let limits = Limits::of(&self.repositories[0]);
         let remote = chain.iter().filter_map(|snapshot| Some((snapshot, snapshot.layer.as_ref()?)));
@@ -248,6 +255,10 @@ impl Sources {
                 ChainLayer { snapshot, layer, repository }
             })
             .collect();
+        let since = Instant::now();
+        let mut repositories = repositories_in_use(&layers);
+        // What changes from now on will show.
+        let states: Vec<_> = repositories.iter().map(|one| one.ask(since)).collect();
         // All are begun before the first one is waited for.
         let begun = layers.iter().map(|one| self.scans.start(&one.scan_key(), &one.repository, Turn::Next));
         let begun = begun.collect::<Result<Vec<_>>>()?;
@@ -263,9 +274,13 @@ impl Sources {
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
         let targets = layers.iter().zip(scans).zip(masked).map(|((one, scan), masked)| Ok(one.target(scan?, masked)));
         let mut attached = Vec::with_capacity(layers.len());
+        let mut is_of_others = false;
         for (tried, one) in self.attach_targets(targets.collect(), limits).into_iter().zip(&layers) {
             attached.push(match tried {
-                Err(Trouble::Missing(why)) => self.attach_from_others(one, why)?,
+                Err(Trouble::Missing(why)) => {
+                    is_of_others = true;
+                    self.attach_from_others(one, why)?
+                }
                 Err(Trouble::Own(e)) => return Err(e),
                 Ok(attached) => attached,
             });
@@ -278,10 +293,18 @@ impl Sources {
                 *attached = self.attach(one, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
-        let lowers = all(&attached);
-        let mut attached = attached.into_iter();
-        let attached = chain.iter().map(|snapshot| snapshot.layer.as_ref().and_then(|_| attached.next()));
-        Ok(lowers.into_iter().zip(attached).collect())
+        for (one, state) in repositories.iter_mut().zip(states) {
+            let of_it = layers.iter().zip(&attached).filter(|(layer, _)| layer.is_of(&one.repository));
+            one.places = of_it.map(|(layer, attached)| (layer.snapshot.id, attached.edition)).collect();
+            let state = state.and_then(|asked| asked.wait(limits.all)).flatten();
+            one.state = state.ok().filter(|_| !is_of_others);
+        }
+        let lower = overlay::lower_directories(&self.places, &all(&attached));
+        let snapshots = chain.iter().map(|snapshot| snapshot.id).collect();
+        let pins = attached.into_iter().map(|one| one.pin).collect();
+        let chain = Arc::new(AttachedChain::new(lower, snapshots, repositories, pins));
+        self.chains.keep(&chain);
+        Ok(chain)
     }
 
     /// Attaches layers, each from its repository; the results are in the order of `targets`.
@@ -408,7 +431,7 @@ impl Sources {
                 if fresh {
                     METRICS.attached("attached");
                 }
-                Ok(Attached { _pin: pin, edition, scan: Arc::clone(&request.scan), masked: request.masked })
+                Ok(Attached { pin, edition, scan: Arc::clone(&request.scan), masked: request.masked })
             }
             Ok(Attachment::Busy) => Err(target.busy()),
             Ok(Attachment::SurveyAgain) => {
@@ -464,6 +487,7 @@ impl Sources {
 
     /// Takes away what `id` has on disk, unless it is needed.
     pub fn release_one(&self, id: SnapshotId, cancelled: &dyn Fn() -> bool) -> Result<Released> {
+        self.chains.forget(id);
         self.attacher.release(id, cancelled, || {
             let needed = self.store.read(|tx| cleanup::needs_its_directory(tx, id))?;
             Ok::<_, Error>(if needed { Release::Keep } else { Release::Remove })
@@ -500,6 +524,22 @@ fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Sc
         }
     };
     chain.iter().map(lower).collect()
+}
+
+/// Which repositories `layers` are of, each with the digests of its own.
+fn repositories_in_use(layers: &[ChainLayer<'_>]) -> Vec<RepositoryInUse> {
+    let mut repositories: Vec<Arc<Repository>> = Vec::new();
+    for one in layers {
+        if !repositories.iter().any(|known| one.is_of(known)) {
+            repositories.push(Arc::clone(&one.repository));
+        }
+    }
+    let in_use = |repository: Arc<Repository>| {
+        let of_it = layers.iter().filter(|one| one.is_of(&repository));
+        let layers = of_it.map(|one| one.layer.digest.clone()).collect();
+        RepositoryInUse { repository, layers, places: Vec::new(), state: None }
+    };
+    repositories.into_iter().map(in_use).collect()
 }
 
 /// Which of the published layers of `chain` need their masks.

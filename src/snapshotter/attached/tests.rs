@@ -1,0 +1,159 @@
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::super::tests::{Place, key, lower, pull, remove_all, wanted};
+use super::super::{Error, Snapshotter};
+use super::*;
+use crate::attach::Mode;
+use crate::repository::Missing;
+use crate::sys::failing::Failing;
+use crate::sys::{Host, Sys, Unmount};
+
+/// As a client of CernVM-FS answers at the root of its mount.
+fn set_revision(place: &Place, revision: &str) {
+    let root = place.dir.path().join("cvmfs");
+    xattr::set(&root, "user.fqrn", b"r").unwrap();
+    xattr::set(&root, "user.revision", revision.as_bytes()).unwrap();
+}
+
+/// Publishes and pulls layers up to this one, which have a file each; the result is the name of the uppermost one.
+fn pull_layers(place: &Place, s: &Snapshotter, up_to: u8) -> String {
+    (3..=up_to).fold(String::new(), |below, n| {
+        fs::create_dir_all(place.layer(n)).unwrap();
+        fs::write(place.layer(n).join(n.to_string()), "").unwrap();
+        pull(s, n, &below)
+    })
+}
+
+fn have_files(mounts: &[crate::types::Mount]) -> bool {
+    lower(mounts).iter().all(|layer| fs::read_dir(layer).is_ok_and(|mut files| files.next().is_some()))
+}
+
+/// Every layer was looked up in the repository, and the links to it were read, with each Prepare and each Mounts.
+#[test]
+fn root_start_on_layers_in_their_places_does_no_work_for_each_of_them() {
+    let place = Place::new(Mode::Symlink);
+    set_revision(&place, "1");
+    let calls = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&calls);
+    let s = place.open(Arc::new(Failing::before_call(move |_, _| {
+        count.fetch_add(1, Ordering::SeqCst);
+    })));
+    // Other threads look through the layers, at first.
+    let calls_of_a_start = |length: u8| {
+        let name = pull_layers(&place, &s, 2 + length);
+        let calls = (0..5).map(|n| {
+            let before = calls.load(Ordering::SeqCst);
+            let container = format!("container {n} on {length}");
+            let mounts = s.prepare(wanted(&container, &name, &[])).unwrap();
+            assert_eq!(lower(&mounts).len(), usize::from(length));
+            assert_eq!(s.mounts(&key(&container)).unwrap(), mounts);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            calls.load(Ordering::SeqCst) - before
+        });
+        calls.min()
+    };
+    assert_eq!(calls_of_a_start(2), calls_of_a_start(40));
+    remove_all(&place, &s);
+}
+
+#[test]
+fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
+    for revisions in [None, Some(["1", "2"])] {
+        let place = Place::new(Mode::Symlink);
+        if let Some([first, _]) = revisions {
+            set_revision(&place, first);
+        }
+        let s = place.open(Arc::new(Host));
+        let name = pull_layers(&place, &s, 6);
+        s.prepare(wanted("container", &name, &[])).unwrap();
+        s.mounts(&key("container")).unwrap();
+        fs::rename(place.layer(4), place.dir.path().join("away")).unwrap();
+        if let Some([_, second]) = revisions {
+            set_revision(&place, second);
+        }
+        for result in [s.mounts(&key("container")), s.prepare(wanted("another", &name, &[]))] {
+            assert!(matches!(result, Err(Error::LayerUnavailable { why: Missing::NotPublished, .. })), "{result:?}");
+        }
+        fs::rename(place.dir.path().join("away"), place.layer(4)).unwrap();
+        assert!(have_files(&s.mounts(&key("container")).unwrap()));
+        remove_all(&place, &s);
+    }
+}
+
+/// What stands in its place then is an empty directory.
+#[test]
+fn root_mount_of_a_layer_that_somebody_took_away_is_made_again() {
+    let place = Place::new(Mode::Bind);
+    set_revision(&place, "1");
+    let s = place.open(Arc::new(Host));
+    let name = pull_layers(&place, &s, 6);
+    s.prepare(wanted("container", &name, &[])).unwrap();
+    for point in Host.mounts_below(&place.snapshots()).unwrap() {
+        Host.unmount(&point, Unmount::Plain).unwrap();
+        assert!(have_files(&s.mounts(&key("container")).unwrap()));
+    }
+    remove_all(&place, &s);
+}
+
+#[test]
+fn root_known_chain_of_which_nobody_needs_a_layer_is_forgotten_and_its_layers_are_taken_away() {
+    for mode in [Mode::Bind, Mode::Symlink] {
+        let place = Place::new(mode);
+        let s = place.open(Arc::new(Host));
+        let name = pull_layers(&place, &s, 6);
+        s.prepare(wanted("container", &name, &[])).unwrap();
+        assert_eq!(s.sources.chains.count(), 1);
+        s.remove(&key("container")).unwrap();
+        s.cleanup(&|| false).unwrap();
+        assert_eq!((s.sources.chains.count(), place.on_disk(), place.mounts()), (0, Vec::new(), 0));
+        remove_all(&place, &s);
+    }
+}
+
+/// What may be removed in the same moment is there until the answer is known to the store.
+#[test]
+fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
+    let place = Place::new(Mode::Symlink);
+    let directory: Arc<Mutex<Option<PathBuf>>> = Arc::default();
+    let (begun, has_begun) = crossbeam_channel::bounded(1);
+    let (go_on, may_go_on) = crossbeam_channel::bounded::<()>(0);
+    let awaited = Arc::clone(&directory);
+    let s = place.open(Arc::new(Failing::before_call(move |call, path| {
+        if call == "create_dir" && awaited.lock().as_deref() == Some(path) {
+            begun.send(()).unwrap();
+            let _ = may_go_on.recv();
+        }
+    })));
+    let name = pull_layers(&place, &s, 6);
+    s.prepare(wanted("first", &name, &[])).unwrap();
+    let next = s.stat(&key("first")).unwrap().id.0 + 1;
+    *directory.lock() = Some(place.snapshots().join(next.to_string()));
+    let mounts = std::thread::scope(|scope| {
+        let second = scope.spawn(|| s.prepare(wanted("second", &name, &[])).unwrap());
+        has_begun.recv().unwrap();
+        s.remove(&key("first")).unwrap();
+        assert_eq!(s.cleanup(&|| false).unwrap().left, 4);
+        drop(go_on);
+        second.join().unwrap()
+    });
+    assert!(have_files(&mounts));
+    s.cleanup(&|| false).unwrap();
+    assert!(have_files(&s.mounts(&key("second")).unwrap()));
+    remove_all(&place, &s);
+}
+
+#[test]
+fn known_chains_are_bounded_by_their_snapshots() {
+    let chains = AttachedChains::default();
+    for n in 0..100 {
+        let snapshots: Vec<SnapshotId> = (0..500).map(|below| SnapshotId(1000 * n + below)).collect();
+        let top = snapshots[0];
+        chains.keep(&Arc::new(AttachedChain::new(LowerDirectories::default(), snapshots, Vec::new(), Vec::new())));
+        assert!(chains.get(top).is_some());
+        assert!(chains.count() * 500 <= MAX_SNAPSHOTS);
+    }
+}
