@@ -95,7 +95,9 @@ impl Contestant {
         fs::create_dir_all(dir.join("root")).expect("a contestant's directory can be made");
         let process = Process::Own { make: Box::new(make), log: dir.join("log"), server: None };
         let mut contestant = Self { name: name.to_owned(), socket, process };
-        contestant.start();
+        if let Err(why) = contestant.start() {
+            panic!("{name}: {why}");
+        }
         contestant
     }
 
@@ -111,22 +113,26 @@ impl Contestant {
         })
     }
 
-    /// Starts what `stop` has ended; the result is how long it took to the first answer. None:
-    /// it is not ours to start.
-    pub fn start(&mut self) -> Option<Duration> {
-        let Process::Own { make, log, server } = &mut self.process else { return None };
+    /// Starts what `stop` has ended; the result is how long it took to the first answer.
+    pub fn start(&mut self) -> Result<Duration, Trouble> {
+        let Process::Own { make, log, server } = &mut self.process else {
+            return Err("somebody else has to start it".to_owned());
+        };
         // A Go server does not remove it.
         let _ = fs::remove_file(&self.socket);
         let begun = Instant::now();
         let mut started = Server::start(make().stdin(Stdio::null()), log);
         while UnixStream::connect(&self.socket).is_err() {
-            assert!(started.is_running(), "{} ended at its start:\n{}", self.name, started.log());
+            if !started.is_running() {
+                let log = started.log();
+                return Err(format!("it ended at its start: {}", log.lines().next_back().unwrap_or_default()));
+            }
             std::thread::sleep(Duration::from_micros(500));
         }
         *server = Some(started);
         // It is not there; but it answers that.
         let _ = self.client().stat(&format!("{}nothing", prefix()));
-        Some(begun.elapsed())
+        Ok(begun.elapsed())
     }
 
     pub fn stop(&mut self) {

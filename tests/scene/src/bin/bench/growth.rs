@@ -111,7 +111,10 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             }
             take(&mut group, store, Some(size));
             say.that(&format!("starts with {size} snapshots, {}", store.contestant.name));
-            start(&mut group, store, size);
+            if let Err(why) = start(&mut group, store, size) {
+                group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                store.up_to = 0;
+            }
         }
     }
     group
@@ -299,18 +302,19 @@ fn take(group: &mut Group, store: &Store, at: Option<usize>) {
     put("open files", Unit::Pieces, footprint.files);
 }
 
-fn start(group: &mut Group, store: &mut Store, size: usize) {
+fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Trouble> {
     let contestant = &mut *store.contestant;
     if contestant.is_foreign() {
-        return;
+        return Ok(());
     }
     let mut starts = Vec::new();
     for _ in 0..STARTS {
         contestant.stop();
-        starts.extend(contestant.start().map(|took| took.as_secs_f64()));
+        starts.push(contestant.start()?.as_secs_f64());
     }
     contestant.settle();
     group.put_at("start", Some(size), Unit::Millis, &contestant.name, Cell::of(&starts));
     let memory = contestant.footprint().and_then(|footprint| Cell::one(float(footprint.memory * 1024)));
     group.put_at("memory after a start", Some(size), Unit::Megabytes, &contestant.name, memory);
+    Ok(())
 }

@@ -6,6 +6,7 @@ mod contestant;
 mod cycles;
 mod growth;
 mod host;
+mod making;
 mod plot;
 mod pull;
 mod report;
@@ -31,8 +32,9 @@ use settings::Settings;
 type Part = fn(&Sandbox, &Settings, &Say) -> Group;
 
 /// What `BENCH_PARTS` names, and whether it is done without being named.
-const PARTS: [(&str, Part, bool); 7] = [
+const PARTS: [(&str, Part, bool); 8] = [
     ("cycles", cycles::run, true),
+    ("making", making::run, true),
     ("growth", growth::run, true),
     ("cleanup", cleanup::run, true),
     ("pull", pull::run, true),

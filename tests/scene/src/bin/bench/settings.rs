@@ -152,7 +152,7 @@ mod tests {
     fn root_what_is_wrong_with_a_variable_is_told_before_anything_is_measured() {
         let refused = |name, value| read(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value} is taken"));
         for (name, value, told) in [
-            ("BENCH_PARTS", "cycles,nonsense", "there is no part \"nonsense\"; there are cycles, growth,"),
+            ("BENCH_PARTS", "cycles,nonsense", "there is no part \"nonsense\"; there are cycles, making,"),
             ("BENCH_UP_TO", "x", "\"x\" is no number of snapshots"),
             ("BENCH_PEERS_UP_TO", "-5", "100 or more"),
             ("BENCH_CLEANUP", "0", "100 or more"),

@@ -1,0 +1,64 @@
+//! What it costs to fill a store: Prepare and Commit by several clients, and the memory afterwards.
+
+use scene::sandbox::Sandbox;
+
+use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
+use crate::report::{Group, Unit};
+use crate::settings::Settings;
+use crate::stats::{Cell, float, seconds};
+use crate::{Say, contestants, turns};
+
+const CLIENTS: usize = 8;
+const SNAPSHOTS: usize = 8000;
+const ROUNDS: usize = 4;
+
+pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
+    let contestants = contestants(sandbox, settings, "making", None);
+    let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
+    let mut group = Group::new(&format!("{SNAPSHOTS} snapshots made by {CLIENTS} clients"), &names);
+    for contestant in &contestants {
+        take(&mut group, contestant, "fresh");
+    }
+    let mut rates: Vec<Vec<f64>> = contestants.iter().map(|_| Vec::new()).collect();
+    for round in 0..ROUNDS {
+        for turn in turns(contestants.len(), round) {
+            let name = &contestants[turn].name;
+            say.that(&format!("making, round {}, {name}", round + 1));
+            nix::unistd::sync();
+            match make(&contestants[turn], round) {
+                Ok(rate) => rates[turn].push(rate),
+                Err(why) => group.note(format!("{name}: {why}")),
+            }
+            if round == ROUNDS - 1 {
+                take(&mut group, &contestants[turn], "right afterwards");
+            }
+        }
+    }
+    for (contestant, rates) in contestants.iter().zip(&rates) {
+        group.put("Prepare and Commit", Unit::PerSecond, &contestant.name, Cell::of(rates));
+    }
+    group
+}
+
+/// One round; the result is how many per second.
+fn make(contestant: &Contestant, round: usize) -> Result<f64, Trouble> {
+    let (clients, prefix) = (clients(contestant, CLIENTS), prefix());
+    let (took, result) = seconds(|| {
+        crowd(&clients, SNAPSHOTS / ROUNDS, |client, n| {
+            let name = format!("{prefix}made-{round}-{n}");
+            let key = format!("{name} extract");
+            client.prepare(&key, "", &[]).map_err(trouble)?;
+            client.commit(&name, &key, &[]).map_err(trouble)
+        })
+    });
+    result.map(|()| float(SNAPSHOTS / ROUNDS) / took)
+}
+
+fn take(group: &mut Group, contestant: &Contestant, when: &str) {
+    let Some(footprint) = contestant.footprint() else { return };
+    let mut put = |what: &str, unit, number: usize| {
+        group.put(&format!("{what}, {when}"), unit, &contestant.name, Cell::one(float(number)));
+    };
+    put("memory", Unit::Megabytes, footprint.memory * 1024);
+    put("threads", Unit::Pieces, footprint.threads);
+}
