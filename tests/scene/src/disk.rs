@@ -43,7 +43,8 @@ impl Disk {
 
     /// Takes all space that is left.
     pub fn fill(&self) {
-        let mut file = File::create(self.at.join("filler")).expect("there is room for a file");
+        let filler = File::options().append(true).create(true).open(self.at.join("filler"));
+        let mut file = filler.expect("there is room for a file");
         for size in [1 << 16, 512, 1] {
             let block = vec![1; size];
             while file.write_all(&block).is_ok() {}

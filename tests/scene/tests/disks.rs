@@ -84,6 +84,44 @@ fn root_a_full_disk_loses_nothing_and_heals() {
     }
 }
 
+/// Whatever a removal frees, somebody else takes at once. A log that only grows would come to its end.
+#[test]
+fn root_any_number_of_snapshots_is_removed_from_a_disk_that_stays_full() {
+    const SNAPSHOTS: usize = 600;
+    let sandbox = Sandbox::enter("stays-full");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    for (name, make) in [
+        ("tmpfs", (|at: &Path| Disk::tmpfs(at, 16)) as fn(&Path) -> Disk),
+        ("ext4", |at| Disk::ext4(at, 32, &["-N", "4000"])),
+    ] {
+        let dir = sandbox.path(name);
+        let disk = make(&dir.join("root"));
+        let mut snapshotter = Snapshotter::start(&dir, repository.dir(), "");
+        let c = snapshotter.client();
+        for n in 0..SNAPSHOTS {
+            c.prepare(&format!("removed-{n}"), "", &[("big", &"x".repeat(1000))]).unwrap();
+        }
+        disk.fill();
+        assert!(c.prepare("too-many", "", &[("big", &"x".repeat(100_000))]).is_err(), "{name}: the disk is not full");
+        for n in 0..SNAPSHOTS / 2 {
+            c.remove(&format!("removed-{n}")).unwrap();
+            disk.fill();
+        }
+        c.cleanup().unwrap();
+        disk.fill();
+        snapshotter.end(Signal::SIGKILL);
+        snapshotter.start_again();
+        let c = snapshotter.client();
+        for n in SNAPSHOTS / 2..SNAPSHOTS {
+            c.remove(&format!("removed-{n}")).unwrap();
+            disk.fill();
+        }
+        c.cleanup().unwrap();
+        assert!(c.list(&[]).unwrap().is_empty(), "{name}");
+        assert!(fs::read_dir(dir.join("root/snapshotter/snapshots")).unwrap().next().is_none(), "{name}");
+    }
+}
+
 /// After the first write that failed, List and Mounts failed as well: the metadata was closed,
 /// and to be opened it had to be written.
 #[test]
