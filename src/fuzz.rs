@@ -34,15 +34,14 @@ mod driver;
 
 use self::filters::Filters;
 use crate::config::{self, Config};
-use crate::proto::record::SnapshotRecord;
 use crate::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
 };
 use crate::repository::manifest::{ImageRef, MOST_LAYERS, Manifest};
-use crate::repository::scan::Directory;
+use crate::repository::scan::{Directory, record};
 use crate::snapshotter::{self, Error, LabelChange, Wanted};
-use crate::store::record;
+use crate::store::sidecar::Sidecar;
 use crate::types::{
     Digest, Key, Kind, LABEL_SNAPSHOT_REF, LABELS_BYTES, Labels, Layer, Quoted, Snapshot, SnapshotId, Timestamp,
 };
@@ -335,7 +334,8 @@ fn wanted(wanted: snapshotter::Result<Wanted>) {
     let info = Info::parse_from_bytes(&convert::info(before.clone()).write_to_bytes().unwrap()).unwrap();
     assert_eq!((info.name.as_str(), info.labels.len()), (before.key.as_str(), before.labels.len()));
     assert_eq!(info.labels.into_iter().collect::<Labels>(), before.labels);
-    assert_eq!(record::from_record(before.key.as_str(), record::to_record(&before)).unwrap(), before);
+    let sidecar = Sidecar { made: before, committed: None };
+    assert_eq!(Sidecar::decode(&sidecar.encode()), Some(sidecar));
 }
 
 /// The labels that are kept.
@@ -402,18 +402,20 @@ fn manifest(bytes: &[u8]) {
     }
 }
 
-/// The first byte says which table the row is of.
+/// The first byte says whether it is what lies beside files, or the row of a scan.
 fn records(bytes: &[u8]) {
     let Some((which, row)) = bytes.split_first() else { return };
     if which.is_multiple_of(3) {
-        let Ok(read) = SnapshotRecord::parse_from_bytes(row) else { return };
-        let Ok(snapshot) = record::from_record("key", read) else { return };
-        if let Some(Layer { digest, .. }) = &snapshot.layer {
-            good_digest(digest);
+        let Some(sidecar) = Sidecar::decode(row) else { return };
+        for snapshot in [Some(&sidecar.made), sidecar.committed.as_ref()].into_iter().flatten() {
+            good_key(&snapshot.key);
+            if let Some(Layer { digest, .. }) = &snapshot.layer {
+                good_digest(digest);
+            }
         }
-        assert_eq!(record::from_record("key", record::to_record(&snapshot)).unwrap(), snapshot);
+        assert_eq!(Sidecar::decode(&sidecar.encode()), Some(sidecar));
     } else {
-        let Ok(Some(stored)) = record::decode_scan("key", row) else { return };
+        let Ok(Some(stored)) = record::decode(row) else { return };
         // They become names of whiteouts below `snapshots/<id>`.
         for (place, directory) in stored.iter().flat_map(|scan| scan.directories.iter().enumerate()) {
             let Directory { parent, name, deleted, hidden, .. } = directory;
@@ -422,8 +424,8 @@ fn records(bytes: &[u8]) {
             assert!(*parent < place.max(1), "{directory:?}");
             assert!(names.into_iter().all(|name| is_below(name) && name.components().count() == 1), "{directory:?}");
         }
-        let again = record::encode_scan(stored.as_ref().map_err(|limit| *limit));
-        assert_eq!(record::decode_scan("key", &again).unwrap(), Some(stored));
+        let again = record::encode(stored.as_ref().map_err(|limit| *limit));
+        assert_eq!(record::decode(&again).unwrap(), Some(stored));
     }
 }
 

@@ -10,7 +10,6 @@ pub mod disk;
 mod file;
 mod group;
 mod readers;
-pub(crate) mod record;
 pub mod sidecar;
 #[cfg(test)]
 mod tests;
@@ -28,7 +27,7 @@ use rusqlite::{Connection, ErrorCode};
 
 use self::group::{Writer, run};
 use self::readers::Readers;
-pub use self::transaction::{Read, Write};
+pub use self::transaction::{Read, ShortScan, Write};
 use crate::sys;
 use crate::types::{Quoted, SnapshotId};
 
@@ -46,7 +45,7 @@ pub enum Error {
     /// No store, or not all of one.
     Damaged {
         path: PathBuf,
-        found: Damage,
+        found: String,
     },
     /// A row that this program did not write.
     BadRow {
@@ -65,31 +64,6 @@ pub enum Error {
     },
     /// The daemon is about to end.
     Closed,
-}
-
-/// What is wrong with a file.
-#[derive(Clone, Debug)]
-pub enum Damage {
-    Empty,
-    /// A file of something else.
-    Foreign,
-    Cut,
-    Sqlite(String),
-    /// What SQLite's check found first.
-    Contradiction(String),
-}
-
-impl fmt::Display for Damage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Empty => f.write_str("it has 0 bytes"),
-            Self::Foreign => f.write_str("it is a file of something else"),
-            Self::Cut => f.write_str("it ends within a page"),
-            Self::Sqlite(cause) => f.write_str(cause),
-            // The lines before say which database it is.
-            Self::Contradiction(what) => f.write_str(what.lines().last().unwrap_or_default()),
-        }
-    }
 }
 
 impl fmt::Display for Error {
@@ -122,7 +96,7 @@ impl Error {
     fn of(path: &Path, connection: &Connection, cause: &rusqlite::Error) -> Self {
         let errno = match cause.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                return Self::Damaged { path: path.to_owned(), found: Damage::Sqlite(cause.to_string()) };
+                return Self::Damaged { path: path.to_owned(), found: cause.to_string() };
             }
             Some(ErrorCode::DiskFull) => Some(Errno::ENOSPC),
             Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => sys::sqlite_errno(connection),

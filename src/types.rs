@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 /// The label by which containerd asks for a remote layer; its value is the chainID.
 pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// The digest of the layer's compressed blob, as the image manifest names it.
@@ -23,8 +25,17 @@ pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 
 /// The name of a snapshot, as its client chose it: any text, never part of a path.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Key(String);
+
+impl TryFrom<String> for Key {
+    type Error = InvalidKey;
+
+    fn try_from(text: String) -> Result<Self, InvalidKey> {
+        Self::parse(&text)
+    }
+}
 
 impl Key {
     /// Longest key in bytes; the bound of containerd's own store.
@@ -133,7 +144,7 @@ impl fmt::Display for InvalidKey {
 }
 
 /// The number of a snapshot and the name of its directory. Never handed out twice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SnapshotId(pub u64);
 
 impl SnapshotId {
@@ -159,8 +170,17 @@ impl fmt::Display for SnapshotId {
 }
 
 /// A SHA-256 digest in its one canonical spelling, `sha256:` and 64 lower-case hex digits.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Digest(String);
+
+impl TryFrom<String> for Digest {
+    type Error = InvalidDigest;
+
+    fn try_from(text: String) -> Result<Self, InvalidDigest> {
+        Self::parse(&text)
+    }
+}
 
 impl Digest {
     const ALGORITHM: &'static str = "sha256:";
@@ -211,7 +231,8 @@ impl fmt::Display for InvalidDigest {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Kind {
     View,
     Active,
@@ -250,7 +271,7 @@ pub const CHAIN_SNAPSHOTS: usize = 512;
 pub const SOCKET_PATH_BYTES: usize = 107;
 
 /// Nanoseconds since the epoch, UTC: what containerd compares to the last digit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {
@@ -262,7 +283,7 @@ impl Timestamp {
 }
 
 /// Disk use of a snapshot by itself, without its parents.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Allocated bytes.
     pub size: i64,
@@ -271,7 +292,7 @@ pub struct Usage {
 }
 
 /// A layer that a repository publishes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
     pub digest: Digest,
     /// The repository it was pulled from; for people, the digest alone finds the files.
@@ -279,7 +300,7 @@ pub struct Layer {
 }
 
 /// A snapshot as the store keeps it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub id: SnapshotId,
     pub key: Key,

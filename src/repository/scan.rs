@@ -9,6 +9,7 @@
 //! error, never a directory without markers.
 #![forbid(unsafe_code)]
 
+pub mod record;
 mod walk;
 
 use std::ffi::{OsStr, OsString};

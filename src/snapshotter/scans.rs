@@ -17,8 +17,7 @@ use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
 use crate::repository::scan::{self, Limit, Progress, Scan, ScanKey};
 use crate::repository::{Missing, MountGeneration, Repository};
-use crate::store::Store;
-use crate::store::record::ShortScan;
+use crate::store::{ShortScan, Store};
 use crate::sys::Sys;
 
 /// Layers that wait for a scan which no container needs yet. When there are as many, the scan of a

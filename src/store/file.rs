@@ -13,7 +13,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::transaction::Write;
-use super::{Damage, Error, Result, Store};
+use super::{Error, Result, Store};
 use crate::types::{Snapshot, SnapshotId};
 
 /// In the head of each file: "cvms".
@@ -58,6 +58,7 @@ const SCHEMA: [&str; 6] = [
 ];
 
 const PAGE: u64 = 4096;
+const FOREIGN: &str = "it is a file of something else";
 const HEAD: &[u8] = b"SQLite format 3\0";
 
 /// KiB of pages that a connection keeps. The kernel has the file in memory as well.
@@ -117,37 +118,36 @@ impl Store {
 
 /// Whether it looks like a file of SQLite's.
 fn check_head(path: &Path) -> Result<()> {
-    let damaged = |found| Err(Error::Damaged { path: path.to_owned(), found });
+    let damaged = |found| Err(damaged(path, found));
     let mut head = Vec::new();
     let file = File::open(path).map_err(|cause| failed(path, cause))?;
     let length = file.metadata().map_err(|cause| failed(path, cause))?.len();
     file.take(HEAD.len() as u64).read_to_end(&mut head).map_err(|cause| failed(path, cause))?;
     if head.is_empty() {
-        return damaged(Damage::Empty);
+        return damaged("it has 0 bytes");
     }
     if head != HEAD {
-        return damaged(Damage::Foreign);
+        return damaged(FOREIGN);
     }
     // SQLite takes the rest of a page for zeros. Where there is a log, the page may be in it.
     if !length.is_multiple_of(PAGE) && !Store::log_of(path).exists() {
-        return damaged(Damage::Cut);
+        return damaged("it ends within a page");
     }
     Ok(())
 }
 
 fn check_content(path: &Path) -> Result<()> {
-    let damaged = |found| Error::Damaged { path: path.to_owned(), found };
     let connection = connect(path, OpenFlags::empty())?;
     let failed = |cause: rusqlite::Error| match cause.sqlite_error_code() {
         // A schema that cannot be read, for one.
-        Some(ErrorCode::Unknown) => damaged(Damage::Sqlite(cause.to_string())),
+        Some(ErrorCode::Unknown) => damaged(path, &cause.to_string()),
         _ => Error::of(path, &connection, &cause),
     };
     // Before anything is read: otherwise the end of this connection would write the log into the file.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(failed)?;
     let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
     if number("PRAGMA application_id").map_err(failed)? != i64::from(APPLICATION) {
-        return Err(damaged(Damage::Foreign));
+        return Err(damaged(path, FOREIGN));
     }
     let version = number("PRAGMA user_version").map_err(failed)?;
     if version != i64::from(SCHEMA_VERSION) {
@@ -159,12 +159,17 @@ fn check_content(path: &Path) -> Result<()> {
     let mut schema = strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL").map_err(failed)?;
     schema.sort();
     if schema != expected {
-        return Err(damaged(Damage::Foreign));
+        return Err(damaged(path, FOREIGN));
     }
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
         Some(sound) if sound == "ok" => Ok(()),
-        contradiction => Err(damaged(Damage::Contradiction(contradiction.unwrap_or_default()))),
+        // The lines before say which database it is.
+        contradiction => Err(damaged(path, contradiction.unwrap_or_default().lines().last().unwrap_or_default())),
     }
+}
+
+fn damaged(path: &Path, found: &str) -> Error {
+    Error::Damaged { path: path.to_owned(), found: found.to_owned() }
 }
 
 fn strings(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<String>> {

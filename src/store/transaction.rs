@@ -9,8 +9,8 @@ use std::path::Path;
 
 use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
-use super::record::{ShortScan, StoredScan};
-use super::{Error, Result, record};
+use super::{Error, Result};
+use crate::repository::scan::record::{self, StoredScan};
 use crate::repository::scan::{Limit, Scan, ScanKey};
 use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Labels, Layer, Snapshot, SnapshotId, Timestamp, Usage};
 
@@ -20,6 +20,13 @@ pub struct Read<'s> {
     path: &'s Path,
     /// What failed last, for all who share the transaction.
     failure: RefCell<Option<Error>>,
+}
+
+/// What the store has of a scan, read only if its record is short.
+pub enum ShortScan {
+    Absent,
+    Short(StoredScan),
+    Long,
 }
 
 /// Changes that happen together; what it wrote, it reads.
@@ -264,7 +271,8 @@ impl<'s> Read<'s> {
             None => ShortScan::Absent,
             Some(None) => ShortScan::Long,
             Some(Some(record)) => {
-                let scan = record::decode_scan(&format!("{} {}", key.digest, key.repository), &record)?;
+                let key = || format!("{} {}", key.digest, key.repository);
+                let scan = record::decode(&record).map_err(|_| Error::BadRow { table: "scans", key: key() })?;
                 scan.map_or(ShortScan::Absent, ShortScan::Short)
             }
         })
@@ -422,7 +430,7 @@ impl<'s> Write<'s> {
     pub fn put_scan(&self, key: &ScanKey, scan: std::result::Result<&Scan, Limit>) -> Result<()> {
         const SQL: &str = "INSERT INTO scans (digest, repository, result) VALUES (?1, ?2, ?3) \
             ON CONFLICT (digest, repository) DO UPDATE SET result = excluded.result";
-        self.change(SQL, params![key.digest.as_str(), key.repository, record::encode_scan(scan)]).map(drop)
+        self.change(SQL, params![key.digest.as_str(), key.repository, record::encode(scan)]).map(drop)
     }
 
     pub fn forget_scans(&self, ids: &[i64]) -> Result<()> {
