@@ -105,6 +105,11 @@ impl Error {
         Self::Sqlite { path: path.to_owned(), cause: cause.to_string(), errno }
     }
 
+    /// Whether the disk, or what is on it, is to blame.
+    fn is_of_the_disk(&self) -> bool {
+        matches!(self, Self::Damaged { .. }) || self.errno().is_some()
+    }
+
     /// What the operating system said.
     pub fn errno(&self) -> Option<Errno> {
         match self {

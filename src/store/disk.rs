@@ -51,6 +51,8 @@ struct Shared {
     names: BTreeMap<OsString, u64>,
     files: BTreeMap<u64, File>,
     opened: usize,
+    /// Every read of the store is asked here, and not answered by the kernel's memory.
+    is_uncached: bool,
 }
 
 #[derive(Clone, Default)]
@@ -107,7 +109,8 @@ impl File {
             bytes.clone_from(&self.synced);
             for pending in &self.pending {
                 match pending {
-                    Pending::Length(_) => pending.apply(&mut bytes),
+                    Pending::Length(_) if is_lucky() => pending.apply(&mut bytes),
+                    Pending::Length(_) => {}
                     Pending::Write(offset, data) => {
                         for (n, sector) in data.chunks(SECTOR).enumerate().filter(|_| is_lucky()) {
                             Pending::Write(offset + n * SECTOR, sector.to_owned()).apply(&mut bytes);
@@ -132,7 +135,7 @@ impl Disk {
     fn with(names: BTreeMap<OsString, u64>, files: BTreeMap<u64, File>) -> Self {
         let mountpoint = tempfile::tempdir().unwrap();
         let steps = Arc::new(Steps::with(Fault::None));
-        let shared = Arc::new(Mutex::new(Shared { steps, names, files, opened: 0 }));
+        let shared = Arc::new(Mutex::new(Shared { steps, names, files, opened: 0, is_uncached: false }));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("disk".to_owned()), MountOption::DefaultPermissions];
         let session = Session::new(Mounted(Arc::clone(&shared)), mountpoint.path(), &config).unwrap();
@@ -146,6 +149,11 @@ impl Disk {
     /// Where the metadata is on it.
     pub fn metadata(&self) -> PathBuf {
         self.mountpoint.path().join("metadata.sqlite")
+    }
+
+    /// For files that are opened from here on, each read is a step of its own.
+    pub fn without_cache(&self) {
+        self.shared.lock().is_uncached = true;
     }
 
     /// What happens from here on are these steps. Waits until the process before has closed its files.
@@ -313,8 +321,10 @@ impl Filesystem for Mounted {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.0.lock().opened += 1;
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+        let mut shared = self.0.lock();
+        shared.opened += 1;
+        let flags = if shared.is_uncached { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
+        reply.opened(FileHandle(0), flags);
     }
 
     fn create(&self, _: &Request, _: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {

@@ -89,9 +89,10 @@ impl Store {
             Err(cause) => Ok(Err(failed(cause).into())),
         };
         let is_kept = matches!(result, Ok(Ok(_)));
-        // SQLite takes back the whole transaction where the disk or memory fails it.
+        // SQLite takes back the whole transaction where the disk or memory fails it. Where it does not, because a page
+        // could only not be read, nothing else that it has in memory is relied on either.
         let whole = match write.into_failure() {
-            Some(cause) if connection.is_autocommit() => Err(cause),
+            Some(cause) if connection.is_autocommit() || cause.is_of_the_disk() => Err(cause),
             _ if is_kept => run(connection, "RELEASE one").map_err(failed),
             _ => run(connection, "ROLLBACK TO one").and_then(|()| run(connection, "RELEASE one")).map_err(failed),
         };

@@ -69,8 +69,9 @@ fn write(store: &Store, id: u64, manner: Manner) -> Said {
         Ok(Ok(())) => Said::Done,
         Ok(Err(Why::Refused)) => Said::Refused,
         Ok(Err(Why::Store(cause))) => {
-            // The error names what the disk answered, not that the savepoint is gone in consequence.
-            assert!(cause.errno().is_some(), "{cause}");
+            // The error names what the disk answered, not that the savepoint is gone in consequence. That a page cannot
+            // be read SQLite calls damage.
+            assert!(cause.errno().is_some() || matches!(cause, Error::Damaged { .. }), "{cause}");
             Said::Failed
         }
         Err(_) => Said::Panicked,
@@ -178,6 +179,41 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
         }
     }
     assert!(failed > 10, "{failed} writes failed");
+}
+
+/// A page that a write needs cannot be read. The write and those in one transaction with it are told so, and the others
+/// go on.
+#[test]
+fn root_a_read_that_fails_within_a_transaction_is_told_and_taken_back() {
+    let mut failed = 0;
+    for at in 0.. {
+        let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(at, Errno::EIO))));
+        let old = open(&disk, &Arc::new(Steps::with(Fault::None)));
+        assert_eq!(write(&old, 999, Manner::WritesMuch), Said::Done);
+        drop(old);
+        disk.without_cache();
+        let store = open(&disk, &steps);
+        let small = "PRAGMA cache_size = 8";
+        store.writer.state.lock().connection.as_ref().unwrap().execute_batch(small).unwrap();
+        let said = together(&store, &steps, &neighbours(Some(Manner::WritesMuch)));
+        let recorded = steps.recorded();
+        if recorded.len() <= at {
+            break;
+        }
+        if recorded[at].call != "read" {
+            continue;
+        }
+        failed += said.iter().filter(|said| **said == Said::Failed).count();
+        drop(store);
+        for left in [Left::Written, Left::Synced(at as u64)] {
+            let disk = disk.after(left);
+            let after = open(&disk, &Arc::new(Steps::with(Fault::None)));
+            for (id, said) in (0..).zip(&said) {
+                assert_eq!(is_there(&after, id), *said == Said::Done, "step {at}, {left:?}: {id} was {said:?}");
+            }
+        }
+    }
+    assert!(failed > 3, "{failed} writes failed");
 }
 
 /// The machine dies at each step of a commit for many, and of those for one that follow.
