@@ -66,6 +66,8 @@ impl AttachRequest {
 /// What the repository said about a layer that is to be attached.
 pub struct Survey {
     edition: Edition,
+    /// Of the layer.
+    inode: u64,
     /// Something of this edition is on disk.
     pub is_begun: bool,
     mask: Plan,
@@ -147,8 +149,8 @@ impl Drop for Pin {
 
 /// How an attach ended.
 pub enum Attachment {
-    /// The layer is in its place; `fresh`: since just now.
-    Done { edition: Edition, fresh: bool },
+    /// The layer, a directory with this inode, is in its place; `fresh`: since just now.
+    Done { edition: Edition, inode: u64, fresh: bool },
     /// Another thread was faster with another source: the layer has to be surveyed again.
     SurveyAgain,
     /// Another thread works on the layer's directory, and did not end in time.
@@ -217,7 +219,8 @@ impl Attacher {
             Mode::Bind => Some(self.point(id, edition, layer)?),
             Mode::Symlink => None,
         };
-        Ok(Survey { edition, is_begun, mask, hide, point })
+        let inode = self.sys.dir_status(layer)?.inode;
+        Ok(Survey { edition, inode, is_begun, mask, hide, point })
     }
 
     /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
@@ -244,7 +247,7 @@ impl Attacher {
         until: Instant,
     ) -> AttachResult<Attachment> {
         let AttachRequest { id, ref source, .. } = *request;
-        let Survey { edition, ref mask, ref hide, ref point, .. } = *survey;
+        let Survey { edition, inode, ref mask, ref hide, ref point, .. } = *survey;
         let home = self.places.home(id);
         let Some(_guard) = pin.slot.lock.try_lock_until(until) else { return Ok(Attachment::Busy) };
         let place = self.places.root(id, edition);
@@ -261,7 +264,7 @@ impl Attacher {
         self.build(&request.scan, Part::Mask, &self.places.mask(id, edition), mask)?;
         self.build(&request.scan, Part::Hide, &self.places.hide(id, edition), hide)?;
         let fresh = self.ensure_leads(&home, &place, source, point.as_ref())?;
-        Ok(Attachment::Done { edition, fresh })
+        Ok(Attachment::Done { edition, inode, fresh })
     }
 
     /// Whether an error is of our own disk, and not of a repository.

@@ -46,8 +46,8 @@ const LAYER_ROOT: &str = "layerfs";
 /// Every CernVM-FS mount answers this at its root with its name.
 const MAGIC_NAME: &str = "user.fqrn";
 
-/// Its value is another one whenever something was published.
-const MAGIC_REVISION: &str = "user.revision";
+/// Of the root catalog, so of everything that the repository shows.
+const MAGIC_ROOT_HASH: &str = "user.root_hash";
 
 /// Questions that are asked at once, and threads that may be stuck in one.
 const CALLS: (usize, usize) = (4, 16);
@@ -98,25 +98,19 @@ impl Drop for MountGeneration {
     }
 }
 
-/// What a repository showed at some time. Another state that is equal to it shows the same layers.
+/// What a repository showed at some time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RepositoryState {
-    device: u64,
-    content: Content,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Content {
-    /// What the client says of all that it shows.
-    Revision(Vec<u8>),
-    /// Nobody knows when a plain directory changes: where each of its layers is.
-    Inodes(Vec<u64>),
+    /// That of the file system with the layers.
+    pub device: u64,
+    /// Of a client of CernVM-FS: as long as it is the same, everything is.
+    root_hash: Option<Vec<u8>>,
 }
 
 impl RepositoryState {
-    /// That of the file system with the layers.
-    pub fn device(&self) -> u64 {
-        self.device
+    /// Whether another state that is equal shows the same layers. A plain directory changes, and nothing tells.
+    pub fn tells_changes(&self) -> bool {
+        self.root_hash.is_some()
     }
 }
 
@@ -305,33 +299,34 @@ impl Repository {
         Ok(layer)
     }
 
-    /// What it shows of `layers`, unless it cannot be used, or has not all of them. As with `layer_since`, whether it
-    /// can be used is asked after `since`. Asks the repository.
-    pub fn state(&self, layers: &[Digest], since: Instant) -> Result<RepositoryState, Missing> {
+    /// What it shows now, unless it cannot be used. As with `layer_since`, whether it can be used is asked after `since`.
+    /// Asks the repository.
+    pub fn state(&self, since: Instant) -> Result<RepositoryState, Missing> {
         let unreadable = |e| self.unreadable(e);
-        let root = self.sys.open_dir(&self.path).map_err(unreadable)?;
-        alive();
-        let all = self.sys.open_below(&root, Path::new(LAYERS)).map_err(unreadable)?;
+        let layers = self.sys.open_dir(&self.path).and_then(|root| self.sys.open_below(&root, Path::new(LAYERS)));
+        let layers = layers.map_err(unreadable)?;
         alive();
         // The names of a plain directory's attributes mean nothing.
         let is_client = !self.client_attributes()?.is_empty();
-        let revision = is_client.then(|| self.sys.attribute(&self.path, MAGIC_REVISION).map_err(unreadable));
-        let revision = revision.transpose()?.flatten();
+        let root_hash = is_client.then(|| self.sys.attribute(&self.path, MAGIC_ROOT_HASH).map_err(unreadable));
+        let root_hash = root_hash.transpose()?.flatten();
         alive();
-        // What said its revision lives.
-        self.require_usable(&all, revision.is_some(), since)?;
-        let content = if let Some(revision) = revision {
-            Content::Revision(revision)
-        } else {
-            let inode = |layer| {
-                let layer = self.sys.open_below(&all, &below_layers(layer))?;
-                self.sys.dir_status(&layer).inspect(|_| alive())
-            };
-            let inodes = layers.iter().map(|layer| inode(layer).map(|status| status.inode));
-            Content::Inodes(inodes.collect::<sys::Result<_>>().map_err(unreadable)?)
+        // A client that answered this is alive.
+        self.require_usable(&layers, root_hash.is_some(), since)?;
+        let device = self.sys.dir_status(&layers).map_err(unreadable)?.device;
+        Ok(RepositoryState { device, root_hash })
+    }
+
+    /// The inode of each of these layers. Asks the repository.
+    pub fn inodes(&self, layers: &[Digest]) -> Result<Vec<u64>, Missing> {
+        let unreadable = |e| self.unreadable(e);
+        let all = self.sys.open_dir(&self.path).and_then(|root| self.sys.open_below(&root, Path::new(LAYERS)));
+        let all = all.map_err(unreadable)?;
+        let inode = |digest| {
+            let layer = self.sys.open_below(&all, &below_layers(digest))?;
+            self.sys.dir_status(&layer).inspect(|_| alive()).map(|status| status.inode)
         };
-        let device = self.sys.dir_status(&all).map_err(unreadable)?.device;
-        Ok(RepositoryState { device, content })
+        layers.iter().map(|digest| inode(digest).map_err(unreadable)).collect()
     }
 
     /// Where an unpacked layer is, if there is one. Asks nobody.
@@ -418,8 +413,8 @@ impl Repository {
         Missing::NotADirectory { path }
     }
 
-    /// Whether the client adds no attributes to the files of layers and is alive, if that is not known: `directory` is
-    /// any of the repository.
+    /// Whether the client adds no attributes to the files of layers, and whether it is alive, which need not be asked if
+    /// `is_alive`. `directory` is any of the repository.
     fn require_usable(&self, directory: &DirHandle, is_alive: bool, since: Instant) -> Result<(), Missing> {
         let mount = self.mount();
         if mount.usable.lock().is_some_and(|asked| asked >= since) {

@@ -82,6 +82,14 @@ pub enum Asks {
     One(usize),
 }
 
+/// What becomes of a chain when its layers are in their places.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// It is known to the next call that needs it.
+    Known,
+    Nothing,
+}
+
 /// How published files come under a container.
 #[derive(Clone, Debug)]
 pub struct Ways {
@@ -98,7 +106,7 @@ impl Snapshotter {
         let store = Arc::new(store);
         let sources = Arc::new(Sources {
             store: Arc::clone(&store),
-            attacher: Attacher::new(places.clone(), ways.attach, Arc::clone(&sys)),
+            attacher: Arc::new(Attacher::new(places.clone(), ways.attach, Arc::clone(&sys))),
             scans: ScanScheduler::new(Arc::clone(&store), Arc::clone(&sys)),
             places: places.clone(),
             chains: AttachedChains::default(),
@@ -137,10 +145,10 @@ impl Snapshotter {
     /// What a call on `key` may have to wait for: the repository of the first layer in or below it.
     pub fn asks(&self, key: &str) -> Result<Option<Asks>> {
         let Some(key) = Key::parse_optional(key)? else { return Ok(None) };
-        // Every start comes by here: no more is read than it takes.
+        // Every start comes by here: no more is read than it takes, and nothing if the chain is known.
         let name = self.store.read(|tx| {
-            let Some(snapshot) = tx.get(key.as_str())? else { return Ok(None) };
-            let top = if snapshot.kind == Kind::Committed { Some(snapshot) } else { parent_of(tx, &snapshot)? };
+            let Some((snapshot, parent)) = tx.with_parent(&key)? else { return Ok(None) };
+            let top = if snapshot.kind == Kind::Committed { Some(snapshot) } else { parent };
             let Some(top) = top else { return Ok(None) };
             if let Some(known) = self.sources.chains.get(top.id) {
                 return Ok(known.repositories.first().map(|one| one.repository.name().to_owned()));
@@ -183,11 +191,8 @@ impl Snapshotter {
 
     /// The mounts of an active snapshot or a view, as Prepare or View gave them.
     pub fn mounts(&self, key: &Key) -> Result<Vec<Mount>> {
-        let (snapshot, parent) = self.store.read(|tx| {
-            let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
-            let parent = parent_of(tx, &snapshot)?;
-            Ok::<_, Error>((snapshot, parent))
-        })?;
+        let both = self.store.read(|tx| tx.with_parent(key).map_err(Error::from))?;
+        let (snapshot, parent) = both.ok_or_else(|| Error::NotFound(key.clone()))?;
         if snapshot.kind == Kind::Committed {
             return Err(Error::WrongKind {
                 key: key.clone(),
@@ -196,12 +201,15 @@ impl Snapshotter {
             });
         }
         self.require_files(&snapshot)?;
-        let chain = self.chain_below(parent.as_ref())?;
-        // If it was removed meanwhile, its layers were attached for nobody.
-        if !self.store.read(|tx| tx.exists(snapshot.id).map_err(Error::from))? {
-            self.release(chain);
+        let chain = self.chain_below(parent.as_ref(), Keep::Known);
+        // If it was removed or committed meanwhile, its layers were attached for nobody.
+        if self.store.read(|tx| tx.id_of(key).map_err(Error::from))? != Some(snapshot.id) {
+            if let Ok(chain) = chain {
+                self.release(chain);
+            }
             return Err(Error::NotFound(key.clone()));
         }
+        let chain = chain?;
         Ok(self.describe(snapshot.kind, snapshot.id, &chain.lower))
     }
 
@@ -271,7 +279,9 @@ impl Snapshotter {
             parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
             Ok::<_, Error>(parent)
         })?;
-        let chain = self.chain_below(parent.as_ref())?;
+        // Of a pull, each layer is the parent of one Prepare, and only the last one is what containers stand on.
+        let keep = if wanted.labels.contains_key(LABEL_SNAPSHOT_REF) { Keep::Nothing } else { Keep::Known };
+        let chain = self.chain_below(parent.as_ref(), keep)?;
         let created = self.create_on(kind, wanted, parent.as_ref(), &chain.lower, mapped_root);
         if created.is_err() {
             self.release(chain);
@@ -365,9 +375,13 @@ impl Snapshotter {
     }
 
     /// The chain that begins with `parent`, with all that is published in its place.
-    fn chain_below(&self, parent: Option<&Snapshot>) -> Result<Arc<AttachedChain>> {
+    fn chain_below(&self, parent: Option<&Snapshot>, keep: Keep) -> Result<Arc<AttachedChain>> {
         let Some(parent) = parent else { return Ok(Arc::default()) };
-        if let Some(known) = self.sources.chains.get_current(parent.id, &self.sources.attacher) {
+        if parent.layer.is_none() {
+            self.require_files(parent)?;
+        }
+        let (sources, limits) = (&self.sources, self.sources.limits());
+        if let Some(known) = sources.chains.get_current(parent.id, &sources.attacher, limits) {
             return Ok(known);
         }
         let chain = self.store.read(|tx| tx.chain(&parent.key).map_err(Error::from))?;
@@ -377,12 +391,20 @@ impl Snapshotter {
         }
         let (published, local): (Vec<_>, Vec<_>) = chain.iter().partition(|snapshot| snapshot.layer.is_some());
         let there = local.into_iter().try_for_each(|local| self.require_files(local));
-        let attached = there.and_then(|()| self.sources.attach_chain(&chain));
-        if attached.is_err() {
-            let published: Vec<SnapshotId> = published.into_iter().map(|snapshot| snapshot.id).collect();
-            self.sources.release_unused(&published);
+        match there.and_then(|()| sources.attach_chain(&chain, limits)) {
+            Ok(attached) => {
+                let attached = Arc::new(attached);
+                if keep == Keep::Known {
+                    sources.chains.keep(&attached);
+                }
+                Ok(attached)
+            }
+            Err(e) => {
+                let published: Vec<SnapshotId> = published.into_iter().map(|snapshot| snapshot.id).collect();
+                sources.release_unused(&published);
+                Err(e)
+            }
         }
-        attached
     }
 
     fn require_files(&self, local: &Snapshot) -> Result<()> {
@@ -421,10 +443,6 @@ fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Op
         Some(other) if Some(other.id) != id => Err(Error::ParentNotFound(other.key.clone())),
         _ => Ok(parent),
     }
-}
-
-fn parent_of(tx: &Read, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
-    Ok(snapshot.parent.as_ref().map(|parent| tx.get(parent.as_str())).transpose()?.flatten())
 }
 
 /// Whether a chain goes on with one snapshot more on `parent`.

@@ -92,15 +92,16 @@ impl Attacher {
     }
 
     /// Whether a place that was led to a layer still shows it. What can change without us is a mount: somebody may take
-    /// it away, and then an empty directory is there. Asks no repository. `device` is that of the layer.
-    pub fn is_in_place(&self, id: SnapshotId, edition: Edition, device: u64) -> bool {
-        let leads_to = || self.link_at(&self.places.root(id, edition)).ok().flatten();
-        match self.mode {
-            Mode::Symlink => true,
-            Mode::Bind => leads_to().is_some_and(|point| {
-                self.sys.mounted(&self.places.home(id).join(point)).is_ok_and(|mounted| mounted == Some(device))
-            }),
+    /// it away, and then an empty directory is there. `device` is that of the layer; `inode` is asked for, if it is
+    /// given, which may hang.
+    pub fn is_in_place(&self, id: SnapshotId, edition: Edition, device: u64, inode: Option<u64>) -> bool {
+        if self.mode == Mode::Symlink {
+            return true;
         }
+        let Ok(Some(leads_to)) = self.link_at(&self.places.root(id, edition)) else { return false };
+        let point = self.places.home(id).join(leads_to);
+        let is_mounted = self.sys.mounted(&point).is_ok_and(|mounted| mounted == Some(device));
+        is_mounted && inode.is_none_or(|inode| self.sys.lstat(&point).is_ok_and(|there| there.inode == inode))
     }
 
     /// A directory where nothing was ever mounted; the result is where in `home` it is.

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use super::layers::Limits;
 use crate::attach::{Attacher, Pin};
 use crate::overlay::{Edition, LowerDirectories};
 use crate::repository::{Asked, Missing, Repository, RepositoryState};
@@ -20,8 +21,9 @@ const MAX_SNAPSHOTS: usize = 8192;
 #[derive(Default)]
 pub struct AttachedChain {
     pub lower: LowerDirectories,
-    /// Uppermost first, and so are the repositories, by their uppermost layers.
+    /// Uppermost first.
     snapshots: Vec<SnapshotId>,
+    /// In the order of their uppermost layers.
     pub repositories: Vec<RepositoryInUse>,
     _pins: Vec<Pin>,
 }
@@ -29,18 +31,46 @@ pub struct AttachedChain {
 /// A repository of a chain, and what of it is attached.
 pub struct RepositoryInUse {
     pub repository: Arc<Repository>,
-    pub layers: Arc<[Digest]>,
-    /// Where the layers are attached.
-    pub places: Vec<(SnapshotId, Edition)>,
-    /// When they were attached. None: that is not known, or they were attached from another repository instead.
+    /// Before they were attached. None: that is not known, or they were attached from another repository instead.
     pub state: Option<RepositoryState>,
+    /// Uppermost first, at least one.
+    pub layers: Arc<[AttachedLayer]>,
+}
+
+/// A layer in its place.
+#[derive(Clone)]
+pub struct AttachedLayer {
+    pub id: SnapshotId,
+    pub digest: Digest,
+    pub edition: Edition,
+    /// The inode of its directory in the repository.
+    pub inode: u64,
 }
 
 impl RepositoryInUse {
-    /// Asks for the state of the repository, after `since`.
-    pub fn ask(&self, since: Instant) -> Result<Asked<Result<RepositoryState, Missing>>, Missing> {
-        let (asked, layers) = (Arc::clone(&self.repository), Arc::clone(&self.layers));
-        Repository::start(&self.repository, move || asked.state(&layers, since), drop)
+    /// Asks whether the repository shows what it showed, and the places lead there. Where it tells that nothing has
+    /// changed, one layer shows that layers can be read, and otherwise each is looked up.
+    fn ask(&self, attacher: &Arc<Attacher>, since: Instant) -> Result<Asked<Result<bool, Missing>>, Missing> {
+        let (repository, attacher) = (Arc::clone(&self.repository), Arc::clone(attacher));
+        let (before, layers) = (self.state.clone(), Arc::clone(&self.layers));
+        let job = move || {
+            let state = repository.state(since)?;
+            if before.as_ref() != Some(&state) {
+                return Ok(false);
+            }
+            let tells_changes = state.tells_changes();
+            let looked_up = if tells_changes { &layers[..1] } else { &layers[..] };
+            let digests: Vec<Digest> = looked_up.iter().map(|layer| layer.digest.clone()).collect();
+            let is_there = repository.inodes(&digests)?.iter().zip(looked_up).all(|(inode, layer)| {
+                // A client gives a directory another number now and then.
+                tells_changes || *inode == layer.inode
+            });
+            let is_in_place = |one: &AttachedLayer| {
+                attacher.is_in_place(one.id, one.edition, state.device, (!tells_changes).then_some(one.inode))
+            };
+            Ok(is_there && layers.iter().all(is_in_place))
+        };
+        Repository::start(&self.repository, job, drop)
     }
 }
 
@@ -58,21 +88,17 @@ impl AttachedChain {
 
     /// The published layers in it.
     pub fn published(&self) -> Vec<SnapshotId> {
-        self.repositories.iter().flat_map(|one| one.places.iter().map(|(id, _)| *id)).collect()
+        self.repositories.iter().flat_map(|one| one.layers.iter().map(|layer| layer.id)).collect()
     }
 
     /// Whether everything is as it was when the layers were attached.
-    fn is_current(&self, attacher: &Attacher) -> bool {
+    fn is_current(&self, attacher: &Arc<Attacher>, limits: Limits) -> bool {
         let since = Instant::now();
-        // All are asked before the first one is waited for.
-        let asked: Vec<_> = self.repositories.iter().map(|one| (one, one.ask(since))).collect();
-        asked.into_iter().all(|(one, asked)| {
-            let now = asked.and_then(|asked| asked.wait(one.repository.give_up_at())).flatten();
-            let is_in_place = |(id, edition): &(_, _), device| attacher.is_in_place(*id, *edition, device);
-            now.is_ok_and(|now| {
-                one.state.as_ref() == Some(&now) && one.places.iter().all(|place| is_in_place(place, now.device()))
-            })
-        })
+        // All are asked before the first one is waited for, and all are waited for: who does not answer is known then.
+        let asked: Vec<_> = self.repositories.iter().map(|one| one.ask(attacher, since)).collect();
+        let answers: Vec<_> =
+            asked.into_iter().map(|asked| asked.and_then(|asked| asked.wait(limits.all)).flatten()).collect();
+        answers.into_iter().all(|answer| answer == Ok(true))
     }
 }
 
@@ -89,12 +115,12 @@ impl AttachedChains {
     }
 
     /// The chain of `top`, if it is known and all of it is as it was.
-    pub fn get_current(&self, top: SnapshotId, attacher: &Attacher) -> Option<Arc<AttachedChain>> {
-        self.get(top).filter(|chain| chain.is_current(attacher))
+    pub fn get_current(&self, top: SnapshotId, attacher: &Arc<Attacher>, limits: Limits) -> Option<Arc<AttachedChain>> {
+        self.get(top).filter(|chain| chain.is_current(attacher, limits))
     }
 
-    /// Keeps `chain`, in the place of what was known of its uppermost snapshot, if it is known in what state it was
-    /// attached.
+    /// Keeps `chain`, in the place of what was known of its uppermost snapshot, if the states of its repositories are
+    /// known.
     pub fn keep(&self, chain: &Arc<AttachedChain>) {
         let Some(top) = chain.snapshots.first() else { return };
         let mut chains = self.chains.lock();

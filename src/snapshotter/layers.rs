@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::attached::{AttachedChain, AttachedChains, RepositoryInUse};
+use super::attached::{AttachedChain, AttachedChains, AttachedLayer, RepositoryInUse};
 use super::scans::ScanScheduler;
 use super::{Error, Result, cleanup};
 use crate::attach::{self, AttachError, AttachRequest, Attacher, Attachment, Pin, Release, Released, Survey};
@@ -13,7 +13,7 @@ use crate::metrics::{METRICS, Reason};
 use crate::overlay::{self, Edition, Lower, Places, Shown};
 use crate::repository::lane::Turn;
 use crate::repository::scan::{Scan, ScanKey};
-use crate::repository::{Asked, Missing, Repository};
+use crate::repository::{Asked, Missing, Repository, RepositoryState};
 use crate::store::Store;
 use crate::types::{
     Digest, InvalidDigest, Key, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId,
@@ -114,7 +114,7 @@ impl Fallback {
 /// What it takes to bring published files under a chain; shared with the repositories' threads.
 pub struct Sources {
     pub store: Arc<Store>,
-    pub attacher: Attacher,
+    pub attacher: Arc<Attacher>,
     pub scans: ScanScheduler,
     pub places: Places,
     pub chains: AttachedChains,
@@ -139,6 +139,7 @@ impl AttachTarget {
 struct Attached {
     pin: Pin,
     edition: Edition,
+    inode: u64,
     scan: Arc<Scan>,
     masked: bool,
 }
@@ -184,6 +185,7 @@ impl Limits {
 }
 
 type Tried = std::result::Result<Attached, Trouble>;
+type AskedState = std::result::Result<Asked<std::result::Result<RepositoryState, Missing>>, Missing>;
 type StartedSurvey = std::result::Result<Asked<Vec<Surveyed>>, Missing>;
 
 /// What a repository said about a layer.
@@ -200,10 +202,6 @@ struct ChainLayer<'a> {
 impl ChainLayer<'_> {
     fn scan_key(&self) -> ScanKey {
         ScanKey { digest: self.layer.digest.clone(), repository: self.repository.name().to_owned() }
-    }
-
-    fn is_of(&self, repository: &Arc<Repository>) -> bool {
-        Arc::ptr_eq(&self.repository, repository)
     }
 
     fn target(&self, scan: Arc<Scan>, masked: bool) -> AttachTarget {
@@ -244,10 +242,13 @@ impl Sources {
         self.named(name).into_iter().chain(others).cloned().collect()
     }
 
+    /// When a call that begins now waits no longer. All repositories have the same limits.
+    pub fn limits(&self) -> Limits {
+        Limits::of(&self.repositories[0])
+    }
+
     /// Attaches the layers of `chain`, whose nearest snapshot is the first.
-    pub fn attach_chain(self: &Arc<Self>, chain: &[Snapshot]) -> Result<Arc<AttachedChain>> {
-        // All repositories have the same limits.
-        let limits = Limits::of(&self.repositories[0]);
+    pub fn attach_chain(self: &Arc<Self>, chain: &[Snapshot], limits: Limits) -> Result<AttachedChain> {
         let remote = chain.iter().filter_map(|snapshot| Some((snapshot, snapshot.layer.as_ref()?)));
         let layers: Vec<ChainLayer<'_>> = remote
             .map(|(snapshot, layer)| {
@@ -255,10 +256,7 @@ impl Sources {
                 ChainLayer { snapshot, layer, repository }
             })
             .collect();
-        let since = Instant::now();
-        let mut repositories = repositories_in_use(&layers);
-        // What changes from now on will show.
-        let states: Vec<_> = repositories.iter().map(|one| one.ask(since)).collect();
+        let states = start_states(&layers);
         // All are begun before the first one is waited for.
         let begun = layers.iter().map(|one| self.scans.start(&one.scan_key(), &one.repository, Turn::Next));
         let begun = begun.collect::<Result<Vec<_>>>()?;
@@ -271,14 +269,19 @@ impl Sources {
         if let Some(e) = too_much {
             return Err(e);
         }
+        // What changes after this shows the next time.
+        let states: Vec<_> = states
+            .into_iter()
+            .map(|(repository, asked)| (repository, asked.and_then(|asked| asked.wait(limits.all)).flatten().ok()))
+            .collect();
         let masked = masked(chain, &lowers(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, Edition(0))))));
         let targets = layers.iter().zip(scans).zip(masked).map(|((one, scan), masked)| Ok(one.target(scan?, masked)));
         let mut attached = Vec::with_capacity(layers.len());
-        let mut is_of_others = false;
+        let mut is_from_another = false;
         for (tried, one) in self.attach_targets(targets.collect(), limits).into_iter().zip(&layers) {
             attached.push(match tried {
                 Err(Trouble::Missing(why)) => {
-                    is_of_others = true;
+                    is_from_another = true;
                     self.attach_from_others(one, why)?
                 }
                 Err(Trouble::Own(e)) => return Err(e),
@@ -293,18 +296,21 @@ impl Sources {
                 *attached = self.attach(one, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
-        for (one, state) in repositories.iter_mut().zip(states) {
-            let of_it = layers.iter().zip(&attached).filter(|(layer, _)| layer.is_of(&one.repository));
-            one.places = of_it.map(|(layer, attached)| (layer.snapshot.id, attached.edition)).collect();
-            let state = state.and_then(|asked| asked.wait(limits.all)).flatten();
-            one.state = state.ok().filter(|_| !is_of_others);
-        }
+        let repositories = states.into_iter().map(|(repository, state)| {
+            let of_it = layers.iter().zip(&attached).filter(|(layer, _)| Arc::ptr_eq(&layer.repository, &repository));
+            let attached = of_it.map(|(layer, attached)| AttachedLayer {
+                id: layer.snapshot.id,
+                digest: layer.layer.digest.clone(),
+                edition: attached.edition,
+                inode: attached.inode,
+            });
+            RepositoryInUse { layers: attached.collect(), state: state.filter(|_| !is_from_another), repository }
+        });
+        let repositories = repositories.collect();
         let lower = overlay::lower_directories(&self.places, &all(&attached));
         let snapshots = chain.iter().map(|snapshot| snapshot.id).collect();
         let pins = attached.into_iter().map(|one| one.pin).collect();
-        let chain = Arc::new(AttachedChain::new(lower, snapshots, repositories, pins));
-        self.chains.keep(&chain);
-        Ok(chain)
+        Ok(AttachedChain::new(lower, snapshots, repositories, pins))
     }
 
     /// Attaches layers, each from its repository; the results are in the order of `targets`.
@@ -427,11 +433,11 @@ impl Sources {
     ) -> Tried {
         let AttachTarget { request, digest, repository } = target;
         match self.attacher.attach(&pin, request, survey, until) {
-            Ok(Attachment::Done { edition, fresh }) => {
+            Ok(Attachment::Done { edition, inode, fresh }) => {
                 if fresh {
                     METRICS.attached("attached");
                 }
-                Ok(Attached { pin, edition, scan: Arc::clone(&request.scan), masked: request.masked })
+                Ok(Attached { pin, edition, inode, scan: Arc::clone(&request.scan), masked: request.masked })
             }
             Ok(Attachment::Busy) => Err(target.busy()),
             Ok(Attachment::SurveyAgain) => {
@@ -526,20 +532,17 @@ fn lowers<'s>(chain: &[Snapshot], mut scans: impl Iterator<Item = Option<(&'s Sc
     chain.iter().map(lower).collect()
 }
 
-/// Which repositories `layers` are of, each with the digests of its own.
-fn repositories_in_use(layers: &[ChainLayer<'_>]) -> Vec<RepositoryInUse> {
-    let mut repositories: Vec<Arc<Repository>> = Vec::new();
-    for one in layers {
-        if !repositories.iter().any(|known| one.is_of(known)) {
-            repositories.push(Arc::clone(&one.repository));
+/// Asks the repositories of `layers` for their states, in the order of their uppermost layers.
+fn start_states(layers: &[ChainLayer<'_>]) -> Vec<(Arc<Repository>, AskedState)> {
+    let since = Instant::now();
+    let mut states: Vec<(Arc<Repository>, AskedState)> = Vec::new();
+    for ChainLayer { repository, .. } in layers {
+        if !states.iter().any(|(known, _)| Arc::ptr_eq(known, repository)) {
+            let asked = Arc::clone(repository);
+            states.push((Arc::clone(repository), Repository::start(repository, move || asked.state(since), drop)));
         }
     }
-    let in_use = |repository: Arc<Repository>| {
-        let of_it = layers.iter().filter(|one| one.is_of(&repository));
-        let layers = of_it.map(|one| one.layer.digest.clone()).collect();
-        RepositoryInUse { repository, layers, places: Vec::new(), state: None }
-    };
-    repositories.into_iter().map(in_use).collect()
+    states
 }
 
 /// Which of the published layers of `chain` need their masks.

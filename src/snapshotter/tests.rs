@@ -384,6 +384,31 @@ fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
     assert_eq!((place.on_disk(), place.mounts()), (Vec::<String>::new(), 0));
 }
 
+/// A commit keeps the number of the snapshot, so it passed for the one that was asked for: its layers were attached
+/// again, and stayed.
+#[test]
+fn root_mounts_of_a_snapshot_that_is_being_committed_leave_nothing_attached() {
+    let place = Place::new(Mode::Bind);
+    let shared: Arc<std::sync::OnceLock<Snapshotter>> = Arc::default();
+    let (other, files) = (Arc::clone(&shared), Arc::new(parking_lot::Mutex::new(PathBuf::new())));
+    let trigger = Arc::clone(&files);
+    let sys = Failing::before_call(move |call, path| {
+        if call == "lstat" && std::mem::take(&mut *trigger.lock()) == path {
+            let s = other.get().unwrap();
+            s.commit(&key("committed"), &key("container"), Labels::new(), None).unwrap();
+            s.cleanup(&|| false).unwrap();
+        }
+    });
+    let s = shared.get_or_init(|| place.open(Arc::new(sys)));
+    let chain = pull(s, 1, "");
+    s.prepare(wanted("container", &chain, &[])).unwrap();
+    let id = s.stat(&key("container")).unwrap().id;
+    *files.lock() = place.snapshots().join(id.to_string()).join("fs");
+    assert!(matches!(s.mounts(&key("container")), Err(Error::NotFound(_))));
+    assert_eq!(place.mounts(), 0, "the layer is attached for nobody");
+    remove_all(&place, s);
+}
+
 #[test]
 fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
     for mode in [Mode::Bind, Mode::Symlink] {

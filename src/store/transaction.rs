@@ -161,6 +161,22 @@ impl<'s> Read<'s> {
         Ok(depth.map(|depth| usize::try_from(depth).unwrap_or(usize::MAX)))
     }
 
+    /// The snapshot `key` and its parent, without their labels.
+    pub fn with_parent(&self, key: &Key) -> Result<Option<(Snapshot, Option<Snapshot>)>> {
+        let mut count = 0;
+        let mut both = self.chain_until(key, |_| {
+            count += 1;
+            count == 2
+        })?;
+        let parent = (both.len() == 2).then(|| both.pop()).flatten();
+        Ok(both.pop().map(|snapshot| (snapshot, parent)))
+    }
+
+    /// The number of the snapshot `key`.
+    pub fn id_of(&self, key: &Key) -> Result<Option<SnapshotId>> {
+        Ok(self.number("SELECT id FROM snapshots WHERE key = ?1", [key.as_str()])?.map(id))
+    }
+
     pub fn has_children(&self, id: SnapshotId) -> Result<bool> {
         self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [number(id)])
     }
@@ -328,7 +344,7 @@ impl<'s> Write<'s> {
         let parent = match &snapshot.parent {
             None => None,
             Some(key) => {
-                let parent = self.number("SELECT id FROM snapshots WHERE key = ?1", [key.as_str()])?;
+                let parent = self.id_of(key)?.map(number);
                 Some(parent.ok_or_else(|| Error::BadRow { table: "snapshots", key: key.as_str().to_owned() })?)
             }
         };

@@ -11,12 +11,13 @@ use crate::attach::Mode;
 use crate::repository::Missing;
 use crate::sys::failing::Failing;
 use crate::sys::{Host, Sys, Unmount};
+use crate::types::Labels;
 
 /// As a client of CernVM-FS answers at the root of its mount.
-fn set_revision(place: &Place, revision: &str) {
+fn set_root_hash(place: &Place, root_hash: &str) {
     let root = place.dir.path().join("cvmfs");
     xattr::set(&root, "user.fqrn", b"r").unwrap();
-    xattr::set(&root, "user.revision", revision.as_bytes()).unwrap();
+    xattr::set(&root, "user.root_hash", root_hash.as_bytes()).unwrap();
 }
 
 /// Publishes and pulls layers up to this one, which have a file each; the result is the name of the uppermost one.
@@ -32,48 +33,64 @@ fn have_files(mounts: &[crate::types::Mount]) -> bool {
     lower(mounts).iter().all(|layer| fs::read_dir(layer).is_ok_and(|mut files| files.next().is_some()))
 }
 
+/// The system calls of Prepare and Mounts of a container on so many layers, in which nothing has to be done for them.
+fn calls_of_a_start(place: &Place, s: &Snapshotter, calls: &AtomicUsize, layers: u8) -> usize {
+    let name = pull_layers(place, s, 2 + layers);
+    let calls = (0..5).map(|n| {
+        let before = calls.load(Ordering::SeqCst);
+        let container = format!("container {n} on {layers}");
+        let mounts = s.prepare(wanted(&container, &name, &[])).unwrap();
+        assert_eq!(lower(&mounts).len(), usize::from(layers));
+        assert_eq!(s.mounts(&key(&container)).unwrap(), mounts);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        calls.load(Ordering::SeqCst) - before
+    });
+    // Other threads look through the layers, at first.
+    calls.min().unwrap()
+}
+
 /// Every layer was looked up in the repository, and the links to it were read, with each Prepare and each Mounts.
 #[test]
 fn root_start_on_layers_in_their_places_does_no_work_for_each_of_them() {
-    let place = Place::new(Mode::Symlink);
-    set_revision(&place, "1");
-    let calls = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&calls);
-    let s = place.open(Arc::new(Failing::before_call(move |_, _| {
-        count.fetch_add(1, Ordering::SeqCst);
-    })));
-    // Other threads look through the layers, at first.
-    let calls_of_a_start = |length: u8| {
-        let name = pull_layers(&place, &s, 2 + length);
-        let calls = (0..5).map(|n| {
-            let before = calls.load(Ordering::SeqCst);
-            let container = format!("container {n} on {length}");
-            let mounts = s.prepare(wanted(&container, &name, &[])).unwrap();
-            assert_eq!(lower(&mounts).len(), usize::from(length));
-            assert_eq!(s.mounts(&key(&container)).unwrap(), mounts);
-            std::thread::sleep(std::time::Duration::from_millis(50));
-            calls.load(Ordering::SeqCst) - before
-        });
-        calls.min()
-    };
-    assert_eq!(calls_of_a_start(2), calls_of_a_start(40));
-    remove_all(&place, &s);
+    for (mode, is_client, for_each_layer) in [
+        (Mode::Symlink, true, 0),
+        // The link to the mount is read, and what is mounted there is asked.
+        (Mode::Bind, true, 2),
+        // Nobody else tells whether it changed: it is opened and asked for its status.
+        (Mode::Symlink, false, 2),
+        // The same, and the inode of what is mounted.
+        (Mode::Bind, false, 5),
+    ] {
+        let place = Place::new(mode);
+        if is_client {
+            set_root_hash(&place, "1");
+        }
+        let calls = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&calls);
+        let s = place.open(Arc::new(Failing::before_call(move |_, _| {
+            count.fetch_add(1, Ordering::SeqCst);
+        })));
+        let [few, many] = [2, 40].map(|layers| calls_of_a_start(&place, &s, &calls, layers));
+        // Of a Prepare and a Mounts.
+        assert_eq!(many - few, 2 * 38 * for_each_layer, "{mode:?}, a client: {is_client}");
+        remove_all(&place, &s);
+    }
 }
 
 #[test]
 fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
-    for revisions in [None, Some(["1", "2"])] {
+    for root_hashes in [None, Some(["1", "2"])] {
         let place = Place::new(Mode::Symlink);
-        if let Some([first, _]) = revisions {
-            set_revision(&place, first);
+        if let Some([first, _]) = root_hashes {
+            set_root_hash(&place, first);
         }
         let s = place.open(Arc::new(Host));
         let name = pull_layers(&place, &s, 6);
         s.prepare(wanted("container", &name, &[])).unwrap();
         s.mounts(&key("container")).unwrap();
         fs::rename(place.layer(4), place.dir.path().join("away")).unwrap();
-        if let Some([_, second]) = revisions {
-            set_revision(&place, second);
+        if let Some([_, second]) = root_hashes {
+            set_root_hash(&place, second);
         }
         for result in [s.mounts(&key("container")), s.prepare(wanted("another", &name, &[]))] {
             assert!(matches!(result, Err(Error::LayerUnavailable { why: Missing::NotPublished, .. })), "{result:?}");
@@ -88,11 +105,13 @@ fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
 #[test]
 fn root_mount_of_a_layer_that_somebody_took_away_is_made_again() {
     let place = Place::new(Mode::Bind);
-    set_revision(&place, "1");
+    set_root_hash(&place, "1");
     let s = place.open(Arc::new(Host));
     let name = pull_layers(&place, &s, 6);
     s.prepare(wanted("container", &name, &[])).unwrap();
-    for point in Host.mounts_below(&place.snapshots()).unwrap() {
+    let points = Host.mounts_below(&place.snapshots()).unwrap();
+    assert_eq!(points.len(), 4);
+    for point in points {
         Host.unmount(&point, Unmount::Plain).unwrap();
         assert!(have_files(&s.mounts(&key("container")).unwrap()));
     }
@@ -130,6 +149,7 @@ fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
     })));
     let name = pull_layers(&place, &s, 6);
     s.prepare(wanted("first", &name, &[])).unwrap();
+    assert_eq!(s.sources.chains.count(), 1);
     let next = s.stat(&key("first")).unwrap().id.0 + 1;
     *directory.lock() = Some(place.snapshots().join(next.to_string()));
     let mounts = std::thread::scope(|scope| {
@@ -143,6 +163,25 @@ fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
     assert!(have_files(&mounts));
     s.cleanup(&|| false).unwrap();
     assert!(have_files(&s.mounts(&key("second")).unwrap()));
+    remove_all(&place, &s);
+}
+
+/// A pull of many layers would have taken the place of what containers stand on.
+#[test]
+fn root_pulls_leave_no_known_chains() {
+    let place = Place::new(Mode::Symlink);
+    let s = place.open(Arc::new(Host));
+    let mut below = pull_layers(&place, &s, 6);
+    for n in 0..3 {
+        let name = format!("layer {n}");
+        let labels = [("containerd.io/snapshot.ref", name.as_str())];
+        s.prepare(wanted("extract", &below, &labels)).unwrap();
+        s.commit(&key(&name), &key("extract"), Labels::new(), None).unwrap();
+        below = name;
+    }
+    assert_eq!(s.sources.chains.count(), 0);
+    s.prepare(wanted("container", &below, &[])).unwrap();
+    assert_eq!(s.sources.chains.count(), 1);
     remove_all(&place, &s);
 }
 
