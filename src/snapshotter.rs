@@ -326,7 +326,7 @@ impl Snapshotter {
         let Err(failed) = made else { return Ok(self.describe(kind, id, lower)) };
         // A write that failed may have reached the disk all the same, and then the directory
         // is somebody's. Where that cannot even be asked, the next start decides.
-        match self.store.read_settled(|tx| tx.exists(id).map_err(Error::from)) {
+        match self.store.read_durable(|tx| tx.exists(id).map_err(Error::from)) {
             Ok(true) => Ok(self.describe(kind, id, lower)),
             Ok(false) => match self.sys.remove_tree(&self.places.home(id), &|| false) {
                 Ok(()) => Err(failed),

@@ -1,5 +1,6 @@
-//! Chains of snapshots whose layers are in their places. Most starts of containers need one that an earlier start
-//! needed: it is known then, and its repositories are asked whether anything has changed, not each layer.
+//! Chains of snapshots whose layers are attached. Most starts of containers need one that an earlier start needed: it
+//! is known then, and each of its repositories is asked once whether anything has changed. Layers are looked at only
+//! where the repository cannot tell.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
@@ -14,7 +15,8 @@ use crate::overlay::{Edition, LowerDirectories};
 use crate::repository::{Asked, Missing, Repository, RepositoryState};
 use crate::types::{Digest, SnapshotId};
 
-/// Snapshots of all known chains together. A chain of 40 layers takes about 8 KiB.
+/// All known chains are dropped before they would have more snapshots than this together. A chain of 40 layers takes
+/// about 8 KiB.
 const MAX_SNAPSHOTS: usize = 8192;
 
 /// A chain whose layers stay in their places while this lives.
@@ -31,7 +33,8 @@ pub struct AttachedChain {
 /// A repository of a chain, and what of it is attached.
 pub struct RepositoryInUse {
     pub repository: Arc<Repository>,
-    /// Before they were attached. None: that is not known, or they were attached from another repository instead.
+    /// The repository's state before its layers were attached. None: it is not known, or a layer of the chain was
+    /// attached from another repository than its own.
     pub state: Option<RepositoryState>,
     /// Uppermost first, at least one.
     pub layers: Arc<[AttachedLayer]>,
@@ -48,8 +51,9 @@ pub struct AttachedLayer {
 }
 
 impl RepositoryInUse {
-    /// Asks whether the repository shows what it showed, and the places lead there. Where it tells that nothing has
-    /// changed, one layer shows that layers can be read, and otherwise each is looked up.
+    /// Asks, on a thread of the repository, whether its state is what it was when the layers were attached, and whether
+    /// each of them still is. Where the state says that nothing was published, opening one layer is enough, which proves
+    /// that layers can be read; otherwise each is opened.
     fn ask(&self, attacher: &Arc<Attacher>, since: Instant) -> Result<Asked<Result<bool, Missing>>, Missing> {
         let (repository, attacher) = (Arc::clone(&self.repository), Arc::clone(attacher));
         let (before, layers) = (self.state.clone(), Arc::clone(&self.layers));
@@ -62,7 +66,7 @@ impl RepositoryInUse {
             let looked_up = if tells_changes { &layers[..1] } else { &layers[..] };
             let digests: Vec<Digest> = looked_up.iter().map(|layer| layer.digest.clone()).collect();
             let is_there = repository.inodes(&digests)?.iter().zip(looked_up).all(|(inode, layer)| {
-                // A client gives a directory another number now and then.
+                // A client may give a directory another inode number, so only plain directories are compared by it.
                 tells_changes || *inode == layer.inode
             });
             let is_in_place = |one: &AttachedLayer| {
@@ -94,22 +98,23 @@ impl AttachedChain {
     /// Whether everything is as it was when the layers were attached.
     fn is_current(&self, attacher: &Arc<Attacher>, limits: Limits) -> bool {
         let since = Instant::now();
-        // All are asked before the first one is waited for, and all are waited for: who does not answer is known then.
-        let asked: Vec<_> = self.repositories.iter().map(|one| one.ask(attacher, since)).collect();
+        // All are asked before the first one is waited for, and all are waited for, so that the call does not wait once
+        // more for each of those that hang.
+        let pending: Vec<_> = self.repositories.iter().map(|one| one.ask(attacher, since)).collect();
         let answers: Vec<_> =
-            asked.into_iter().map(|asked| asked.and_then(|asked| asked.wait(limits.all)).flatten()).collect();
+            pending.into_iter().map(|pending| pending.and_then(|asked| asked.wait(limits.all)).flatten()).collect();
         answers.into_iter().all(|answer| answer == Ok(true))
     }
 }
 
-/// The known ones, by their uppermost snapshots: below a committed snapshot nothing changes.
+/// Attached chains by their uppermost snapshots. Below a committed snapshot nothing changes.
 #[derive(Default)]
 pub struct AttachedChains {
     chains: Mutex<HashMap<SnapshotId, Arc<AttachedChain>>>,
 }
 
 impl AttachedChains {
-    /// The chain of `top`, if it is known; what has changed meanwhile is not asked.
+    /// The chain of `top`, if it is known, without asking whether anything has changed.
     pub fn get(&self, top: SnapshotId) -> Option<Arc<AttachedChain>> {
         self.chains.lock().get(&top).cloned()
     }
@@ -140,7 +145,7 @@ impl AttachedChains {
         self.chains.lock().len()
     }
 
-    /// Keeps no chain with snapshot `id` any more, so that it can be taken away unless somebody uses it.
+    /// Drops the chains with snapshot `id`, whose pins would keep it from being cleaned up.
     pub fn forget(&self, id: SnapshotId) {
         self.chains.lock().retain(|_, chain| !chain.snapshots.contains(&id));
     }

@@ -296,17 +296,12 @@ impl Sources {
                 *attached = self.attach(one, limits).map_err(|trouble| trouble.of(one.layer))?;
             }
         }
-        let repositories = states.into_iter().map(|(repository, state)| {
-            let of_it = layers.iter().zip(&attached).filter(|(layer, _)| Arc::ptr_eq(&layer.repository, &repository));
-            let attached = of_it.map(|(layer, attached)| AttachedLayer {
-                id: layer.snapshot.id,
-                digest: layer.layer.digest.clone(),
-                edition: attached.edition,
-                inode: attached.inode,
-            });
-            RepositoryInUse { layers: attached.collect(), state: state.filter(|_| !is_from_another), repository }
-        });
-        let repositories = repositories.collect();
+        let in_use = |(repository, state): (_, Option<_>)| RepositoryInUse {
+            layers: layers_of(&repository, &layers, &attached),
+            state: state.filter(|_| !is_from_another),
+            repository,
+        };
+        let repositories = states.into_iter().map(in_use).collect();
         let lower = overlay::lower_directories(&self.places, &all(&attached));
         let snapshots = chain.iter().map(|snapshot| snapshot.id).collect();
         let pins = attached.into_iter().map(|one| one.pin).collect();
@@ -543,6 +538,19 @@ fn start_states(layers: &[ChainLayer<'_>]) -> Vec<(Arc<Repository>, AskedState)>
         }
     }
     states
+}
+
+/// Those of `layers` that are of one repository, as they were attached.
+fn layers_of(repository: &Arc<Repository>, layers: &[ChainLayer<'_>], attached: &[Attached]) -> Arc<[AttachedLayer]> {
+    let of_it = layers.iter().zip(attached).filter(|(layer, _)| Arc::ptr_eq(&layer.repository, repository));
+    of_it
+        .map(|(layer, attached)| AttachedLayer {
+            id: layer.snapshot.id,
+            digest: layer.layer.digest.clone(),
+            edition: attached.edition,
+            inode: attached.inode,
+        })
+        .collect()
 }
 
 /// Which of the published layers of `chain` need their masks.

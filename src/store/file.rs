@@ -58,17 +58,17 @@ const SCHEMA: [&str; 6] = [
 ];
 
 const PAGE: u64 = 4096;
-const FOREIGN: &str = "it is a file of something else";
+const FOREIGN: &str = "it is not the metadata of this program";
 const HEAD: &[u8] = b"SQLite format 3\0";
 
 /// KiB of pages that a connection keeps. The kernel has the file in memory as well.
 const WRITER_CACHE_KIB: u32 = 2048;
 const READER_CACHE_KIB: u32 = 256;
 /// The log shrinks to this when it begins anew.
-const LOG_BYTES: u32 = 4 << 20;
-/// So many pages in the log are written into the file. They fit into the space that is put by (`RESERVE_BYTES`), so any
-/// number of removals does, too.
-const LOG_PAGES: u32 = 128;
+const LOG_SIZE_LIMIT: u32 = 4 << 20;
+/// The log is written into the file when it has so many pages. They fit into the space that is put by (`RESERVE_BYTES`),
+/// so any number of removals does, too.
+const CHECKPOINT_PAGES: u32 = 128;
 
 impl Store {
     /// Whether the file at `path` is a whole store of this program's schema. It is not changed.
@@ -129,7 +129,7 @@ fn check_head(path: &Path) -> Result<()> {
     if head != HEAD {
         return damaged(FOREIGN);
     }
-    // SQLite takes the rest of a page for zeros. Where there is a log, the page may be in it.
+    // SQLite reads a page that is cut as if zeros followed. Where there is a log, the page may be in it.
     if !length.is_multiple_of(PAGE) && !Store::log_of(path).exists() {
         return damaged("it ends within a page");
     }
@@ -139,7 +139,7 @@ fn check_head(path: &Path) -> Result<()> {
 fn check_content(path: &Path) -> Result<()> {
     let connection = connect(path, OpenFlags::empty())?;
     let failed = |cause: rusqlite::Error| match cause.sqlite_error_code() {
-        // A schema that cannot be read, for one.
+        // SQLite says so of a schema that cannot be read, for example.
         Some(ErrorCode::Unknown) => damaged(path, &cause.to_string()),
         _ => Error::of(path, &connection, &cause),
     };
@@ -153,7 +153,7 @@ fn check_content(path: &Path) -> Result<()> {
     if version != i64::from(SCHEMA_VERSION) {
         return Err(Error::Schema { path: path.to_owned(), found: version });
     }
-    // A copy that VACUUM made has them in another order.
+    // A copy that VACUUM made has the statements of the schema in another order.
     let mut expected = SCHEMA.map(str::to_owned);
     expected.sort();
     let mut schema = strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL").map_err(failed)?;
@@ -164,7 +164,7 @@ fn check_content(path: &Path) -> Result<()> {
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
         Some(sound) if sound == "ok" => Ok(()),
         // The lines before say which database it is.
-        contradiction => Err(damaged(path, contradiction.unwrap_or_default().lines().last().unwrap_or_default())),
+        report => Err(damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
     }
 }
 
@@ -208,7 +208,7 @@ pub(super) fn open_writer(path: &Path) -> Result<Connection> {
     let connection = connect(path, OpenFlags::empty())?;
     let failed = |cause| Error::of(path, &connection, &cause);
     configure(&connection, WRITER_CACHE_KIB).map_err(failed)?;
-    // A copy that VACUUM made has no log.
+    // A copy that VACUUM made is not in WAL mode.
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(failed)?;
     if mode != "wal" {
         let cause = format!("it cannot have a write-ahead log, its journal mode is {mode}");
@@ -237,8 +237,8 @@ fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
     connection.set_prepared_statement_cache_capacity(64);
     connection.execute_batch(&format!(
         "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;
-         PRAGMA cache_size = -{cache_kib}; PRAGMA journal_size_limit = {LOG_BYTES};
-         PRAGMA wal_autocheckpoint = {LOG_PAGES};"
+         PRAGMA cache_size = -{cache_kib}; PRAGMA journal_size_limit = {LOG_SIZE_LIMIT};
+         PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};"
     ))
 }
 

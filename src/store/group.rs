@@ -1,9 +1,9 @@
 //! Group commit: writes that wait together become durable together.
 //!
 //! Each write runs its body on its own thread, when it has the lock, in a savepoint of the open transaction: one that
-//! fails takes back its own rows. If others wait by then, the transaction is left to the next of them instead of being
-//! committed, and who finds nobody waiting commits it for all. So one alone waits for nobody, and many share one wait
-//! for the disk. Nobody gets an answer before the transaction that made it true is on disk.
+//! fails takes back its own rows. If others wait for the lock by then, the transaction stays open for the next of them,
+//! and the last one in the line commits it for all. So one alone waits for nobody, and many share one wait for the
+//! disk. Nobody gets an answer before the transaction that made it true is on disk.
 #![forbid(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -30,7 +30,7 @@ struct WriterState {
     connection: Option<Connection>,
     /// The open transaction, which waits for the next write.
     group: Option<Group>,
-    /// A commit failed. Its pages may lie in the log all the same, and count after a crash.
+    /// A commit failed. Its pages may be in the log all the same, and a recovery after a crash would apply them.
     is_unsettled: bool,
 }
 
@@ -38,7 +38,7 @@ struct WriterState {
 #[derive(Default)]
 struct Group {
     has_changed: bool,
-    /// Writes whose answers hang on it.
+    /// Writes that wait for its commit.
     members: usize,
     outcome: Arc<Outcome>,
 }
@@ -69,7 +69,7 @@ impl Outcome {
 }
 
 impl Store {
-    /// All of `body` or nothing of it, possibly together with other writes.
+    /// Does all of `body` or nothing of it, possibly in one transaction with other writes.
     pub fn write<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&Write) -> std::result::Result<T, E>,
@@ -89,15 +89,15 @@ impl Store {
             Err(cause) => Ok(Err(failed(cause).into())),
         };
         let is_kept = matches!(result, Ok(Ok(_)));
-        // SQLite takes back the whole transaction where the disk or memory fails it. Where it does not, because a page
-        // could only not be read, nothing else that it has in memory is relied on either.
-        let whole = match write.into_failure() {
+        // SQLite rolls back the whole transaction after an error of the disk or of memory. After a page that could not
+        // be read it does not, but nothing else that it has in memory is relied on then.
+        let savepoint = match write.into_failure() {
             Some(cause) if connection.is_autocommit() || cause.is_of_the_disk() => Err(cause),
             _ if is_kept => run(connection, "RELEASE one").map_err(failed),
             _ => run(connection, "ROLLBACK TO one").and_then(|()| run(connection, "RELEASE one")).map_err(failed),
         };
-        if let Err(cause) = whole {
-            self.take_back(connection);
+        if let Err(cause) = savepoint {
+            self.roll_back(connection);
             group.outcome.decide(Err(cause.clone()));
             drop(state);
             return match result {
@@ -108,10 +108,10 @@ impl Store {
         }
         group.has_changed |= is_kept && connection.total_changes() > before;
         // A result that rests on no change that is still to be committed is certain.
-        let is_certain = !group.has_changed;
-        group.members += usize::from(!is_certain);
+        let needs_no_commit = !group.has_changed;
+        group.members += usize::from(!needs_no_commit);
         let outcome = Arc::clone(&group.outcome);
-        // Whoever waits now will have the lock, and look again.
+        // A write that waits for the lock now will commit this transaction, or leave it to one that waits then.
         if self.writer.waiting.load(Ordering::SeqCst) > 0 {
             state.group = Some(group);
         } else {
@@ -119,14 +119,15 @@ impl Store {
         }
         drop(state);
         let result = result.unwrap_or_else(|panic| resume_unwind(panic));
-        if !is_certain {
+        if !needs_no_commit {
             outcome.wait()?;
         }
         result
     }
 
-    /// As `read`, and what it sees stays true after a crash: a commit that failed before is taken back for good.
-    pub fn read_settled<T, E: From<Error>>(
+    /// As `read`, but in a write transaction, before which a commit that failed is taken back for good: what it sees
+    /// stays true after a crash.
+    pub fn read_durable<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&Read) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
@@ -166,14 +167,14 @@ impl Store {
             METRICS.committed(members as u64, since);
         }
         if result.is_err() {
-            self.take_back(connection);
+            self.roll_back(connection);
             state.is_unsettled = self.settle(connection).is_err();
         }
         outcome.decide(result);
     }
 
     /// Ends the open transaction without effect, if there is one.
-    fn take_back(&self, connection: &Connection) {
+    fn roll_back(&self, connection: &Connection) {
         if !connection.is_autocommit()
             && let Err(e) = run(connection, "ROLLBACK")
         {
@@ -183,13 +184,13 @@ impl Store {
 
     /// Writes over what a failed commit may have left in the log.
     fn settle(&self, connection: &Connection) -> Result<()> {
-        self.take_back(connection);
-        // It changes nothing, and is written all the same.
+        self.roll_back(connection);
+        // The version is the same, but its page is written, and so the log goes on after the failed commit.
         let same = format!("PRAGMA user_version = {SCHEMA_VERSION}");
         connection.execute_batch(&same).map_err(|e| Error::of(&self.path, connection, &e))
     }
 
-    /// As at the end of the process: nothing can be read or written any more.
+    /// Closes all connections. Every later call fails.
     pub fn close_for_good(&self) {
         let mut state = self.lock_writer();
         if let Some(group) = state.group.take() {

@@ -94,12 +94,12 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
     for length in (0..whole.len()).step_by(whole.len() / 50) {
         assert!(check(&whole[..length]).contains("is damaged"), "{length} bytes of {}", whole.len());
     }
-    for (bytes, why) in [(&b""[..], "0 bytes"), (b"a text of somebody else", "something else")] {
+    for (bytes, why) in [(&b""[..], "0 bytes"), (b"a text of somebody else", "not the metadata")] {
         assert!(check(bytes).contains(why), "{}", check(bytes));
     }
     fs::remove_file(&path).unwrap();
     rusqlite::Connection::open(&path).unwrap().execute_batch("CREATE TABLE snapshots (id)").unwrap();
-    assert!(Store::check(&path).unwrap_err().to_string().contains("something else"));
+    assert!(Store::check(&path).unwrap_err().to_string().contains("not the metadata"));
 }
 
 /// As docs/format.md says how to copy it.

@@ -164,7 +164,7 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
             failed += said.iter().filter(|said| **said == Said::Failed).count();
             let afterwards: Vec<bool> = (0..)
                 .zip(&said)
-                .map(|(id, _)| store.read_settled(|tx| tx.is_scheduled(SnapshotId(id))).unwrap())
+                .map(|(id, _)| store.read_durable(|tx| tx.is_scheduled(SnapshotId(id))).unwrap())
                 .collect();
             for (id, said) in said.iter().enumerate() {
                 assert_eq!(afterwards[id], *said == Said::Done, "step {at}, {errno}: {id} was {said:?}");
