@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::Snapshot;
+use crate::types::{Kind, Snapshot};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
@@ -20,8 +20,52 @@ impl Sidecar {
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// None: not all of one was written.
+    /// None: not all of one was written, or it is not of a local snapshot.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        serde_json::from_slice(bytes).ok()
+        let read: Self = serde_json::from_slice(bytes).ok()?;
+        let is_local = |one: &Snapshot| one.layer.is_none() && one.usage.is_none_or(|u| u.size >= 0 && u.inodes >= 0);
+        let fits = |one: &Snapshot| one.id == read.made.id && one.kind == Kind::Committed && is_local(one);
+        (is_local(&read.made) && read.committed.as_ref().is_none_or(fits)).then_some(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::types::{Digest, Key, Labels, Layer, SnapshotId, Timestamp, Usage};
+
+    fn snapshot(id: u64, kind: Kind) -> Snapshot {
+        Snapshot {
+            id: SnapshotId(id),
+            key: Key::parse("key").unwrap(),
+            parent: None,
+            kind,
+            created: Timestamp(1),
+            updated: Timestamp(2),
+            labels: Labels::new(),
+            layer: None,
+            usage: None,
+        }
+    }
+
+    /// One of another snapshot made that one left out as well, and with a layer its files were taken away.
+    #[test]
+    fn a_record_that_is_not_of_a_local_snapshot_is_none() {
+        let good = Sidecar { made: snapshot(2, Kind::Active), committed: Some(snapshot(2, Kind::Committed)) };
+        assert_eq!(Sidecar::decode(&good.encode()), Some(good.clone()));
+        let digest = Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap();
+        let layer = Some(Layer { digest, repository: "r".to_owned() });
+        let usage = Some(Usage { size: -1, inodes: 1 });
+        for bad in [
+            Sidecar { committed: Some(snapshot(1, Kind::Committed)), ..good.clone() },
+            Sidecar { committed: Some(snapshot(2, Kind::View)), ..good.clone() },
+            Sidecar { made: Snapshot { layer: layer.clone(), ..good.made.clone() }, ..good.clone() },
+            Sidecar { committed: Some(Snapshot { layer, ..snapshot(2, Kind::Committed) }), ..good.clone() },
+            Sidecar { made: Snapshot { usage, ..good.made.clone() }, ..good.clone() },
+        ] {
+            assert_eq!(Sidecar::decode(&bad.encode()), None, "{bad:?}");
+        }
     }
 }
