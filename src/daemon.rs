@@ -94,7 +94,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn serve(arguments: &Arguments) -> Result<(), Error> {
-    sys::share_arenas();
+    sys::configure_allocator();
     // Blocked before the first thread starts, so that every thread inherits it and the
     // signals wait for us.
     let blocked = signals::block();
