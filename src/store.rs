@@ -179,19 +179,29 @@ impl Store {
         path.with_extension("reserve").exists()
     }
 
-    /// As `write`, for what frees space: it works on a full disk as well, because space was
-    /// put by for it.
+    /// As `write`, for what frees space: it works on a full disk as well, because space was put by for it. Somebody who
+    /// reads for long keeps the log from beginning anew, and it needs more space; when they have come to their end, it
+    /// has to be begun anew without a commit, because none succeeds.
     pub fn write_to_free<T, E: From<Error> + FullDisk>(
         &self,
         body: impl Fn(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        match self.write(&body) {
-            Err(e) if e.is_full_disk() && fs::remove_file(&self.reserve).is_ok() => {
-                log::warn!("the disk of {} is full: the space put by for removals is used", self.path.display());
-                self.write(&body)
+        let mut result = self.write(&body);
+        for make_room in [Self::use_reserve, Self::write_log_into_file] {
+            if matches!(&result, Err(e) if e.is_full_disk()) && make_room(self) {
+                result = self.write(&body);
             }
-            result => result,
         }
+        result
+    }
+
+    /// Whether there was any.
+    fn use_reserve(&self) -> bool {
+        let is_used = fs::remove_file(&self.reserve).is_ok();
+        if is_used {
+            log::warn!("the disk of {} is full: the space put by for removals is used", self.path.display());
+        }
+        is_used
     }
 
     /// Puts space by again, if there is any.

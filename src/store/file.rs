@@ -7,14 +7,15 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::transaction::Write;
+use super::transaction::{Read, Write};
 use super::{Error, Result, Store};
-use crate::types::{Snapshot, SnapshotId};
+use crate::types::{Quoted, Snapshot, SnapshotId};
 
 /// In the head of each file: "cvms".
 const APPLICATION: i32 = 0x6376_6d73;
@@ -57,6 +58,8 @@ const SCHEMA: [&str; 6] = [
 ) STRICT",
 ];
 
+/// Somebody else who writes into the file is waited for so long.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
 const PAGE: u64 = 4096;
 const FOREIGN: &str = "it is not the metadata of this program";
 const HEAD: &[u8] = b"SQLite format 3\0";
@@ -153,19 +156,31 @@ fn check_content(path: &Path) -> Result<()> {
     if version != i64::from(SCHEMA_VERSION) {
         return Err(Error::Schema { path: path.to_owned(), found: version });
     }
-    // A copy that VACUUM made has the statements of the schema in another order.
+    // A copy that VACUUM made has the statements of the schema in another order, and ANALYZE adds tables.
     let mut expected = SCHEMA.map(str::to_owned);
     expected.sort();
-    let mut schema = strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL").map_err(failed)?;
+    let mut schema =
+        strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_stat%'")
+            .map_err(failed)?;
     schema.sort();
     if schema != expected {
         return Err(damaged(path, FOREIGN));
     }
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
-        Some(sound) if sound == "ok" => Ok(()),
+        Some(sound) if sound == "ok" => check_rows(path, &connection),
         // The lines before say which database it is.
         report => Err(damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
     }
+}
+
+/// Whether this program can have written each row that a start reads. SQLite has no sums over what is in a row.
+fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
+    let read = Read::new(connection, path);
+    let rows = read.first_id().and_then(|_| read.for_each(|_| {}));
+    rows.map_err(|cause| match cause {
+        Error::BadRow { table, key } => damaged(path, &format!("a row of table {table} is none, key {}", Quoted(&key))),
+        cause => cause,
+    })
 }
 
 fn damaged(path: &Path, found: &str) -> Error {
@@ -234,6 +249,7 @@ fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {
 }
 
 fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
+    connection.busy_timeout(LOCK_WAIT)?;
     connection.set_prepared_statement_cache_capacity(64);
     connection.execute_batch(&format!(
         "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;

@@ -30,6 +30,8 @@ struct WriterState {
     connection: Option<Connection>,
     /// The open transaction, which waits for the next write.
     group: Option<Group>,
+    /// When a transaction could not be begun for the last time, and why.
+    refused: Option<(Instant, Error)>,
     /// A commit failed. Its pages may be in the log all the same, and a recovery after a crash would apply them.
     is_unsettled: bool,
 }
@@ -74,10 +76,11 @@ impl Store {
         &self,
         body: impl FnOnce(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
+        let since = Instant::now();
         let mut state = self.lock_writer();
         let mut group = match state.group.take() {
             Some(group) => group,
-            None => self.begin(&mut state)?,
+            None => self.begin(&mut state, since)?,
         };
         let Some(connection) = state.connection.as_ref() else { return Err(Error::Closed.into()) };
         let failed = |cause| Error::of(&self.path, connection, &cause);
@@ -147,13 +150,22 @@ impl Store {
         Ok(())
     }
 
-    fn begin(&self, state: &mut WriterState) -> Result<Group> {
+    /// For a write that has waited `since` then.
+    fn begin(&self, state: &mut WriterState, since: Instant) -> Result<Group> {
         let Some(connection) = state.connection.as_ref() else { return Err(Error::Closed) };
+        // Whoever keeps the file locked keeps all out: those that waited meanwhile need not try one after the other.
+        if let Some((at, cause)) = state.refused.as_ref().filter(|(at, _)| since < *at) {
+            log::debug!("a write gives up that waited for {} ms", at.duration_since(since).as_millis());
+            return Err(cause.clone());
+        }
         if state.is_unsettled {
             self.settle(connection)?;
             state.is_unsettled = false;
         }
-        run(connection, "BEGIN IMMEDIATE").map_err(|e| Error::of(&self.path, connection, &e))?;
+        run(connection, "BEGIN IMMEDIATE").map_err(|e| Error::of(&self.path, connection, &e)).map_err(|cause| {
+            state.refused = Some((Instant::now(), cause.clone()));
+            cause
+        })?;
         Ok(Group::default())
     }
 
@@ -171,6 +183,16 @@ impl Store {
             state.is_unsettled = self.settle(connection).is_err();
         }
         outcome.decide(result);
+    }
+
+    /// Writes the log into the file, so that the next write begins it anew. False: that is not possible now, because
+    /// somebody still reads an older state, or the disk fails.
+    pub(super) fn write_log_into_file(&self) -> bool {
+        let state = self.lock_writer();
+        let (None, Some(connection)) = (&state.group, &state.connection) else { return false };
+        let pages = |row: &rusqlite::Row<'_>| Ok::<(i64, i64), _>((row.get(1)?, row.get(2)?));
+        let written = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
+        written.is_ok_and(|(in_log, written)| in_log == written)
     }
 
     /// Ends the open transaction without effect, if there is one.

@@ -114,6 +114,14 @@ fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
     assert_eq!(mode, "wal");
 }
 
+/// What an administrator may do to it.
+#[test]
+fn a_file_with_statistics_of_sqlite_is_taken() {
+    let (_dir, path) = filled();
+    Connection::open(&path).unwrap().execute_batch("ANALYZE").unwrap();
+    assert_eq!(rows(&path).unwrap(), snapshots());
+}
+
 /// The look at it wrote the log into the file, and removed the log.
 #[test]
 fn a_file_with_a_damaged_schema_keeps_its_log() {

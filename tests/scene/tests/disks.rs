@@ -122,6 +122,39 @@ fn root_any_number_of_snapshots_is_removed_from_a_disk_that_stays_full() {
     }
 }
 
+/// The log grew as long as somebody read, and was never begun anew afterwards, because no commit succeeded any more.
+#[test]
+fn root_removals_on_a_full_disk_go_on_after_somebody_has_read_for_long() {
+    const SNAPSHOTS: usize = 800;
+    let sandbox = Sandbox::enter("reader");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    for restart in [false, true] {
+        let dir = sandbox.path(if restart { "restart" } else { "no-restart" });
+        let disk = Disk::ext4(&dir.join("root"), 64, &["-N", "8000"]);
+        let mut snapshotter = Snapshotter::start(&dir, repository.dir(), "");
+        let c = snapshotter.client();
+        for n in 0..SNAPSHOTS {
+            c.prepare(&format!("removed-{n}"), "", &[]).unwrap();
+        }
+        let reader = rusqlite::Connection::open(dir.join("root/snapshotter/metadata.sqlite")).unwrap();
+        reader.execute_batch("BEGIN; SELECT count(*) FROM snapshots").unwrap();
+        disk.fill();
+        let mut removals = (0..SNAPSHOTS).map(|n| (n, c.remove(&format!("removed-{n}"))));
+        let (failed, _) = removals.find(|(_, removed)| removed.is_err()).expect("the log has room for all removals");
+        drop(reader);
+        if restart {
+            snapshotter.end(Signal::SIGKILL);
+            snapshotter.start_again();
+        }
+        let c = snapshotter.client();
+        for n in failed..SNAPSHOTS {
+            c.remove(&format!("removed-{n}")).unwrap();
+        }
+        c.cleanup().unwrap();
+        assert!(c.list(&[]).unwrap().is_empty());
+    }
+}
+
 /// After the first write that failed, List and Mounts failed as well: the metadata was closed,
 /// and to be opened it had to be written.
 #[test]

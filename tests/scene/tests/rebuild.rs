@@ -119,6 +119,11 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
         refused(name, why, rebuild);
     }
     fs::write(&file, &whole).unwrap();
+    let database = rusqlite::Connection::open(&file).unwrap();
+    database.execute_batch("PRAGMA wal_checkpoint; UPDATE snapshots SET labels = '{' WHERE key = 'base'").unwrap();
+    drop(database);
+    refused("a row", "is damaged: a row of table snapshots is none", rebuild);
+    fs::write(&file, &whole).unwrap();
     newer_schema(&file);
     let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
     assert!(!message.contains("rebuild"), "{message}");
