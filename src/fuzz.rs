@@ -59,7 +59,11 @@ pub const TARGETS: [Target; 8] = [
     Target { name: "digest", run: digest, words: &["sha256:", "0123456789abcdef", "../", "\0", "SHA256:"] },
     Target { name: "reference", run: reference, words: REFERENCE_WORDS },
     Target { name: "manifest", run: manifest, words: MANIFEST_WORDS },
-    Target { name: "records", run: records, words: &["sha256:", "0000000000000000", "..", "/", "\x12", "\x18\x02"] },
+    Target {
+        name: "records",
+        run: records,
+        words: &["sha256:", "0000000000000000", "..", "/", "\x12", "\x18\x02", "\"committed\":", "null"],
+    },
     Target { name: "config", run: config, words: CONFIG_WORDS },
     Target { name: "quoted", run: quoted, words: &["\n", "\r", "\x1b[2J", "\"", "\\", "\u{202e}", "\u{300}", "é"] },
 ];

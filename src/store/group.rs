@@ -110,7 +110,7 @@ impl Store {
             };
         }
         group.has_changed |= is_kept && connection.total_changes() > before;
-        // A result that rests on no change that is still to be committed is certain.
+        // A result that rests on no change in this transaction is certain already.
         let needs_no_commit = !group.has_changed;
         group.members += usize::from(!needs_no_commit);
         let outcome = Arc::clone(&group.outcome);
@@ -162,10 +162,9 @@ impl Store {
             self.settle(connection)?;
             state.is_unsettled = false;
         }
-        run(connection, "BEGIN IMMEDIATE").map_err(|e| Error::of(&self.path, connection, &e)).map_err(|cause| {
-            state.refused = Some((Instant::now(), cause.clone()));
-            cause
-        })?;
+        run(connection, "BEGIN IMMEDIATE")
+            .map_err(|e| Error::of(&self.path, connection, &e))
+            .inspect_err(|cause| state.refused = Some((Instant::now(), cause.clone())))?;
         Ok(Group::default())
     }
 
@@ -188,8 +187,12 @@ impl Store {
     /// Writes the log into the file, so that the next write begins it anew. False: that is not possible now, because
     /// somebody still reads an older state, or the disk fails.
     pub(super) fn write_log_into_file(&self) -> bool {
-        let state = self.lock_writer();
-        let (None, Some(connection)) = (&state.group, &state.connection) else { return false };
+        let mut state = self.lock_writer();
+        // A write may have left its transaction to whoever waits for the lock.
+        if let Some(group) = state.group.take() {
+            self.finish(&mut state, group);
+        }
+        let Some(connection) = &state.connection else { return false };
         let pages = |row: &rusqlite::Row<'_>| Ok::<(i64, i64), _>((row.get(1)?, row.get(2)?));
         let written = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
         written.is_ok_and(|(in_log, written)| in_log == written)

@@ -329,3 +329,27 @@ fn writes_that_wait_for_a_lock_of_somebody_else_give_up_together() {
     other.execute_batch("ROLLBACK").unwrap();
     assert_eq!(write(&store, 1, Manner::Writes), Said::Done);
 }
+
+/// The write had left its transaction to whoever came next, and was never answered.
+#[test]
+fn write_that_the_log_is_written_after_is_committed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("metadata.sqlite"), None).unwrap();
+    let (begun, has_begun) = mpsc::channel();
+    thread::scope(|scope| {
+        let store = &store;
+        let first = scope.spawn(move || {
+            store.write(|tx| {
+                begun.send(()).unwrap();
+                while store.writer.waiting.load(Ordering::SeqCst) == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                tx.schedule_cleanup(&[SnapshotId(1)])
+            })
+        });
+        has_begun.recv().unwrap();
+        assert!(store.write_log_into_file());
+        first.join().unwrap().unwrap();
+    });
+    assert!(is_there(&store, 1));
+}
