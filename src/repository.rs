@@ -46,7 +46,7 @@ const LAYER_ROOT: &str = "layerfs";
 /// Every CernVM-FS mount answers this at its root with its name.
 const MAGIC_NAME: &str = "user.fqrn";
 
-/// Of the root catalog, so of everything that the repository shows.
+/// The client answers with the hash of the root catalog, which is another one whenever something was published.
 const MAGIC_ROOT_HASH: &str = "user.root_hash";
 
 /// Questions that are asked at once, and threads that may be stuck in one.
@@ -103,7 +103,7 @@ impl Drop for MountGeneration {
 pub struct RepositoryState {
     /// That of the file system with the layers.
     pub device: u64,
-    /// Of a client of CernVM-FS: as long as it is the same, everything is.
+    /// The hash of the root catalog, which a client of CernVM-FS tells. While it is the same, all that is shown is.
     root_hash: Option<Vec<u8>>,
 }
 
@@ -303,9 +303,7 @@ impl Repository {
     /// Asks the repository.
     pub fn state(&self, since: Instant) -> Result<RepositoryState, Missing> {
         let unreadable = |e| self.unreadable(e);
-        let layers = self.sys.open_dir(&self.path).and_then(|root| self.sys.open_below(&root, Path::new(LAYERS)));
-        let layers = layers.map_err(unreadable)?;
-        alive();
+        let layers = self.open(Path::new(LAYERS))?.ok_or(Missing::NotPublished)?;
         // The names of a plain directory's attributes mean nothing.
         let is_client = !self.client_attributes()?.is_empty();
         let root_hash = is_client.then(|| self.sys.attribute(&self.path, MAGIC_ROOT_HASH).map_err(unreadable));
@@ -319,14 +317,12 @@ impl Repository {
 
     /// The inode of each of these layers. Asks the repository.
     pub fn inodes(&self, layers: &[Digest]) -> Result<Vec<u64>, Missing> {
-        let unreadable = |e| self.unreadable(e);
-        let all = self.sys.open_dir(&self.path).and_then(|root| self.sys.open_below(&root, Path::new(LAYERS)));
-        let all = all.map_err(unreadable)?;
+        let all = self.open(Path::new(LAYERS))?.ok_or(Missing::NotPublished)?;
         let inode = |digest| {
             let layer = self.sys.open_below(&all, &below_layers(digest))?;
             self.sys.dir_status(&layer).inspect(|_| alive()).map(|status| status.inode)
         };
-        layers.iter().map(|digest| inode(digest).map_err(unreadable)).collect()
+        layers.iter().map(|digest| inode(digest).map_err(|e| self.unreadable(e))).collect()
     }
 
     /// Where an unpacked layer is, if there is one. Asks nobody.
