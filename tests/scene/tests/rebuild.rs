@@ -21,9 +21,8 @@ use scene::sandbox::mounts_below;
 use scene::snapshotter::{Snapshotter, binary};
 use scene::stage::Stage;
 
-/// Everything below the state root but the lock: type, mode, and of files time and content. A
-/// directory's time is not among it: SQLite makes a log beside the file to look at it, which is
-/// removed again.
+/// Everything below the state root but the lock: type, mode, time and content. Only the times of directories are left
+/// out, because SQLite makes a log beside the file to look at it, which is removed again.
 fn state(snapshotter: &Snapshotter) -> BTreeMap<PathBuf, (u32, i64, Vec<u8>)> {
     let lock = snapshotter.root().join("snapshotter/lock");
     let mut found = BTreeMap::new();
@@ -35,8 +34,8 @@ fn state(snapshotter: &Snapshotter) -> BTreeMap<PathBuf, (u32, i64, Vec<u8>)> {
             if status.is_dir() {
                 unread.push(path.clone());
             }
-            let (time, content) =
-                if status.is_file() { (status.mtime_nsec(), fs::read(&path).unwrap()) } else { (0, Vec::new()) };
+            let time = if status.is_dir() { 0 } else { status.mtime_nsec() };
+            let content = if status.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
             if path != lock {
                 found.insert(path, (status.mode(), time, content));
             }
