@@ -66,7 +66,7 @@ impl AttachRequest {
 /// What the repository said about a layer that is to be attached.
 pub struct Survey {
     edition: Edition,
-    /// Of the layer.
+    /// The inode of the layer's directory in the repository.
     inode: u64,
     /// Something of this edition is on disk.
     pub is_begun: bool,

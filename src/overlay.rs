@@ -150,7 +150,7 @@ impl LowerDirectories {
     }
 }
 
-/// Those of `chain`, whose uppermost snapshot is the first.
+/// Names the lower directories of `chain`, whose uppermost snapshot is the first.
 pub fn lower_directories(places: &Places, chain: &[Lower]) -> LowerDirectories {
     let mut directories = Vec::new();
     let shown = shown(chain);

@@ -279,7 +279,8 @@ impl Snapshotter {
             parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
             Ok::<_, Error>(parent)
         })?;
-        // Of a pull, each layer is the parent of one Prepare, and only the last one is what containers stand on.
+        // A pull prepares a snapshot on each layer, and containers stand on the last one only, so the chains below the
+        // others are not worth keeping.
         let keep = if wanted.labels.contains_key(LABEL_SNAPSHOT_REF) { Keep::Nothing } else { Keep::Known };
         let chain = self.chain_below(parent.as_ref(), keep)?;
         let created = self.create_on(kind, wanted, parent.as_ref(), &chain.lower, mapped_root);

@@ -179,9 +179,9 @@ impl Store {
         path.with_extension("reserve").exists()
     }
 
-    /// As `write`, for what frees space: it works on a full disk as well, because space was put by for it. Somebody who
-    /// reads for long keeps the log from beginning anew, and it needs more space; when they have come to their end, it
-    /// has to be begun anew without a commit, because none succeeds.
+    /// Writes what frees space. It works on a full disk as well, because space was put by for it. A program that reads
+    /// for long keeps the log from beginning anew, so that the log takes that space, too. When the read has ended, the
+    /// log is written into the file here, because no commit succeeds that would have it written.
     pub fn write_to_free<T, E: From<Error> + FullDisk>(
         &self,
         body: impl Fn(&Write) -> std::result::Result<T, E>,
@@ -195,7 +195,7 @@ impl Store {
         result
     }
 
-    /// Whether there was any.
+    /// Frees the space that was put by; false if there is none.
     fn use_reserve(&self) -> bool {
         let is_used = fs::remove_file(&self.reserve).is_ok();
         if is_used {

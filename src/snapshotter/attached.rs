@@ -79,8 +79,7 @@ impl RepositoryInUse {
 }
 
 impl AttachedChain {
-    /// Of `snapshots`, uppermost first. The repositories are in the order of their uppermost layers; `pins` hold all
-    /// layers.
+    /// `snapshots` come uppermost first, and `repositories` in the order of their uppermost layers; `pins` hold all layers.
     pub fn new(
         lower: LowerDirectories,
         snapshots: Vec<SnapshotId>,

@@ -269,7 +269,7 @@ impl Sources {
         if let Some(e) = too_much {
             return Err(e);
         }
-        // What changes after this shows the next time.
+        // The states are known before the layers are looked at, so a later change makes the next start look again.
         let states: Vec<_> = states
             .into_iter()
             .map(|(repository, asked)| (repository, asked.and_then(|asked| asked.wait(limits.all)).flatten().ok()))
@@ -540,7 +540,7 @@ fn start_states(layers: &[ChainLayer<'_>]) -> Vec<(Arc<Repository>, AskedState)>
     states
 }
 
-/// Those of `layers` that are of one repository, as they were attached.
+/// The layers of one repository, as they were attached.
 fn layers_of(repository: &Arc<Repository>, layers: &[ChainLayer<'_>], attached: &[Attached]) -> Arc<[AttachedLayer]> {
     let of_it = layers.iter().zip(attached).filter(|(layer, _)| Arc::ptr_eq(&layer.repository, repository));
     of_it

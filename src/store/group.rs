@@ -128,8 +128,8 @@ impl Store {
         result
     }
 
-    /// As `read`, but in a write transaction, before which a commit that failed is taken back for good: what it sees
-    /// stays true after a crash.
+    /// Reads in a write transaction. A commit that failed before is taken back for good first, so what `body` sees stays
+    /// true after a crash.
     pub fn read_durable<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&Read) -> std::result::Result<T, E>,
@@ -150,10 +150,11 @@ impl Store {
         Ok(())
     }
 
-    /// For a write that has waited `since` then.
+    /// Begins a transaction for a write that has waited since `since`.
     fn begin(&self, state: &mut WriterState, since: Instant) -> Result<Group> {
         let Some(connection) = state.connection.as_ref() else { return Err(Error::Closed) };
-        // Whoever keeps the file locked keeps all out: those that waited meanwhile need not try one after the other.
+        // Another program kept the file locked. The writes that waited meanwhile give up together, for in turns the last
+        // of them would wait for minutes.
         if let Some((at, cause)) = state.refused.as_ref().filter(|(at, _)| since < *at) {
             log::debug!("a write gives up that waited for {} ms", at.duration_since(since).as_millis());
             return Err(cause.clone());

@@ -50,7 +50,8 @@ mod tests {
         }
     }
 
-    /// One of another snapshot made that one left out as well, and with a layer its files were taken away.
+    /// A record that named another snapshot's number made that snapshot left out as well, and one that named a layer had
+    /// the files beside it taken away.
     #[test]
     fn a_record_that_is_not_of_a_local_snapshot_is_none() {
         let good = Sidecar { made: snapshot(2, Kind::Active), committed: Some(snapshot(2, Kind::Committed)) };

@@ -13,7 +13,7 @@ use crate::sys::failing::Failing;
 use crate::sys::{Host, Sys, Unmount};
 use crate::types::Labels;
 
-/// As a client of CernVM-FS answers at the root of its mount.
+/// Gives the repository the attributes that a client of CernVM-FS shows at the root of its mount.
 fn set_root_hash(place: &Place, root_hash: &str) {
     let root = place.dir.path().join("cvmfs");
     xattr::set(&root, "user.fqrn", b"r").unwrap();
@@ -71,7 +71,7 @@ fn root_start_on_layers_in_their_places_does_no_work_for_each_of_them() {
             count.fetch_add(1, Ordering::SeqCst);
         })));
         let [few, many] = [2, 40].map(|layers| calls_of_a_start(&place, &s, &calls, layers));
-        // Of a Prepare and a Mounts.
+        // A start is one Prepare and one Mounts, so the work for a layer counts twice.
         assert_eq!(many - few, 2 * 38 * for_each_layer, "{mode:?}, a client: {is_client}");
         remove_all(&place, &s);
     }
@@ -101,7 +101,7 @@ fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
     }
 }
 
-/// What stands in its place then is an empty directory.
+/// A container would have had the empty mount point instead of the layer.
 #[test]
 fn root_mount_of_a_layer_that_somebody_took_away_is_made_again() {
     let place = Place::new(Mode::Bind);
@@ -133,7 +133,7 @@ fn root_known_chain_of_which_nobody_needs_a_layer_is_forgotten_and_its_layers_ar
     }
 }
 
-/// What may be removed in the same moment is there until the answer is known to the store.
+/// A cleanup leaves the layers that a Prepare uses whose snapshot is not in the store yet.
 #[test]
 fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
     let place = Place::new(Mode::Symlink);

@@ -1,4 +1,4 @@
-//! What it costs to fill a store: Prepare and Commit by several clients, and the memory afterwards.
+//! Measures Prepare and Commit by several clients, and the memory that a snapshotter takes afterwards.
 
 use scene::sandbox::Sandbox;
 
