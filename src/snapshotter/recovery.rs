@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -12,7 +11,7 @@ use nix::errno::Errno;
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
 use crate::sys::FileType;
-use crate::types::{Digest, SnapshotId};
+use crate::types::SnapshotId;
 
 /// What a start found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,19 +33,17 @@ impl Snapshotter {
     pub fn recover(&self) -> Result<Found> {
         let mut found = Found::default();
         let mut local = HashSet::new();
-        let mut needed = Digests::default();
         self.store.read(|tx| {
             tx.for_each(|snapshot| {
                 found.snapshots += 1;
-                let Some(layer) = &snapshot.layer else {
-                    local.insert(snapshot.id);
-                    if let Err(e) = self.require_files(&snapshot) {
-                        log::error!("{e}");
-                        found.broken.push(snapshot.id);
-                    }
+                if snapshot.layer.is_some() {
                     return;
-                };
-                needed.add(&layer.digest);
+                }
+                local.insert(snapshot.id);
+                if let Err(e) = self.require_files(&snapshot) {
+                    log::error!("{e}");
+                    found.broken.push(snapshot.id);
+                }
             })
             .map_err(Error::from)
         })?;
@@ -59,11 +56,7 @@ impl Snapshotter {
             ControlFlow::Continue(())
         })?;
         let leftovers = self.look_at(&others, &mut found)?;
-        // What was found in layers that nobody has any more.
-        let forgotten = self.store.read(|tx| tx.scans_of_nobody(|digest| needed.has(digest)).map_err(Error::from))?;
-        if !forgotten.is_empty() {
-            self.store.write_to_free(|tx| tx.forget_scans(&forgotten).map_err(Error::from))?;
-        }
+        self.store.write_to_free(|tx| tx.forget_unneeded_scans().map_err(Error::from))?;
         found.leftovers = leftovers.len();
         if !leftovers.is_empty() {
             self.store.write_to_free(|tx| tx.schedule_cleanup(&leftovers).map_err(Error::from))?;
@@ -126,23 +119,5 @@ impl Snapshotter {
         // What cannot be read may be somebody's files, and one bad directory must not end the start.
         let is_unreadable = read.is_err_and(|e| !matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR));
         Ok(has_files || is_unreadable)
-    }
-}
-
-/// Digests, by their hashes: two that have the same are taken for one, which keeps the findings
-/// about a layer that nobody has.
-#[derive(Default)]
-struct Digests {
-    hasher: RandomState,
-    hashes: HashSet<u64>,
-}
-
-impl Digests {
-    fn add(&mut self, digest: &Digest) {
-        self.hashes.insert(self.hasher.hash_one(digest.as_str()));
-    }
-
-    fn has(&self, digest: &str) -> bool {
-        self.hashes.contains(&self.hasher.hash_one(digest))
     }
 }

@@ -293,19 +293,6 @@ impl<'s> Read<'s> {
             }
         })
     }
-
-    /// The rows of scans whose digests `is_needed` does not know.
-    pub fn scans_of_nobody(&self, is_needed: impl Fn(&str) -> bool) -> Result<Vec<i64>> {
-        let mut ids = Vec::new();
-        self.rows("SELECT id, digest FROM scans", [], |row| {
-            let digest: String = row.get(1).map_err(|e| self.failed(&e))?;
-            if !is_needed(&digest) {
-                ids.push(row.get(0).map_err(|e| self.failed(&e))?);
-            }
-            Ok(None::<()>)
-        })?;
-        Ok(ids)
-    }
 }
 
 impl<'s> Write<'s> {
@@ -449,8 +436,11 @@ impl<'s> Write<'s> {
         self.change(SQL, params![key.digest.as_str(), key.repository, record::encode(scan)]).map(drop)
     }
 
-    pub fn forget_scans(&self, ids: &[i64]) -> Result<()> {
-        ids.iter().try_for_each(|id| self.change("DELETE FROM scans WHERE id = ?1", [id]).map(drop))
+    /// Forgets what was found in layers that no snapshot has any more.
+    pub fn forget_unneeded_scans(&self) -> Result<()> {
+        const SQL: &str =
+            "DELETE FROM scans WHERE digest NOT IN (SELECT digest FROM snapshots WHERE digest IS NOT NULL)";
+        self.change(SQL, []).map(drop)
     }
 }
 
@@ -509,4 +499,19 @@ fn decode(id: i64, row: &Row<'_>) -> Option<Snapshot> {
         layer,
         usage,
     })
+}
+
+/// For tests of others.
+#[cfg(test)]
+impl Read<'_> {
+    pub fn scans(&self) -> Result<i64> {
+        Ok(self.number("SELECT count(*) FROM scans", [])?.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+impl Write<'_> {
+    pub fn forget_scans_but(&self, digest: &Digest) -> Result<()> {
+        self.change("DELETE FROM scans WHERE digest <> ?1", [digest.as_str()]).map(drop)
+    }
 }
