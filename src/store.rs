@@ -17,9 +17,7 @@ mod transaction;
 
 use std::fmt;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -38,29 +36,15 @@ const RESERVE_BYTES: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub enum Error {
     /// Written by another version of this program.
-    Schema {
-        path: PathBuf,
-        found: i64,
-    },
-    /// No store, or not all of one.
-    Damaged {
-        path: PathBuf,
-        found: String,
-    },
-    /// A row that this program did not write.
-    BadRow {
-        table: &'static str,
-        key: String,
-    },
-    Sqlite {
+    Schema { path: PathBuf, found: i64 },
+    /// No store, not all of one, or one with a row that this program did not write.
+    Damaged { path: PathBuf, found: String },
+    /// It could not be read or written.
+    Access {
         path: PathBuf,
         cause: String,
-        /// What the operating system said, if SQLite asked it.
+        /// What the operating system said, if it was asked.
         errno: Option<Errno>,
-    },
-    File {
-        path: PathBuf,
-        cause: Arc<io::Error>,
     },
     /// The daemon is about to end.
     Closed,
@@ -76,14 +60,7 @@ impl fmt::Display for Error {
                 file::SCHEMA_VERSION
             ),
             Self::Damaged { path, found } => write!(f, "the metadata {} is damaged: {found}", path.display()),
-            Self::BadRow { table, key } => {
-                write!(f, "the metadata has a damaged row in table {table}, key {}", Quoted(key))
-            }
-            Self::Sqlite { path, cause, errno } => {
-                write!(f, "cannot access the metadata {}: {cause}", path.display())?;
-                errno.map_or(Ok(()), |errno| write!(f, ": {} ({errno:?})", errno.desc()))
-            }
-            Self::File { path, cause } => write!(f, "cannot access the metadata {}: {cause}", path.display()),
+            Self::Access { path, cause, .. } => write!(f, "cannot access the metadata {}: {cause}", path.display()),
             Self::Closed => f.write_str("the metadata is closed: the daemon is about to end"),
         }
     }
@@ -96,13 +73,26 @@ impl Error {
     fn of(path: &Path, connection: &Connection, cause: &rusqlite::Error) -> Self {
         let errno = match cause.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                return Self::Damaged { path: path.to_owned(), found: cause.to_string() };
+                return Self::damaged(path, &cause.to_string());
             }
             Some(ErrorCode::DiskFull) => Some(Errno::ENOSPC),
             Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => sys::sqlite_errno(connection),
             _ => None,
         };
-        Self::Sqlite { path: path.to_owned(), cause: cause.to_string(), errno }
+        Self::access(path, cause, errno)
+    }
+
+    fn access(path: &Path, cause: &rusqlite::Error, errno: Option<Errno>) -> Self {
+        let of_system = errno.map(|errno| format!(": {} ({errno:?})", errno.desc())).unwrap_or_default();
+        Self::Access { path: path.to_owned(), cause: format!("{cause}{of_system}"), errno }
+    }
+
+    fn damaged(path: &Path, found: &str) -> Self {
+        Self::Damaged { path: path.to_owned(), found: found.to_owned() }
+    }
+
+    fn bad_row(path: &Path, table: &str, key: &str) -> Self {
+        Self::damaged(path, &format!("a row of table {table} was not written by this program, key {}", Quoted(key)))
     }
 
     /// Whether the disk, or what is on it, is to blame.
@@ -112,11 +102,7 @@ impl Error {
 
     /// What the operating system said.
     pub fn errno(&self) -> Option<Errno> {
-        match self {
-            Self::Sqlite { errno, .. } => *errno,
-            Self::File { cause, .. } => cause.raw_os_error().map(Errno::from_raw),
-            Self::Schema { .. } | Self::Damaged { .. } | Self::BadRow { .. } | Self::Closed => None,
-        }
+        if let Self::Access { errno, .. } = self { *errno } else { None }
     }
 }
 

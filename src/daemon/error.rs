@@ -242,8 +242,8 @@ mod tests {
     #[test]
     fn a_disk_without_room_is_told_with_what_helps() {
         for errno in [Errno::ENOSPC, Errno::EDQUOT] {
-            let cause = io::Error::from_raw_os_error(errno as i32);
-            let told = Error::Store(store::Error::File { path: "/x".into(), cause: cause.into() }).to_string();
+            let cause = store::Error::Access { path: "/x".into(), cause: "full".to_owned(), errno: Some(errno) };
+            let told = Error::Store(cause).to_string();
             assert!(told.ends_with("free some space, or raise the quota"), "{told}");
         }
     }

@@ -15,7 +15,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::transaction::{Read, Write};
 use super::{Error, Result, Store};
-use crate::types::{Quoted, Snapshot, SnapshotId};
+use crate::types::{Snapshot, SnapshotId};
 
 /// In the head of each file: "cvms".
 const APPLICATION: i32 = 0x6376_6d73;
@@ -103,7 +103,7 @@ impl Store {
         leftovers: &[SnapshotId],
     ) -> Result<()> {
         let new = path.with_extension("new");
-        let failed = |cause| failed(path, cause);
+        let failed = |cause: io::Error| failed(path, &cause);
         // A process that died while it made new metadata left these files.
         remove_all(&new).map_err(failed)?;
         let result = fill(&new, occupied, snapshots, leftovers)
@@ -121,11 +121,11 @@ impl Store {
 
 /// Whether it looks like a file of SQLite's.
 fn check_head(path: &Path) -> Result<()> {
-    let damaged = |found| Err(damaged(path, found));
+    let damaged = |found| Err(Error::damaged(path, found));
     let mut head = Vec::new();
-    let file = File::open(path).map_err(|cause| failed(path, cause))?;
-    let length = file.metadata().map_err(|cause| failed(path, cause))?.len();
-    file.take(HEAD.len() as u64).read_to_end(&mut head).map_err(|cause| failed(path, cause))?;
+    let file = File::open(path).map_err(|cause| failed(path, &cause))?;
+    let length = file.metadata().map_err(|cause| failed(path, &cause))?.len();
+    file.take(HEAD.len() as u64).read_to_end(&mut head).map_err(|cause| failed(path, &cause))?;
     if head.is_empty() {
         return damaged("it has 0 bytes");
     }
@@ -143,14 +143,14 @@ fn check_content(path: &Path) -> Result<()> {
     let connection = connect(path, OpenFlags::empty())?;
     let failed = |cause: rusqlite::Error| match cause.sqlite_error_code() {
         // SQLite says so of a schema that cannot be read, for example.
-        Some(ErrorCode::Unknown) => damaged(path, &cause.to_string()),
+        Some(ErrorCode::Unknown) => Error::damaged(path, &cause.to_string()),
         _ => Error::of(path, &connection, &cause),
     };
     // Before anything is read: otherwise the end of this connection would write the log into the file.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(failed)?;
     let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
     if number("PRAGMA application_id").map_err(failed)? != i64::from(APPLICATION) {
-        return Err(damaged(path, FOREIGN));
+        return Err(Error::damaged(path, FOREIGN));
     }
     let version = number("PRAGMA user_version").map_err(failed)?;
     if version != i64::from(SCHEMA_VERSION) {
@@ -164,35 +164,28 @@ fn check_content(path: &Path) -> Result<()> {
             .map_err(failed)?;
     schema.sort();
     if schema != expected {
-        return Err(damaged(path, FOREIGN));
+        return Err(Error::damaged(path, FOREIGN));
     }
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
         Some(sound) if sound == "ok" => check_rows(path, &connection),
         // The lines before say which database it is.
-        report => Err(damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
+        report => Err(Error::damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
     }
 }
 
 /// Whether this program can have written each row that a start reads. SQLite has no sums over what is in a row.
 fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
     let read = Read::new(connection, path);
-    let rows = read.first_id().and_then(|_| read.for_each(|_| {}));
-    rows.map_err(|cause| match cause {
-        Error::BadRow { table, key } => damaged(path, &format!("a row of table {table} is none, key {}", Quoted(&key))),
-        cause => cause,
-    })
-}
-
-fn damaged(path: &Path, found: &str) -> Error {
-    Error::Damaged { path: path.to_owned(), found: found.to_owned() }
+    read.first_id().and_then(|_| read.for_each(|_| {}))
 }
 
 fn strings(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<String>> {
     connection.prepare(sql)?.query_map([], |row| row.get(0))?.collect()
 }
 
-fn failed(path: &Path, cause: io::Error) -> Error {
-    Error::File { path: path.to_owned(), cause: cause.into() }
+fn failed(path: &Path, cause: &io::Error) -> Error {
+    let errno = cause.raw_os_error().map(Errno::from_raw);
+    Error::Access { path: path.to_owned(), cause: cause.to_string(), errno }
 }
 
 fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], leftovers: &[SnapshotId]) -> Result<()> {
@@ -211,7 +204,7 @@ fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], lefto
     );
     connection.execute_batch(&end).map_err(failed)?;
     connection.close().map_err(|(connection, cause)| Error::of(path, &connection, &cause))?;
-    File::open(path).and_then(|file| file.sync_all()).map_err(|cause| self::failed(path, cause))
+    File::open(path).and_then(|file| file.sync_all()).map_err(|cause| self::failed(path, &cause))
 }
 
 /// The first id above those that have a directory.
@@ -227,7 +220,7 @@ pub(super) fn open_writer(path: &Path) -> Result<Connection> {
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(failed)?;
     if mode != "wal" {
         let cause = format!("it cannot have a write-ahead log, its journal mode is {mode}");
-        return Err(Error::Sqlite { path: path.to_owned(), cause, errno: None });
+        return Err(Error::Access { path: path.to_owned(), cause, errno: None });
     }
     Ok(connection)
 }
@@ -244,7 +237,7 @@ fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | more;
     Connection::open_with_flags(path, flags).map_err(|cause| {
         let errno = Some(Errno::last()).filter(|_| cause.sqlite_error_code() == Some(ErrorCode::CannotOpen));
-        Error::Sqlite { path: path.to_owned(), cause: cause.to_string(), errno }
+        Error::access(path, &cause, errno)
     })
 }
 

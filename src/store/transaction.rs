@@ -121,17 +121,22 @@ impl<'s> Read<'s> {
 
     fn snapshot(&self, row: &Row<'_>) -> Result<Snapshot> {
         let id: i64 = row.get(0).map_err(|e| self.failed(&e))?;
-        decode(id, row).ok_or_else(|| Error::BadRow { table: "snapshots", key: id.to_string() })
+        decode(id, row).ok_or_else(|| Error::bad_row(self.path, "snapshots", &id.to_string()))
+    }
+
+    /// As `number`, of the one row of `numbers`.
+    fn counter(&self, sql: &str, parameters: impl Params) -> Result<i64> {
+        self.number(sql, parameters)?.ok_or_else(|| Error::bad_row(self.path, "numbers", ""))
     }
 
     /// The first id that this store handed out.
     pub(super) fn first_id(&self) -> Result<SnapshotId> {
-        self.number("SELECT first_id FROM numbers", [])?.map(id).ok_or_else(no_numbers)
+        self.counter("SELECT first_id FROM numbers", []).map(id)
     }
 
     /// The first id that is not reserved.
     pub(super) fn next_id(&self) -> Result<i64> {
-        self.number("SELECT next_id FROM numbers", [])?.ok_or_else(no_numbers)
+        self.counter("SELECT next_id FROM numbers", [])
     }
 
     pub fn get(&self, key: &str) -> Result<Option<Snapshot>> {
@@ -288,7 +293,7 @@ impl<'s> Read<'s> {
             Some(None) => ShortScan::Long,
             Some(Some(record)) => {
                 let key = || format!("{} {}", key.digest, key.repository);
-                let scan = record::decode(&record).map_err(|_| Error::BadRow { table: "scans", key: key() })?;
+                let scan = record::decode(&record).map_err(|_| Error::bad_row(self.path, "scans", &key()))?;
                 scan.map_or(ShortScan::Absent, ShortScan::Short)
             }
         })
@@ -313,8 +318,7 @@ impl<'s> Write<'s> {
 
     /// Reserves `count` ids; the result is the first.
     pub(super) fn reserve_ids(&self, count: u32) -> Result<SnapshotId> {
-        let first = self.number("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count])?;
-        first.map(id).ok_or_else(no_numbers)
+        self.counter("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count]).map(id)
     }
 
     /// Hands out no id below `next`.
@@ -332,7 +336,7 @@ impl<'s> Write<'s> {
             None => None,
             Some(key) => {
                 let parent = self.id_of(key)?.map(number);
-                Some(parent.ok_or_else(|| Error::BadRow { table: "snapshots", key: key.as_str().to_owned() })?)
+                Some(parent.ok_or_else(|| Error::bad_row(self.path, "snapshots", key.as_str()))?)
             }
         };
         let (layer, usage) = (snapshot.layer.as_ref(), snapshot.usage);
@@ -442,10 +446,6 @@ impl<'s> Write<'s> {
             "DELETE FROM scans WHERE digest NOT IN (SELECT digest FROM snapshots WHERE digest IS NOT NULL)";
         self.change(SQL, []).map(drop)
     }
-}
-
-fn no_numbers() -> Error {
-    Error::BadRow { table: "numbers", key: String::new() }
 }
 
 /// As SQLite has it. No id is that large (`SnapshotId::MAX`), but the end of a range may be.
