@@ -41,6 +41,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// A thread that waits for pulls or for a repository ends after so long without a job.
 const IDLE: Duration = Duration::from_secs(10);
+/// Memory that many calls at once needed is given up so often.
+const MEMORY_INTERVAL: Duration = Duration::from_secs(10);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
 /// Set by a unit: the one value of `attach` that it is made for.
@@ -157,7 +159,9 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     if let Some(interval) = notify::watchdog_interval() {
         show_life(interval, pools.workers.entrance())?;
     }
-    let _ = told_to_stop.recv();
+    while told_to_stop.recv_timeout(MEMORY_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        snapshotter.release_memory();
+    }
     notify::stopping();
     stop(server, pools);
     snapshotter.close();

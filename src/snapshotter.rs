@@ -136,6 +136,12 @@ impl Snapshotter {
         self.sys.stat(self.places.all()).ok().map(|status| status.device)
     }
 
+    /// Gives up memory that many calls at once needed, when no more such come.
+    pub fn release_memory(&self) {
+        self.store.release_memory();
+        sys::give_back_free_memory();
+    }
+
     /// Lets go of the metadata: a thread that hangs in a repository must not keep it locked
     /// after the end of everything else.
     pub fn close(&self) {

@@ -218,6 +218,12 @@ impl Store {
         Ok(SnapshotId(id))
     }
 
+    /// Gives up the memory of reads and writes that came at once, when no more such come.
+    pub fn release_memory(&self) {
+        self.readers.close_unused();
+        self.drop_cached_pages();
+    }
+
     /// A consistent view. It waits for no write, and no write for it. `body` must not read or write by itself.
     pub fn read<T, E: From<Error>>(
         &self,

@@ -42,7 +42,7 @@ pub use self::counted::CountedMemory;
 pub use self::descriptors::{hand_over, inherited_sockets};
 pub use self::directory::DirHandle;
 use self::file::Links;
-pub use self::memory::configure_allocator;
+pub use self::memory::{configure_allocator, give_back_free_memory};
 pub use self::mounts::mount_point_of;
 pub use self::sqlite::sqlite_errno;
 pub use self::tree::DiskUsage;

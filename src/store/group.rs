@@ -199,6 +199,16 @@ impl Store {
         written.is_ok_and(|(in_log, written)| in_log == written)
     }
 
+    /// Drops the pages that no transaction needs now, unless somebody writes.
+    pub(super) fn drop_cached_pages(&self) {
+        let Some(state) = self.writer.state.try_lock() else { return };
+        if let Some(connection) = &state.connection
+            && let Err(e) = run(connection, "PRAGMA shrink_memory")
+        {
+            log::warn!("{}", Error::of(&self.path, connection, &e));
+        }
+    }
+
     /// Ends the open transaction without effect, if there is one.
     fn roll_back(&self, connection: &Connection) {
         if !connection.is_autocommit()

@@ -22,7 +22,10 @@ pub(super) struct Readers {
 
 #[derive(Default)]
 struct State {
+    /// The one that was used last is taken first.
     idle: Vec<Connection>,
+    /// So many of the idle ones, from the first on, were not taken since `close_unused` was called.
+    unused: usize,
     /// Those in use included.
     open: usize,
     is_closed: bool,
@@ -43,6 +46,7 @@ impl Readers {
                 return Err(Error::Closed);
             }
             if let Some(connection) = state.idle.pop() {
+                state.unused = state.unused.min(state.idle.len());
                 return Ok(Reader { readers: self, connection: Some(connection) });
             }
             if state.open < MAX_READERS {
@@ -58,11 +62,22 @@ impl Readers {
         Ok(reader)
     }
 
+    /// Closes those that nobody needed since the last call, but for one.
+    pub(super) fn close_unused(&self) {
+        let mut state = self.state.lock();
+        let unused = state.unused.saturating_sub(1);
+        let closed: Vec<Connection> = state.idle.drain(..unused).collect();
+        state.open -= closed.len();
+        state.unused = state.idle.len();
+        drop(state);
+    }
+
     /// Nothing can be read any more. Those in use are closed when they are given back.
     pub(super) fn close(&self) {
         let mut state = self.state.lock();
         state.is_closed = true;
         state.idle.clear();
+        state.unused = 0;
         self.returned.notify_all();
     }
 }
@@ -87,5 +102,31 @@ impl Drop for Reader<'_> {
             _ => state.open -= 1,
         }
         self.readers.returned.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    /// A connection has a cache of its own: after many reads at once the memory of all stayed.
+    #[test]
+    fn connections_that_nobody_needs_any_more_are_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.sqlite");
+        Store::create(&path, None, &[], &[]).unwrap();
+        let readers = Readers::default();
+        let open = || readers.state.lock().open;
+        drop([(); 4].map(|()| readers.take(&path).unwrap()));
+        readers.close_unused();
+        assert_eq!(open(), 4, "they were needed since the last call");
+        drop([(); 2].map(|()| readers.take(&path).unwrap()));
+        readers.close_unused();
+        assert_eq!(open(), 3, "two were needed at once");
+        readers.close_unused();
+        assert_eq!(open(), 1);
+        readers.close();
+        readers.close_unused();
     }
 }

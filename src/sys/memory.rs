@@ -21,3 +21,13 @@ pub fn configure_allocator() {
         nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, RETURNED_BYTES);
     }
 }
+
+/// Gives the kernel the pages that are free within the heap. By itself the allocator gives back only what is free at
+/// its end.
+pub fn give_back_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes a number, and moves nothing that is in use.
+    unsafe {
+        nix::libc::malloc_trim(0);
+    }
+}

@@ -96,6 +96,8 @@ impl Snapshotter {
         let mut command = Command::new(binary());
         command.arg("--address").arg(self.socket()).arg("--root").arg(self.root());
         command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", level]);
+        // As the unit sets it.
+        command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
         command
     }
 

@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use protobuf::Message;
 use scene::alone::{Alone, crowd, digest, fill, options, refused};
 use scene::client::{Answer, Client};
+use scene::footprint::Footprint;
 use scene::metrics::{find_sample, sample, scrape};
 use scene::process::{SetOnDrop, eventually};
 use scene::sandbox::mounts_below;
@@ -51,6 +52,33 @@ fn root_every_call_is_answered_under_load() {
     d.client.cleanup().unwrap();
     assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
+}
+
+/// Each connection to the metadata has a cache, and freed pieces of the heap stay with the process: after many calls at
+/// once all of that stayed for ever.
+#[test]
+fn root_memory_of_many_calls_at_once_is_given_back() {
+    let mut d = Alone::start("storm", "");
+    let clients: Vec<Client> = (0..32).map(|_| d.snapshotter.client()).collect();
+    std::thread::scope(|scope| {
+        for (t, client) in clients.iter().enumerate() {
+            scope.spawn(move || {
+                for n in 0..60 {
+                    let key = format!("{t}-{n}");
+                    client.prepare(&key, "", &[]).unwrap();
+                    client.commit(&format!("{key}-committed"), &key, &[]).unwrap();
+                    client.list(&[&format!("name==\"{key}-committed\"")]).unwrap();
+                }
+            });
+        }
+    });
+    let pid = d.snapshotter.server().pid();
+    let after = Footprint::of(pid);
+    eventually("files are closed and memory is given back", || {
+        let now = Footprint::of(pid);
+        now.files + 4 < after.files && now.memory + 1024 < after.memory
+    });
+    drop(clients);
 }
 
 #[test]

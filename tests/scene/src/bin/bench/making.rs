@@ -1,5 +1,8 @@
 //! Measures Prepare and Commit by several clients, and the memory that a snapshotter takes afterwards.
 
+use std::thread;
+use std::time::Duration;
+
 use scene::sandbox::Sandbox;
 
 use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
@@ -11,6 +14,9 @@ use crate::{Say, contestants, turns};
 const CLIENTS: usize = 8;
 const SNAPSHOTS: usize = 8000;
 const ROUNDS: usize = 4;
+/// Clients of the last round, after the others, and how long it is until their memory is measured once more.
+const CROWD: usize = 32;
+const REST: Duration = Duration::from_secs(25);
 
 pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let contestants = contestants(sandbox, settings, "making", None);
@@ -25,7 +31,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             let name = &contestants[turn].name;
             say.that(&format!("making, round {}, {name}", round + 1));
             nix::unistd::sync();
-            match make(&contestants[turn], round) {
+            match make(&contestants[turn], round, CLIENTS) {
                 Ok(rate) => rates[turn].push(rate),
                 Err(why) => group.note(format!("{name}: {why}")),
             }
@@ -34,6 +40,18 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             }
         }
     }
+    for contestant in &contestants {
+        say.that(&format!("making by {CROWD} clients, {}", contestant.name));
+        if let Err(why) = make(contestant, ROUNDS, CROWD) {
+            group.note(format!("{}: {why}", contestant.name));
+        }
+        take(&mut group, contestant, &format!("right after {CROWD} clients made 2000 more"));
+    }
+    say.that("waiting for memory to be given back");
+    thread::sleep(REST);
+    for contestant in &contestants {
+        take(&mut group, contestant, &format!("{} s later", REST.as_secs()));
+    }
     for (contestant, rates) in contestants.iter().zip(&rates) {
         group.put("Prepare and Commit", Unit::PerSecond, &contestant.name, Cell::of(rates));
     }
@@ -41,8 +59,8 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
 }
 
 /// One round; the result is how many per second.
-fn make(contestant: &Contestant, round: usize) -> Result<f64, Trouble> {
-    let (clients, prefix) = (clients(contestant, CLIENTS), prefix());
+fn make(contestant: &Contestant, round: usize, by: usize) -> Result<f64, Trouble> {
+    let (clients, prefix) = (clients(contestant, by), prefix());
     let (took, result) = seconds(|| {
         crowd(&clients, SNAPSHOTS / ROUNDS, |client, n| {
             let name = format!("{prefix}made-{round}-{n}");
