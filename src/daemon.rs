@@ -351,7 +351,7 @@ fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
 }
 
 /// There was metadata, and it is gone: a start would forget every snapshot. What lies beside it
-/// tells: the space put by, which is made after it, and the records of local snapshots, but for
+/// tells: the reserve, which is made after it, and the records of local snapshots, but for
 /// those that a takeover from a Go snapshotter writes before.
 fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
     let earlier = root.metadata.with_extension("redb");
@@ -361,7 +361,7 @@ fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<
     let ids = sys::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
     let snapshots = ids.iter().filter(|id| places.record(**id).exists()).count();
     let takes_over = root.metadata.with_file_name(takeover::GO_METADATA).exists();
-    if Store::was_at(&root.metadata) || (snapshots > 0 && !takes_over) {
+    if Store::existed_at(&root.metadata) || (snapshots > 0 && !takes_over) {
         return Err(Error::MetadataGone { path: root.metadata.clone(), snapshots });
     }
     Ok(())

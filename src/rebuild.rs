@@ -316,8 +316,8 @@ fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
         match fs::hard_link(metadata, &kept) {
             Ok(()) => {
                 // After a kill, the last writes are in the log and not in the file, so both are kept.
-                let log = Store::log_of(metadata);
-                let moved = match fs::hard_link(&log, Store::log_of(&kept)) {
+                let log = Store::wal_of(metadata);
+                let moved = match fs::hard_link(&log, Store::wal_of(&kept)) {
                     Err(e) if e.kind() == io::ErrorKind::NotFound => fs::remove_file(metadata),
                     // The file goes first: it is never there without its log.
                     linked => linked.and_then(|()| fs::remove_file(metadata)).and_then(|()| fs::remove_file(&log)),

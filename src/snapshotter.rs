@@ -159,7 +159,7 @@ impl Snapshotter {
             if let Some(known) = self.sources.chains.get(top.id) {
                 return Ok(known.repositories.first().map(|one| one.repository.name().to_owned()));
             }
-            let chain = tx.chain_until(&top.key, |snapshot| snapshot.layer.is_some())?;
+            let chain = tx.chain(&top.key, |snapshot| snapshot.layer.is_some())?;
             let nearest = chain.into_iter().next_back().and_then(|snapshot| snapshot.layer);
             Ok::<_, Error>(nearest.map(|layer| layer.repository))
         })?;
@@ -391,7 +391,7 @@ impl Snapshotter {
         if let Some(known) = sources.chains.get_current(parent.id, &sources.attacher, limits) {
             return Ok(known);
         }
-        let chain = self.store.read(|tx| tx.chain(&parent.key).map_err(Error::from))?;
+        let chain = self.store.read(|tx| tx.chain(&parent.key, |_| false).map_err(Error::from))?;
         // It may have been removed meanwhile, and made again under the same name.
         if chain.first().is_none_or(|first| first.id != parent.id) {
             return Err(Error::ParentNotFound(parent.key.clone()));

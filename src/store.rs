@@ -1,8 +1,8 @@
 //! The metadata: an SQLite database behind typed operations.
 //!
-//! Knows rows, not containerd's rules and not the file system. All SQL is in here. What is on disk is described in
-//! docs/format.md. Invariants, kept inside each transaction: a snapshot is live if it is active or a view, or if a live
-//! one stands on it; `ref` is its label `containerd.io/snapshot.ref`. A `write` that returned is on disk.
+//! Knows rows, not containerd's rules and not the directories of snapshots. All SQL is in here. What is on disk is
+//! described in docs/format.md. Invariants, kept inside each transaction: a snapshot is live if it is active or a view,
+//! or has such a descendant; `ref` is its label `containerd.io/snapshot.ref`. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
@@ -23,13 +23,13 @@ use nix::errno::Errno;
 use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode};
 
-use self::group::{Writer, run};
+use self::group::Writer;
 use self::readers::Readers;
-pub use self::transaction::{Read, ShortScan, Write};
+pub use self::transaction::{FoundScan, Read, Write};
 use crate::sys;
-use crate::types::{Quoted, SnapshotId};
+use crate::types::SnapshotId;
 
-/// So many ids are reserved by one durable write. What is left of a block at a stop is skipped.
+/// Ids that one durable write reserves. Those that are unused at a stop are never used.
 const ID_BLOCK: u32 = 1024;
 const RESERVE_BYTES: usize = 1 << 20;
 
@@ -69,8 +69,10 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// What `connection` failed with.
-    fn of(path: &Path, connection: &Connection, cause: &rusqlite::Error) -> Self {
+    fn from_sqlite(path: &Path, connection: &Connection, cause: &rusqlite::Error) -> Self {
+        if let rusqlite::Error::InvalidColumnType(..) | rusqlite::Error::IntegralValueOutOfRange(..) = cause {
+            return Self::damaged(path, &cause.to_string());
+        }
         let errno = match cause.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
                 return Self::damaged(path, &cause.to_string());
@@ -83,20 +85,16 @@ impl Error {
     }
 
     fn access(path: &Path, cause: &rusqlite::Error, errno: Option<Errno>) -> Self {
-        let of_system = errno.map(|errno| format!(": {} ({errno:?})", errno.desc())).unwrap_or_default();
-        Self::Access { path: path.to_owned(), cause: format!("{cause}{of_system}"), errno }
+        let os_error = errno.map(|errno| format!(": {} ({errno:?})", errno.desc())).unwrap_or_default();
+        Self::Access { path: path.to_owned(), cause: format!("{cause}{os_error}"), errno }
     }
 
     fn damaged(path: &Path, found: &str) -> Self {
         Self::Damaged { path: path.to_owned(), found: found.to_owned() }
     }
 
-    fn bad_row(path: &Path, table: &str, key: &str) -> Self {
-        Self::damaged(path, &format!("a row of table {table} was not written by this program, key {}", Quoted(key)))
-    }
-
     /// Whether the disk, or what is on it, is to blame.
-    fn is_of_the_disk(&self) -> bool {
+    fn is_disk_error(&self) -> bool {
         matches!(self, Self::Damaged { .. }) || self.errno().is_some()
     }
 
@@ -104,14 +102,17 @@ impl Error {
     pub fn errno(&self) -> Option<Errno> {
         if let Self::Access { errno, .. } = self { *errno } else { None }
     }
+
+    /// Whether the disk is full, or all is used that a quota allows of it.
+    pub fn is_full_disk(&self) -> bool {
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
 
 pub struct Store {
     path: PathBuf,
-    /// A file that only takes space, until that space is needed to free more.
-    reserve: PathBuf,
     writer: Writer,
     readers: Readers,
     /// Ids that are reserved and not handed out yet.
@@ -120,84 +121,69 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens or creates the store. It hands out ids above `occupied`, the highest number that
-    /// already has a directory: another snapshotter's, or made after the copy of the file
-    /// that somebody put back.
+    /// Opens or creates the store. It hands out ids above `occupied`, the highest number that has a directory: another
+    /// snapshotter's, or made after the copy of the file that somebody put back.
     pub fn open(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
-        let reserve = path.with_extension("reserve");
         let open = || {
-            match path.try_exists() {
-                Ok(false) => Self::create(path, occupied, &[], &[])?,
-                Ok(true) | Err(_) => Self::check(path)?,
+            if matches!(path.try_exists(), Ok(false)) {
+                Self::create(path, occupied, &[], &[])?;
+            } else {
+                Self::check(path)?;
             }
-            Self::open_checked(path, &reserve, occupied)
+            Self::open_checked(path, occupied)
         };
         let store = match open() {
-            Err(e) if e.is_full_disk() && fs::remove_file(&reserve).is_ok() => open()?,
+            Err(e) if e.is_full_disk() && use_reserve(path) => open()?,
             result => result?,
         };
         store.restore_reserve();
         Ok(store)
     }
 
-    fn open_checked(path: &Path, reserve: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
-        let mut store = Self {
-            path: path.to_owned(),
-            reserve: reserve.to_owned(),
-            writer: Writer::default(),
-            readers: Readers::default(),
-            reserved: Mutex::new(0..0),
-            first_id: SnapshotId(0),
-        };
-        store.open_writer()?;
-        let above = file::above(occupied);
-        let (first_id, next_id) = store.read(|tx| Ok::<_, Error>((tx.first_id()?, tx.next_id()?)))?;
-        store.first_id = first_id;
+    fn open_checked(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
+        let connection = file::open_writer(path)?;
+        // Outside a transaction, each statement is one of its own.
+        let write = Write::new(&connection, path);
+        let (first_id, next_id) = write.numbers()?;
+        let free = file::first_free(occupied);
         // A start that has nothing to write must not need space.
-        if next_id < above {
-            store.write(|tx| tx.skip_ids(above))?;
+        if next_id < free {
+            write.skip_ids(free)?;
         }
-        Ok(store)
+        let (writer, readers) = (Writer::new(connection), Readers::default());
+        Ok(Self { path: path.to_owned(), writer, readers, reserved: Mutex::default(), first_id })
     }
 
     /// Whether a store was open at `path` once, as far as what lies beside it tells.
-    pub fn was_at(path: &Path) -> bool {
-        path.with_extension("reserve").exists()
+    pub fn existed_at(path: &Path) -> bool {
+        reserve_of(path).exists()
     }
 
-    /// Writes what frees space. It works on a full disk as well, because space was put by for it. A program that reads
-    /// for long keeps the log from beginning anew, so that the log takes that space, too. When the read has ended, the
-    /// log is written into the file here, because no commit succeeds that would have it written.
-    pub fn write_to_free<T, E: From<Error> + FullDisk>(
+    /// Writes what frees space. On a full disk the reserve is given up, and it is tried again. If somebody who reads for
+    /// long has kept the write-ahead log from beginning anew, so that it has taken that space as well, the log is written
+    /// into the file, and it is tried once more.
+    pub fn write_to_free<T, E: From<Error>>(
         &self,
         body: impl Fn(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        let mut result = self.write(&body);
-        for make_room in [Self::use_reserve, Self::write_log_into_file] {
+        let mut result = self.try_write(&body);
+        for make_room in [|store: &Self| use_reserve(&store.path), Self::checkpoint] {
             if matches!(&result, Err(e) if e.is_full_disk()) && make_room(self) {
-                result = self.write(&body);
+                result = self.try_write(&body);
             }
         }
-        result
+        result?
     }
 
-    /// Frees the space that was put by; false if there is none.
-    fn use_reserve(&self) -> bool {
-        let is_used = fs::remove_file(&self.reserve).is_ok();
-        if is_used {
-            log::warn!("the disk of {} is full: the space put by for removals is used", self.path.display());
-        }
-        is_used
-    }
-
-    /// Puts space by again, if there is any.
+    /// Makes the reserve again, if there is room.
     pub fn restore_reserve(&self) {
-        if self.reserve.exists() {
+        let reserve = reserve_of(&self.path);
+        if fs::metadata(&reserve).is_ok_and(|found| found.len() == RESERVE_BYTES as u64) {
             return;
         }
         // Real blocks, not a hole.
-        if fs::write(&self.reserve, vec![0xff; RESERVE_BYTES]).is_err() {
-            let _ = fs::remove_file(&self.reserve);
+        if fs::write(&reserve, vec![0xff; RESERVE_BYTES]).is_err() {
+            let _ = fs::remove_file(&reserve);
         }
     }
 
@@ -218,30 +204,38 @@ impl Store {
         Ok(SnapshotId(id))
     }
 
-    /// Gives up the memory of reads and writes that came at once, when no more such come.
+    /// Closes idle connections and frees cached pages after many calls at once.
     pub fn release_memory(&self) {
         self.readers.close_unused();
-        self.drop_cached_pages();
+        self.shrink_writer();
     }
 
-    /// A consistent view. It waits for no write, and no write for it. `body` must not read or write by itself.
+    /// A consistent view. It waits for no write, and no write for it. `body` must not call the store: it could wait for
+    /// itself.
     pub fn read<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&Read) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        let reader = self.readers.take(&self.path)?;
-        run(&reader, "BEGIN").map_err(|e| Error::of(&self.path, &reader, &e))?;
-        body(&Read::new(&reader, &self.path))
+        let mut slot = self.readers.lock()?;
+        let connection = slot.connection(&self.path)?;
+        self.run(connection, "BEGIN")?;
+        let result = body(&Read::new(connection, &self.path));
+        // If this fails, the connection is not used again.
+        let _ = self.run(connection, "ROLLBACK");
+        result
     }
 }
 
-/// Whether an error means that the disk is full, or that all is used that a quota allows of it.
-pub trait FullDisk {
-    fn is_full_disk(&self) -> bool;
+/// A file that only takes space, until that is needed to free more.
+fn reserve_of(path: &Path) -> PathBuf {
+    path.with_extension("reserve")
 }
 
-impl FullDisk for Error {
-    fn is_full_disk(&self) -> bool {
-        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+/// Gives up the reserve; false if there is none.
+fn use_reserve(path: &Path) -> bool {
+    let is_used = fs::remove_file(reserve_of(path)).is_ok();
+    if is_used {
+        log::warn!("the disk of {} is full: the space reserved for removals is used", path.display());
     }
+    is_used
 }

@@ -6,7 +6,6 @@ use std::io;
 use std::path::PathBuf;
 
 use super::root::SNAPSHOTS;
-use crate::store::FullDisk;
 use crate::{config, rebuild, server, snapshotter, store, sys, takeover};
 
 #[derive(Debug)]

@@ -172,12 +172,6 @@ impl From<store::Error> for Error {
     }
 }
 
-impl store::FullDisk for Error {
-    fn is_full_disk(&self) -> bool {
-        matches!(self, Self::Store(cause) if cause.is_full_disk())
-    }
-}
-
 impl From<sys::Error> for Error {
     fn from(cause: sys::Error) -> Self {
         Self::System(cause)

@@ -43,7 +43,7 @@ impl Snapshotter {
                 }
             }
             check_labels(&mut new.labels)?;
-            tx.update(&old, &new)?;
+            tx.update(&new)?;
             Ok(new)
         })
     }
@@ -65,7 +65,7 @@ impl Snapshotter {
                 }
                 self.store.write(|tx| {
                     if let Some(now) = tx.get(key.as_str())?.filter(|now| now.id == snapshot.id) {
-                        tx.update(&now, &Snapshot { usage: Some(usage), ..now.clone() })?;
+                        tx.update(&Snapshot { usage: Some(usage), ..now.clone() })?;
                     }
                     Ok::<_, Error>(())
                 })?;

@@ -17,7 +17,7 @@ use crate::metrics::METRICS;
 use crate::repository::lane::{LOOK_UP, Turn};
 use crate::repository::scan::{self, Limit, Progress, Scan, ScanKey};
 use crate::repository::{Missing, MountGeneration, Repository};
-use crate::store::{ShortScan, Store};
+use crate::store::{FoundScan, Store};
 use crate::sys::Sys;
 
 /// Layers that wait for a scan which no container needs yet. When there are as many, the scan of a
@@ -131,8 +131,8 @@ impl ScanScheduler {
     pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
         // The record of a refusal is short.
         Ok(match self.shared.short(scan_key)? {
-            ShortScan::Short(Err(limit)) => Some(refused(limit)),
-            ShortScan::Short(Ok(_)) | ShortScan::Absent | ShortScan::Long => None,
+            FoundScan::Read(Err(limit)) => Some(refused(limit)),
+            FoundScan::Read(Ok(_)) | FoundScan::Absent | FoundScan::TooLong => None,
         })
     }
 
@@ -206,17 +206,17 @@ impl ScanHandle {
 }
 
 impl Shared {
-    fn short(&self, scan_key: &ScanKey) -> Result<ShortScan> {
-        self.store.read(|tx| tx.scan_shorter_than(SMALL_RECORD, scan_key).map_err(Error::from))
+    fn short(&self, scan_key: &ScanKey) -> Result<FoundScan> {
+        self.store.read(|tx| tx.scan(scan_key, SMALL_RECORD).map_err(Error::from))
     }
 
     /// What the store has: the scan, or why there is none. Large ones are decoded one after the other, so that
     /// no two calls decode the same one, and at most one is above the limit.
     fn known(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Missing>>> {
         match self.short(scan_key)? {
-            ShortScan::Absent => return Ok(None),
-            ShortScan::Short(stored) => return Ok(Some(stored.map(Arc::new).map_err(refused))),
-            ShortScan::Long => {}
+            FoundScan::Absent => return Ok(None),
+            FoundScan::Read(stored) => return Ok(Some(stored.map(Arc::new).map_err(refused))),
+            FoundScan::TooLong => {}
         }
         let mut held = self.held.lock();
         if let Some(scan) = held.get(scan_key) {
@@ -225,8 +225,10 @@ impl Shared {
         if !held.has_room() {
             return Ok(Some(Err(Missing::ScansTakeMemory { limit: MAX_HELD })));
         }
-        let stored = self.store.read(|tx| tx.scan(scan_key).map_err(Error::from))?;
-        Ok(stored.map(|scan| scan.map_err(refused).and_then(|scan| held.add(scan_key, scan))))
+        Ok(match self.store.read(|tx| tx.scan(scan_key, usize::MAX).map_err(Error::from))? {
+            FoundScan::Read(stored) => Some(stored.map_err(refused).and_then(|scan| held.add(scan_key, scan))),
+            FoundScan::Absent | FoundScan::TooLong => None,
+        })
     }
 
     /// On a thread of the repository.

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -58,19 +58,18 @@ const SCHEMA: [&str; 6] = [
 ) STRICT",
 ];
 
-/// Somebody else who writes into the file is waited for so long.
+/// How long to wait for another program that writes into the file.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 const PAGE: u64 = 4096;
 const FOREIGN: &str = "it is not the metadata of this program";
-const HEAD: &[u8] = b"SQLite format 3\0";
 
 /// KiB of pages that a connection keeps. The kernel has the file in memory as well.
 const WRITER_CACHE_KIB: u32 = 2048;
-const READER_CACHE_KIB: u32 = 256;
-/// The log shrinks to this when it begins anew.
+pub(super) const READER_CACHE_KIB: u32 = 256;
+/// Size to which the write-ahead log is cut when it begins anew.
 const LOG_SIZE_LIMIT: u32 = 4 << 20;
-/// The log is written into the file when it has so many pages. They fit into the space that is put by (`RESERVE_BYTES`),
-/// so any number of removals does, too.
+/// The write-ahead log is written into the file when it has this number of pages. They fit into the reserve
+/// (`RESERVE_BYTES`), so any number of removals fits, too.
 const CHECKPOINT_PAGES: u32 = 128;
 
 impl Store {
@@ -78,9 +77,9 @@ impl Store {
     pub fn check(path: &Path) -> Result<()> {
         let made: Vec<PathBuf> =
             ["-wal", "-shm"].iter().map(|end| beside(path, end)).filter(|file| !file.exists()).collect();
-        let result = check_head(path).and_then(|()| check_content(path));
+        let result = check_file(path);
         if result.is_err() {
-            // SQLite has made them to look at the file.
+            // SQLite made them to look at the file.
             for file in made {
                 let _ = remove(&file);
             }
@@ -88,8 +87,8 @@ impl Store {
         result
     }
 
-    /// The log of the metadata at `path`: what is not written into the file yet.
-    pub fn log_of(path: &Path) -> PathBuf {
+    /// The write-ahead log of the metadata at `path`: what is not written into the file yet.
+    pub fn wal_of(path: &Path) -> PathBuf {
         beside(path, "-wal")
     }
 
@@ -108,7 +107,7 @@ impl Store {
         remove_all(&new).map_err(failed)?;
         let result = fill(&new, occupied, snapshots, leftovers)
             // A log beside the place belongs to the file that is replaced.
-            .and_then(|()| remove(&Self::log_of(path)).and_then(|()| sync_directory(path)).map_err(failed))
+            .and_then(|()| remove(&Self::wal_of(path)).and_then(|()| sync_directory(path)).map_err(failed))
             .and_then(|()| fs::rename(&new, path).map_err(failed))
             .and_then(|()| sync_directory(path).map_err(failed));
         if result.is_err() {
@@ -119,22 +118,16 @@ impl Store {
     }
 }
 
-/// Whether it looks like a file of SQLite's.
-fn check_head(path: &Path) -> Result<()> {
-    let damaged = |found| Err(Error::damaged(path, found));
-    let mut head = Vec::new();
-    let file = File::open(path).map_err(|cause| failed(path, &cause))?;
-    let length = file.metadata().map_err(|cause| failed(path, &cause))?.len();
-    file.take(HEAD.len() as u64).read_to_end(&mut head).map_err(|cause| failed(path, &cause))?;
-    if head.is_empty() {
-        return damaged("it has 0 bytes");
+fn check_file(path: &Path) -> Result<()> {
+    let length = fs::metadata(path).map_err(|cause| failed(path, &cause))?.len();
+    // SQLite would take it for a new database, and remove the log beside it.
+    if length == 0 {
+        return Err(Error::damaged(path, "it has 0 bytes"));
     }
-    if head != HEAD {
-        return damaged(FOREIGN);
-    }
+    check_content(path)?;
     // SQLite reads a page that is cut as if zeros followed. Where there is a log, the page may be in it.
-    if !length.is_multiple_of(PAGE) && !Store::log_of(path).exists() {
-        return damaged("it ends within a page");
+    if !length.is_multiple_of(PAGE) && !Store::wal_of(path).exists() {
+        return Err(Error::damaged(path, "it ends within a page"));
     }
     Ok(())
 }
@@ -142,9 +135,10 @@ fn check_head(path: &Path) -> Result<()> {
 fn check_content(path: &Path) -> Result<()> {
     let connection = connect(path, OpenFlags::empty())?;
     let failed = |cause: rusqlite::Error| match cause.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => Error::damaged(path, FOREIGN),
         // SQLite says so of a schema that cannot be read, for example.
         Some(ErrorCode::Unknown) => Error::damaged(path, &cause.to_string()),
-        _ => Error::of(path, &connection, &cause),
+        _ => Error::from_sqlite(path, &connection, &cause),
     };
     // Before anything is read: otherwise the end of this connection would write the log into the file.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(failed)?;
@@ -167,16 +161,20 @@ fn check_content(path: &Path) -> Result<()> {
         return Err(Error::damaged(path, FOREIGN));
     }
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
-        Some(sound) if sound == "ok" => check_rows(path, &connection),
+        Some(sound) if sound == "ok" => {}
         // The lines before say which database it is.
-        report => Err(Error::damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
+        report => return Err(Error::damaged(path, report.unwrap_or_default().lines().last().unwrap_or_default())),
     }
+    if !strings(&connection, "PRAGMA foreign_key_check").map_err(failed)?.is_empty() {
+        return Err(Error::damaged(path, "a snapshot's parent is missing"));
+    }
+    check_rows(path, &connection)
 }
 
 /// Whether this program can have written each row that a start reads. SQLite has no sums over what is in a row.
 fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
     let read = Read::new(connection, path);
-    read.first_id().and_then(|_| read.for_each(|_| {}))
+    read.numbers().and_then(|_| read.for_each(|_| {}))
 }
 
 fn strings(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<String>> {
@@ -189,13 +187,11 @@ fn failed(path: &Path, cause: &io::Error) -> Error {
 }
 
 fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], leftovers: &[SnapshotId]) -> Result<()> {
-    let connection = connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
-    let failed = |cause| Error::of(path, &connection, &cause);
-    configure(&connection, WRITER_CACHE_KIB).map_err(failed)?;
-    let above = above(occupied);
+    let connection = open_with(path, OpenFlags::SQLITE_OPEN_CREATE, WRITER_CACHE_KIB)?;
+    let failed = |cause| Error::from_sqlite(path, &connection, &cause);
     // Nobody sees the file before it is whole.
     connection.execute_batch(&format!("PRAGMA journal_mode = MEMORY; BEGIN; {}", SCHEMA.join(";"))).map_err(failed)?;
-    connection.execute("INSERT INTO numbers VALUES (?1, ?1)", [above]).map_err(failed)?;
+    connection.execute("INSERT INTO numbers VALUES (?1, ?1)", [first_free(occupied)]).map_err(failed)?;
     let write = Write::new(&connection, path);
     snapshots.iter().try_for_each(|snapshot| write.insert(snapshot))?;
     write.schedule_cleanup(leftovers)?;
@@ -203,34 +199,36 @@ fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], lefto
         "PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT; PRAGMA journal_mode = WAL;"
     );
     connection.execute_batch(&end).map_err(failed)?;
-    connection.close().map_err(|(connection, cause)| Error::of(path, &connection, &cause))?;
+    connection.close().map_err(|(connection, cause)| Error::from_sqlite(path, &connection, &cause))?;
     File::open(path).and_then(|file| file.sync_all()).map_err(|cause| self::failed(path, &cause))
 }
 
 /// The first id above those that have a directory.
-pub(super) fn above(occupied: Option<SnapshotId>) -> i64 {
-    occupied.and_then(|id| i64::try_from(id.0).ok()?.checked_add(1)).unwrap_or(1)
+pub(super) fn first_free(occupied: Option<SnapshotId>) -> SnapshotId {
+    SnapshotId(occupied.map_or(0, |id| id.0) + 1)
 }
 
 pub(super) fn open_writer(path: &Path) -> Result<Connection> {
-    let connection = connect(path, OpenFlags::empty())?;
-    let failed = |cause| Error::of(path, &connection, &cause);
-    configure(&connection, WRITER_CACHE_KIB).map_err(failed)?;
+    let connection = open(path, WRITER_CACHE_KIB)?;
     // A copy that VACUUM made is not in WAL mode.
-    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(failed)?;
-    if mode != "wal" {
-        let cause = format!("it cannot have a write-ahead log, its journal mode is {mode}");
-        return Err(Error::Access { path: path.to_owned(), cause, errno: None });
+    let mode: rusqlite::Result<String> = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0));
+    match mode.map_err(|cause| Error::from_sqlite(path, &connection, &cause))?.as_str() {
+        "wal" => Ok(connection),
+        mode => {
+            let cause = format!("it cannot have a write-ahead log, its journal mode is {mode}");
+            Err(Error::Access { path: path.to_owned(), cause, errno: None })
+        }
     }
-    Ok(connection)
 }
 
-pub(super) fn open_reader(path: &Path) -> Result<Connection> {
-    let connection = connect(path, OpenFlags::empty())?;
-    match configure(&connection, READER_CACHE_KIB) {
-        Ok(()) => Ok(connection),
-        Err(cause) => Err(Error::of(path, &connection, &cause)),
-    }
+pub(super) fn open(path: &Path, cache_kib: u32) -> Result<Connection> {
+    open_with(path, OpenFlags::empty(), cache_kib)
+}
+
+fn open_with(path: &Path, more: OpenFlags, cache_kib: u32) -> Result<Connection> {
+    let connection = connect(path, more)?;
+    configure(&connection, cache_kib).map_err(|cause| Error::from_sqlite(path, &connection, &cause))?;
+    Ok(connection)
 }
 
 fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {

@@ -1,14 +1,13 @@
 //! The connections that read. They are bounded, because each has file descriptors and a cache.
 #![forbid(unsafe_code)]
 
-use std::ops::Deref;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Mutex, MutexGuard};
 use rusqlite::Connection;
 
-use super::file::open_reader;
-use super::group::run;
+use super::file::{READER_CACHE_KIB, open};
 use super::{Error, Result};
 
 /// Reads at once. Others wait, and none takes long.
@@ -16,92 +15,55 @@ const MAX_READERS: usize = 8;
 
 #[derive(Default)]
 pub(super) struct Readers {
-    state: Mutex<State>,
-    returned: Condvar,
+    slots: [Mutex<Slot>; MAX_READERS],
+    /// Counts the reads that found no free slot, so that they wait for different ones.
+    waiters: AtomicUsize,
+    is_closed: AtomicBool,
 }
 
+/// Place of a connection, which is opened when it is needed.
 #[derive(Default)]
-struct State {
-    /// The one that was used last is taken first.
-    idle: Vec<Connection>,
-    /// So many of the idle ones, from the first on, were not taken since `close_unused` was called.
-    unused: usize,
-    /// Those in use included.
-    open: usize,
-    is_closed: bool,
+pub(super) struct Slot {
+    connection: Option<Connection>,
+    /// Whether somebody read since the last `close_unused`.
+    was_used: bool,
 }
 
-/// A connection, for one read.
-pub(super) struct Reader<'r> {
-    readers: &'r Readers,
-    /// Always there, until it is given back.
-    connection: Option<Connection>,
+impl Slot {
+    pub(super) fn connection(&mut self, path: &Path) -> Result<&Connection> {
+        self.was_used = true;
+        // One whose last read did not end would show an old state for ever.
+        let connection = match self.connection.take().filter(Connection::is_autocommit) {
+            Some(connection) => connection,
+            None => open(path, READER_CACHE_KIB)?,
+        };
+        Ok(self.connection.insert(connection))
+    }
 }
 
 impl Readers {
-    pub(super) fn take(&self, path: &Path) -> Result<Reader<'_>> {
-        let mut state = self.state.lock();
-        loop {
-            if state.is_closed {
-                return Err(Error::Closed);
-            }
-            if let Some(connection) = state.idle.pop() {
-                state.unused = state.unused.min(state.idle.len());
-                return Ok(Reader { readers: self, connection: Some(connection) });
-            }
-            if state.open < MAX_READERS {
-                break;
-            }
-            self.returned.wait(&mut state);
-        }
-        state.open += 1;
-        drop(state);
-        // If the connection cannot be opened, dropping this reader takes it off the count of open ones.
-        let mut reader = Reader { readers: self, connection: None };
-        reader.connection = Some(open_reader(path)?);
-        Ok(reader)
+    /// A slot for one read: the first that is free, so that few are used.
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, Slot>> {
+        let wait = || self.slots[self.waiters.fetch_add(1, Ordering::Relaxed) % MAX_READERS].lock();
+        let slot = self.slots.iter().find_map(Mutex::try_lock).unwrap_or_else(wait);
+        if self.is_closed.load(Ordering::SeqCst) { Err(Error::Closed) } else { Ok(slot) }
     }
 
-    /// Closes those that nobody needed since the last call, but for one.
+    /// Closes the connections that nobody used since the last call, but for the first.
     pub(super) fn close_unused(&self) {
-        let mut state = self.state.lock();
-        let unused = state.unused.saturating_sub(1);
-        let closed: Vec<Connection> = state.idle.drain(..unused).collect();
-        state.open -= closed.len();
-        state.unused = state.idle.len();
-        drop(state);
-    }
-
-    /// Nothing can be read any more. Those in use are closed when they are given back.
-    pub(super) fn close(&self) {
-        let mut state = self.state.lock();
-        state.is_closed = true;
-        state.idle.clear();
-        state.unused = 0;
-        self.returned.notify_all();
-    }
-}
-
-impl Deref for Reader<'_> {
-    type Target = Connection;
-
-    fn deref(&self) -> &Connection {
-        self.connection.as_ref().expect("it is given back at the end only")
-    }
-}
-
-impl Drop for Reader<'_> {
-    fn drop(&mut self) {
-        let connection = self.connection.take().filter(|connection| {
-            // One whose transaction does not end would show an old state for ever.
-            connection.is_autocommit() || run(connection, "ROLLBACK").is_ok() && connection.is_autocommit()
-        });
-        let mut state = self.readers.state.lock();
-        match connection {
-            Some(connection) if !state.is_closed => state.idle.push(connection),
-            _ => state.open -= 1,
+        for mut slot in self.slots[1..].iter().filter_map(Mutex::try_lock) {
+            if !std::mem::take(&mut slot.was_used) {
+                slot.connection = None;
+            }
         }
-        self.readers.returned.notify_one();
+    }
+
+    /// Waits for the reads under way. Later ones fail.
+    pub(super) fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+        for slot in &self.slots {
+            slot.lock().connection = None;
+        }
     }
 }
 
@@ -117,16 +79,23 @@ mod tests {
         let path = dir.path().join("metadata.sqlite");
         Store::create(&path, None, &[], &[]).unwrap();
         let readers = Readers::default();
-        let open = || readers.state.lock().open;
-        drop([(); 4].map(|()| readers.take(&path).unwrap()));
+        let read_at_once = |count: usize| {
+            let mut slots: Vec<_> = (0..count).map(|_| readers.lock().unwrap()).collect();
+            for slot in &mut slots {
+                slot.connection(&path).unwrap();
+            }
+        };
+        let open = || readers.slots.iter().filter(|slot| slot.lock().connection.is_some()).count();
+        read_at_once(4);
         readers.close_unused();
         assert_eq!(open(), 4, "they were needed since the last call");
-        drop([(); 2].map(|()| readers.take(&path).unwrap()));
+        read_at_once(2);
         readers.close_unused();
-        assert_eq!(open(), 3, "two were needed at once");
+        assert_eq!(open(), 2);
         readers.close_unused();
         assert_eq!(open(), 1);
         readers.close();
-        readers.close_unused();
+        assert_eq!(open(), 0);
+        assert!(matches!(readers.lock(), Err(Error::Closed)));
     }
 }

@@ -17,10 +17,10 @@ fn root_removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
         let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(0, errno))));
         disk.count(&steps);
         let store = Store::open(&disk.metadata(), None).unwrap();
-        assert!(store.reserve.exists());
+        assert!(reserve_of(&store.path).exists());
         steps.arm();
         store.write_to_free(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
-        assert!(!store.reserve.exists(), "{errno}: the reserve was not used");
+        assert!(!reserve_of(&store.path).exists(), "{errno}: the reserve was not used");
         assert!(store.read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap(), "{errno}");
     }
 }
@@ -102,6 +102,27 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
     assert!(Store::check(&path).unwrap_err().to_string().contains("not the metadata"));
 }
 
+/// SQLite's own check passes over it, and the snapshot was taken for one without a parent.
+#[test]
+fn a_file_in_which_a_parent_is_missing_is_refused() {
+    let (_dir, path) = filled();
+    let admin = Connection::open(&path).unwrap();
+    admin.execute_batch("PRAGMA foreign_keys = OFF; DELETE FROM snapshots WHERE id = 7").unwrap();
+    drop(admin);
+    let refused = Store::check(&path).unwrap_err();
+    assert!(refused.to_string().ends_with("is damaged: a snapshot's parent is missing"), "{refused}");
+}
+
+/// A process that was killed while it wrote the reserve left a part of it, and that passed for a whole one.
+#[test]
+fn a_reserve_that_was_cut_is_made_anew() {
+    let (_dir, path) = filled();
+    let reserve = reserve_of(&path);
+    fs::write(&reserve, [0xff; 10]).unwrap();
+    drop(Store::open(&path, None).unwrap());
+    assert_eq!(fs::metadata(&reserve).unwrap().len(), RESERVE_BYTES as u64);
+}
+
 /// As docs/format.md says how to copy it.
 #[test]
 fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
@@ -130,7 +151,7 @@ fn a_file_with_a_damaged_schema_keeps_its_log() {
     store.write(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
     // The copies are what a killed process leaves: a file, and a log with the last write.
     let left = path.with_file_name("left.sqlite");
-    let (log, log_left) = (Store::log_of(&path), Store::log_of(&left));
+    let (log, log_left) = (Store::wal_of(&path), Store::wal_of(&left));
     let mut bytes = fs::read(&path).unwrap();
     let at = bytes.windows(12).position(|text| text == b"CREATE TABLE").unwrap();
     bytes[at] ^= 0x11;

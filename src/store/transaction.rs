@@ -7,26 +7,27 @@ use std::cell::RefCell;
 use std::ops::{Deref, RangeInclusive};
 use std::path::Path;
 
+use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::{Error, Result};
 use crate::repository::scan::record::{self, StoredScan};
 use crate::repository::scan::{Limit, Scan, ScanKey};
-use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Labels, Layer, Snapshot, SnapshotId, Timestamp, Usage};
+use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// A consistent view of the metadata.
 pub struct Read<'s> {
     connection: &'s Connection,
     path: &'s Path,
-    /// What failed last, for all who share the transaction.
+    /// The last error of SQLite, even if `body` passed over it: some end the whole transaction.
     failure: RefCell<Option<Error>>,
 }
 
-/// What the store has of a scan, read only if its record is short.
-pub enum ShortScan {
+/// What the store has of a layer, read only if its record is short enough.
+pub enum FoundScan {
     Absent,
-    Short(StoredScan),
-    Long,
+    Read(StoredScan),
+    TooLong,
 }
 
 /// Changes that happen together; what it wrote, it reads.
@@ -40,8 +41,8 @@ impl<'s> Deref for Write<'s> {
     }
 }
 
-/// Snapshots as rows for `decode`, those that `$which` names. From other tables than the usual ones, they come without
-/// their labels.
+/// Snapshots as rows for `decode`, those that `$which` names. The second form is for `CHAIN`, which leaves the labels
+/// out.
 macro_rules! select {
     ($which:literal) => {
         select!("s.labels", "FROM snapshots s", $which)
@@ -65,10 +66,11 @@ const BY_IDS: &str = select!("WHERE s.id BETWEEN ?1 AND ?2 ORDER BY s.id");
 const BY_REF_ON_PARENT: &str =
     select!("WHERE s.ref = ?1 AND s.parent = (SELECT id FROM snapshots WHERE key = ?2) ORDER BY s.key");
 const BY_REF_ALONE: &str = select!("WHERE s.ref = ?1 AND s.parent IS NULL ORDER BY s.key");
+// The nearest comes first, because a recursion is in this order. Sorting would read all of the chain at once.
 const CHAIN: &str = concat!(
     "WITH RECURSIVE chain (id) AS (SELECT id FROM snapshots WHERE key = ?1 UNION ",
     "SELECT parent FROM chain CROSS JOIN snapshots USING (id) WHERE parent IS NOT NULL) ",
-    select!("''", "FROM chain CROSS JOIN snapshots s USING (id)", "")
+    select!("'{}'", "FROM chain CROSS JOIN snapshots s USING (id)", "")
 );
 
 impl<'s> Read<'s> {
@@ -77,7 +79,7 @@ impl<'s> Read<'s> {
     }
 
     fn failed(&self, cause: &rusqlite::Error) -> Error {
-        let failure = Error::of(self.path, self.connection, cause);
+        let failure = Error::from_sqlite(self.path, self.connection, cause);
         self.failure.replace(Some(failure.clone()));
         failure
     }
@@ -105,52 +107,47 @@ impl<'s> Read<'s> {
         parameters: impl Params,
         mut take: impl FnMut(Snapshot) -> Option<T>,
     ) -> Result<Option<T>> {
-        self.rows(sql, parameters, |row| Ok(take(self.snapshot(row)?)))
+        self.rows(sql, parameters, |row| {
+            let id: i64 = self.column(row, 0)?;
+            Ok(take(decode(row).ok_or_else(|| self.bad_row("snapshots", &id.to_string()))?))
+        })
     }
 
-    /// The first column of the one row.
-    fn number(&self, sql: &str, parameters: impl Params) -> Result<Option<i64>> {
+    /// The first column of the one row. None: there is no row, or it is NULL.
+    fn value<T: FromSql>(&self, sql: &str, parameters: impl Params) -> Result<Option<T>> {
         let mut statement = self.connection.prepare_cached(sql).map_err(|e| self.failed(&e))?;
-        let number = statement.query_row(parameters, |row| row.get(0)).optional();
-        Ok(number.map_err(|e| self.failed(&e))?.flatten())
+        let value = statement.query_row(parameters, |row| row.get(0)).optional();
+        Ok(value.map_err(|e| self.failed(&e))?.flatten())
+    }
+
+    fn column<T: FromSql>(&self, row: &Row<'_>, column: usize) -> Result<T> {
+        row.get(column).map_err(|e| self.failed(&e))
     }
 
     fn is(&self, sql: &str, parameters: impl Params) -> Result<bool> {
-        Ok(self.number(sql, parameters)? == Some(1))
+        Ok(self.value(sql, parameters)?.unwrap_or(false))
     }
 
-    fn snapshot(&self, row: &Row<'_>) -> Result<Snapshot> {
-        let id: i64 = row.get(0).map_err(|e| self.failed(&e))?;
-        decode(id, row).ok_or_else(|| Error::bad_row(self.path, "snapshots", &id.to_string()))
+    /// The first id that this store handed out, and the first that is not reserved.
+    pub(super) fn numbers(&self) -> Result<(SnapshotId, SnapshotId)> {
+        let both = |row: &Row<'_>| Ok(Some((self.column(row, 0)?, self.column(row, 1)?)));
+        self.rows("SELECT first_id, next_id FROM numbers", [], both)?.ok_or_else(|| self.bad_row("numbers", ""))
     }
 
-    /// As `number`, of the one row of `numbers`.
-    fn counter(&self, sql: &str, parameters: impl Params) -> Result<i64> {
-        self.number(sql, parameters)?.ok_or_else(|| Error::bad_row(self.path, "numbers", ""))
-    }
-
-    /// The first id that this store handed out.
-    pub(super) fn first_id(&self) -> Result<SnapshotId> {
-        self.counter("SELECT first_id FROM numbers", []).map(id)
-    }
-
-    /// The first id that is not reserved.
-    pub(super) fn next_id(&self) -> Result<i64> {
-        self.counter("SELECT next_id FROM numbers", [])
+    fn bad_row(&self, table: &str, key: &str) -> Error {
+        Error::damaged(
+            self.path,
+            &format!("a row of table {table} was not written by this program, key {}", Quoted(key)),
+        )
     }
 
     pub fn get(&self, key: &str) -> Result<Option<Snapshot>> {
         self.snapshots(BY_KEY, [key], Some)
     }
 
-    /// The snapshot `key` and all its ancestors, nearest first, without their labels, of which each may have 1 MiB.
-    /// Empty when there is none.
-    pub fn chain(&self, key: &Key) -> Result<Vec<Snapshot>> {
-        self.chain_until(key, |_| false)
-    }
-
-    /// As `chain`, and no further than the first that is `last`.
-    pub fn chain_until(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+    /// The snapshot `key` and its ancestors, nearest first and no further than the first that is `last`, without their
+    /// labels, of which each may have 1 MiB. Empty when there is no such snapshot.
+    pub fn chain(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
         let mut chain: Vec<Snapshot> = Vec::new();
         self.snapshots(CHAIN, [key.as_str()], |snapshot| {
             let is_last = last(&snapshot);
@@ -162,41 +159,36 @@ impl<'s> Read<'s> {
 
     /// How many snapshots the chain of this one has, with itself. None: there is no such snapshot.
     pub fn depth(&self, id: SnapshotId) -> Result<Option<usize>> {
-        let depth = self.number("SELECT depth FROM snapshots WHERE id = ?1", [number(id)])?;
-        Ok(depth.map(|depth| usize::try_from(depth).unwrap_or(usize::MAX)))
+        let depth: Option<u32> = self.value("SELECT depth FROM snapshots WHERE id = ?1", [id])?;
+        Ok(depth.map(|depth| depth as usize))
     }
 
     /// The snapshot `key` and its parent, without their labels.
     pub fn with_parent(&self, key: &Key) -> Result<Option<(Snapshot, Option<Snapshot>)>> {
-        let mut count = 0;
-        let mut both = self.chain_until(key, |_| {
-            count += 1;
-            count == 2
-        })?;
-        let parent = (both.len() == 2).then(|| both.pop()).flatten();
-        Ok(both.pop().map(|snapshot| (snapshot, parent)))
+        let mut is_second = false;
+        let mut both = self.chain(key, |_| std::mem::replace(&mut is_second, true))?.into_iter();
+        Ok(both.next().map(|snapshot| (snapshot, both.next())))
     }
 
-    /// The number of the snapshot `key`.
     pub fn id_of(&self, key: &Key) -> Result<Option<SnapshotId>> {
-        Ok(self.number("SELECT id FROM snapshots WHERE key = ?1", [key.as_str()])?.map(id))
+        self.value("SELECT id FROM snapshots WHERE key = ?1", [key.as_str()])
     }
 
     pub fn has_children(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [number(id)])
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [id])
     }
 
-    /// Whether an active snapshot or a view stands on this one, however far above.
+    /// Whether a descendant of this one is active or a view.
     pub fn is_live(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [number(id)])
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [id])
     }
 
     pub fn exists(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?1)", [number(id)])
+        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?1)", [id])
     }
 
     pub fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
-        self.snapshots(BY_ID, [number(id)], Some)
+        self.snapshots(BY_ID, [id], Some)
     }
 
     /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
@@ -212,7 +204,7 @@ impl<'s> Read<'s> {
 
     /// The highest id that a snapshot has.
     pub fn last_id(&self) -> Result<Option<SnapshotId>> {
-        Ok(self.number("SELECT max(id) FROM snapshots", [])?.map(id))
+        self.value("SELECT max(id) FROM snapshots", [])
     }
 
     /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
@@ -224,7 +216,7 @@ impl<'s> Read<'s> {
         mut take: impl FnMut(Snapshot) -> bool,
     ) -> Result<Option<SnapshotId>> {
         let mut taken = 0;
-        self.snapshots(BY_IDS, range(&ids), |snapshot| {
+        self.snapshots(BY_IDS, [ids.start(), ids.end()], |snapshot| {
             let id = snapshot.id;
             if taken == most || !take(snapshot) {
                 return Some(id);
@@ -245,14 +237,14 @@ impl<'s> Read<'s> {
 
     /// The highest id on the list for cleanup.
     pub fn last_scheduled(&self) -> Result<Option<SnapshotId>> {
-        Ok(self.number("SELECT max(id) FROM cleanup", [])?.map(id))
+        self.value("SELECT max(id) FROM cleanup", [])
     }
 
     /// Ids on the list for cleanup from `next` on, so many at most, and the first that is left.
     pub fn scheduled(&self, next: SnapshotId, most: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
         let mut ids = Vec::new();
-        let left = self.rows("SELECT id FROM cleanup WHERE id >= ?1 ORDER BY id", [number(next)], |row| {
-            let id = id(row.get(0).map_err(|e| self.failed(&e))?);
+        let left = self.rows("SELECT id FROM cleanup WHERE id >= ?1 ORDER BY id", [next], |row| {
+            let id = self.column(row, 0)?;
             if ids.len() == most {
                 return Ok(Some(id));
             }
@@ -264,37 +256,29 @@ impl<'s> Read<'s> {
 
     /// How many snapshots there are, and ids on the list for cleanup.
     pub fn counts(&self) -> Result<(u64, u64)> {
-        let count = |sql| Ok(self.number(sql, [])?.and_then(|count| u64::try_from(count).ok()).unwrap_or(0));
+        let count = |sql| Ok(self.value::<u32>(sql, [])?.map_or(0, u64::from));
         Ok((count("SELECT count(*) FROM snapshots")?, count("SELECT count(*) FROM cleanup")?))
     }
 
     /// Whether `id` is on the list for cleanup.
     pub fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [number(id)])
+        self.is("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [id])
     }
 
-    pub fn scan(&self, key: &ScanKey) -> Result<Option<StoredScan>> {
-        Ok(match self.scan_shorter_than(usize::MAX, key)? {
-            ShortScan::Short(scan) => Some(scan),
-            ShortScan::Absent | ShortScan::Long => None,
-        })
-    }
-
-    /// The scan, if its record has fewer than `bytes`.
-    pub fn scan_shorter_than(&self, bytes: usize, key: &ScanKey) -> Result<ShortScan> {
+    /// What was found in a layer, if its record has fewer than `bytes`.
+    pub fn scan(&self, key: &ScanKey, bytes: usize) -> Result<FoundScan> {
         const SQL: &str =
             "SELECT iif(length(result) < ?3, result, NULL) FROM scans WHERE digest = ?1 AND repository = ?2";
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         let row = self.rows(SQL, params![key.digest.as_str(), key.repository, bytes], |row| {
-            row.get::<_, Option<Vec<u8>>>(0).map(Some).map_err(|e| self.failed(&e))
+            self.column::<Option<Vec<u8>>>(row, 0).map(Some)
         })?;
         Ok(match row {
-            None => ShortScan::Absent,
-            Some(None) => ShortScan::Long,
+            None => FoundScan::Absent,
+            Some(None) => FoundScan::TooLong,
             Some(Some(record)) => {
-                let key = || format!("{} {}", key.digest, key.repository);
-                let scan = record::decode(&record).map_err(|_| Error::bad_row(self.path, "scans", &key()))?;
-                scan.map_or(ShortScan::Absent, ShortScan::Short)
+                let bad = |_| self.bad_row("scans", &format!("{} {}", key.digest, key.repository));
+                record::decode(&record).map_err(bad)?.map_or(FoundScan::Absent, FoundScan::Read)
             }
         })
     }
@@ -318,11 +302,12 @@ impl<'s> Write<'s> {
 
     /// Reserves `count` ids; the result is the first.
     pub(super) fn reserve_ids(&self, count: u32) -> Result<SnapshotId> {
-        self.counter("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count]).map(id)
+        let first = self.value("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count])?;
+        first.ok_or_else(|| self.bad_row("numbers", ""))
     }
 
     /// Hands out no id below `next`.
-    pub(super) fn skip_ids(&self, next: i64) -> Result<()> {
+    pub(super) fn skip_ids(&self, next: SnapshotId) -> Result<()> {
         self.change("UPDATE numbers SET next_id = max(next_id, ?1)", [next]).map(drop)
     }
 
@@ -332,19 +317,14 @@ impl<'s> Write<'s> {
             digest, repository, size, inodes) \
             VALUES (?1, ?2, ?3, 1 + ifnull((SELECT depth FROM snapshots WHERE id = ?3), 0), ?4, ?5, ?6, ?7, ?8, ?9, \
             ?10, ?11, ?12, ?13)";
-        let parent = match &snapshot.parent {
-            None => None,
-            Some(key) => {
-                let parent = self.id_of(key)?.map(number);
-                Some(parent.ok_or_else(|| Error::bad_row(self.path, "snapshots", key.as_str()))?)
-            }
-        };
+        let id_of = |key| self.id_of(key)?.ok_or_else(|| self.bad_row("snapshots", key.as_str()));
+        let parent = snapshot.parent.as_ref().map(id_of).transpose()?;
         let (layer, usage) = (snapshot.layer.as_ref(), snapshot.usage);
         let is_live = snapshot.kind != Kind::Committed;
         self.change(
             SQL,
             params![
-                number(snapshot.id),
+                snapshot.id,
                 snapshot.key.as_str(),
                 parent,
                 snapshot.kind.as_str(),
@@ -362,45 +342,44 @@ impl<'s> Write<'s> {
         let mut next = parent.filter(|_| is_live);
         // The first ancestor that is live already has told those below it.
         while let Some(parent) = next {
-            next =
-                self.number("UPDATE snapshots SET live = 1 WHERE id = ?1 AND live = 0 RETURNING parent", [parent])?;
+            next = self.value("UPDATE snapshots SET live = 1 WHERE id = ?1 AND live = 0 RETURNING parent", [parent])?;
         }
         Ok(())
     }
 
-    /// Takes away a snapshot that has no children. An ancestor that nothing live stands on any more is put on the list
-    /// for cleanup, if it is a published layer.
+    /// Removes a snapshot that has no children. An ancestor that has no live descendant any more is put on the list for
+    /// cleanup, if it is a published layer.
     pub fn remove(&self, snapshot: &Snapshot) -> Result<()> {
         const END: &str = "UPDATE snapshots SET live = 0 WHERE id = ?1 AND live = 1 AND kind = 'committed' \
             AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1) RETURNING digest IS NOT NULL, parent";
-        let mut next = self.number("DELETE FROM snapshots WHERE id = ?1 RETURNING parent", [number(snapshot.id)])?;
+        let mut next =
+            self.value::<SnapshotId>("DELETE FROM snapshots WHERE id = ?1 RETURNING parent", [snapshot.id])?;
         while let Some(parent) = next.take() {
             self.rows(END, [parent], |row| {
-                if row.get(0).map_err(|e| self.failed(&e))? {
-                    self.schedule_cleanup(&[id(parent)])?;
+                if self.column(row, 0)? {
+                    self.schedule_cleanup(&[parent])?;
                 }
-                next = row.get(1).map_err(|e| self.failed(&e))?;
+                next = self.column(row, 1)?;
                 Ok(None::<()>)
             })?;
         }
         Ok(())
     }
 
-    /// Stores `new`, which differs from `old` in labels, times or usage only.
-    pub fn update(&self, old: &Snapshot, new: &Snapshot) -> Result<()> {
+    /// Stores new times, labels and usage of a snapshot.
+    pub fn update(&self, snapshot: &Snapshot) -> Result<()> {
         const SQL: &str = "UPDATE snapshots SET created = ?2, updated = ?3, labels = ?4, ref = ?5, size = ?6, inodes = ?7 \
             WHERE id = ?1";
-        debug_assert!(old.id == new.id && old.key == new.key && old.parent == new.parent && old.kind == new.kind);
         self.change(
             SQL,
             params![
-                number(new.id),
-                new.created.0,
-                new.updated.0,
-                labels(new),
-                new.labels.get(LABEL_SNAPSHOT_REF),
-                new.usage.map(|usage| usage.size),
-                new.usage.map(|usage| usage.inodes),
+                snapshot.id,
+                snapshot.created.0,
+                snapshot.updated.0,
+                labels(snapshot),
+                snapshot.labels.get(LABEL_SNAPSHOT_REF),
+                snapshot.usage.map(|usage| usage.size),
+                snapshot.usage.map(|usage| usage.inodes),
             ],
         )?;
         Ok(())
@@ -408,18 +387,18 @@ impl<'s> Write<'s> {
 
     pub fn schedule_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
         const SQL: &str = "INSERT INTO cleanup (id, begun) VALUES (?1, 0) ON CONFLICT (id) DO UPDATE SET begun = 0";
-        ids.iter().try_for_each(|id| self.change(SQL, [number(*id)]).map(drop))
+        ids.iter().try_for_each(|id| self.change(SQL, [*id]).map(drop))
     }
 
-    /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a
-    /// crash does not lose them, and are marked, so that it shows if they are put on it again.
+    /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a crash does not lose
+    /// them, and are marked as begun until they are put on it again.
     pub fn begin_cleanup(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
         const SQL: &str = "UPDATE cleanup SET begun = 1 WHERE id IN \
             (SELECT id FROM cleanup WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3) RETURNING id";
-        let (first, last) = range(&ids);
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let mut begun = Vec::new();
-        self.rows(SQL, (first, last, i64::try_from(limit).unwrap_or(i64::MAX)), |row| {
-            begun.push(id(row.get(0).map_err(|e| self.failed(&e))?));
+        self.rows(SQL, params![ids.start(), ids.end(), limit], |row| {
+            begun.push(self.column(row, 0)?);
             Ok(None::<()>)
         })?;
         begun.sort();
@@ -430,7 +409,7 @@ impl<'s> Write<'s> {
     /// again meanwhile.
     pub fn finish_cleanup(&self, ids: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
         let mut ids = ids.into_iter();
-        ids.try_for_each(|id| self.change("DELETE FROM cleanup WHERE id = ?1 AND begun = 1", [number(id)]).map(drop))
+        ids.try_for_each(|id| self.change("DELETE FROM cleanup WHERE id = ?1 AND begun = 1", [id]).map(drop))
     }
 
     /// Stores what a scan found, or the bound that the layer exceeds.
@@ -448,30 +427,28 @@ impl<'s> Write<'s> {
     }
 }
 
-/// As SQLite has it. No id is that large (`SnapshotId::MAX`), but the end of a range may be.
-fn number(id: SnapshotId) -> i64 {
-    i64::try_from(id.0).unwrap_or(i64::MAX)
+impl ToSql for SnapshotId {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        // No id is that large (`SnapshotId::MAX`), but the end of a range may be.
+        Ok(i64::try_from(self.0).unwrap_or(i64::MAX).into())
+    }
 }
 
-/// None is negative.
-fn id(number: i64) -> SnapshotId {
-    SnapshotId(number.try_into().unwrap_or(0))
-}
-
-fn range(ids: &RangeInclusive<SnapshotId>) -> (i64, i64) {
-    (number(*ids.start()), number(*ids.end()))
+impl FromSql for SnapshotId {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        let id = i64::column_result(value)?;
+        u64::try_from(id).map(Self).map_err(|_| FromSqlError::OutOfRange(id))
+    }
 }
 
 fn labels(snapshot: &Snapshot) -> String {
-    // Strings as keys and values always have a form in JSON.
-    serde_json::to_string(&snapshot.labels).unwrap_or_default()
+    serde_json::to_string(&snapshot.labels).expect("strings have a form in JSON")
 }
 
 /// None: this program did not write it.
-fn decode(id: i64, row: &Row<'_>) -> Option<Snapshot> {
+fn decode(row: &Row<'_>) -> Option<Snapshot> {
     let text = |column| row.get_ref(column).ok()?.as_str_or_null().ok();
     let integer = |column| row.get::<_, Option<i64>>(column).ok();
-    let key = |text: &str| Key::parse(text).ok();
     let layer = match (text(7)?, text(8)?) {
         (Some(digest), Some(repository)) => {
             Some(Layer { digest: Digest::parse(digest).ok()?, repository: repository.to_owned() })
@@ -479,33 +456,29 @@ fn decode(id: i64, row: &Row<'_>) -> Option<Snapshot> {
         (None, None) => None,
         _ => return None,
     };
-    let usage = integer(9)?.zip(integer(10)?).map(|(size, inodes)| Usage { size, inodes });
-    let labels = match text(6)?? {
-        "" => Labels::new(),
-        json => serde_json::from_str(json).ok()?,
-    };
-    let parent = match text(2)? {
-        None => None,
-        Some(parent) => Some(key(parent)?),
+    let usage = match (integer(9)?, integer(10)?) {
+        (Some(size), Some(inodes)) => Some(Usage { size, inodes }),
+        (None, None) => None,
+        _ => return None,
     };
     Some(Snapshot {
-        id: self::id(id),
-        key: key(text(1)??)?,
-        parent,
+        id: row.get(0).ok()?,
+        key: Key::parse(text(1)??).ok()?,
+        parent: text(2)?.map(Key::parse).transpose().ok()?,
         kind: Kind::from_name(text(3)??)?,
         created: Timestamp(integer(4)??),
         updated: Timestamp(integer(5)??),
-        labels,
+        labels: serde_json::from_str(text(6)??).ok()?,
         layer,
         usage,
     })
 }
 
-/// For tests of others.
+/// For the tests of the snapshotter.
 #[cfg(test)]
 impl Read<'_> {
     pub fn scans(&self) -> Result<i64> {
-        Ok(self.number("SELECT count(*) FROM scans", [])?.unwrap_or_default())
+        Ok(self.value("SELECT count(*) FROM scans", [])?.unwrap_or_default())
     }
 }
 

@@ -97,7 +97,7 @@ fn root_chain_is_read_without_its_labels() {
     let s = place.restart();
     let labels: Labels = [("l".to_owned(), "x".repeat(LABELS_BYTES / 16))].into();
     let names = chain(&place, &s, 16, &labels);
-    let read = s.store.read(|tx| tx.chain(&key(&names[15])).map_err(Error::from)).unwrap();
+    let read = s.store.read(|tx| tx.chain(&key(&names[15]), |_| false).map_err(Error::from)).unwrap();
     assert_eq!(read.len(), 16);
     let bytes: usize = read.iter().map(Snapshot::memory).sum();
     assert!(bytes < 16 * 1024, "{bytes} bytes for a chain of 16 snapshots");

@@ -155,7 +155,7 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
             let store = open(&disk, &steps);
             // With a small cache SQLite writes pages before the commit, so the fault hits the body of a large write.
             let small = "PRAGMA cache_size = 8";
-            store.writer.state.lock().connection.as_ref().unwrap().execute_batch(small).unwrap();
+            store.writer.open.lock().as_ref().unwrap().connection.execute_batch(small).unwrap();
             let said = together(&store, &steps, &neighbours(Some(manner)));
             if steps.recorded().len() <= at {
                 assert!(at > 3);
@@ -194,7 +194,7 @@ fn root_a_read_that_fails_within_a_transaction_is_told_and_taken_back() {
         disk.without_cache();
         let store = open(&disk, &steps);
         let small = "PRAGMA cache_size = 8";
-        store.writer.state.lock().connection.as_ref().unwrap().execute_batch(small).unwrap();
+        store.writer.open.lock().as_ref().unwrap().connection.execute_batch(small).unwrap();
         let said = together(&store, &steps, &neighbours(Some(Manner::WritesMuch)));
         let recorded = steps.recorded();
         if recorded.len() <= at {
@@ -253,7 +253,7 @@ fn root_what_was_acknowledged_stays_while_the_log_is_written_into_the_file() {
         let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Dies(at, Effect::Half))));
         let store = open(&disk, &steps);
         let often = "PRAGMA wal_autocheckpoint = 8";
-        store.writer.state.lock().connection.as_ref().unwrap().execute_batch(often).unwrap();
+        store.writer.open.lock().as_ref().unwrap().connection.execute_batch(often).unwrap();
         steps.arm();
         let said: Vec<Said> = (0..WRITES).map(|id| write(&store, id, Manner::Writes)).collect();
         if steps.recorded().len() <= at {
@@ -348,7 +348,7 @@ fn write_that_the_log_is_written_after_is_committed() {
             })
         });
         has_begun.recv().unwrap();
-        assert!(store.write_log_into_file());
+        assert!(store.checkpoint());
         first.join().unwrap().unwrap();
     });
     assert!(is_there(&store, 1));
