@@ -63,12 +63,15 @@ impl Snapshotter {
                 if !measured.is_stable {
                     return Ok(usage);
                 }
-                self.store.write(|tx| {
+                let kept = self.store.write(|tx| {
                     if let Some(now) = tx.get(key.as_str())?.filter(|now| now.id == snapshot.id) {
                         tx.update(&Snapshot { usage: Some(usage), ..now.clone() })?;
                     }
                     Ok::<_, Error>(())
-                })?;
+                });
+                if let Err(e) = kept {
+                    log::debug!("the usage of {key} will be measured again: {e}");
+                }
                 Ok(usage)
             }
         }
