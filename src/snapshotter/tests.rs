@@ -517,6 +517,23 @@ fn root_a_commit_looks_at_no_file_of_the_snapshot() {
     assert!(usage.size >= 100_000 && usage.inodes == 2, "{usage:?}");
 }
 
+/// The start failed: leftovers could not be put on the list for cleanup, though the next start finds them again.
+#[test]
+fn root_a_start_that_cannot_write_serves_and_leaves_leftovers_to_the_next() {
+    let place = Place::new(Mode::Symlink);
+    drop(place.restart());
+    fs::create_dir_all(place.snapshots().join("1/fs")).unwrap();
+    let writer = rusqlite::Connection::open(place.dir.path().join("metadata.sqlite")).unwrap();
+    let s = place.open(Arc::new(Host));
+    writer.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert_eq!(s.recover().unwrap().leftovers, 1);
+    drop(writer);
+    drop(s);
+    assert_eq!(place.on_disk(), ["1"]);
+    place.restart();
+    assert_eq!(place.on_disk(), Vec::<String>::new());
+}
+
 /// The start ended with such a directory; and one of which nothing could be said counted as empty, and was removed.
 #[test]
 fn root_directory_that_cannot_be_read_holds_files_and_does_not_end_the_start() {
