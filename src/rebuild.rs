@@ -161,7 +161,13 @@ pub fn run(
     let kept = lineage::keep(candidates);
     let last = kept.snapshots.iter().map(|snapshot| snapshot.id).max().max(Some(highest));
     let old = keep_old(metadata)?;
-    Store::create(metadata, last, &kept.snapshots, &found.leftovers).map_err(Error::Metadata)?;
+    Store::create(metadata, last, &kept.snapshots, &found.leftovers).map_err(|cause| {
+        if let Some(old) = &old {
+            let _ = fs::remove_file(Store::wal_of(old));
+            let _ = fs::remove_file(old);
+        }
+        Error::Metadata(cause)
+    })?;
     let containerd = held.map(|(path, _)| path);
     let (metadata, snapshotter) = (metadata.to_owned(), wanted.snapshotter.clone());
     Ok(Report { metadata, snapshotter, old, ..report(containerd, &kept, &known) })
@@ -307,7 +313,8 @@ fn read_remote(
     })
 }
 
-/// A second name for the old file, which the new one then takes the first from.
+/// Second names for the old file and its log, which the new one then takes the first ones from. After a kill, the last
+/// writes are in the log and not in the file.
 fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
     for n in 1.. {
         let mut name = metadata.as_os_str().to_owned();
@@ -315,16 +322,9 @@ fn keep_old(metadata: &Path) -> Result<Option<PathBuf>, Error> {
         let kept = PathBuf::from(name);
         match fs::hard_link(metadata, &kept) {
             Ok(()) => {
-                // After a kill, the last writes are in the log and not in the file, so both are kept.
-                let log = Store::wal_of(metadata);
-                let moved = match fs::hard_link(&log, Store::wal_of(&kept)) {
-                    Err(e) if e.kind() == io::ErrorKind::NotFound => fs::remove_file(metadata),
-                    // The file goes first: it is never there without its log.
-                    linked => linked.and_then(|()| fs::remove_file(metadata)).and_then(|()| fs::remove_file(&log)),
-                };
-                return match moved {
-                    Ok(()) => Ok(Some(kept)),
-                    Err(cause) => Err(Error::Keep { path: kept, cause }),
+                return match fs::hard_link(Store::wal_of(metadata), Store::wal_of(&kept)) {
+                    Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(Error::Keep { path: kept, cause }),
+                    _ => Ok(Some(kept)),
                 };
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}

@@ -79,6 +79,10 @@ impl Error {
             }
             Some(ErrorCode::DiskFull) => Some(Errno::ENOSPC),
             Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => sys::sqlite_errno(connection),
+            Some(ErrorCode::DatabaseBusy) => {
+                let cause = "another program has it open, end that one".to_owned();
+                return Self::Access { path: path.to_owned(), cause, errno: None };
+            }
             _ => None,
         };
         Self::access(path, cause, errno)
@@ -141,6 +145,9 @@ impl Store {
     }
 
     fn open_checked(path: &Path, occupied: Option<SnapshotId>) -> Result<Self> {
+        if let Err(e) = file::allocate_wal(path) {
+            log::warn!("removals may fail on a full disk: cannot allocate {}: {e}", Self::wal_of(path).display());
+        }
         let connection = file::open_writer(path)?;
         // Outside a transaction, each statement is one of its own.
         let write = Write::new(&connection, path);
@@ -159,20 +166,15 @@ impl Store {
         reserve_of(path).exists()
     }
 
-    /// Writes what frees space. On a full disk the reserve is given up, and it is tried again. If somebody who reads for
-    /// long has kept the write-ahead log from beginning anew, so that it has taken that space as well, the log is written
-    /// into the file, and it is tried once more.
+    /// Writes what frees space. On a full disk the reserve is given up, and it is tried again.
     pub fn write_to_free<T, E: From<Error>>(
         &self,
         body: impl Fn(&Write) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        let mut result = self.try_write(&body);
-        for make_room in [|store: &Self| use_reserve(&store.path), Self::checkpoint] {
-            if matches!(&result, Err(e) if e.is_full_disk()) && make_room(self) {
-                result = self.try_write(&body);
-            }
+        match self.try_write(&body) {
+            Err(e) if e.is_full_disk() && use_reserve(&self.path) => self.try_write(&body)?,
+            result => result?,
         }
-        result?
     }
 
     /// Makes the reserve again, if there is room.

@@ -14,7 +14,7 @@ use fuser::{
     INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry,
     ReplyOpen, ReplyWrite, Request, Session, TimeOrNow, WriteFlags,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 use parking_lot::Mutex;
 
 use crate::faults::{Fault, Kind, Steps, Verdict};
@@ -39,12 +39,7 @@ pub struct Disk {
     shared: Arc<Mutex<Shared>>,
     _session: BackgroundSession,
     mountpoint: tempfile::TempDir,
-    _memory: tempfile::NamedTempFile,
 }
-
-/// The name of what SQLite's connections share in memory. A file of another file system is mounted there: to map pages
-/// that the same process serves would end in a deadlock.
-const SHARED_MEMORY: &str = "metadata.sqlite-shm";
 
 struct Shared {
     steps: Arc<Steps>,
@@ -89,7 +84,7 @@ impl Pending {
 
 impl File {
     fn named(name: &OsStr) -> Self {
-        let is_counted = name.as_bytes().starts_with(b"metadata.sqlite") && name != SHARED_MEMORY;
+        let is_counted = name.as_bytes().starts_with(b"metadata.sqlite");
         Self { is_counted, ..Self::default() }
     }
 
@@ -125,9 +120,7 @@ impl File {
 
 impl Default for Disk {
     fn default() -> Self {
-        let inode = ROOT + 1;
-        let name = OsString::from(SHARED_MEMORY);
-        Self::with(BTreeMap::from([(name.clone(), inode)]), BTreeMap::from([(inode, File::named(&name))]))
+        Self::with(BTreeMap::new(), BTreeMap::new())
     }
 }
 
@@ -140,10 +133,7 @@ impl Disk {
         config.mount_options = vec![MountOption::FSName("disk".to_owned()), MountOption::DefaultPermissions];
         let session = Session::new(Mounted(Arc::clone(&shared)), mountpoint.path(), &config).unwrap();
         let session = session.spawn().unwrap();
-        let memory = tempfile::NamedTempFile::new().unwrap();
-        let place = mountpoint.path().join(SHARED_MEMORY);
-        mount(Some(memory.path()), &place, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
-        Self { shared, _session: session, mountpoint, _memory: memory }
+        Self { shared, _session: session, mountpoint }
     }
 
     /// Where the metadata is on it.
@@ -175,7 +165,6 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = umount2(&self.mountpoint.path().join(SHARED_MEMORY), MntFlags::MNT_DETACH);
         // A background thread may drop the store after the test, and a plain unmount fails while a file is open.
         let _ = umount2(self.mountpoint.path(), MntFlags::MNT_DETACH);
     }

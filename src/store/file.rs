@@ -4,8 +4,8 @@
 //! file there that is not a store is a damaged one, and never one that is just being made.
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::transaction::{Read, Write};
-use super::{Error, Result, Store};
+use super::{Error, Result, Store, use_reserve};
 use crate::types::{Snapshot, SnapshotId};
 
 /// In the head of each file: "cvms".
@@ -58,7 +58,11 @@ const SCHEMA: [&str; 6] = [
 ) STRICT",
 ];
 
-/// How long to wait for another program that writes into the file.
+/// SQLite's interface to the file system that keeps the file for this process alone, and the index of the write-ahead log
+/// in its memory. The usual one maps a file for it, and a full disk that has no block for a page of that file ends the
+/// process with SIGBUS.
+const VFS: &str = "unix-excl";
+/// How long a start waits for another program that has the file open.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 const PAGE: u64 = 4096;
 const FOREIGN: &str = "it is not the metadata of this program";
@@ -71,31 +75,46 @@ const LOG_SIZE_LIMIT: u32 = 4 << 20;
 /// The write-ahead log is written into the file when it has this number of pages. They fit into the reserve
 /// (`RESERVE_BYTES`), so any number of removals fits, too.
 const CHECKPOINT_PAGES: u32 = 128;
+/// Size that the write-ahead log has from the start on, with half as many pages again: on a full disk it cannot grow.
+pub(super) const WAL_BYTES: u64 = 192 * (PAGE + 24) + WAL_HEAD as u64;
+/// Without it, SQLite takes a write-ahead log for an empty one.
+const WAL_HEAD: usize = 32;
 
 impl Store {
     /// Whether the file at `path` is a whole store of this program's schema. It is not changed.
     pub fn check(path: &Path) -> Result<()> {
-        let made: Vec<PathBuf> =
-            ["-wal", "-shm"].iter().map(|end| beside(path, end)).filter(|file| !file.exists()).collect();
+        let wal = Self::wal_of(path);
+        let had_wal = wal.exists();
         let result = check_file(path);
-        if result.is_err() {
-            // SQLite made them to look at the file.
-            for file in made {
-                let _ = remove(&file);
-            }
+        if result.is_err() && !had_wal {
+            // SQLite made it to look at the file.
+            let _ = remove(&wal);
         }
         result
     }
 
     /// The write-ahead log of the metadata at `path`: what is not written into the file yet.
     pub fn wal_of(path: &Path) -> PathBuf {
-        beside(path, "-wal")
+        let mut name = path.as_os_str().to_owned();
+        name.push("-wal");
+        name.into()
     }
 
-    /// Makes a store with `snapshots`, parents before children, and with `leftovers` on the list
-    /// for cleanup. As with `open`, it hands out ids above `occupied`; theirs must not be higher.
-    /// What was at `path` before is replaced.
+    /// Makes a store with `snapshots`, parents before children, and with `leftovers` on the list for cleanup. As with
+    /// `open`, it hands out ids above `occupied`; theirs must not be higher. What was at `path` before is replaced.
     pub fn create(
+        path: &Path,
+        occupied: Option<SnapshotId>,
+        snapshots: &[Snapshot],
+        leftovers: &[SnapshotId],
+    ) -> Result<()> {
+        match Self::try_create(path, occupied, snapshots, leftovers) {
+            Err(e) if e.is_full_disk() && use_reserve(path) => Self::try_create(path, occupied, snapshots, leftovers),
+            result => result,
+        }
+    }
+
+    fn try_create(
         path: &Path,
         occupied: Option<SnapshotId>,
         snapshots: &[Snapshot],
@@ -104,25 +123,35 @@ impl Store {
         let new = path.with_extension("new");
         let failed = |cause: io::Error| failed(path, &cause);
         // A process that died while it made new metadata left these files.
-        remove_all(&new).map_err(failed)?;
-        let result = fill(&new, occupied, snapshots, leftovers)
-            // A log beside the place belongs to the file that is replaced.
-            .and_then(|()| remove(&Self::wal_of(path)).and_then(|()| sync_directory(path)).map_err(failed))
-            .and_then(|()| fs::rename(&new, path).map_err(failed))
-            .and_then(|()| sync_directory(path).map_err(failed));
+        remove(&new).and_then(|()| remove(&Self::wal_of(&new))).map_err(failed)?;
+        let put_in_place = || {
+            // SQLite made it, and nothing is in it.
+            remove(&Self::wal_of(&new))?;
+            // The log belongs to the file that is replaced. That goes first, for without its log it may pass for whole.
+            remove(path)?;
+            remove(&Self::wal_of(path))?;
+            sync_directory(path)?;
+            fs::rename(&new, path)?;
+            sync_directory(path)
+        };
+        let result = fill(&new, occupied, snapshots, leftovers).and_then(|()| put_in_place().map_err(failed));
         if result.is_err() {
             // The first failure is the one to tell.
-            let _ = remove_all(&new);
+            let _ = remove(&new).and_then(|()| remove(&Self::wal_of(&new)));
         }
         result
     }
 }
 
 fn check_file(path: &Path) -> Result<()> {
-    let length = fs::metadata(path).map_err(|cause| failed(path, &cause))?.len();
+    let found = fs::metadata(path).map_err(|cause| failed(path, &cause))?;
+    if !found.is_file() {
+        return Err(Error::damaged(path, "it is no regular file"));
+    }
+    let length = found.len();
     // SQLite would take it for a new database, and remove the log beside it.
-    if length == 0 {
-        return Err(Error::damaged(path, "it has 0 bytes"));
+    if length < PAGE {
+        return Err(Error::damaged(path, &format!("it has {length} bytes")));
     }
     check_content(path)?;
     // SQLite reads a page that is cut as if zeros followed. Where there is a log, the page may be in it.
@@ -233,7 +262,7 @@ fn open_with(path: &Path, more: OpenFlags, cache_kib: u32) -> Result<Connection>
 
 fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | more;
-    Connection::open_with_flags(path, flags).map_err(|cause| {
+    Connection::open_with_flags_and_vfs(path, flags, VFS).map_err(|cause| {
         let errno = Some(Errno::last()).filter(|_| cause.sqlite_error_code() == Some(ErrorCode::CannotOpen));
         Error::access(path, &cause, errno)
     })
@@ -242,6 +271,8 @@ fn connect(path: &Path, more: OpenFlags) -> Result<Connection> {
 fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
     connection.busy_timeout(LOCK_WAIT)?;
     connection.set_prepared_statement_cache_capacity(64);
+    // The log keeps its blocks. `Store::close_for_good` empties it.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     connection.execute_batch(&format!(
         "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;
          PRAGMA cache_size = -{cache_kib}; PRAGMA journal_size_limit = {LOG_SIZE_LIMIT};
@@ -249,14 +280,19 @@ fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
     ))
 }
 
-fn remove_all(path: &Path) -> io::Result<()> {
-    [path.to_owned(), beside(path, "-wal"), beside(path, "-shm")].iter().try_for_each(|file| remove(file))
+/// Gives the write-ahead log the blocks that it will need, behind what is in it.
+pub(super) fn allocate_wal(path: &Path) -> io::Result<()> {
+    let mut wal = OpenOptions::new().create(true).append(true).open(Store::wal_of(path))?;
+    let missing = WAL_BYTES.saturating_sub(wal.metadata()?.len());
+    wal.write_all(&vec![0; usize::try_from(missing).unwrap_or(0)])
 }
 
-fn beside(path: &Path, end: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(end);
-    name.into()
+/// Empties the write-ahead log, which is written into the file, and keeps its blocks. A log that can be read would be
+/// taken for that of whatever file is put in the place of this one.
+pub(super) fn clear_wal(path: &Path) -> io::Result<()> {
+    let mut wal = OpenOptions::new().write(true).open(Store::wal_of(path))?;
+    wal.write_all(&[0; WAL_HEAD])?;
+    wal.sync_data()
 }
 
 fn remove(path: &Path) -> io::Result<()> {

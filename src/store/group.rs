@@ -14,7 +14,7 @@ use std::time::Instant;
 use parking_lot::{Mutex, MutexGuard};
 use rusqlite::Connection;
 
-use super::file::SCHEMA_VERSION;
+use super::file::{SCHEMA_VERSION, clear_wal};
 use super::{Error, Read, Result, Store, Write};
 use crate::metrics::METRICS;
 
@@ -29,8 +29,6 @@ struct OpenWriter {
     connection: Connection,
     /// The open transaction, which waits for the next write.
     group: Option<Group>,
-    /// When a transaction could not be begun for the last time, and why.
-    refused: Option<(Instant, Error)>,
     /// A commit failed. Its pages may be in the write-ahead log all the same, and a recovery after a crash would apply
     /// them.
     wal_may_hold_failed_commit: bool,
@@ -47,7 +45,7 @@ struct Group {
 
 impl Writer {
     pub(super) fn new(connection: Connection) -> Self {
-        let open = OpenWriter { connection, group: None, refused: None, wal_may_hold_failed_commit: false };
+        let open = OpenWriter { connection, group: None, wal_may_hold_failed_commit: false };
         Self { waiting: AtomicUsize::new(0), open: Mutex::new(Some(open)) }
     }
 
@@ -74,12 +72,11 @@ impl Store {
         &self,
         body: impl FnOnce(&Write) -> std::result::Result<T, E>,
     ) -> Result<std::result::Result<T, E>> {
-        let since = Instant::now();
         let mut open = self.writer.lock();
         let writer = open.as_mut().ok_or(Error::Closed)?;
         let mut group = match writer.group.take() {
             Some(group) => group,
-            None => self.begin(writer, since)?,
+            None => self.begin(writer)?,
         };
         let before = writer.connection.total_changes();
         let result = match self.in_savepoint(&writer.connection, body) {
@@ -140,28 +137,16 @@ impl Store {
         Ok(result)
     }
 
-    /// Begins a transaction for a write that has waited since `since`.
-    fn begin(&self, writer: &mut OpenWriter, since: Instant) -> Result<Group> {
-        // Another program kept the file locked. The writes that waited meanwhile give up together, for in turns the last
-        // of them would wait for minutes.
-        if let Some((at, cause)) = writer.refused.as_ref().filter(|(at, _)| since < *at) {
-            log::debug!("a write gives up that waited for {} ms", at.duration_since(since).as_millis());
-            return Err(cause.clone());
-        }
+    fn begin(&self, writer: &mut OpenWriter) -> Result<Group> {
         let connection = &writer.connection;
         // The last one may have failed to roll back.
         self.roll_back(connection);
-        let ready = if writer.wal_may_hold_failed_commit { self.overwrite_failed_commit(connection) } else { Ok(()) };
-        match ready.and_then(|()| self.run(connection, "BEGIN IMMEDIATE")) {
-            Ok(()) => {
-                writer.wal_may_hold_failed_commit = false;
-                Ok(Group::default())
-            }
-            Err(cause) => {
-                writer.refused = Some((Instant::now(), cause.clone()));
-                Err(cause)
-            }
+        if writer.wal_may_hold_failed_commit {
+            self.overwrite_failed_commit(connection)?;
+            writer.wal_may_hold_failed_commit = false;
         }
+        self.run(connection, "BEGIN IMMEDIATE")?;
+        Ok(Group::default())
     }
 
     /// Commits the transaction, and tells all of its members.
@@ -174,24 +159,6 @@ impl Store {
             METRICS.committed(group.members as u64, since);
         }
         let _ = group.commit.set(result);
-    }
-
-    /// A write may have left its transaction to whoever waits for the lock.
-    fn finish_open_group(&self, writer: &mut OpenWriter) {
-        if let Some(group) = writer.group.take() {
-            self.finish(writer, &group);
-        }
-    }
-
-    /// Writes the write-ahead log into the file, so that the next write begins the log anew. False: that is not possible
-    /// now, because somebody still reads an older state, or the disk fails.
-    pub(super) fn checkpoint(&self) -> bool {
-        let mut open = self.writer.lock();
-        let Some(writer) = open.as_mut() else { return false };
-        self.finish_open_group(writer);
-        let pages = |row: &rusqlite::Row<'_>| Ok::<(i64, i64), _>((row.get(1)?, row.get(2)?));
-        let written = writer.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
-        written.is_ok_and(|(in_log, written)| in_log == written)
     }
 
     /// Frees the pages that the writer has in memory, unless somebody writes.
@@ -219,12 +186,21 @@ impl Store {
         self.run(connection, &format!("PRAGMA user_version = {SCHEMA_VERSION}"))
     }
 
-    /// Closes all connections. Every later call fails.
+    /// Writes the write-ahead log into the file and closes all connections. Every later call fails.
     pub fn close_for_good(&self) {
-        if let Some(mut writer) = self.writer.lock().take() {
-            self.finish_open_group(&mut writer);
+        let Some(mut writer) = self.writer.lock().take() else { return };
+        // A write may have left its transaction to whoever waits for the lock.
+        if let Some(group) = writer.group.take() {
+            self.finish(&mut writer, &group);
         }
         self.readers.close();
+        let pages = |row: &rusqlite::Row<'_>| Ok::<(i64, i64), _>((row.get(1)?, row.get(2)?));
+        let written = writer.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
+        drop(writer);
+        if written.is_ok_and(|(in_log, written)| in_log == written) {
+            // What is left of it does no harm: it is the same as in the file.
+            let _ = clear_wal(&self.path);
+        }
     }
 
     /// Executes a statement that returns no rows.

@@ -94,7 +94,7 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
     for length in (0..whole.len()).step_by(whole.len() / 50) {
         assert!(check(&whole[..length]).contains("is damaged"), "{length} bytes of {}", whole.len());
     }
-    for (bytes, why) in [(&b""[..], "0 bytes"), (b"a text of somebody else", "not the metadata")] {
+    for (bytes, why) in [(&b""[..], "0 bytes"), (&b"a text of somebody else. ".repeat(1000), "not the metadata")] {
         assert!(check(bytes).contains(why), "{}", check(bytes));
     }
     fs::remove_file(&path).unwrap();
@@ -121,6 +121,27 @@ fn a_reserve_that_was_cut_is_made_anew() {
     fs::write(&reserve, [0xff; 10]).unwrap();
     drop(Store::open(&path, None).unwrap());
     assert_eq!(fs::metadata(&reserve).unwrap().len(), RESERVE_BYTES as u64);
+}
+
+/// The log was removed at a stop, and could not be made again on a disk that somebody had filled meanwhile.
+#[test]
+fn a_stop_leaves_the_log_its_blocks_and_the_file_whole() {
+    let (_dir, path) = filled();
+    let store = Store::open(&path, None).unwrap();
+    let length = || fs::metadata(Store::wal_of(&path)).unwrap().len();
+    assert_eq!(length(), file::WAL_BYTES);
+    store.write(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
+    assert_eq!(length(), file::WAL_BYTES);
+    store.close_for_good();
+    assert_eq!(length(), file::WAL_BYTES);
+    // Without its log, and beside the log of another file.
+    let copy = path.with_file_name("copy.sqlite");
+    fs::copy(&path, &copy).unwrap();
+    let other = Store::open(&path, None).unwrap();
+    other.write(|tx| tx.finish_cleanup(tx.begin_cleanup(SnapshotId(1)..=SnapshotId(1), 1)?)).unwrap();
+    other.close_for_good();
+    fs::copy(Store::wal_of(&path), Store::wal_of(&copy)).unwrap();
+    assert!(Store::open(&copy, None).unwrap().read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap());
 }
 
 /// As docs/format.md says how to copy it.

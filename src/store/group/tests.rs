@@ -309,30 +309,9 @@ fn root_a_refusal_for_what_a_neighbour_wrote_waits_for_that_to_be_durable() {
     });
 }
 
-/// Each waited for the lock when it had its turn, and 32 of them kept all workers for minutes.
-#[test]
-fn writes_that_wait_for_a_lock_of_somebody_else_give_up_together() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&dir.path().join("metadata.sqlite"), None).unwrap();
-    let other = Connection::open(&store.path).unwrap();
-    other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let since = Instant::now();
-    thread::scope(|scope| {
-        for id in 0..16 {
-            let store = &store;
-            scope.spawn(move || store.write(|tx| tx.schedule_cleanup(&[SnapshotId(id)])).unwrap_err());
-        }
-        // It waits for nobody.
-        assert!(!is_there(&store, 1));
-    });
-    assert!(since.elapsed() < Duration::from_secs(16), "{:?}", since.elapsed());
-    other.execute_batch("ROLLBACK").unwrap();
-    assert_eq!(write(&store, 1, Manner::Writes), Said::Done);
-}
-
 /// The write had left its transaction to whoever came next, and was never answered.
 #[test]
-fn write_that_the_log_is_written_after_is_committed() {
+fn write_that_waits_when_the_store_is_closed_is_committed() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("metadata.sqlite"), None).unwrap();
     let (begun, has_begun) = mpsc::channel();
@@ -348,8 +327,10 @@ fn write_that_the_log_is_written_after_is_committed() {
             })
         });
         has_begun.recv().unwrap();
-        assert!(store.checkpoint());
+        store.close_for_good();
         first.join().unwrap().unwrap();
     });
-    assert!(is_there(&store, 1));
+    let path = store.path.clone();
+    drop(store);
+    assert!(is_there(&Store::open(&path, None).unwrap(), 1));
 }

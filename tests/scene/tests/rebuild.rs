@@ -82,6 +82,45 @@ fn newer_schema(path: &Path) {
     database.pragma_update(None, "user_version", 99).unwrap();
 }
 
+/// A shell of sqlite3 that was left open kept the index of the old log, and the file that a rebuild had made passed for a
+/// damaged one.
+#[test]
+fn root_metadata_that_another_program_has_open_is_not_used_and_the_other_way_round() {
+    let mut d = Alone::start("open", "");
+    fill(&d.client);
+    let file = metadata(&d.snapshotter);
+    let count = |other: &rusqlite::Connection| -> rusqlite::Result<i64> {
+        other.query_row("SELECT count(*) FROM snapshots", [], |row| row.get(0))
+    };
+    let locked = count(&rusqlite::Connection::open(&file).unwrap()).unwrap_err();
+    assert_eq!(locked.sqlite_error_code(), Some(rusqlite::ErrorCode::DatabaseBusy));
+    d.snapshotter.end(Signal::SIGKILL);
+    let other = rusqlite::Connection::open(&file).unwrap();
+    let snapshots = count(&other).unwrap();
+    let output = d.snapshotter.command().output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for part in ["metadata.sqlite", "another program has it open", "nothing was changed"] {
+        assert!(message.contains(part), "{message}");
+    }
+    drop(other);
+    d.snapshotter.start_again();
+    assert_eq!(i64::try_from(d.snapshotter.client().list(&[]).unwrap().len()).unwrap(), snapshots);
+}
+
+/// The start waited for somebody to write into it, and said nothing.
+#[test]
+fn root_metadata_that_is_no_file_is_refused() {
+    let mut d = Alone::start("fifo", "");
+    d.snapshotter.end(Signal::SIGTERM);
+    let file = metadata(&d.snapshotter);
+    fs::remove_file(&file).unwrap();
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let output = d.snapshotter.command().output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("it is no regular file") && message.contains("--rebuild-metadata"), "{message}");
+}
+
 #[test]
 fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     let mut d = Alone::start("damaged", "");
@@ -121,7 +160,7 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
     let database = rusqlite::Connection::open(&file).unwrap();
     database.execute_batch("PRAGMA wal_checkpoint; UPDATE snapshots SET labels = '{' WHERE key = 'base'").unwrap();
     drop(database);
-    refused("a row", "is damaged: a row of table snapshots is none", rebuild);
+    refused("a row", "is damaged: a row of table snapshots was not written by this program", rebuild);
     fs::write(&file, &whole).unwrap();
     newer_schema(&file);
     let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
