@@ -163,6 +163,43 @@ fn root_removals_work_beside_a_container_that_keeps_the_disk_full() {
     assert!(c.list(&[]).unwrap().is_empty());
 }
 
+/// The damaged file was moved away before there was a new one, and the message said that nothing was changed.
+#[test]
+fn root_a_rebuild_that_a_full_disk_ends_changes_nothing() {
+    let sandbox = Sandbox::enter("rebuild");
+    let repository = Repository::plain(&sandbox.path("cvmfs"));
+    let dir = sandbox.path("s");
+    let disk = Disk::ext4(&dir.join("root"), 16, &[]);
+    let mut snapshotter = Snapshotter::start(&dir, repository.dir(), "");
+    let c = snapshotter.client();
+    for n in 0..300 {
+        c.prepare(&format!("key-{n}"), "", &[]).unwrap();
+    }
+    snapshotter.end(Signal::SIGTERM);
+    let home = dir.join("root/snapshotter");
+    let file = home.join("metadata.sqlite");
+    let mut damaged = fs::read(&file).unwrap();
+    damaged[8192..].fill(0xff);
+    fs::write(&file, &damaged).unwrap();
+    fs::remove_file(home.join("metadata.reserve")).unwrap();
+    disk.fill();
+    let before = scene::stage::names(&home);
+    let rebuild = |snapshotter: &Snapshotter| {
+        let mut command = snapshotter.command();
+        command.args(["--rebuild-metadata", "--containerd-metadata", "none"]).output().unwrap()
+    };
+    let failed = rebuild(&snapshotter);
+    let message = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert_eq!(failed.status.code(), Some(1), "{message}");
+    assert!(message.contains("ENOSPC") && message.contains("nothing was changed"), "{message}");
+    assert_eq!(scene::stage::names(&home), before);
+    assert!(fs::read(&file).unwrap() == damaged);
+    disk.make_room();
+    assert!(rebuild(&snapshotter).status.success());
+    snapshotter.start_again();
+    assert_eq!(snapshotter.client().list(&[]).unwrap().len(), 300);
+}
+
 /// After the first write that failed, List and Mounts failed as well: the metadata was closed,
 /// and to be opened it had to be written.
 #[test]
