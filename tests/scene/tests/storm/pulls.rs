@@ -68,6 +68,7 @@ fn is_outage(message: &str) -> bool {
         "error reading from server",
         "transport is closing",
         "connection reset",
+        "failed to write client preface",
     ];
     signs.iter().any(|sign| message.contains(sign)) || (message.contains("s.sock") && message.contains("no such file"))
 }
