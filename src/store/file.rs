@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -127,7 +127,7 @@ impl Store {
         let put_in_place = || {
             // SQLite made it, and nothing is in it.
             remove(&Self::wal_of(&new))?;
-            // The log belongs to the file that is replaced. That goes first, for without its log it may pass for whole.
+            // The old file is removed before its log, because a start could take a file without its log for a whole one.
             remove(path)?;
             remove(&Self::wal_of(path))?;
             sync_directory(path)?;
@@ -148,14 +148,14 @@ fn check_file(path: &Path) -> Result<()> {
     if !found.is_file() {
         return Err(Error::damaged(path, "it is no regular file"));
     }
-    let length = found.len();
+    let (length, has_log) = (found.len(), has_log(path));
     // SQLite would take it for a new database, and remove the log beside it.
     if length < PAGE {
         return Err(Error::damaged(path, &format!("it has {length} bytes")));
     }
     check_content(path)?;
-    // SQLite reads a page that is cut as if zeros followed. Where there is a log, the page may be in it.
-    if !length.is_multiple_of(PAGE) && !Store::wal_of(path).exists() {
+    // SQLite reads a page that is cut as if zeros followed. If something is in the log, the page may be there.
+    if !length.is_multiple_of(PAGE) && !has_log {
         return Err(Error::damaged(path, "it ends within a page"));
     }
     Ok(())
@@ -278,6 +278,13 @@ fn configure(connection: &Connection, cache_kib: u32) -> rusqlite::Result<()> {
          PRAGMA cache_size = -{cache_kib}; PRAGMA journal_size_limit = {LOG_SIZE_LIMIT};
          PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};"
     ))
+}
+
+/// Whether the write-ahead log has anything that SQLite would read. It is made by SQLite when it opens the file.
+fn has_log(path: &Path) -> bool {
+    let mut head = [0; WAL_HEAD];
+    let read = File::open(Store::wal_of(path)).and_then(|mut wal| wal.read_exact(&mut head));
+    read.is_ok() && head != [0; WAL_HEAD]
 }
 
 /// Gives the write-ahead log the blocks that it will need, behind what is in it.

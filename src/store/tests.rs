@@ -102,6 +102,23 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
     assert!(Store::check(&path).unwrap_err().to_string().contains("not the metadata"));
 }
 
+/// The check was made after SQLite had made an empty log, and a log was taken for a reason why the file may be cut.
+#[test]
+fn a_file_that_is_cut_beside_an_empty_log_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.sqlite");
+    Store::open(&path, None).unwrap().close_for_good();
+    // The last page is that of an empty index, and ends with zeros.
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    for has_log in [true, false] {
+        assert_eq!(Store::wal_of(&path).exists(), has_log);
+        let refused = Store::check(&path).unwrap_err();
+        assert!(refused.to_string().ends_with("it ends within a page"), "{refused}");
+        let _ = fs::remove_file(Store::wal_of(&path));
+    }
+}
+
 /// SQLite's own check passes over it, and the snapshot was taken for one without a parent.
 #[test]
 fn a_file_in_which_a_parent_is_missing_is_refused() {
