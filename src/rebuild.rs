@@ -162,7 +162,8 @@ pub fn run(
     let last = kept.snapshots.iter().map(|snapshot| snapshot.id).max().max(Some(highest));
     let old = keep_old(metadata)?;
     Store::create(metadata, last, &kept.snapshots, &found.leftovers).map_err(|cause| {
-        if let Some(old) = &old {
+        // Otherwise the second names are the only ones of the old files.
+        if let Some(old) = old.as_ref().filter(|_| metadata.exists()) {
             let _ = fs::remove_file(Store::wal_of(old));
             let _ = fs::remove_file(old);
         }
