@@ -45,7 +45,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
         if let Err(why) = make(contestant, ROUNDS, CROWD) {
             group.note(format!("{}: {why}", contestant.name));
         }
-        take(&mut group, contestant, &format!("right after {CROWD} clients made 2000 more"));
+        take(&mut group, contestant, &format!("right after {CROWD} clients made {} more", SNAPSHOTS / ROUNDS));
     }
     say.that("waiting for memory to be given back");
     thread::sleep(REST);
