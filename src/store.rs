@@ -43,7 +43,7 @@ pub enum Error {
     Access {
         path: PathBuf,
         cause: String,
-        /// What the operating system said, if it was asked.
+        /// The error of the system call that failed, if one did.
         errno: Option<Errno>,
     },
     /// The daemon is about to end.
@@ -102,7 +102,7 @@ impl Error {
         matches!(self, Self::Damaged { .. }) || self.errno().is_some()
     }
 
-    /// What the operating system said.
+    /// The error of the system call that failed, if one did.
     pub fn errno(&self) -> Option<Errno> {
         if let Self::Access { errno, .. } = self { *errno } else { None }
     }

@@ -1,5 +1,5 @@
-//! What the start does with the disk as it finds it: compare it with the metadata, put what nobody owns on the cleanup
-//! list, and log what is broken. Any state starts.
+//! The start compares the disk with the metadata, puts what nobody owns on the cleanup list, and logs what is broken. It
+//! goes on whatever it finds.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
@@ -69,7 +69,7 @@ impl Snapshotter {
         Ok(found)
     }
 
-    /// Of directories that are not of local snapshots, those that nothing needs.
+    /// Finds the directories that nothing needs among `others`, which are not those of local snapshots.
     fn find_leftovers(&self, others: &[SnapshotId], found: &mut Found) -> Result<Vec<SnapshotId>> {
         let mounts = self.sys.mounts_below(self.places.all())?;
         let mut leftovers = Vec::new();
@@ -103,7 +103,7 @@ impl Snapshotter {
     /// copy of the metadata was put back, or the file was damaged and lost its last entries.
     fn holds_files(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
         let fs = self.places.fs(id);
-        // What is mounted there is a published layer.
+        // A mount at this place shows a published layer, whose files are the repository's.
         if mounts.contains(&fs) {
             return false;
         }

@@ -67,7 +67,7 @@ impl Store {
         self.try_write(body)?
     }
 
-    /// As `write`, with what the store failed at apart from what `body` said.
+    /// Does the same as `write`, and returns a failure of the store apart from the result of `body`.
     pub(super) fn try_write<T, E>(
         &self,
         body: impl FnOnce(&Write) -> std::result::Result<T, E>,
@@ -198,7 +198,7 @@ impl Store {
         let written = writer.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
         drop(writer);
         if written.is_ok_and(|(in_log, written)| in_log == written) {
-            // What is left of it does no harm: it is the same as in the file.
+            // If the log cannot be emptied, the next start reads it, and finds the pages that the file has.
             let _ = clear_wal(&self.path);
         }
     }

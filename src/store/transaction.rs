@@ -23,7 +23,7 @@ pub struct Read<'s> {
     failure: RefCell<Option<Error>>,
 }
 
-/// What the store has of a layer, read only if its record is short enough.
+/// The stored scan of a layer, as it was found. A record that is too long is not read.
 pub enum FoundScan {
     Absent,
     Read(StoredScan),
@@ -265,7 +265,7 @@ impl<'s> Read<'s> {
         self.is("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [id])
     }
 
-    /// What was found in a layer, if its record has fewer than `bytes`.
+    /// Looks up the stored scan of a layer, and reads it if its record has fewer than `bytes`.
     pub fn scan(&self, key: &ScanKey, bytes: usize) -> Result<FoundScan> {
         const SQL: &str =
             "SELECT iif(length(result) < ?3, result, NULL) FROM scans WHERE digest = ?1 AND repository = ?2";

@@ -96,7 +96,7 @@ impl Snapshotter {
         let mut command = Command::new(binary());
         command.arg("--address").arg(self.socket()).arg("--root").arg(self.root());
         command.arg("--config").arg(self.dir.join("config.toml")).args(["--log-level", level]);
-        // As the unit sets it.
+        // The packaged unit sets this as well, so the daemon is tested and measured as it is installed.
         command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
         command
     }
