@@ -40,8 +40,8 @@ use crate::proto::snapshots::{
 };
 use crate::repository::manifest::{ImageRef, MOST_LAYERS, Manifest};
 use crate::repository::scan::{Directory, record};
+use crate::sidecar::Sidecar;
 use crate::snapshotter::{self, Error, LabelChange, Wanted};
-use crate::store::sidecar::Sidecar;
 use crate::types::{
     Digest, Key, Kind, LABEL_SNAPSHOT_REF, LABELS_BYTES, Labels, Quoted, Snapshot, SnapshotId, Timestamp,
 };

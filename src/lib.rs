@@ -26,6 +26,7 @@ pub mod rebuild;
 pub mod repository;
 #[cfg(feature = "server")]
 pub mod server;
+pub mod sidecar;
 pub mod snapshotter;
 #[cfg(feature = "server")]
 pub mod status;

@@ -22,7 +22,7 @@ use self::containerd::Known;
 pub use self::report::Report;
 use crate::bolt::file;
 use crate::overlay::{Edition, Places};
-use crate::store::sidecar::Sidecar;
+use crate::sidecar::Sidecar;
 use crate::store::{self, Store};
 use crate::sys::{self, FileType, NOT_REGULAR, Sys};
 use crate::takeover::lineage::{self, Candidate, Kept, Odd};

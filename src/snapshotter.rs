@@ -37,7 +37,7 @@ use crate::metrics::METRICS;
 use crate::overlay::{self, LowerDirectories, Places};
 use crate::repository::Repository;
 use crate::repository::scan::ScanKey;
-use crate::store::sidecar::Sidecar;
+use crate::sidecar::Sidecar;
 use crate::store::{Read, Store};
 use crate::sys::{self, Sys};
 use crate::types::{

@@ -10,7 +10,6 @@ pub mod disk;
 mod file;
 mod group;
 mod readers;
-pub mod sidecar;
 #[cfg(test)]
 mod tests;
 mod transaction;

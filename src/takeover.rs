@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use self::lineage::{Candidate, Kept, LeftOut, Odd};
 use crate::bolt::{self, Bolt, Entries, Entry, file};
 use crate::overlay::Places;
-use crate::store::sidecar::Sidecar;
+use crate::sidecar::Sidecar;
 use crate::store::{self, Store};
 use crate::sys::{self, Sys};
 use crate::types::{

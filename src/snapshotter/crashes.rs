@@ -12,8 +12,8 @@ use std::sync::Arc;
 use super::tests::{Place, check_files, key, list_all, pull, remove_all, wanted};
 use super::*;
 use crate::faults::{Effect, Fault, Kind as StepKind, Step, Steps};
+use crate::sidecar::Sidecar;
 use crate::store::disk::{Disk, Left};
-use crate::store::sidecar::Sidecar;
 use crate::sys::Host;
 use crate::sys::failing::Failing;
 

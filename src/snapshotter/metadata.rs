@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{Error, Result, Snapshotter, check_depth, check_labels};
+use crate::sidecar::Sidecar;
 use crate::store::Read;
-use crate::store::sidecar::Sidecar;
 use crate::sys::DiskUsage;
 use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 

@@ -21,42 +21,7 @@ use crate::types::{Snapshot, SnapshotId};
 const APPLICATION: i32 = 0x6376_6d73;
 pub(super) const SCHEMA_VERSION: i32 = 1;
 
-/// docs/format.md explains it.
-const SCHEMA: [&str; 6] = [
-    "CREATE TABLE numbers (
-    first_id INTEGER NOT NULL,
-    next_id INTEGER NOT NULL
-) STRICT",
-    "CREATE TABLE snapshots (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL UNIQUE,
-    parent INTEGER REFERENCES snapshots (id),
-    depth INTEGER NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('view', 'active', 'committed')),
-    live INTEGER NOT NULL CHECK (live IN (0, 1)),
-    created INTEGER NOT NULL,
-    updated INTEGER NOT NULL,
-    labels TEXT NOT NULL,
-    ref TEXT,
-    digest TEXT,
-    repository TEXT,
-    size INTEGER,
-    inodes INTEGER
-) STRICT",
-    "CREATE INDEX snapshots_by_parent ON snapshots (parent, live) WHERE parent IS NOT NULL",
-    "CREATE INDEX snapshots_by_ref ON snapshots (ref, parent, key) WHERE ref IS NOT NULL",
-    "CREATE TABLE cleanup (
-    id INTEGER PRIMARY KEY,
-    begun INTEGER NOT NULL CHECK (begun IN (0, 1))
-) STRICT",
-    "CREATE TABLE scans (
-    id INTEGER PRIMARY KEY,
-    digest TEXT NOT NULL,
-    repository TEXT NOT NULL,
-    result BLOB NOT NULL,
-    UNIQUE (digest, repository)
-) STRICT",
-];
+const SCHEMA: &str = include_str!("schema.sql");
 
 /// SQLite's interface to the file system that keeps the file for this process alone, and the index of the write-ahead log
 /// in its memory. The usual one maps a file for it, and a full disk that has no block for a page of that file ends the
@@ -179,14 +144,7 @@ fn check_content(path: &Path) -> Result<()> {
     if version != i64::from(SCHEMA_VERSION) {
         return Err(Error::Schema { path: path.to_owned(), found: version });
     }
-    // A copy that VACUUM made has the statements of the schema in another order, and ANALYZE adds tables.
-    let mut expected = SCHEMA.map(str::to_owned);
-    expected.sort();
-    let mut schema =
-        strings(&connection, "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_stat%'")
-            .map_err(failed)?;
-    schema.sort();
-    if schema != expected {
+    if statements(&connection).map_err(failed)? != expected_statements().map_err(failed)? {
         return Err(Error::damaged(path, FOREIGN));
     }
     match strings(&connection, "PRAGMA integrity_check(1)").map_err(failed)?.pop() {
@@ -206,6 +164,20 @@ fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
     read.numbers().and_then(|_| read.for_each(|_| {}))
 }
 
+/// The statements that make the schema of a database. A copy that VACUUM made has them in another order, and ANALYZE adds
+/// tables.
+fn statements(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    const SQL: &str =
+        "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_stat%' ORDER BY name";
+    strings(connection, SQL)
+}
+
+fn expected_statements() -> rusqlite::Result<Vec<String>> {
+    let empty = Connection::open_in_memory()?;
+    empty.execute_batch(SCHEMA)?;
+    statements(&empty)
+}
+
 fn strings(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<String>> {
     connection.prepare(sql)?.query_map([], |row| row.get(0))?.collect()
 }
@@ -219,7 +191,7 @@ fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], lefto
     let connection = open_with(path, OpenFlags::SQLITE_OPEN_CREATE, WRITER_CACHE_KIB)?;
     let failed = |cause| Error::from_sqlite(path, &connection, &cause);
     // Nobody sees the file before it is whole.
-    connection.execute_batch(&format!("PRAGMA journal_mode = MEMORY; BEGIN; {}", SCHEMA.join(";"))).map_err(failed)?;
+    connection.execute_batch(&format!("PRAGMA journal_mode = MEMORY; BEGIN; {SCHEMA}")).map_err(failed)?;
     connection.execute("INSERT INTO numbers VALUES (?1, ?1)", [first_free(occupied)]).map_err(failed)?;
     let write = Write::new(&connection, path);
     snapshots.iter().try_for_each(|snapshot| write.insert(snapshot))?;

@@ -5,8 +5,8 @@ use std::sync::Barrier;
 
 use super::{Place, key, wanted};
 use crate::attach::Mode;
+use crate::sidecar::Sidecar;
 use crate::snapshotter::{Error, Snapshotter};
-use crate::store::sidecar::Sidecar;
 use crate::types::{Key, Labels};
 
 /// What the record beside the files of `name` says that the snapshot becomes.
