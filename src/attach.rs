@@ -5,12 +5,12 @@
 //! mount. `attach` works on the local disk only, under the lock of the snapshot. Whoever attaches
 //! holds a pin from before the survey until the store knows the user, and nothing that is pinned is
 //! taken away. Nothing that somebody was told to mount is exchanged: the same layer from another
-//! source is another edition. Knows directories and mounts, not chains and not containerd. Presence
+//! source is another variant. Knows directories and mounts, not chains and not containerd. Presence
 //! is completeness: whatever is made is made beside its place and renamed into it. `release` never
 //! asks a repository, not even where a mount of it hangs.
 #![forbid(unsafe_code)]
 
-mod place;
+mod mounts;
 mod skeleton;
 
 use std::collections::HashMap;
@@ -23,18 +23,18 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use self::place::Retired;
-pub use self::skeleton::skeletons;
-use self::skeleton::{Part, Plan};
-use crate::overlay::{Edition, Places};
-use crate::repository::lane::without_repository;
+use self::mounts::SupersededMount;
+pub use self::skeleton::skeletons_needed;
+use self::skeleton::{SkeletonKind, SkeletonPlan};
+use crate::model::SnapshotId;
+use crate::overlay::{SnapshotPaths, SourceVariant};
+use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
-use crate::sys::{DirHandle, Error, FileType, Result, Sys};
-use crate::types::SnapshotId;
+use crate::system::{DirHandle, Error, FileType, Result, Sys};
 
 /// Where `snapshots/<id>/fs` of a published layer leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum AttachMode {
     /// To a read-only bind mount of it.
     Bind,
     /// To the layer itself: no mount at all.
@@ -55,29 +55,29 @@ pub struct AttachRequest {
 }
 
 impl AttachRequest {
-    fn needs(&self, part: Part) -> bool {
+    fn attributes_of_mask(&self, part: SkeletonKind) -> bool {
         match part {
-            Part::Mask => self.masked && self.scan.has_mask(),
-            Part::Hide => !self.is_lowest && self.scan.hides(),
+            SkeletonKind::Mask => self.masked && self.scan.needs_mask(),
+            SkeletonKind::Hide => !self.is_lowest && self.scan.needs_hide(),
         }
     }
 }
 
 /// What the repository said about a layer that is to be attached.
-pub struct Survey {
-    edition: Edition,
+pub struct LayerSurvey {
+    variant: SourceVariant,
     /// The inode of the layer's directory in the repository.
     inode: u64,
-    /// Something of this edition is on disk.
+    /// Something of this variant is on disk.
     pub is_begun: bool,
-    mask: Plan,
-    hide: Plan,
-    /// With `Mode::Bind`, the mount point below the snapshot's directory that shows the layer; a new
+    mask: SkeletonPlan,
+    hide: SkeletonPlan,
+    /// With `AttachMode::Bind`, the mount point below the snapshot's directory that shows the layer; a new
     /// one, if it was mounted for this survey.
-    point: Option<Point>,
+    point: Option<MountPoint>,
 }
 
-struct Point {
+struct MountPoint {
     /// Below the snapshot's directory.
     name: PathBuf,
     is_new: bool,
@@ -113,14 +113,14 @@ impl From<Error> for AttachError {
 type AttachResult<T> = std::result::Result<T, AttachError>;
 
 /// How long a release waits for a thread that attaches the same layer right now.
-const RELEASE_WAIT: Duration = Duration::from_millis(50);
+const RELEASE_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
 
 pub struct Attacher {
-    places: Places,
-    mode: Mode,
+    paths: SnapshotPaths,
+    mode: AttachMode,
     sys: Arc<dyn Sys>,
-    slots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
-    retired: Mutex<Vec<Retired>>,
+    slots: Mutex<HashMap<SnapshotId, Arc<LayerSlot>>>,
+    superseded: Mutex<Vec<SupersededMount>>,
     /// Never used for two mounts, not even by two processes: whoever takes an old one away must
     /// not find a new one there.
     next_point: AtomicU64,
@@ -129,7 +129,7 @@ pub struct Attacher {
 }
 
 #[derive(Default)]
-struct Slot {
+struct LayerSlot {
     /// Held while something is built or taken away, which is work on the local disk only.
     lock: Mutex<()>,
     /// Users that the store does not know yet. Counted up with the lock held.
@@ -137,20 +137,20 @@ struct Slot {
 }
 
 /// Keeps a layer attached while it lives.
-pub struct Pin {
-    slot: Arc<Slot>,
+pub struct LayerPin {
+    slot: Arc<LayerSlot>,
 }
 
-impl Drop for Pin {
+impl Drop for LayerPin {
     fn drop(&mut self) {
         self.slot.pins.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// How an attach ended.
-pub enum Attachment {
+pub enum AttachOutcome {
     /// The layer, a directory with this inode, is in its place; `fresh`: since just now.
-    Done { edition: Edition, inode: u64, fresh: bool },
+    Done { variant: SourceVariant, inode: u64, fresh: bool },
     /// Another thread was faster with another source: the layer has to be surveyed again.
     SurveyAgain,
     /// Another thread works on the layer's directory, and did not end in time.
@@ -159,7 +159,7 @@ pub enum Attachment {
 
 /// What a caller of `release` wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Release {
+pub enum ReleaseDecision {
     /// Somebody needs it.
     Keep,
     /// Nobody does: detach the layer, if there is one, and remove all that is left on disk.
@@ -167,34 +167,34 @@ pub enum Release {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Released {
+pub enum ReleaseOutcome {
     Done,
     /// Pinned, or being attached: ask again later.
     NotYet,
 }
 
 impl Attacher {
-    pub fn new(places: Places, mode: Mode, sys: Arc<dyn Sys>) -> Self {
+    pub fn new(paths: SnapshotPaths, mode: AttachMode, sys: Arc<dyn Sys>) -> Self {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let next_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
         Self {
-            places,
+            paths,
             mode,
             sys,
             slots: Mutex::default(),
-            retired: Mutex::default(),
+            superseded: Mutex::default(),
             next_point,
             planned: Arc::default(),
         }
     }
 
-    pub fn mode(&self) -> Mode {
+    pub fn mode(&self) -> AttachMode {
         self.mode
     }
 
     /// What `id` has on disk is not taken away while the pin lives. Waits for an attach or a release that is
     /// under way; None: until `until` in vain.
-    pub fn pin(&self, id: SnapshotId, until: Instant) -> Option<Pin> {
+    pub fn pin(&self, id: SnapshotId, until: Instant) -> Option<LayerPin> {
         loop {
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
             let guard = slot.lock.try_lock_until(until)?;
@@ -202,38 +202,38 @@ impl Attacher {
             if self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 slot.pins.fetch_add(1, Ordering::SeqCst);
                 drop(guard);
-                return Some(Pin { slot });
+                return Some(LayerPin { slot });
             }
         }
     }
 
     /// Asks the repository for what an attach needs. `layer` is the open `request.source`, and
     /// `ignored` names extended attributes that are not the layer's. The caller holds a pin.
-    pub fn survey(&self, request: &AttachRequest, layer: &DirHandle, ignored: &[OsString]) -> Result<Survey> {
+    pub fn survey(&self, request: &AttachRequest, layer: &DirHandle, ignored: &[OsString]) -> Result<LayerSurvey> {
         let id = request.id;
-        let (edition, is_begun) = without_repository(|| self.edition_of(id, &request.source))?;
+        let (variant, is_begun) = without_repository(|| self.variant_of(id, &request.source))?;
         let plan = |part, place: PathBuf| self.plan(request, part, &place, is_begun, layer, ignored);
-        let mask = plan(Part::Mask, self.places.mask(id, edition))?;
-        let hide = plan(Part::Hide, self.places.hide(id, edition))?;
+        let mask = plan(SkeletonKind::Mask, self.paths.mask(id, variant))?;
+        let hide = plan(SkeletonKind::Hide, self.paths.hide(id, variant))?;
         let point = match self.mode {
-            Mode::Bind => Some(self.point(id, edition, layer)?),
-            Mode::Symlink => None,
+            AttachMode::Bind => Some(self.find_mount_point(id, variant, layer)?),
+            AttachMode::Symlink => None,
         };
         let inode = self.sys.dir_status(layer)?.inode;
-        Ok(Survey { edition, inode, is_begun, mask, hide, point })
+        Ok(LayerSurvey { variant, inode, is_begun, mask, hide, point })
     }
 
     /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
     /// for another thread that works on it.
     pub fn attach(
         &self,
-        pin: &Pin,
+        pin: &LayerPin,
         request: &AttachRequest,
-        survey: Survey,
+        survey: LayerSurvey,
         until: Instant,
-    ) -> AttachResult<Attachment> {
+    ) -> AttachResult<AttachOutcome> {
         let attached = self.try_to_attach(pin, request, &survey, until);
-        if !matches!(attached, Ok(Attachment::Done { .. })) {
+        if !matches!(attached, Ok(AttachOutcome::Done { .. })) {
             self.discard(request.id, survey);
         }
         attached
@@ -241,63 +241,64 @@ impl Attacher {
 
     fn try_to_attach(
         &self,
-        pin: &Pin,
+        pin: &LayerPin,
         request: &AttachRequest,
-        survey: &Survey,
+        survey: &LayerSurvey,
         until: Instant,
-    ) -> AttachResult<Attachment> {
+    ) -> AttachResult<AttachOutcome> {
         let AttachRequest { id, ref source, .. } = *request;
-        let Survey { edition, inode, ref mask, ref hide, ref point, .. } = *survey;
-        let home = self.places.home(id);
-        let Some(_guard) = pin.slot.lock.try_lock_until(until) else { return Ok(Attachment::Busy) };
-        let place = self.places.root(id, edition);
-        let recorded = self.source_of(&place)?;
+        let LayerSurvey { variant, inode, ref mask, ref hide, ref point, .. } = *survey;
+        let home = self.paths.snapshot_dir(id);
+        let Some(_guard) = pin.slot.lock.try_lock_until(until) else { return Ok(AttachOutcome::Busy) };
+        let place = self.paths.attached_root(id, variant);
+        let recorded = self.recorded_source(&place)?;
         if recorded.as_deref().is_some_and(|recorded| recorded != source) {
-            return Ok(Attachment::SurveyAgain);
+            return Ok(AttachOutcome::SurveyAgain);
         }
         self.ensure_directory(&home, 0o700)?;
-        let has_skeletons = request.needs(Part::Mask) || request.needs(Part::Hide);
+        let has_skeletons =
+            request.attributes_of_mask(SkeletonKind::Mask) || request.attributes_of_mask(SkeletonKind::Hide);
         // A link to the layer itself tells as much; one to a mount does not.
-        if self.mode == Mode::Bind || (recorded.is_none() && has_skeletons) {
-            self.note_source(&place, source)?;
+        if self.mode == AttachMode::Bind || (recorded.is_none() && has_skeletons) {
+            self.record_source(&place, source)?;
         }
-        self.build(&request.scan, Part::Mask, &self.places.mask(id, edition), mask)?;
-        self.build(&request.scan, Part::Hide, &self.places.hide(id, edition), hide)?;
-        let fresh = self.ensure_leads(&home, &place, source, point.as_ref())?;
-        Ok(Attachment::Done { edition, inode, fresh })
+        self.build(&request.scan, SkeletonKind::Mask, &self.paths.mask(id, variant), mask)?;
+        self.build(&request.scan, SkeletonKind::Hide, &self.paths.hide(id, variant), hide)?;
+        let fresh = self.ensure_link(&home, &place, source, point.as_ref())?;
+        Ok(AttachOutcome::Done { variant, inode, fresh })
     }
 
     /// Whether an error is of our own disk, and not of a repository.
     pub fn is_local(&self, error: &Error) -> bool {
-        error.path.starts_with(self.places.all()) && !error.is_dead()
+        error.path.starts_with(self.paths.snapshots_dir()) && !error.is_dead()
     }
 
     /// Takes away what a survey mounted, when nobody waits for it any more.
-    pub fn discard(&self, id: SnapshotId, survey: Survey) {
+    pub fn discard(&self, id: SnapshotId, survey: LayerSurvey) {
         if let Some(point) = survey.point.filter(|point| point.is_new)
-            && let Err(e) = self.unbind(&self.places.home(id).join(&point.name))
+            && let Err(e) = self.unbind(&self.paths.snapshot_dir(id).join(&point.name))
         {
             log::warn!("a mount of a layer stays until the layer is detached: {e}");
         }
     }
 
-    /// The edition that is of `source`, or else the next one; and whether it is there. There are
+    /// The variant that is of `source`, or else the next one; and whether it is there. There are
     /// no more than repositories have the layer.
-    fn edition_of(&self, id: SnapshotId, source: &Path) -> Result<(Edition, bool)> {
-        let mut edition = Edition(0);
+    fn variant_of(&self, id: SnapshotId, source: &Path) -> Result<(SourceVariant, bool)> {
+        let mut variant = SourceVariant(0);
         loop {
-            match self.source_of(&self.places.root(id, edition))? {
-                None => return Ok((edition, false)),
-                Some(of) if of == source => return Ok((edition, true)),
-                Some(_) => edition.0 += 1,
+            match self.recorded_source(&self.paths.attached_root(id, variant))? {
+                None => return Ok((variant, false)),
+                Some(of) if of == source => return Ok((variant, true)),
+                Some(_) => variant.0 += 1,
             }
         }
     }
 
-    /// Of which source the edition at `place` is: there is a note beside it, written before anything
+    /// Of which source the variant at `place` is: there is a note beside it, written before anything
     /// else of it, or else it leads there. None: there is nothing of it.
-    fn source_of(&self, place: &Path) -> Result<Option<PathBuf>> {
-        if let Some(noted) = self.link_at(&note(place))? {
+    fn recorded_source(&self, place: &Path) -> Result<Option<PathBuf>> {
+        if let Some(noted) = self.link_at(&source_marker(place))? {
             return Ok(Some(noted));
         }
         match self.link_at(place) {
@@ -308,10 +309,10 @@ impl Attacher {
         }
     }
 
-    fn note_source(&self, place: &Path, source: &Path) -> Result<()> {
-        match self.link_at(&note(place))? {
+    fn record_source(&self, place: &Path, source: &Path) -> Result<()> {
+        match self.link_at(&source_marker(place))? {
             Some(_) => Ok(()),
-            None => self.put_link(&note(place), source),
+            None => self.put_link(&source_marker(place), source),
         }
     }
 
@@ -322,20 +323,20 @@ impl Attacher {
         &self,
         id: SnapshotId,
         cancelled: &dyn Fn() -> bool,
-        decide: impl FnOnce() -> std::result::Result<Release, E>,
-    ) -> std::result::Result<Released, E> {
+        decide: impl FnOnce() -> std::result::Result<ReleaseDecision, E>,
+    ) -> std::result::Result<ReleaseOutcome, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let Some(_guard) = slot.lock.try_lock_for(RELEASE_WAIT) else { return Ok(Released::NotYet) };
+        let Some(_guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::NotYet) };
         if slot.pins.load(Ordering::SeqCst) > 0 {
-            return Ok(Released::NotYet);
+            return Ok(ReleaseOutcome::NotYet);
         }
         let released = decide().and_then(|decision| {
-            if decision == Release::Remove {
-                let home = self.places.home(id);
-                self.unmount_home(&home)?;
+            if decision == ReleaseDecision::Remove {
+                let home = self.paths.snapshot_dir(id);
+                self.unmount_all_below(&home)?;
                 self.sys.remove_tree(&home, cancelled)?;
             }
-            Ok(Released::Done)
+            Ok(ReleaseOutcome::Done)
         });
         // Whoever waits for this slot finds that it is not on the map any more, and takes the next one.
         let mut slots = self.slots.lock();
@@ -363,11 +364,11 @@ impl Attacher {
     }
 }
 
-fn note(place: &Path) -> PathBuf {
+fn source_marker(place: &Path) -> PathBuf {
     place.with_extension("of")
 }
 
 /// Where a thing is built before it is renamed to `place`.
-fn beside(place: &Path) -> PathBuf {
+fn staging_path(place: &Path) -> PathBuf {
     place.with_extension("new")
 }

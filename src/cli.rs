@@ -8,7 +8,8 @@ use clap::builder::{OsStringValueParser, PathBufValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 use log::LevelFilter;
 
-use crate::{config, logging, rebuild};
+use crate::migration::rebuild;
+use crate::{config, logging};
 
 pub const DEFAULT_ADDRESS: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 pub const DEFAULT_ROOT: &str = "/var/lib/containerd-cvmfs-grpc";
@@ -26,7 +27,7 @@ pub struct Arguments {
     /// None: not said on the command line.
     pub log_level: Option<LevelFilter>,
     pub root: PathBuf,
-    pub task: Task,
+    pub action: Action,
 }
 
 impl Arguments {
@@ -38,10 +39,10 @@ impl Arguments {
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Task {
+pub enum Action {
     Serve,
     CheckConfig,
-    Rebuild(rebuild::Wanted),
+    Rebuild(rebuild::RebuildOptions),
     Status(Status),
     Doctor(Doctor),
     Gc(Gc),
@@ -89,12 +90,12 @@ pub fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .about("containerd snapshotter for image layers that are published, unpacked, in CernVM-FS")
         .args(options())
-        .args(other_tasks())
+        .args(subcommands())
         .subcommands([status(), doctor(), gc()])
 }
 
 /// And what is for ourselves. Shells would complete it, hidden or not.
-fn with_hidden() -> Command {
+fn with_internal_commands() -> Command {
     let probe = |name| {
         Command::new(name).hide(true).arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new()))
     };
@@ -138,7 +139,7 @@ fn options() -> [Arg; 4] {
 }
 
 /// What is done instead of serving, and what belongs to that.
-fn other_tasks() -> [Arg; 5] {
+fn subcommands() -> [Arg; 5] {
     [
         Arg::new("check-config")
             .long("check-config")
@@ -236,20 +237,20 @@ fn flag(name: &'static str, help: &'static str) -> Arg {
 /// Parses the arguments, the program's name first. The error also stands for `--help` and
 /// `--version`: it knows its text, its stream and its exit code.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
-    let mut matches = with_hidden().try_get_matches_from(arguments.into_iter().map(two_dashes))?;
-    refuse_two_tasks(&matches)?;
+    let mut matches = with_internal_commands().try_get_matches_from(arguments.into_iter().map(accept_single_dash))?;
+    check_exclusive(&matches)?;
     let default_path = |path: Option<PathBuf>, default: &str| path.unwrap_or_else(|| PathBuf::from(default));
     Ok(Arguments {
         address: default_path(matches.remove_one("address"), DEFAULT_ADDRESS),
         config: matches.remove_one("config"),
         log_level: matches.remove_one("log-level"),
         root: default_path(matches.remove_one("root"), DEFAULT_ROOT),
-        task: task(&mut matches),
+        action: action(&mut matches),
     })
 }
 
 /// clap has a setting for this, which would refuse `--address` before a command as well.
-fn refuse_two_tasks(matches: &ArgMatches) -> Result<(), clap::Error> {
+fn check_exclusive(matches: &ArgMatches) -> Result<(), clap::Error> {
     let Some(command_name) = matches.subcommand_name() else { return Ok(()) };
     match ["check-config", "rebuild-metadata"].into_iter().find(|flag| matches.get_flag(flag)) {
         None => Ok(()),
@@ -260,36 +261,36 @@ fn refuse_two_tasks(matches: &ArgMatches) -> Result<(), clap::Error> {
     }
 }
 
-fn task(matches: &mut ArgMatches) -> Task {
+fn action(matches: &mut ArgMatches) -> Action {
     match matches.remove_subcommand() {
         Some((name, mut matches)) => match name.as_str() {
-            "status" => Task::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
-            "probe-path" => Task::ProbePath(matches.remove_one("path").unwrap_or_default()),
-            "probe-repository" => Task::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
-            "run-program" => Task::RunProgram(RunProgram {
+            "status" => Action::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
+            "probe-path" => Action::ProbePath(matches.remove_one("path").unwrap_or_default()),
+            "probe-repository" => Action::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
+            "run-program" => Action::RunProgram(RunProgram {
                 program: matches.remove_one("program").unwrap_or_default(),
                 name: matches.remove_one("name").unwrap_or_default(),
                 arguments: matches.remove_many("arguments").map(Iterator::collect).unwrap_or_default(),
             }),
-            "gc" => Task::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
-            _ => Task::Doctor(Doctor {
+            "gc" => Action::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
+            _ => Action::Doctor(Doctor {
                 json: matches.get_flag("json"),
                 socket: matches.remove_one("containerd"),
                 configuration: matches.remove_one("containerd-config"),
             }),
         },
-        None if matches.get_flag("check-config") => Task::CheckConfig,
-        None if matches.get_flag("rebuild-metadata") => Task::Rebuild(rebuild::Wanted {
-            containerd: rebuild::Containerd::from_argument(matches.remove_one("containerd-metadata")),
+        None if matches.get_flag("check-config") => Action::CheckConfig,
+        None if matches.get_flag("rebuild-metadata") => Action::Rebuild(rebuild::RebuildOptions {
+            containerd: rebuild::ContainerdDb::from_argument(matches.remove_one("containerd-metadata")),
             snapshotter: matches.remove_one("snapshotter").unwrap_or_else(|| rebuild::DEFAULT_NAME.to_owned()),
             json: matches.get_flag("json"),
         }),
-        None => Task::Serve,
+        None => Action::Serve,
     }
 }
 
 /// `-address` as Go writes flags, to `--address`. We have no bundles of one-letter flags.
-fn two_dashes(argument: OsString) -> OsString {
+fn accept_single_dash(argument: OsString) -> OsString {
     match argument.as_encoded_bytes() {
         [b'-', first, _, ..] if first.is_ascii_alphabetic() => {
             let mut two = OsString::from("-");
@@ -326,12 +327,12 @@ mod tests {
         let arguments = parse("x").unwrap();
         assert_eq!(arguments.address, PathBuf::from("/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock"));
         assert_eq!(arguments.root, PathBuf::from("/var/lib/containerd-cvmfs-grpc"));
-        assert_eq!((arguments.config, arguments.log_level, arguments.task), (None, None, Task::Serve));
+        assert_eq!((arguments.config, arguments.log_level, arguments.action), (None, None, Action::Serve));
     }
 
     /// `--check-config doctor` was a doctor, and its exit code was taken for the configuration's.
     #[test]
-    fn two_tasks_at_once_are_refused() {
+    fn two_actions_at_once_are_refused() {
         for flag in ["--check-config", "-check-config", "--rebuild-metadata", "--rebuild-metadata --json"] {
             for command in ["status", "doctor", "gc --json", "probe-repository /p"] {
                 let error = parse(&format!("x {flag} {command}")).unwrap_err();
@@ -349,17 +350,17 @@ mod tests {
             assert_eq!(parse(&format!("x {command} {after}")), Ok(expected.clone()));
             assert_eq!(expected.config, Some(PathBuf::from("/c")));
         }
-        assert_eq!(parse(&format!("{before} --check-config")).unwrap().task, Task::CheckConfig);
-        assert_eq!(parse("x probe-repository /p").unwrap().task, Task::ProbeRepository(PathBuf::from("/p")));
+        assert_eq!(parse(&format!("{before} --check-config")).unwrap().action, Action::CheckConfig);
+        assert_eq!(parse("x probe-repository /p").unwrap().action, Action::ProbeRepository(PathBuf::from("/p")));
     }
 
     #[test]
     fn arguments_of_another_program_are_left_as_they_are() {
-        let run = parse("x run-program process:1:2 containerd -- --config /c config dump").unwrap().task;
+        let run = parse("x run-program process:1:2 containerd -- --config /c config dump").unwrap().action;
         let words = |line: &str| line.split(' ').map(OsString::from).collect();
         assert_eq!(
             run,
-            Task::RunProgram(RunProgram {
+            Action::RunProgram(RunProgram {
                 program: "process:1:2".into(),
                 name: "containerd".into(),
                 arguments: words("--config /c config dump"),

@@ -17,9 +17,9 @@ use log::LevelFilter;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::attach::Mode;
+use crate::attach::AttachMode;
 use crate::logging::{self, Format};
-use crate::types::SOCKET_PATH_BYTES;
+use crate::model::MAX_SOCKET_PATH;
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
@@ -27,10 +27,10 @@ const CVMFS: &str = "/cvmfs";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// In the order in which they are asked; never empty.
-    pub repositories: Vec<RepositoryAt>,
+    pub repositories: Vec<RepositoryConfig>,
     /// So long a call waits for an answer of a repository.
     pub repository_timeout: Duration,
-    pub attach: Mode,
+    pub attach: AttachMode,
     /// Threads that do the work of calls. None: the larger of 32 and the number of cores.
     pub workers: Option<usize>,
     /// Calls that may wait for a worker.
@@ -62,9 +62,9 @@ impl fmt::Display for MetricsAddress {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            repositories: vec![RepositoryAt::named(DEFAULT_REPOSITORY)],
+            repositories: vec![RepositoryConfig::named(DEFAULT_REPOSITORY)],
             repository_timeout: Duration::from_secs(10),
-            attach: Mode::Symlink,
+            attach: AttachMode::Symlink,
             workers: None,
             queue: 1024,
             allowed_uids: Vec::new(),
@@ -77,23 +77,23 @@ impl Default for Config {
 
 /// A repository and the directory where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RepositoryAt {
+pub struct RepositoryConfig {
     /// Fully qualified name, or the path where only that is known.
     pub name: String,
     pub path: PathBuf,
 }
 
-impl RepositoryAt {
+impl RepositoryConfig {
     fn named(name: &str) -> Self {
         Self { name: name.to_owned(), path: Path::new(CVMFS).join(name) }
     }
 }
 
 const DEFAULT_REPOSITORY: &str = "unpacked.cern.ch";
-const TIMEOUT: RangeInclusive<i64> = 1..=3600;
-const WORKERS: RangeInclusive<i64> = 1..=256;
-const QUEUE: RangeInclusive<i64> = 1..=65_536;
-const FEWEST_DEFAULT_WORKERS: usize = 32;
+const DEFAULT_TIMEOUT: RangeInclusive<i64> = 1..=3600;
+const DEFAULT_WORKERS_PER_CPU: RangeInclusive<i64> = 1..=256;
+const DEFAULT_QUEUE: RangeInclusive<i64> = 1..=65_536;
+const MIN_DEFAULT_WORKERS: usize = 32;
 
 /// Threads of all pools of workers together. The unit has `TasksMax=4096`, and the threads that ask
 /// repositories, scan and serve come on top.
@@ -102,7 +102,7 @@ const MAX_POOL_THREADS: usize = 2_048;
 impl Config {
     /// Threads for calls that wait for one repository, or for the answers to a pull. As many as workers,
     /// unless all pools together would have more than `MAX_POOL_THREADS`.
-    pub fn waiter_threads(&self) -> usize {
+    pub fn blocking_threads(&self) -> usize {
         let pools = self.repositories.len() + 1;
         let share = MAX_POOL_THREADS.saturating_sub(self.worker_threads()) / pools;
         self.worker_threads().min(share.max(1))
@@ -112,13 +112,13 @@ impl Config {
     /// share one wait. So there are more than cores.
     pub fn worker_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        self.workers.unwrap_or_else(|| cores().max(FEWEST_DEFAULT_WORKERS))
+        self.workers.unwrap_or_else(|| cores().max(MIN_DEFAULT_WORKERS))
     }
 }
 
 /// A configuration and what was odd about its file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Loaded {
+pub struct LoadedConfig {
     pub config: Config,
     pub unknown: Vec<UnknownKey>,
 }
@@ -157,19 +157,19 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Reads the file at `path`, or the one at the default path if it is there.
-pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
+pub fn load(path: Option<&Path>) -> Result<LoadedConfig, Error> {
     let named = path.unwrap_or(Path::new(DEFAULT_PATH));
     match file::read_to_string(named) {
         Ok(text) => parse(named, &text),
         Err(file::Error::Unreadable(cause)) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => {
-            Ok(Loaded::default())
+            Ok(LoadedConfig::default())
         }
         Err(cause) => Err(Error::Unreadable { path: named.to_owned(), cause }),
     }
 }
 
 /// One key of the file, for messages.
-struct Entry<'t> {
+struct Setting<'t> {
     path: &'t Path,
     line: usize,
     key: &'t str,
@@ -177,8 +177,8 @@ struct Entry<'t> {
     value: &'t DeValue<'t>,
 }
 
-impl Entry<'_> {
-    fn refuse<T>(&self, allowed: &'static str) -> Result<T, Error> {
+impl Setting<'_> {
+    fn invalid<T>(&self, allowed: &'static str) -> Result<T, Error> {
         Err(Error::Value {
             path: self.path.to_owned(),
             line: self.line,
@@ -189,29 +189,29 @@ impl Entry<'_> {
     }
 
     fn string(&self, allowed: &'static str) -> Result<&str, Error> {
-        self.value.as_str().map_or_else(|| self.refuse(allowed), Ok)
+        self.value.as_str().map_or_else(|| self.invalid(allowed), Ok)
     }
 
     fn number(&self, range: RangeInclusive<i64>, allowed: &'static str) -> Result<usize, Error> {
         let number = self.value.as_integer().and_then(|n| i64::from_str_radix(n.as_str(), n.radix()).ok());
         match number.filter(|n| range.contains(n)).map(usize::try_from) {
             Some(Ok(number)) => Ok(number),
-            _ => self.refuse(allowed),
+            _ => self.invalid(allowed),
         }
     }
 }
 
-pub(crate) fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
+pub(crate) fn parse(path: &Path, text: &str) -> Result<LoadedConfig, Error> {
     let line_of = |byte: usize| text[..byte.min(text.len())].matches('\n').count() + 1;
     let table = DeTable::parse(text).map_err(|e| Error::Syntax {
         path: path.to_owned(),
         line: line_of(e.span().map_or(0, |span| span.start)),
         why: e.message().to_owned(),
     })?;
-    let mut loaded = Loaded::default();
-    let mut named = Named::default();
+    let mut loaded = LoadedConfig::default();
+    let mut named = RepositoryKeys::default();
     for (key, value) in table.get_ref() {
-        let entry = Entry {
+        let entry = Setting {
             path,
             line: line_of(key.span().start),
             key: key.get_ref(),
@@ -222,35 +222,37 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Loaded, Error> {
             loaded.unknown.push(UnknownKey { key: entry.key.to_owned(), line: entry.line });
         }
     }
-    loaded.config.repositories = named.in_order(path)?;
+    loaded.config.repositories = named.validate_repositories(path)?;
     loaded.unknown.sort_by_key(|unknown| unknown.line);
     Ok(loaded)
 }
 
 /// Whether the key is one of ours.
-fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
+fn set(config: &mut Config, entry: &Setting<'_>) -> Result<bool, Error> {
     match entry.key {
         "repository-timeout" => {
-            let seconds = entry.number(TIMEOUT, "it is a number of seconds from 1 to 3600")?;
+            let seconds = entry.number(DEFAULT_TIMEOUT, "it is a number of seconds from 1 to 3600")?;
             config.repository_timeout = Duration::from_secs(seconds.try_into().unwrap_or(u64::MAX));
         }
         "attach" => {
             const ALLOWED: &str = "it is \"bind\" or \"symlink\"";
             config.attach = match entry.string(ALLOWED)? {
-                "bind" => Mode::Bind,
-                "symlink" => Mode::Symlink,
-                _ => return entry.refuse(ALLOWED),
+                "bind" => AttachMode::Bind,
+                "symlink" => AttachMode::Symlink,
+                _ => return entry.invalid(ALLOWED),
             };
         }
-        "workers" => config.workers = Some(entry.number(WORKERS, "it is a number from 1 to 256")?),
-        "queue" => config.queue = entry.number(QUEUE, "it is a number from 1 to 65536")?,
+        "workers" => config.workers = Some(entry.number(DEFAULT_WORKERS_PER_CPU, "it is a number from 1 to 256")?),
+        "queue" => config.queue = entry.number(DEFAULT_QUEUE, "it is a number from 1 to 65536")?,
         "allowed-uids" => {
             const ALLOWED: &str = "it is a list of user ids, numbers from 0 to 4294967294";
-            let Some(list) = entry.value.as_array() else { return entry.refuse(ALLOWED) };
+            let Some(list) = entry.value.as_array() else { return entry.invalid(ALLOWED) };
             for one in list {
                 let uid = Spanned::get_ref(one).as_integer();
                 let uid = uid.and_then(|n| u32::from_str_radix(n.as_str(), n.radix()).ok());
-                config.allowed_uids.push(uid.filter(|uid| *uid != u32::MAX).map_or_else(|| entry.refuse(ALLOWED), Ok)?);
+                config
+                    .allowed_uids
+                    .push(uid.filter(|uid| *uid != u32::MAX).map_or_else(|| entry.invalid(ALLOWED), Ok)?);
             }
         }
         "log-format" => {
@@ -258,12 +260,12 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
             config.log_format = match entry.string(ALLOWED)? {
                 "json" => Format::Json,
                 "text" => Format::Text,
-                _ => return entry.refuse(ALLOWED),
+                _ => return entry.invalid(ALLOWED),
             };
         }
         "log-level" => {
             let level = logging::parse_level(entry.string(logging::LEVELS)?);
-            config.log_level = Some(level.map_or_else(|| entry.refuse(logging::LEVELS), Ok)?);
+            config.log_level = Some(level.map_or_else(|| entry.invalid(logging::LEVELS), Ok)?);
         }
         "metrics-address" => {
             config.metrics = match entry.string(METRICS_ALLOWED)? {
@@ -279,21 +281,21 @@ fn set(config: &mut Config, entry: &Entry<'_>) -> Result<bool, Error> {
 
 const METRICS_ALLOWED: &str = "it is an IP address with a port, such as \"127.0.0.1:9812\", or an absolute path";
 
-fn tcp_address(entry: &Entry<'_>, text: &str) -> Result<SocketAddr, Error> {
+fn tcp_address(entry: &Setting<'_>, text: &str) -> Result<SocketAddr, Error> {
     match text.parse::<SocketAddr>() {
         // The kernel would choose one, and Prometheus would not know which.
-        Ok(address) if address.port() == 0 => entry.refuse("its port is a number from 1 to 65535"),
+        Ok(address) if address.port() == 0 => entry.invalid("its port is a number from 1 to 65535"),
         Ok(address) => Ok(address),
-        Err(_) => entry.refuse(METRICS_ALLOWED),
+        Err(_) => entry.invalid(METRICS_ALLOWED),
     }
 }
 
 /// A path that a socket can be bound to; its directory is looked at when it is.
-fn socket_path(entry: &Entry<'_>, path: &str) -> Result<PathBuf, Error> {
-    if path.len() > SOCKET_PATH_BYTES {
-        entry.refuse("the path of a socket has 107 bytes at most")
+fn socket_path(entry: &Setting<'_>, path: &str) -> Result<PathBuf, Error> {
+    if path.len() > MAX_SOCKET_PATH {
+        entry.invalid("the path of a socket has 107 bytes at most")
     } else if path.ends_with('/') || path.contains(['%', '#', '?', '\0']) {
-        entry.refuse("the path of a socket does not end in a slash, and has no %, # and ?")
+        entry.invalid("the path of a socket does not end in a slash, and has no %, # and ?")
     } else {
         Ok(PathBuf::from(path))
     }
@@ -301,24 +303,24 @@ fn socket_path(entry: &Entry<'_>, path: &str) -> Result<PathBuf, Error> {
 
 /// The keys that name repositories; together they are one list.
 #[derive(Default)]
-struct Named {
+struct RepositoryKeys {
     repository: Option<String>,
     /// With the line and the text, for messages.
     mountpoint: Option<(PathBuf, usize, String)>,
-    more: Vec<RepositoryAt>,
+    more: Vec<RepositoryConfig>,
     /// Of `repositories`.
     line: usize,
 }
 
-impl Named {
+impl RepositoryKeys {
     /// Whether the key is one of these.
-    fn set(&mut self, entry: &Entry<'_>) -> Result<bool, Error> {
+    fn set(&mut self, entry: &Setting<'_>) -> Result<bool, Error> {
         match entry.key {
             "repository" => {
                 const ALLOWED: &str = "it is the name of a repository, letters, digits, dots, dashes and underscores";
                 let name = entry.string(ALLOWED)?;
                 if !is_repository_name(name) {
-                    return entry.refuse(ALLOWED);
+                    return entry.invalid(ALLOWED);
                 }
                 self.repository = Some(name.to_owned());
             }
@@ -329,22 +331,22 @@ impl Named {
                 // The Go snapshotter takes an empty text as "not given".
                 if !path.is_empty() {
                     if !is_mountpoint(path) {
-                        return entry.refuse(ALLOWED);
+                        return entry.invalid(ALLOWED);
                     }
                     self.mountpoint = Some((PathBuf::from(path), entry.line, entry.text.to_owned()));
                 }
             }
             "repositories" => {
                 const ALLOWED: &str = "it is a list of names of repositories and of absolute paths";
-                let Some(list) = entry.value.as_array() else { return entry.refuse(ALLOWED) };
+                let Some(list) = entry.value.as_array() else { return entry.invalid(ALLOWED) };
                 self.line = entry.line;
                 for one in list {
                     self.more.push(match Spanned::get_ref(one).as_str() {
-                        Some(name) if is_repository_name(name) => RepositoryAt::named(name),
+                        Some(name) if is_repository_name(name) => RepositoryConfig::named(name),
                         Some(path) if is_mountpoint(path) => {
-                            RepositoryAt { name: path.to_owned(), path: PathBuf::from(path) }
+                            RepositoryConfig { name: path.to_owned(), path: PathBuf::from(path) }
                         }
-                        _ => return entry.refuse(ALLOWED),
+                        _ => return entry.invalid(ALLOWED),
                     });
                 }
             }
@@ -354,13 +356,13 @@ impl Named {
     }
 
     /// `repository` first, if the file names it or names no other.
-    fn in_order(self, file: &Path) -> Result<Vec<RepositoryAt>, Error> {
+    fn validate_repositories(self, file: &Path) -> Result<Vec<RepositoryConfig>, Error> {
         let refuse = |line, key: &str, value, allowed| {
             Err(Error::Value { path: file.to_owned(), line, key: key.to_owned(), value, allowed })
         };
         let mut all = Vec::new();
         if self.repository.is_some() || self.more.is_empty() {
-            let mut first = RepositoryAt::named(self.repository.as_deref().unwrap_or(DEFAULT_REPOSITORY));
+            let mut first = RepositoryConfig::named(self.repository.as_deref().unwrap_or(DEFAULT_REPOSITORY));
             if let Some((path, ..)) = self.mountpoint {
                 first.path = path;
             }
@@ -394,7 +396,7 @@ fn is_mountpoint(path: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<Loaded, String> {
+    fn read(text: &str) -> Result<LoadedConfig, String> {
         parse(Path::new("config.toml"), text).map_err(|e| e.to_string())
     }
 
@@ -405,7 +407,7 @@ mod tests {
         let load = |path: &Path| super::load(Some(path)).map_err(|e| e.to_string());
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
-        let longest = usize::try_from(file::MOST_BYTES).unwrap();
+        let longest = usize::try_from(file::MAX_BYTES).unwrap();
         let huge = dir.path().join("huge");
         std::fs::write(&huge, "#".repeat(longest + 1)).unwrap();
         for (path, why) in [
@@ -422,7 +424,7 @@ mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&huge, &link).unwrap();
         for path in [&huge, &link, Path::new("/dev/null")] {
-            assert_eq!(load(path), Ok(Loaded::default()), "{}", path.display());
+            assert_eq!(load(path), Ok(LoadedConfig::default()), "{}", path.display());
         }
         let without_size = load(Path::new("/proc/self/cmdline")).unwrap_err();
         assert!(without_size.contains("not TOML"), "{without_size}");
@@ -434,7 +436,7 @@ mod tests {
     #[test]
     fn the_packaged_file_says_the_defaults() {
         let packaged = include_str!("../packaging/config.toml");
-        assert_eq!(read(packaged), Ok(Loaded::default()));
+        assert_eq!(read(packaged), Ok(LoadedConfig::default()));
         // Every key stands in it, as a comment with its default: uncommented, the file still
         // says the defaults, and knows no other key.
         let uncommented: String = packaged
@@ -510,7 +512,7 @@ mod tests {
             ("127.0.0.1", "it is an IP address with a port"),
             ("localhost:9812", "it is an IP address with a port"),
             ("relative.sock", "it is an IP address with a port"),
-            (&long(SOCKET_PATH_BYTES + 1), "the path of a socket has 107 bytes at most"),
+            (&long(MAX_SOCKET_PATH + 1), "the path of a socket has 107 bytes at most"),
             ("/run/metrics/", "the path of a socket does not end in a slash"),
             ("/", "the path of a socket does not end in a slash"),
             ("/run/a%41", "and has no %, # and ?"),
@@ -522,7 +524,7 @@ mod tests {
         for address in ["127.0.0.1:1", "[::1]:65535"] {
             assert_eq!(read(address), Ok(Some(MetricsAddress::Tcp(address.parse().unwrap()))));
         }
-        let longest = long(SOCKET_PATH_BYTES);
+        let longest = long(MAX_SOCKET_PATH);
         assert_eq!(read(&longest), Ok(Some(MetricsAddress::Unix(PathBuf::from(longest)))));
         assert_eq!(read(""), Ok(None));
     }
@@ -531,7 +533,7 @@ mod tests {
     fn unknown_keys_are_named_with_their_lines() {
         let loaded = read("version = 2\nrepository = \"r\"\n\n[plugins.x]\n  y = 1\n[proxy_plugins]\n").unwrap();
         let shown: Vec<String> = loaded.unknown.iter().map(ToString::to_string).collect();
-        assert_eq!(loaded.config.repositories, [RepositoryAt::named("r")]);
+        assert_eq!(loaded.config.repositories, [RepositoryConfig::named("r")]);
         assert_eq!(
             shown,
             [
@@ -587,11 +589,11 @@ mod tests {
 
     #[test]
     fn threads_of_all_pools_together_are_bounded() {
-        for (workers, repositories, waiters) in [(32, 1, 32), (256, 1, 256), (256, 12, 137), (256, 500, 3)] {
+        for (workers, repositories, blocking_pools) in [(32, 1, 32), (256, 1, 256), (256, 12, 137), (256, 500, 3)] {
             let mut config = Config { workers: Some(workers), ..Config::default() };
             config.repositories = vec![config.repositories[0].clone(); repositories];
-            assert_eq!(config.waiter_threads(), waiters);
-            assert!(workers + (repositories + 1) * waiters <= MAX_POOL_THREADS);
+            assert_eq!(config.blocking_threads(), blocking_pools);
+            assert!(workers + (repositories + 1) * blocking_pools <= MAX_POOL_THREADS);
         }
     }
 }

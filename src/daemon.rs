@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod error;
-mod root;
 mod signals;
+mod state_root;
 
 use std::convert::Infallible;
 use std::io::{self, Write};
@@ -18,19 +18,20 @@ use log::LevelFilter;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use self::error::Error;
-use self::root::{SNAPSHOTS, StateRoot};
-use crate::attach::Mode;
+use self::state_root::{SNAPSHOTS, StateRoot};
+use crate::attach::AttachMode;
 use crate::cli::Arguments;
-use crate::config::{self, Config, Loaded, MetricsAddress};
+use crate::config::{self, Config, LoadedConfig, MetricsAddress};
 use crate::metrics::{Gauges, METRICS, endpoint};
-use crate::overlay::Places;
-use crate::pool::{Drained, Entrance, Pool};
+use crate::migration::{rebuild, takeover};
+use crate::overlay::SnapshotPaths;
 use crate::repository::Repository;
-use crate::server::{self, Late, Server, Waiters};
-use crate::snapshotter::{Found, Snapshotter, Ways};
+use crate::server::{self, BlockingPools, Server, SnapshotterCell};
+use crate::snapshotter::{RecoveryReport, Snapshotter, SnapshotterOptions};
 use crate::store::Store;
-use crate::sys::{Host, Sys};
-use crate::{logging, notify, rebuild, sys, takeover};
+use crate::system::{Host, Sys};
+use crate::worker_pool::{DrainOutcome, Pool, PoolHandle};
+use crate::{logging, notify, system};
 
 /// A stop that comes during the start waits so long for the start to be over: calls of those who connected to an
 /// inherited socket would fail, and most starts take less than a second.
@@ -46,7 +47,7 @@ const MEMORY_INTERVAL: Duration = Duration::from_secs(10);
 /// File descriptors: two for each connection, up to three for each thread, and a few more.
 const DESCRIPTORS: u64 = 1024;
 /// Set by a unit: the one value of `attach` that it is made for.
-const ONLY_ATTACH: &str = "CVMFS_SNAPSHOTTER_ATTACH";
+const REQUIRED_ATTACH_MODE_VAR: &str = "CVMFS_SNAPSHOTTER_ATTACH";
 /// Its presence says that this kernel knows the overlay option `index`.
 const OVERLAY_INDEX: &str = "/sys/module/overlay/parameters/index";
 
@@ -58,9 +59,9 @@ pub fn check_config(arguments: &Arguments) -> Result<(), Error> {
 }
 
 /// A unit that keeps to itself what is mounted says so; containers would miss it in silence.
-fn check_attach(wanted: Mode) -> Result<(), Error> {
-    let only_links = std::env::var_os(ONLY_ATTACH).is_some_and(|only| only == "symlink");
-    if only_links && wanted != Mode::Symlink { Err(Error::BindInNamespace) } else { Ok(()) }
+fn check_attach(wanted: AttachMode) -> Result<(), Error> {
+    let only_links = std::env::var_os(REQUIRED_ATTACH_MODE_VAR).is_some_and(|only| only == "symlink");
+    if only_links && wanted != AttachMode::Symlink { Err(Error::BindInNamespace) } else { Ok(()) }
 }
 
 fn check_metrics(arguments: &Arguments, config: &Config) -> Result<(), Error> {
@@ -73,16 +74,16 @@ fn check_metrics(arguments: &Arguments, config: &Config) -> Result<(), Error> {
 }
 
 /// Makes the metadata anew, and says of what.
-pub fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::Wanted) -> Result<(), Error> {
-    let Loaded { config, .. } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+pub fn rebuild_metadata(arguments: &Arguments, wanted: &rebuild::RebuildOptions) -> Result<(), Error> {
+    let LoadedConfig { config, .. } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     // A root that was mistyped must not be made.
     if !arguments.root.join(SNAPSHOTS).is_dir() {
         return Err(Error::NothingToRebuild { root: arguments.root.clone() });
     }
-    let root = StateRoot::take(&arguments.root, &config.repositories)?;
+    let root = StateRoot::acquire(&arguments.root, &config.repositories)?;
     let first = config.repositories.first().map_or("", |at| at.name.as_str());
-    let places = Places::new(root.snapshots.clone());
-    let report = rebuild::run(&root.metadata, &places, first, wanted, &Host).map_err(Error::Rebuild)?;
+    let paths = SnapshotPaths::new(root.snapshots.clone());
+    let report = rebuild::run(&root.metadata, &paths, first, wanted, &Host).map_err(Error::Rebuild)?;
     // Nobody may be listening; the work is done.
     let _ = io::stdout().write_all(report.text(wanted.json).as_bytes());
     Ok(())
@@ -96,11 +97,11 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn serve(arguments: &Arguments) -> Result<(), Error> {
-    sys::configure_allocator();
+    system::configure_allocator();
     // Blocked before the first thread starts, so that every thread inherits it and the
     // signals wait for us.
     let blocked = signals::block();
-    let Loaded { config, unknown } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
+    let LoadedConfig { config, unknown } = config::load(arguments.config.as_deref()).map_err(Error::Config)?;
     let level = arguments.log_level.or(config.log_level).unwrap_or(LevelFilter::Info);
     logging::start(config.log_format, level);
     for key in &unknown {
@@ -112,16 +113,16 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     server::check_address(&arguments.address).map_err(Error::Address)?;
     let told_to_stop = signals::listen(blocked, arguments, level).map_err(Error::Threads)?;
     let mut pools = Pools::start(&config).map_err(Error::Threads)?;
-    let late = Late::default();
+    let late = SnapshotterCell::default();
     let serve_on = |bound| {
         let late = Arc::clone(&late);
-        Server::start(bound, &config.allowed_uids, late, pools.workers.entrance(), pools.waiters())
+        Server::start(bound, &config.allowed_uids, late, pools.workers.handle(), pools.blocking_pools())
     };
     // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
     // containerd gives up a connection that is not greeted within a second.
     let early = server::inherited().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
     let patience = if early.is_some() { STOP_DURING_START_LIMIT } else { Duration::ZERO };
-    let begun = begin_unless_stopped(&arguments.root, &config, &told_to_stop, patience);
+    let begun = recover_state_unless_stopped(&arguments.root, &config, &told_to_stop, patience);
     let Ok(Some((root, snapshotter, found))) = begun else {
         if let Some(server) = early {
             server.abandon();
@@ -146,18 +147,18 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         server.address().display(),
         paths.join(", ")
     );
-    snapshotter.look_at_repositories();
-    clean_leftovers(Arc::clone(&snapshotter))?;
+    snapshotter.log_repository_availability();
+    spawn_startup_cleanup(Arc::clone(&snapshotter))?;
     if let Some(address) = &config.metrics {
         // Containers can start without.
         match endpoint::serve(address, gauges(&snapshotter, &pools)) {
-            Ok(()) => log::info!("metrics are at {}", metrics_at(address)),
+            Ok(()) => log::info!("metrics are at {}", serve_metrics(address)),
             Err(e) => log::error!("{e}"),
         }
     }
     notify::ready(&format!("{} snapshots, from {}", found.snapshots, paths.join(", ")));
     if let Some(interval) = notify::watchdog_interval() {
-        show_life(interval, pools.workers.entrance())?;
+        run_watchdog(interval, pools.workers.handle())?;
     }
     while told_to_stop.recv_timeout(MEMORY_INTERVAL) == Err(RecvTimeoutError::Timeout) {
         snapshotter.release_memory();
@@ -169,19 +170,19 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     Ok(())
 }
 
-type Begun = (StateRoot, Arc<Snapshotter>, Found);
+type RecoveredState = (StateRoot, Arc<Snapshotter>, RecoveryReport);
 
-/// As `begin`. None: the daemon was told to stop meanwhile, and `patience` later the start was not over. What is half
+/// As `recover_state`. None: the daemon was told to stop meanwhile, and `patience` later the start was not over. What is half
 /// done then is as after a crash, which the next start takes up.
-fn begin_unless_stopped(
+fn recover_state_unless_stopped(
     root: &Path,
     config: &Config,
     stop: &Receiver<Infallible>,
     patience: Duration,
-) -> Result<Option<Begun>, Error> {
+) -> Result<Option<RecoveredState>, Error> {
     let (done, begun) = bounded(1);
     let (root, config) = (root.to_owned(), config.clone());
-    let work = move || drop(done.send(begin(&root, &config)));
+    let work = move || drop(done.send(recover_state(&root, &config)));
     let thread = thread::Builder::new().name("start".to_owned()).spawn(work).map_err(Error::Threads)?;
     let result = select! {
         recv(begun) -> result => result.map_err(RecvTimeoutError::from),
@@ -199,9 +200,9 @@ fn begin_unless_stopped(
 }
 
 /// Everything up to the first call: the state root, the metadata, and what a crash left.
-fn begin(root: &Path, config: &Config) -> Result<Begun, Error> {
-    let root = StateRoot::take(root, &config.repositories)?;
-    let snapshotter = Arc::new(open(&root, config)?);
+fn recover_state(root: &Path, config: &Config) -> Result<RecoveredState, Error> {
+    let root = StateRoot::acquire(root, &config.repositories)?;
+    let snapshotter = Arc::new(open_snapshotter(&root, config)?);
     let found = snapshotter.recover().map_err(Error::Recovery)?;
     log::info!(
         "{} snapshots, {} leftovers to clean up, {} without their files",
@@ -240,7 +241,7 @@ fn raise_descriptor_limit() {
 /// What a scrape finds now, without waiting for anybody.
 fn gauges(snapshotter: &Arc<Snapshotter>, pools: &Pools) -> impl Fn() -> Gauges + Send + 'static {
     let snapshotter = Arc::clone(snapshotter);
-    let pools = pools.named();
+    let pools = pools.with_names();
     move || {
         let (snapshots, leftovers) = snapshotter.counts().unwrap_or_default();
         Gauges {
@@ -252,7 +253,7 @@ fn gauges(snapshotter: &Arc<Snapshotter>, pools: &Pools) -> impl Fn() -> Gauges 
     }
 }
 
-fn metrics_at(address: &MetricsAddress) -> String {
+fn serve_metrics(address: &MetricsAddress) -> String {
     match address {
         MetricsAddress::Tcp(address) => format!("http://{address}/metrics"),
         MetricsAddress::Unix(path) => path.display().to_string(),
@@ -261,13 +262,13 @@ fn metrics_at(address: &MetricsAddress) -> String {
 
 /// Tells the service manager that a worker was free, four times in each of its intervals. Nothing
 /// that hangs in a repository keeps them all; a bug might.
-fn show_life(interval: Duration, workers: Entrance) -> Result<(), Error> {
+fn run_watchdog(interval: Duration, workers: PoolHandle) -> Result<(), Error> {
     let (free, was_free) = crossbeam_channel::bounded(1);
     let work = move || {
         loop {
             let free = free.clone();
             // Not in the queue of calls, which a flood may have filled.
-            workers.go_on(
+            workers.submit_continuation(
                 || false,
                 || (),
                 move |_| {
@@ -277,7 +278,7 @@ fn show_life(interval: Duration, workers: Entrance) -> Result<(), Error> {
             if was_free.recv().is_err() {
                 return;
             }
-            notify::alive();
+            notify::watchdog_ping();
             thread::sleep(interval / 4);
         }
     };
@@ -289,10 +290,10 @@ fn stop(server: Server, pools: Pools) {
     log::info!("stopping; snapshots and mounts stay as they are");
     let until = Instant::now() + STOP_LIMIT;
     server.stop(until, || {
-        for pool in pools.in_order() {
+        for pool in pools.drain_order() {
             match pool.drain(until.saturating_duration_since(Instant::now())) {
-                Drained::Completely => {}
-                Drained::LeavingBehind(calls) => {
+                DrainOutcome::Completely => {}
+                DrainOutcome::LeavingBehind(calls) => {
                     log::warn!("{calls} calls did not finish in {STOP_LIMIT:?} and are given up");
                 }
             }
@@ -312,33 +313,33 @@ struct Pools {
 impl Pools {
     /// All but the workers: calls that come before the start is over wait for those.
     fn start(config: &Config) -> io::Result<Self> {
-        let waiters = |name: &str| Pool::growing(name, config.waiter_threads(), config.queue, IDLE);
+        let blocking_pools = |name: &str| Pool::growing(name, config.blocking_threads(), config.queue, IDLE);
         Ok(Self {
             workers: Pool::idle("worker", config.worker_threads(), config.queue),
-            pulls: waiters("pull")?,
-            repositories: config.repositories.iter().map(|_| waiters("start")).collect::<io::Result<_>>()?,
+            pulls: blocking_pools("pull")?,
+            repositories: config.repositories.iter().map(|_| blocking_pools("start")).collect::<io::Result<_>>()?,
         })
     }
 
-    fn waiters(&self) -> Waiters {
-        let repositories = self.repositories.iter().map(Pool::entrance).collect();
-        Waiters { pulls: self.pulls.entrance(), repositories }
+    fn blocking_pools(&self) -> BlockingPools {
+        let repositories = self.repositories.iter().map(Pool::handle).collect();
+        BlockingPools { pulls: self.pulls.handle(), repositories }
     }
 
     /// For the metrics.
-    fn named(&self) -> Vec<(&'static str, Entrance)> {
-        let repositories = self.repositories.iter().map(|pool| ("start", pool.entrance()));
-        [("worker", self.workers.entrance()), ("pull", self.pulls.entrance())].into_iter().chain(repositories).collect()
+    fn with_names(&self) -> Vec<(&'static str, PoolHandle)> {
+        let repositories = self.repositories.iter().map(|pool| ("start", pool.handle()));
+        [("worker", self.workers.handle()), ("pull", self.pulls.handle())].into_iter().chain(repositories).collect()
     }
 
     /// In the order in which calls go through them.
-    fn in_order(self) -> impl Iterator<Item = Pool> {
+    fn drain_order(self) -> impl Iterator<Item = Pool> {
         [self.workers, self.pulls].into_iter().chain(self.repositories)
     }
 }
 
 /// What a crash left, beside the first calls: nothing waits for it.
-fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
+fn spawn_startup_cleanup(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
     thread::Builder::new()
         .name("leftovers".to_owned())
         .spawn(move || {
@@ -353,13 +354,13 @@ fn clean_leftovers(snapshotter: Arc<Snapshotter>) -> Result<(), Error> {
 /// There was metadata, and it is gone: a start would forget every snapshot. What lies beside it
 /// tells: the reserve, which is made after it, and the records of local snapshots, but for
 /// those that a takeover from a Go snapshotter writes before.
-fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<(), Error> {
+fn check_metadata_present(root: &StateRoot, paths: &SnapshotPaths, sys: &dyn Sys) -> Result<(), Error> {
     let earlier = root.metadata.with_extension("redb");
     if earlier.exists() {
         return Err(Error::MetadataOfEarlierVersion { path: earlier });
     }
-    let ids = sys::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
-    let snapshots = ids.iter().filter(|id| places.record(**id).exists()).count();
+    let ids = system::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
+    let snapshots = ids.iter().filter(|id| paths.record(**id).exists()).count();
     let takes_over = root.metadata.with_file_name(takeover::GO_METADATA).exists();
     if Store::existed_at(&root.metadata) || (snapshots > 0 && !takes_over) {
         return Err(Error::MetadataGone { path: root.metadata.clone(), snapshots });
@@ -367,15 +368,15 @@ fn refuse_to_forget(root: &StateRoot, places: &Places, sys: &dyn Sys) -> Result<
     Ok(())
 }
 
-fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
+fn open_snapshotter(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
     let sys: Arc<dyn Sys> = Arc::new(Host);
     // Another snapshotter's directories, if the state root had one before us.
-    let occupied = sys::snapshot_ids(sys.as_ref(), &root.snapshots).map_err(Error::System)?.into_iter().max();
+    let occupied = system::snapshot_ids(sys.as_ref(), &root.snapshots).map_err(Error::System)?.into_iter().max();
     if !root.metadata.exists() {
-        let places = Places::new(root.snapshots.clone());
-        refuse_to_forget(root, &places, sys.as_ref())?;
+        let paths = SnapshotPaths::new(root.snapshots.clone());
+        check_metadata_present(root, &paths, sys.as_ref())?;
         let first = config.repositories.first().map_or("", |at| at.name.as_str());
-        takeover::take_over(&root.metadata, &places, occupied, first, sys.as_ref()).map_err(|e| match e {
+        takeover::take_over(&root.metadata, &paths, occupied, first, sys.as_ref()).map_err(|e| match e {
             takeover::Error::Store(cause) => Error::Store(cause),
             other => Error::Takeover(other),
         })?;
@@ -384,10 +385,10 @@ fn open(root: &StateRoot, config: &Config) -> Result<Snapshotter, Error> {
     let repositories = config
         .repositories
         .iter()
-        .inspect(|at| METRICS.expect(&at.name))
+        .inspect(|at| METRICS.init_repository(&at.name))
         .map(|at| Repository::new(at.name.clone(), at.path.clone(), config.repository_timeout, Arc::clone(&sys)))
         .collect();
     let overlay_options = if Path::new(OVERLAY_INDEX).exists() { vec!["index=off".to_owned()] } else { Vec::new() };
-    let ways = Ways { attach: config.attach, overlay_options };
+    let ways = SnapshotterOptions { attach: config.attach, overlay_options };
     Ok(Snapshotter::new(store, repositories, sys, &root.snapshots, ways))
 }

@@ -28,9 +28,9 @@ use serde_json::json;
 pub use self::program::Program;
 pub use self::reach::probe as probe_path;
 pub use self::repositories::probe as probe_repository;
+use crate::admin::table::Progress;
 use crate::cli::{self, Arguments};
-use crate::table::Progress;
-use crate::types::printable;
+use crate::model::printable;
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,14 +98,14 @@ pub fn run(arguments: &Arguments, wanted: &cli::Doctor, out: &mut dyn Write) -> 
         findings.push(Finding::warning("node.user", "this is not root: nothing can be said of this node", remedy));
         return findings.end().map(|_| UNKNOWN);
     }
-    progress.say("asking the daemon");
+    progress.set_message("asking the daemon");
     let asked = service::ask(arguments);
     let arguments = &service::as_started(arguments, &asked);
-    progress.say("looking at the node");
+    progress.set_message("looking at the node");
     let config = node::look(arguments, &asked, &mut findings);
-    progress.say("asking the repositories");
+    progress.set_message("asking the repositories");
     let daemon = service::look(arguments, config.as_ref(), asked, &mut findings);
-    progress.say("asking containerd");
+    progress.set_message("asking containerd");
     containerd::look(arguments, wanted, daemon.as_ref(), &progress, &mut findings);
     findings.end().map(|worst| match worst {
         State::Good | State::Note => 0,
@@ -158,7 +158,7 @@ impl<'w> Findings<'w> {
 
     fn write(&mut self, text: &str) {
         if self.failed.is_none() {
-            self.progress.say("");
+            self.progress.set_message("");
             self.failed = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).err();
         }
     }

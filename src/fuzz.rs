@@ -14,16 +14,16 @@ use std::path::{Component, Path};
 use protobuf::Message;
 
 #[cfg(feature = "server")]
-use crate::server::{convert, fields, filters};
+use crate::server::{convert, field_count, filters};
 // Without the server, from the same files: they need nothing of gRPC.
 #[cfg(not(feature = "server"))]
 #[path = "server/convert.rs"]
 #[allow(dead_code)]
 mod convert;
 #[cfg(not(feature = "server"))]
-#[path = "server/fields.rs"]
+#[path = "server/field_count.rs"]
 #[allow(dead_code)]
-mod fields;
+mod field_count;
 #[cfg(not(feature = "server"))]
 #[path = "server/filters.rs"]
 #[allow(dead_code)]
@@ -34,17 +34,17 @@ mod driver;
 
 use self::filters::Filters;
 use crate::config::{self, Config};
+use crate::model::{
+    Digest, Key, Kind, LABEL_SNAPSHOT_REF, Labels, MAX_LABELS_BYTES, Quoted, Snapshot, SnapshotId, Timestamp,
+};
 use crate::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest, ViewSnapshotRequest,
 };
-use crate::repository::manifest::{ImageRef, MOST_LAYERS, Manifest};
+use crate::repository::manifest::{ImageRef, MAX_LAYERS, Manifest};
 use crate::repository::scan::{Directory, record};
 use crate::sidecar::Sidecar;
-use crate::snapshotter::{self, Error, LabelChange, Wanted};
-use crate::types::{
-    Digest, Key, Kind, LABEL_SNAPSHOT_REF, LABELS_BYTES, Labels, Quoted, Snapshot, SnapshotId, Timestamp,
-};
+use crate::snapshotter::{self, CreateRequest, Error, LabelChange};
 
 pub struct Target {
     pub name: &'static str,
@@ -231,7 +231,7 @@ fn filters(bytes: &[u8]) {
     ] {
         match Filters::parse(std::slice::from_ref(&filter)) {
             Ok(found) => assert_eq!(found.matches(&named), expected, "{filter}"),
-            Err(e) => assert!(filter.len() > filters::MOST_BYTES, "{filter}: {e}"),
+            Err(e) => assert!(filter.len() > filters::MAX_BYTES, "{filter}: {e}"),
         }
     }
 }
@@ -255,11 +255,11 @@ fn requests(bytes: &[u8]) {
     match which % 10 {
         0 => {
             let Ok(request) = parse::<PrepareSnapshotRequest>(message) else { return };
-            wanted(convert::wanted(&request.key, &request.parent, request.labels));
+            wanted(convert::create_request(&request.key, &request.parent, request.labels));
         }
         1 => {
             let Ok(request) = parse::<ViewSnapshotRequest>(message) else { return };
-            wanted(convert::wanted(&request.key, &request.parent, request.labels));
+            wanted(convert::create_request(&request.key, &request.parent, request.labels));
         }
         2 => {
             let Ok(request) = parse::<UpdateSnapshotRequest>(message) else { return };
@@ -301,9 +301,9 @@ fn requests(bytes: &[u8]) {
 
 /// Decodes a request as the server does, which counts it before. All that is kept of it was counted.
 fn parse<Q: Message>(message: &[u8]) -> protobuf::Result<Q> {
-    let counted = fields::count::<Q>(message)?;
+    let counted = field_count::count::<Q>(message)?;
     let request = Q::parse_from_bytes(message)?;
-    let kept = fields::count::<Q>(&request.write_to_bytes().unwrap()).unwrap();
+    let kept = field_count::count::<Q>(&request.write_to_bytes().unwrap()).unwrap();
     assert!(kept <= counted, "{kept} of {counted} fields");
     Ok(request)
 }
@@ -319,7 +319,7 @@ fn good_key(key: &Key) {
     quoted(key.as_str().as_bytes());
 }
 
-fn wanted(wanted: snapshotter::Result<Wanted>) {
+fn wanted(wanted: snapshotter::Result<CreateRequest>) {
     let Ok(wanted) = wanted else { return };
     good_key(&wanted.key);
     let Some(kept) = labels(wanted.labels) else { return };
@@ -338,7 +338,7 @@ fn wanted(wanted: snapshotter::Result<Wanted>) {
     let info = Info::parse_from_bytes(&convert::info(before.clone()).write_to_bytes().unwrap()).unwrap();
     assert_eq!((info.name.as_str(), info.labels.len()), (before.key.as_str(), before.labels.len()));
     assert_eq!(info.labels.into_iter().collect::<Labels>(), before.labels);
-    let sidecar = Sidecar { made: before, committed: None };
+    let sidecar = Sidecar { prepared: before, committed: None };
     assert_eq!(Sidecar::decode(&sidecar.encode()), Some(sidecar));
 }
 
@@ -346,7 +346,7 @@ fn wanted(wanted: snapshotter::Result<Wanted>) {
 fn labels(mut labels: Labels) -> Option<Labels> {
     snapshotter::check_labels(&mut labels).ok()?;
     let bytes: usize = labels.iter().map(|(label, value)| label.len() + value.len()).sum();
-    assert!(bytes <= LABELS_BYTES && labels.values().all(|value| !value.is_empty()));
+    assert!(bytes <= MAX_LABELS_BYTES && labels.values().all(|value| !value.is_empty()));
     match snapshotter::mapped_root(&labels) {
         // The kernel's "no id": it would be written into the file system as such.
         Ok(root) => assert!(root.is_none_or(|(uid, gid)| uid != u32::MAX && gid != u32::MAX), "{root:?}"),
@@ -394,7 +394,7 @@ fn manifest(bytes: &[u8]) {
     match Manifest::parse(bytes) {
         Err(e) => quoted(e.to_string().as_bytes()),
         Ok(manifest) => {
-            assert!(manifest.layers.len() <= MOST_LAYERS);
+            assert!(manifest.layers.len() <= MAX_LAYERS);
             let descriptor = |digest: &Digest| {
                 good_digest(digest);
                 serde_json::json!({ "Digest": digest.as_str() })
@@ -411,7 +411,7 @@ fn records(bytes: &[u8]) {
     let Some((which, row)) = bytes.split_first() else { return };
     if which.is_multiple_of(3) {
         let Some(sidecar) = Sidecar::decode(row) else { return };
-        for snapshot in [Some(&sidecar.made), sidecar.committed.as_ref()].into_iter().flatten() {
+        for snapshot in [Some(&sidecar.prepared), sidecar.committed.as_ref()].into_iter().flatten() {
             good_key(&snapshot.key);
             assert!(snapshot.layer.is_none(), "{snapshot:?}");
         }

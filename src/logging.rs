@@ -19,7 +19,7 @@ use log::kv::{Error, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Record};
 use serde_json::{Map, Value as Json};
 
-use crate::types::escaped;
+use crate::model::escaped;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -48,7 +48,7 @@ pub fn start(format: Format, level: LevelFilter) {
         // Ours at any level, so that `set_level` decides; grpcio's own chatter only if it matters.
         .filter_level(LevelFilter::Warn)
         .filter_module(env!("CARGO_CRATE_NAME"), LevelFilter::Trace)
-        .target(Target::Pipe(Box::new(Queue::start())))
+        .target(Target::Pipe(Box::new(LineQueue::start())))
         .format(match format {
             Format::Json => json,
             Format::Text => text,
@@ -60,7 +60,7 @@ pub fn start(format: Format, level: LevelFilter) {
 
 /// A panic is a line like any other. It may be the end of the process, so the line is waited for.
 fn log_panic(panic: &PanicHookInfo<'_>) {
-    const LIMIT: Duration = Duration::from_secs(1);
+    const MAX_QUEUED_BYTES: Duration = Duration::from_secs(1);
     let thread = thread::current();
     let thread = thread.name().unwrap_or("without a name");
     let location = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
@@ -72,7 +72,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     } else {
         log::error!(thread, location; "thread {thread} panicked at {location}: {message}");
     }
-    flush(LIMIT);
+    flush(MAX_QUEUED_BYTES);
 }
 
 /// What a panic said.
@@ -93,11 +93,11 @@ static WAITING: AtomicUsize = AtomicUsize::new(0);
 static DROPPED: AtomicUsize = AtomicUsize::new(0);
 
 /// The log's end of the thread that writes.
-struct Queue {
+struct LineQueue {
     lines: Sender<Vec<u8>>,
 }
 
-impl Queue {
+impl LineQueue {
     fn start() -> Self {
         let (lines, waiting) = bounded::<Vec<u8>>(WAITING_LINES);
         // Without the thread there is no log, but a daemon all the same.
@@ -115,7 +115,7 @@ impl Queue {
     }
 }
 
-impl Write for Queue {
+impl Write for LineQueue {
     /// Gets a whole line at a time.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         WAITING.fetch_add(1, Ordering::SeqCst);

@@ -4,8 +4,9 @@ use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 
-use cvmfs_snapshotter::cli::{self, Task};
-use cvmfs_snapshotter::{admin, daemon, doctor, gc, status};
+use cvmfs_snapshotter::admin::{client, gc, status};
+use cvmfs_snapshotter::cli::{self, Action};
+use cvmfs_snapshotter::{daemon, doctor};
 
 fn main() -> ExitCode {
     let arguments = match cli::parse(std::env::args_os()) {
@@ -18,18 +19,18 @@ fn main() -> ExitCode {
     };
     let of_daemon =
         |result: Result<(), daemon::Error>| result.map_or_else(|e| fail(&e, e.exit_code()), |()| ExitCode::SUCCESS);
-    let of_report = |result: admin::Result<String>| result.map_or_else(|e| fail(&e, 1), |text| print(&text));
-    match &arguments.task {
-        Task::Serve => of_daemon(daemon::run(&arguments)),
-        Task::CheckConfig => of_daemon(daemon::check_config(&arguments)),
-        Task::Rebuild(wanted) => of_daemon(daemon::rebuild_metadata(&arguments, wanted)),
-        Task::Status(wanted) => of_report(status::run(&arguments.address, *wanted)),
-        Task::Gc(wanted) => of_report(gc::run(&arguments.address, *wanted)),
-        Task::Doctor(wanted) => doctor::run(&arguments, wanted, &mut std::io::stdout())
+    let of_report = |result: client::Result<String>| result.map_or_else(|e| fail(&e, 1), |text| print(&text));
+    match &arguments.action {
+        Action::Serve => of_daemon(daemon::run(&arguments)),
+        Action::CheckConfig => of_daemon(daemon::check_config(&arguments)),
+        Action::Rebuild(wanted) => of_daemon(daemon::rebuild_metadata(&arguments, wanted)),
+        Action::Status(wanted) => of_report(status::run(&arguments.address, *wanted)),
+        Action::Gc(wanted) => of_report(gc::run(&arguments.address, *wanted)),
+        Action::Doctor(wanted) => doctor::run(&arguments, wanted, &mut std::io::stdout())
             .map_or_else(|e| fail(&format!("cannot write the report: {e}"), doctor::UNKNOWN), ExitCode::from),
-        Task::ProbePath(path) => print(&doctor::probe_path(path)),
-        Task::ProbeRepository(path) => print(&doctor::probe_repository(path)),
-        Task::RunProgram(wanted) => {
+        Action::ProbePath(path) => print(&doctor::probe_path(path)),
+        Action::ProbeRepository(path) => print(&doctor::probe_repository(path)),
+        Action::RunProgram(wanted) => {
             let failed = doctor::Program::parse(&wanted.program).exec(&wanted.name, &wanted.arguments);
             fail(&failed, failed.exit_code())
         }

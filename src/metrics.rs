@@ -165,13 +165,13 @@ impl Metrics {
             cleaned,
             gauges,
         };
-        metrics.begin_at_zero();
+        metrics.create_series();
         metrics
     }
 
     /// What is counted for the first time must be seen to grow, so it is there before.
-    fn begin_at_zero(&self) {
-        for reason in Reason::ALL {
+    fn create_series(&self) {
+        for reason in DownloadCause::ALL {
             drop(self.fallbacks.get_or_create(&reason.labels()));
         }
         for result in ["attached", "failed"] {
@@ -180,11 +180,11 @@ impl Metrics {
         for result in ["done", "failed"] {
             drop(self.scans.get_or_create(&[("result", result.to_owned())]));
         }
-        self.cleaned(0, 0);
+        self.record_cleanup(0, 0);
     }
 
-    /// As `begin_at_zero`, of a repository.
-    pub fn expect(&self, repository: &str) {
+    /// As `create_series`, of a repository.
+    pub fn init_repository(&self, repository: &str) {
         let labels = of_repository(repository);
         drop(self.layers.get_or_create(&labels));
         drop(self.waits.get_or_create(&labels));
@@ -192,15 +192,15 @@ impl Metrics {
         drop(self.server_outages.get_or_create(&labels));
     }
 
-    /// As `begin_at_zero`, of a method.
-    pub fn expect_calls(&self, method: &str) {
+    /// As `create_series`, of a method.
+    pub fn init_methods(&self, method: &str) {
         for code in FAILURES {
             drop(self.failed.get_or_create(&of_call(method, code)));
         }
     }
 
     /// A call was answered, `took` after it had arrived.
-    pub fn called(&self, method: &str, code: &str, took: Duration) {
+    pub fn record_call(&self, method: &str, code: &str, took: Duration) {
         let labels = of_call(method, code);
         if FAILURES.contains(&code) {
             self.failed.get_or_create(&labels).inc();
@@ -209,58 +209,58 @@ impl Metrics {
     }
 
     /// A request could not be decoded.
-    pub fn unreadable(&self) {
+    pub fn record_unreadable(&self) {
         self.unreadable.inc();
     }
 
-    pub fn published(&self, repository: &str) {
+    pub fn record_published_layer(&self, repository: &str) {
         self.layers.get_or_create(&of_repository(repository)).inc();
     }
 
-    pub fn downloaded(&self, reason: Reason) {
+    pub fn record_downloaded_layer(&self, reason: DownloadCause) {
         self.fallbacks.get_or_create(&reason.labels()).inc();
     }
 
-    pub fn attached(&self, result: &'static str) {
+    pub fn record_attach(&self, result: &'static str) {
         self.attached.get_or_create(&[("result", result.to_owned())]).inc();
     }
 
-    pub fn scanned(&self, result: &'static str, since: Instant) {
+    pub fn record_scan(&self, result: &'static str, since: Instant) {
         self.scans.get_or_create(&[("result", result.to_owned())]).observe(since.elapsed().as_secs_f64());
     }
 
-    pub fn waited(&self, repository: &str, since: Instant) {
+    pub fn record_wait(&self, repository: &str, since: Instant) {
         self.waits.get_or_create(&of_repository(repository)).observe(since.elapsed().as_secs_f64());
     }
 
-    pub fn fell_silent(&self, repository: &str) {
+    pub fn record_outage(&self, repository: &str) {
         self.outages.get_or_create(&of_repository(repository)).inc();
     }
 
-    pub fn lost_server(&self, repository: &str) {
+    pub fn record_server_outage(&self, repository: &str) {
         self.server_outages.get_or_create(&of_repository(repository)).inc();
     }
 
-    pub fn committed(&self, writes: u64, since: Instant) {
+    pub fn record_commit(&self, writes: u64, since: Instant) {
         self.commits.observe(since.elapsed().as_secs_f64());
         self.writes.inc_by(writes);
     }
 
-    pub fn cleaned(&self, removed: usize, left: usize) {
+    pub fn record_cleanup(&self, removed: usize, left: usize) {
         for (result, count) in [("removed", removed), ("left", left)] {
             self.cleaned.get_or_create(&[("result", result.to_owned())]).inc_by(count as u64);
         }
     }
 
-    pub fn pulls<'n>(&self, repositories: impl Iterator<Item = &'n str>) -> Pulls {
-        let downloaded = |reason: Reason| self.fallbacks.get_or_create(&reason.labels()).get();
-        Pulls {
+    pub fn pulls<'n>(&self, repositories: impl Iterator<Item = &'n str>) -> PullCounts {
+        let downloaded = |reason: DownloadCause| self.fallbacks.get_or_create(&reason.labels()).get();
+        PullCounts {
             published: repositories.map(|name| self.layers.get_or_create(&of_repository(name)).get()).sum(),
-            not_published: downloaded(Reason::NotPublished),
-            unnamed: downloaded(Reason::NoDigest),
-            failed: Reason::ALL
+            not_published: downloaded(DownloadCause::NotPublished),
+            unnamed: downloaded(DownloadCause::NoDigest),
+            failed: DownloadCause::ALL
                 .into_iter()
-                .filter(|reason| !matches!(reason, Reason::NotPublished | Reason::NoDigest))
+                .filter(|reason| !matches!(reason, DownloadCause::NotPublished | DownloadCause::NoDigest))
                 .map(downloaded)
                 .sum(),
         }
@@ -277,7 +277,7 @@ impl Metrics {
 
 /// Layers of pulls since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pulls {
+pub struct PullCounts {
     pub published: u64,
     pub not_published: u64,
     /// containerd did not say which layer it wants.
@@ -287,7 +287,7 @@ pub struct Pulls {
 
 /// Why a layer of a pull is downloaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum DownloadCause {
     NotPublished,
     /// containerd did not say which layer it wants: it is not configured for that.
     NoDigest,
@@ -304,7 +304,7 @@ pub enum Reason {
     Name,
 }
 
-impl Reason {
+impl DownloadCause {
     const ALL: [Self; 9] = [
         Self::NotPublished,
         Self::NoDigest,
@@ -441,9 +441,9 @@ mod tests {
     #[test]
     fn the_documentation_has_every_metric_and_no_other() {
         let metrics = Metrics::new();
-        metrics.called("/containerd.services.snapshots.v1.Snapshots/Stat", "OK", Duration::ZERO);
-        metrics.expect_calls("Stat");
-        metrics.expect("a.test");
+        metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", "OK", Duration::ZERO);
+        metrics.init_methods("Stat");
+        metrics.init_repository("a.test");
         let pools = vec![("worker", PoolState::default())];
         let text =
             metrics.text(&Gauges { pools, repositories: vec![("a.test".to_owned(), true)], ..Gauges::default() });
@@ -465,10 +465,10 @@ mod tests {
             let sample = format!("cvmfs_snapshotter_calls_failed_total{{method=\"Stat\",code=\"{code}\"}} ");
             text.lines().find_map(|line| line.strip_prefix(&sample)).map(str::to_owned)
         };
-        metrics.expect_calls("/containerd.services.snapshots.v1.Snapshots/Stat");
+        metrics.init_methods("/containerd.services.snapshots.v1.Snapshots/Stat");
         assert_eq!(count("INTERNAL").as_deref(), Some("0"));
         for code in ["INTERNAL", "NOT_FOUND"] {
-            metrics.called("/containerd.services.snapshots.v1.Snapshots/Stat", code, Duration::ZERO);
+            metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", code, Duration::ZERO);
         }
         assert_eq!(["INTERNAL", "UNAVAILABLE"].map(count).map(Option::unwrap), ["1", "0"]);
         assert_eq!(count("NOT_FOUND"), None);

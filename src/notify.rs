@@ -17,17 +17,17 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// The daemon serves. `status` is what `systemctl status` shows.
 pub fn ready(status: &str) {
-    tell(&format!("READY=1\nSTATUS={status}"));
+    notify(&format!("READY=1\nSTATUS={status}"));
 }
 
 /// The daemon was told to stop, and finishes what is under way.
 pub fn stopping() {
-    tell("STOPPING=1\nSTATUS=finishing the calls under way");
+    notify("STOPPING=1\nSTATUS=finishing the calls under way");
 }
 
 /// The daemon works. To be told within each `watchdog_interval`.
-pub fn alive() {
-    tell("WATCHDOG=1");
+pub fn watchdog_ping() {
+    notify("WATCHDOG=1");
 }
 
 /// So long the manager waits for a sign of life before it kills the daemon. None: it does not.
@@ -41,7 +41,7 @@ fn interval(microseconds: &str, pid: Option<&str>) -> Option<Duration> {
     (is_for_us && !interval.is_zero()).then_some(interval)
 }
 
-fn tell(state: &str) {
+fn notify(state: &str) {
     let Some(address) = env::var_os(VARIABLE) else { return };
     if let Err(e) = send(&address, state) {
         log::warn!("cannot tell the service manager at {}: {e}", address.display());

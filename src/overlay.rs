@@ -10,81 +10,81 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use crate::types::{Digest, Mount, MountKind, SnapshotId};
+use crate::model::{Digest, Mount, MountKind, SnapshotId};
 
 /// The directories of a snapshot, `snapshots/<id>/…`.
 #[derive(Clone, Debug)]
-pub struct Places {
+pub struct SnapshotPaths {
     snapshots: PathBuf,
 }
 
-/// Holds the bind mounts that places lead to: in `snapshots/<id>`, where there are any.
-pub const BOUND: &str = "bound";
+/// Holds the bind mounts that paths lead to: in `snapshots/<id>`, where there are any.
+pub const BIND_MOUNTS_DIR: &str = "bound";
 
-impl Places {
+impl SnapshotPaths {
     pub fn new(snapshots: PathBuf) -> Self {
         Self { snapshots }
     }
 
-    pub fn all(&self) -> &Path {
+    pub fn snapshots_dir(&self) -> &Path {
         &self.snapshots
     }
 
-    pub fn home(&self, id: SnapshotId) -> PathBuf {
+    pub fn snapshot_dir(&self, id: SnapshotId) -> PathBuf {
         self.snapshots.join(id.to_string())
     }
 
     /// The files: a local snapshot's own, or where a published layer is attached.
     pub fn fs(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("fs")
+        self.snapshot_dir(id).join("fs")
     }
 
     /// Overlayfs's scratch directory, of an active snapshot.
     pub fn work(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("work")
+        self.snapshot_dir(id).join("work")
     }
 
     /// What makes the row of a local snapshot again, should the store be lost.
     pub fn record(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join("record")
+        self.snapshot_dir(id).join("record")
     }
 
     /// Where a published layer is attached.
-    pub fn root(&self, id: SnapshotId, edition: Edition) -> PathBuf {
-        self.home(id).join(edition.of("fs"))
+    pub fn attached_root(&self, id: SnapshotId, variant: SourceVariant) -> PathBuf {
+        self.snapshot_dir(id).join(variant.suffixed("fs"))
     }
 
-    pub fn bound(&self, id: SnapshotId) -> PathBuf {
-        self.home(id).join(BOUND)
+    pub fn bind_mounts_dir(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot_dir(id).join(BIND_MOUNTS_DIR)
     }
 
     /// The skeleton above it: whiteouts for names nobody may see. Its name is short because up to
     /// 127 of them share one page of mount options.
-    pub fn mask(&self, id: SnapshotId, edition: Edition) -> PathBuf {
-        self.home(id).join(edition.of("m"))
+    pub fn mask(&self, id: SnapshotId, variant: SourceVariant) -> PathBuf {
+        self.snapshot_dir(id).join(variant.suffixed("m"))
     }
 
     /// The skeleton below an attached layer: what the layer deletes from those below.
-    pub fn hide(&self, id: SnapshotId, edition: Edition) -> PathBuf {
-        self.home(id).join(edition.of("h"))
+    pub fn hide(&self, id: SnapshotId, variant: SourceVariant) -> PathBuf {
+        self.snapshot_dir(id).join(variant.suffixed("h"))
     }
 }
 
-/// The same layer from another source, another repository say, is another edition, with places
+/// The same layer from another source, another repository say, is another variant, with paths
 /// of its own: what somebody was told to mount stays as it was told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Edition(pub u32);
+pub struct SourceVariant(pub u32);
 
-impl Edition {
+impl SourceVariant {
     /// Of `name`. The first one, which is the only one of nearly every layer, has no number.
-    fn of(self, name: &str) -> String {
+    fn suffixed(self, name: &str) -> String {
         if self.0 == 0 { name.to_owned() } else { format!("{name}{}", self.0) }
     }
 }
 
 /// What the mask of a layer hides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mask {
+pub struct MaskContents {
     /// Of the publisher's catalog markers, those at the top of the layer: one bit each.
     /// Nearly every layer has one there and nothing else; one mask then does for all remote
     /// layers below it, down to the next local one.
@@ -95,14 +95,14 @@ pub struct Mask {
 
 /// One committed snapshot of a chain, as overlayfs is to see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Lower {
+pub enum ChainEntry {
     Local(SnapshotId),
-    Remote { id: SnapshotId, edition: Edition, digest: Digest, mask: Mask, hides: bool },
+    Remote { id: SnapshotId, variant: SourceVariant, digest: Digest, mask: MaskContents, hides: bool },
 }
 
 /// What of one snapshot stands among the lower directories of its chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shown {
+pub enum LayerUse {
     Masked,
     Unmasked,
     /// Nothing: an equal layer stands above.
@@ -110,22 +110,22 @@ pub enum Shown {
 }
 
 /// What of each snapshot is shown in a chain, uppermost first.
-pub fn shown(chain: &[Lower]) -> Vec<Shown> {
+pub fn layer_uses(chain: &[ChainEntry]) -> Vec<LayerUse> {
     let mut masked_catalogs = 0;
     let mut named = HashSet::new();
     let one = |lower| match lower {
-        &Lower::Local(_) => {
+        &ChainEntry::Local(_) => {
             masked_catalogs = 0;
-            Shown::Unmasked
+            LayerUse::Unmasked
         }
         // Overlayfs refuses the same directory twice, and the upper of two equal layers
         // already provides, and hides, everything that the lower one does.
-        Lower::Remote { digest, .. } if !named.insert(digest) => Shown::Not,
-        Lower::Remote { mask, .. } if mask.others || mask.top_catalogs & !masked_catalogs != 0 => {
+        ChainEntry::Remote { digest, .. } if !named.insert(digest) => LayerUse::Not,
+        ChainEntry::Remote { mask, .. } if mask.others || mask.top_catalogs & !masked_catalogs != 0 => {
             masked_catalogs |= mask.top_catalogs;
-            Shown::Masked
+            LayerUse::Masked
         }
-        Lower::Remote { .. } => Shown::Unmasked,
+        ChainEntry::Remote { .. } => LayerUse::Unmasked,
     };
     chain.iter().map(one).collect()
 }
@@ -151,26 +151,27 @@ impl LowerDirectories {
 }
 
 /// Names the lower directories of `chain`, whose uppermost snapshot is the first.
-pub fn lower_directories(places: &Places, chain: &[Lower]) -> LowerDirectories {
+pub fn lower_directories(paths: &SnapshotPaths, chain: &[ChainEntry]) -> LowerDirectories {
     let mut directories = Vec::new();
-    let shown = shown(chain);
-    for (lower, shown) in chain.iter().zip(&shown) {
-        let (id, edition, hides) = match lower {
-            Lower::Local(id) => (*id, Edition::default(), false),
-            Lower::Remote { id, edition, hides, .. } => (*id, *edition, *hides),
+    let uses = layer_uses(chain);
+    for (lower, layer_use) in chain.iter().zip(&uses) {
+        let (id, variant, hides) = match lower {
+            ChainEntry::Local(id) => (*id, SourceVariant::default(), false),
+            ChainEntry::Remote { id, variant, hides, .. } => (*id, *variant, *hides),
         };
-        if *shown == Shown::Not {
+        if *layer_use == LayerUse::Not {
             continue;
         }
-        if *shown == Shown::Masked {
-            directories.push(places.mask(id, edition));
+        if *layer_use == LayerUse::Masked {
+            directories.push(paths.mask(id, variant));
         }
-        directories.push(places.root(id, edition));
+        directories.push(paths.attached_root(id, variant));
         if hides {
-            directories.push(places.hide(id, edition));
+            directories.push(paths.hide(id, variant));
         }
     }
-    let is_published = matches!((chain.first(), shown.first()), (Some(Lower::Remote { .. }), Some(Shown::Unmasked)));
+    let is_published =
+        matches!((chain.first(), uses.first()), (Some(ChainEntry::Remote { .. }), Some(LayerUse::Unmasked)));
     let directories: Vec<String> =
         directories.iter().map(|directory: &PathBuf| directory.display().to_string()).collect();
     LowerDirectories { joined: directories.join(":"), count: directories.len(), is_published }
@@ -180,21 +181,21 @@ pub fn lower_directories(places: &Places, chain: &[Lower]) -> LowerDirectories {
 ///
 /// `uidmap=` and `gidmap=` are never among them: FUSE file systems cannot be mapped, and
 /// containerd has shifted the owners already where it was not told otherwise.
-pub fn active(places: &Places, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
+pub fn active(paths: &SnapshotPaths, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
     if lower.count == 0 {
-        return bind(&places.fs(id), "rw");
+        return bind(&paths.fs(id), "rw");
     }
     let own = [
-        format!("workdir={}", places.work(id).display()),
-        format!("upperdir={}", places.fs(id).display()),
+        format!("workdir={}", paths.work(id).display()),
+        format!("upperdir={}", paths.fs(id).display()),
         lower.option(None),
     ];
     overlay(&own, options)
 }
 
 /// The mounts of a view `id` of `lower`.
-pub fn view(places: &Places, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
-    let own = places.fs(id);
+pub fn view(paths: &SnapshotPaths, id: SnapshotId, lower: &LowerDirectories, options: &[String]) -> Vec<Mount> {
+    let own = paths.fs(id);
     match lower.count {
         0 => bind(&own, "ro"),
         1 if !lower.is_published => bind(Path::new(&lower.joined), "ro"),
@@ -215,27 +216,27 @@ fn overlay(own: &[String], options: &[String]) -> Vec<Mount> {
 mod tests {
     use super::*;
 
-    fn remote(id: u64, digit: char, mask: Mask, hides: bool) -> Lower {
+    fn remote(id: u64, digit: char, mask: MaskContents, hides: bool) -> ChainEntry {
         let digest = Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap();
-        Lower::Remote { id: SnapshotId(id), edition: Edition(0), digest, mask, hides }
+        ChainEntry::Remote { id: SnapshotId(id), variant: SourceVariant(0), digest, mask, hides }
     }
 
-    fn local(id: u64) -> Lower {
-        Lower::Local(SnapshotId(id))
+    fn local(id: u64) -> ChainEntry {
+        ChainEntry::Local(SnapshotId(id))
     }
 
-    const PLAIN: Mask = Mask { top_catalogs: 0, others: false };
-    const TOP: Mask = Mask { top_catalogs: 1, others: false };
-    const AUTO: Mask = Mask { top_catalogs: 3, others: false };
-    const FULL: Mask = Mask { top_catalogs: 1, others: true };
-    const MARKERS: Mask = Mask { top_catalogs: 0, others: true };
+    const PLAIN: MaskContents = MaskContents { top_catalogs: 0, others: false };
+    const TOP: MaskContents = MaskContents { top_catalogs: 1, others: false };
+    const AUTO: MaskContents = MaskContents { top_catalogs: 3, others: false };
+    const FULL: MaskContents = MaskContents { top_catalogs: 1, others: true };
+    const MARKERS: MaskContents = MaskContents { top_catalogs: 0, others: true };
 
-    fn places() -> Places {
-        Places::new("/s".into())
+    fn paths() -> SnapshotPaths {
+        SnapshotPaths::new("/s".into())
     }
 
-    fn lower(chain: &[Lower]) -> String {
-        lower_directories(&places(), chain).joined.replace("/s/", "")
+    fn lower(chain: &[ChainEntry]) -> String {
+        lower_directories(&paths(), chain).joined.replace("/s/", "")
     }
 
     #[test]
@@ -267,18 +268,18 @@ mod tests {
 
     #[test]
     fn mounts_follow_the_table_of_the_contract() {
-        let (places, id) = (places(), SnapshotId(9));
+        let (paths, id) = (paths(), SnapshotId(9));
         let options = ["index=off".to_owned()];
-        let none = lower_directories(&places, &[]);
-        let one = lower_directories(&places, &[local(1)]);
-        let two = lower_directories(&places, &[local(2), local(1)]);
+        let none = lower_directories(&paths, &[]);
+        let one = lower_directories(&paths, &[local(1)]);
+        let two = lower_directories(&paths, &[local(2), local(1)]);
         for (mounts, expected) in [
-            (active(&places, id, &none, &options), "bind /s/9/fs rw,rbind"),
-            (view(&places, id, &none, &options), "bind /s/9/fs ro,rbind"),
-            (view(&places, id, &one, &options), "bind /s/1/fs ro,rbind"),
-            (view(&places, id, &two, &options), "overlay overlay lowerdir=/s/2/fs:/s/1/fs,index=off"),
+            (active(&paths, id, &none, &options), "bind /s/9/fs rw,rbind"),
+            (view(&paths, id, &none, &options), "bind /s/9/fs ro,rbind"),
+            (view(&paths, id, &one, &options), "bind /s/1/fs ro,rbind"),
+            (view(&paths, id, &two, &options), "overlay overlay lowerdir=/s/2/fs:/s/1/fs,index=off"),
             (
-                active(&places, id, &one, &options),
+                active(&paths, id, &one, &options),
                 "overlay overlay workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=/s/1/fs,index=off",
             ),
         ] {
@@ -288,16 +289,21 @@ mod tests {
 
     #[test]
     fn the_longest_chain_fits_into_a_page() {
-        let chain: Vec<Lower> = (0..127)
+        let chain: Vec<ChainEntry> = (0..127)
             .map(|n| {
                 let digest = Digest::parse(&format!("sha256:{n:064x}")).unwrap();
-                Lower::Remote { id: SnapshotId(999_000 + n), edition: Edition(0), digest, mask: FULL, hides: true }
+                ChainEntry::Remote {
+                    id: SnapshotId(999_000 + n),
+                    variant: SourceVariant(0),
+                    digest,
+                    mask: FULL,
+                    hides: true,
+                }
             })
             .collect();
         // As containerd shortens it: relative to the directory of all snapshots.
-        let places = Places::new("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots".into());
-        let mounts =
-            active(&places, SnapshotId(999_999), &lower_directories(&places, &chain), &["index=off".to_owned()]);
+        let paths = SnapshotPaths::new("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots".into());
+        let mounts = active(&paths, SnapshotId(999_999), &lower_directories(&paths, &chain), &["index=off".to_owned()]);
         let shortened = text(&mounts)
             .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/999999", "UPPER")
             .replace("/var/lib/containerd-cvmfs-grpc/snapshotter/snapshots/", "")
@@ -307,7 +313,8 @@ mod tests {
 
     #[test]
     fn the_uppermost_directory_of_a_view_is_always_local() {
-        let view = |chain: &[Lower]| text(&view(&places(), SnapshotId(9), &lower_directories(&places(), chain), &[]));
+        let view =
+            |chain: &[ChainEntry]| text(&view(&paths(), SnapshotId(9), &lower_directories(&paths(), chain), &[]));
         let plain = [remote(2, 'b', PLAIN, false), remote(1, 'a', PLAIN, false)];
         assert_eq!(view(&plain), "overlay overlay lowerdir=/s/9/fs:/s/2/fs:/s/1/fs");
         assert_eq!(view(&plain[..1]), "overlay overlay lowerdir=/s/9/fs:/s/2/fs");

@@ -7,12 +7,12 @@
 
 mod admin;
 pub(crate) mod convert;
-mod door;
-pub(crate) mod fields;
+pub(crate) mod field_count;
 pub(crate) mod filters;
 mod handlers;
 mod list;
-mod load;
+mod listener;
+mod memory_budget;
 mod request;
 pub mod service;
 mod socket;
@@ -29,17 +29,17 @@ use std::time::{Duration, Instant};
 use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 use parking_lot::Mutex;
 
-pub use self::door::CONNECTIONS;
-use self::door::{Admitted, Door};
+pub use self::handlers::BlockingPools;
 use self::handlers::Handlers;
-pub use self::handlers::Waiters;
-use self::load::Load;
-pub use self::socket::{Bound, Error, Result, check as check_address, connect};
-use self::socket::{Reach, SocketFile};
-use crate::pool::Entrance;
+pub use self::listener::MAX_CONNECTIONS;
+use self::listener::{AllowedUids, ConnectionListener};
+use self::memory_budget::MemoryBudget;
+pub use self::socket::{Error, ListeningSocket, Result, check_path as check_address, connect};
+use self::socket::{SocketAccess, SocketFile};
+use crate::model::Timestamp;
 use crate::snapshotter::Snapshotter;
-use crate::sys;
-use crate::types::Timestamp;
+use crate::system;
+use crate::worker_pool::PoolHandle;
 
 /// What containerd itself allows a message to be, both ways.
 const MESSAGE_BYTES: i32 = 16 << 20;
@@ -47,7 +47,7 @@ const MESSAGE_BYTES: i32 = 16 << 20;
 const ONLY_UNCOMPRESSED: i32 = 1;
 /// gRPC closes a connection after so many pings that come too early; 0 stands for never. Until it can do so it keeps
 /// 8 KiB for each further one, and a client that does not read keeps it from doing so.
-const MOST_EARLY_PINGS: i32 = 0;
+const MAX_EARLY_PINGS: i32 = 0;
 /// Threads of grpcio's own that read requests and send answers; they never wait for a disk.
 const TRANSPORT_THREADS: usize = 1;
 /// Calls at one time on one connection. containerd sends all its calls over one; a client keeps
@@ -57,24 +57,24 @@ const CALLS_PER_CONNECTION: i32 = 1024;
 /// not always those of the clients that send so much.
 const TRANSPORT_BYTES: usize = 512 << 20;
 /// A stop waits so long for answers that are being sent, to say goodbye between two of them.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
+const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 /// And so long for clients without a call to go by themselves.
 const IDLE_LIMIT: Duration = Duration::from_secs(1);
 
 pub struct Server {
     grpc: Arc<Mutex<grpcio::Server>>,
-    load: Arc<Load>,
-    door: Door,
+    load: Arc<MemoryBudget>,
+    door: ConnectionListener,
     file: SocketFile,
 }
 
 /// What the calls are about. Those that come before it is there wait in the queue of `pool`, which is started then.
-pub type Late = Arc<OnceLock<Arc<Snapshotter>>>;
+pub type SnapshotterCell = Arc<OnceLock<Arc<Snapshotter>>>;
 
 /// The socket that this process was started with, if there is one.
-pub fn inherited() -> Result<Option<Bound>> {
-    let Some((socket, count)) = sys::inherited_sockets() else { return Ok(None) };
-    let bound = socket::inherit(socket)?;
+pub fn inherited() -> Result<Option<ListeningSocket>> {
+    let Some((socket, count)) = system::inherited_sockets() else { return Ok(None) };
+    let bound = socket::adopt(socket)?;
     if count > 1 {
         // Who calls at another one waits in vain; whoever calls here need not.
         let address = bound.file.address().display();
@@ -86,24 +86,24 @@ pub fn inherited() -> Result<Option<Bound>> {
 }
 
 /// Listens on `address`, for root and `allowed_uids`.
-pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<Bound> {
-    socket::bind(address, if allowed_uids.is_empty() { Reach::Root } else { Reach::Everybody })
+pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<ListeningSocket> {
+    socket::bind(address, if allowed_uids.is_empty() { SocketAccess::Root } else { SocketAccess::Everybody })
 }
 
 /// A socket on `path` that everybody may connect to.
 pub fn bind_for_all(path: &Path) -> Result<UnixListener> {
-    socket::bind(path, Reach::Everybody).map(|bound| bound.listener)
+    socket::bind(path, SocketAccess::Everybody).map(|bound| bound.listener)
 }
 
 impl Server {
     /// Begins to serve root and `allowed_uids`. `pool` does the work, except for calls that a
     /// repository may keep waiting; it begins when `snapshotter` is there.
     pub fn start(
-        bound: Bound,
+        bound: ListeningSocket,
         allowed_uids: &[u32],
-        snapshotter: Late,
-        pool: Entrance,
-        waiters: Waiters,
+        snapshotter: SnapshotterCell,
+        pool: PoolHandle,
+        blocking_pools: BlockingPools,
     ) -> Result<Self> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
@@ -114,22 +114,23 @@ impl Server {
             // Messages are not inflated: gRPC would look at their size only afterwards.
             .raw_cfg_int(c"grpc.per_message_decompression".to_owned(), 0)
             .raw_cfg_int(c"grpc.compression_enabled_algorithms_bitset".to_owned(), ONLY_UNCOMPRESSED)
-            .raw_cfg_int(c"grpc.http2.max_ping_strikes".to_owned(), MOST_EARLY_PINGS)
+            .raw_cfg_int(c"grpc.http2.max_ping_strikes".to_owned(), MAX_EARLY_PINGS)
             .set_resource_quota(ResourceQuota::new(None).resize_memory(TRANSPORT_BYTES))
             .build_args();
-        let load = Load::new();
-        let handlers = Handlers::new(snapshotter, pool, waiters, Arc::clone(&load));
+        let load = MemoryBudget::new();
+        let handlers = Handlers::new(snapshotter, pool, blocking_pools, Arc::clone(&load));
         let mut grpc = ServerBuilder::new(environment)
             .channel_args(args)
             .register_service(handlers.service(Timestamp::now()))
             .build()
             .map_err(Error::Transport)?;
         grpc.start();
-        let Bound { listener, file } = bound;
+        let ListeningSocket { listener, file } = bound;
         let grpc = Arc::new(Mutex::new(grpc));
         let inside = Arc::clone(&grpc);
-        let hand_over = move |connection| sys::hand_over(&mut inside.lock(), connection);
-        let door = Door::open(listener, Admitted::new(allowed_uids), hand_over).map_err(Error::Threads)?;
+        let hand_over = move |connection| system::into_grpc_fd(&mut inside.lock(), connection);
+        let door =
+            ConnectionListener::open(listener, AllowedUids::new(allowed_uids), hand_over).map_err(Error::Threads)?;
         Ok(Self { grpc, load, door, file })
     }
 
@@ -149,8 +150,8 @@ impl Server {
     pub fn stop(self, until: Instant, drain: impl FnOnce()) {
         self.file.remove();
         let mut inside = self.door.close();
-        let held = self.load.hold_answers(GOODBYE_LIMIT);
-        inside.say_goodbye(|connection| held.is_busy(connection));
+        let held = self.load.pause_sending(GOAWAY_LIMIT);
+        inside.send_goaway(|connection| held.is_busy(connection));
         if held.busy() > 0 {
             log::debug!(
                 "{} clients are slow to take answers: calls of theirs that cross the stop may fail",

@@ -4,12 +4,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Kind, Snapshot};
+use crate::model::{Kind, Snapshot};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
     /// As it was prepared.
-    pub made: Snapshot,
+    pub prepared: Snapshot,
     /// As it is if the commit that was begun came to its end.
     pub committed: Option<Snapshot>,
 }
@@ -24,8 +24,8 @@ impl Sidecar {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let read: Self = serde_json::from_slice(bytes).ok()?;
         let is_local = |one: &Snapshot| one.layer.is_none() && one.usage.is_none_or(|u| u.size >= 0 && u.inodes >= 0);
-        let fits = |one: &Snapshot| one.id == read.made.id && one.kind == Kind::Committed && is_local(one);
-        (is_local(&read.made) && read.committed.as_ref().is_none_or(fits)).then_some(read)
+        let fits = |one: &Snapshot| one.id == read.prepared.id && one.kind == Kind::Committed && is_local(one);
+        (is_local(&read.prepared) && read.committed.as_ref().is_none_or(fits)).then_some(read)
     }
 }
 
@@ -34,7 +34,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::types::{Digest, Key, Labels, Layer, SnapshotId, Timestamp, Usage};
+    use crate::model::{Digest, Key, Labels, Layer, SnapshotId, Timestamp, Usage};
 
     fn snapshot(id: u64, kind: Kind) -> Snapshot {
         Snapshot {
@@ -54,7 +54,7 @@ mod tests {
     /// the files beside it taken away.
     #[test]
     fn a_record_that_is_not_of_a_local_snapshot_is_none() {
-        let good = Sidecar { made: snapshot(2, Kind::Active), committed: Some(snapshot(2, Kind::Committed)) };
+        let good = Sidecar { prepared: snapshot(2, Kind::Active), committed: Some(snapshot(2, Kind::Committed)) };
         assert_eq!(Sidecar::decode(&good.encode()), Some(good.clone()));
         let digest = Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap();
         let layer = Some(Layer { digest, repository: "r".to_owned() });
@@ -62,9 +62,9 @@ mod tests {
         for bad in [
             Sidecar { committed: Some(snapshot(1, Kind::Committed)), ..good.clone() },
             Sidecar { committed: Some(snapshot(2, Kind::View)), ..good.clone() },
-            Sidecar { made: Snapshot { layer: layer.clone(), ..good.made.clone() }, ..good.clone() },
+            Sidecar { prepared: Snapshot { layer: layer.clone(), ..good.prepared.clone() }, ..good.clone() },
             Sidecar { committed: Some(Snapshot { layer, ..snapshot(2, Kind::Committed) }), ..good.clone() },
-            Sidecar { made: Snapshot { usage, ..good.made.clone() }, ..good.clone() },
+            Sidecar { prepared: Snapshot { usage, ..good.prepared.clone() }, ..good.clone() },
         ] {
             assert_eq!(Sidecar::decode(&bad.encode()), None, "{bad:?}");
         }

@@ -11,7 +11,7 @@ mod attached;
 mod cleanup;
 mod error;
 pub mod inspect;
-mod layers;
+mod layer_provider;
 mod list;
 mod metadata;
 mod recovery;
@@ -25,25 +25,25 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 
 use self::attached::{AttachedChain, AttachedChains};
-pub use self::cleanup::Cleaned;
+pub use self::cleanup::CleanupBatch;
 pub use self::error::{Error, Result};
-use self::layers::Sources;
-pub use self::list::{CHUNK_BYTES, Chunk, Rest};
+use self::layer_provider::LayerProvider;
+pub use self::list::{Cursor, MAX_PAGE_BYTES, Page};
 pub use self::metadata::LabelChange;
-pub use self::recovery::Found;
+pub use self::recovery::RecoveryReport;
 use self::scans::ScanScheduler;
-use crate::attach::{Attacher, Mode};
+use crate::attach::{AttachMode, Attacher};
 use crate::metrics::METRICS;
-use crate::overlay::{self, LowerDirectories, Places};
+use crate::model::{
+    Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING,
+    Labels, Layer, MAX_CHAIN, MAX_LABELS, MAX_LABELS_BYTES, Mount, Snapshot, SnapshotId, Timestamp,
+};
+use crate::overlay::{self, LowerDirectories, SnapshotPaths};
 use crate::repository::Repository;
 use crate::repository::scan::ScanKey;
 use crate::sidecar::Sidecar;
-use crate::store::{Read, Store};
-use crate::sys::{self, Sys};
-use crate::types::{
-    CHAIN_SNAPSHOTS, Digest, Key, Kind, LABEL_GID_MAPPING, LABEL_LAYER_DIGEST, LABEL_REMOTE, LABEL_SNAPSHOT_REF,
-    LABEL_UID_MAPPING, LABELS_BYTES, LABELS_COUNT, Labels, Layer, Mount, Snapshot, SnapshotId, Timestamp,
-};
+use crate::store::{ReadTxn, Store};
+use crate::system::{self, Sys};
 
 /// Snapshots with one `snapshot.ref` on one parent that are read, one after the other, before a pull is answered that
 /// its layer is there: others wait meanwhile to write. There is one, and one for each attempt that is under way.
@@ -51,8 +51,8 @@ const SAME_REFERENCE: usize = 1000;
 
 pub struct Snapshotter {
     store: Arc<Store>,
-    sources: Arc<Sources>,
-    places: Places,
+    sources: Arc<LayerProvider>,
+    paths: SnapshotPaths,
     sys: Arc<dyn Sys>,
     /// For every overlay, such as `index=off`.
     overlay_options: Vec<String>,
@@ -62,12 +62,12 @@ pub struct Snapshotter {
     /// Another one waits for it to end.
     cleanup_waits: AtomicBool,
     /// What the start found.
-    found: OnceLock<Found>,
+    found: OnceLock<RecoveryReport>,
 }
 
 /// A snapshot that a client wants made.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub struct CreateRequest {
     pub key: Key,
     pub parent: Option<Key>,
     pub labels: Labels,
@@ -75,16 +75,16 @@ pub struct Wanted {
 
 /// Whom a call asks, and may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asks {
+pub enum RepositoryDependency {
     /// The repositories one after the other, as a pull does.
     All,
     /// Above all the repository of this number, in their order.
     One(usize),
 }
 
-/// What becomes of a chain when its layers are in their places.
+/// What becomes of a chain when its layers are in place.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Keep {
+enum ChainRetention {
     /// It is known to the next call that needs it.
     Known,
     Nothing,
@@ -92,8 +92,8 @@ enum Keep {
 
 /// How published files come under a container.
 #[derive(Clone, Debug)]
-pub struct Ways {
-    pub attach: Mode,
+pub struct SnapshotterOptions {
+    pub attach: AttachMode,
     /// For every overlay, such as `index=off`.
     pub overlay_options: Vec<String>,
 }
@@ -101,21 +101,27 @@ pub struct Ways {
 impl Snapshotter {
     /// `snapshots` is a directory that exists and that nobody else uses. `repositories` are
     /// asked in their order; there is at least one.
-    pub fn new(store: Store, repositories: Vec<Repository>, sys: Arc<dyn Sys>, snapshots: &Path, ways: Ways) -> Self {
-        let places = Places::new(snapshots.to_owned());
+    pub fn new(
+        store: Store,
+        repositories: Vec<Repository>,
+        sys: Arc<dyn Sys>,
+        snapshots: &Path,
+        ways: SnapshotterOptions,
+    ) -> Self {
+        let paths = SnapshotPaths::new(snapshots.to_owned());
         let store = Arc::new(store);
-        let sources = Arc::new(Sources {
+        let sources = Arc::new(LayerProvider {
             store: Arc::clone(&store),
-            attacher: Arc::new(Attacher::new(places.clone(), ways.attach, Arc::clone(&sys))),
+            attacher: Arc::new(Attacher::new(paths.clone(), ways.attach, Arc::clone(&sys))),
             scans: ScanScheduler::new(Arc::clone(&store), Arc::clone(&sys)),
-            places: places.clone(),
+            paths: paths.clone(),
             chains: AttachedChains::default(),
             repositories: repositories.into_iter().map(Arc::new).collect(),
         });
         Self {
             store,
             sources,
-            places,
+            paths,
             sys,
             overlay_options: ways.overlay_options,
             commits: metadata::CommitLocks::default(),
@@ -126,20 +132,20 @@ impl Snapshotter {
     }
 
     /// Asks each repository whether it is there, without waiting, and says so where it is not.
-    pub fn look_at_repositories(&self) {
+    pub fn log_repository_availability(&self) {
         let state = self.device();
-        self.sources.repositories.iter().for_each(|repository| Repository::look(repository, state));
+        self.sources.repositories.iter().for_each(|repository| Repository::log_availability(repository, state));
     }
 
     /// That of the state root.
     fn device(&self) -> Option<u64> {
-        self.sys.stat(self.places.all()).ok().map(|status| status.device)
+        self.sys.stat(self.paths.snapshots_dir()).ok().map(|status| status.device)
     }
 
     /// Gives up memory that many calls at once needed, when no more such come.
     pub fn release_memory(&self) {
         self.store.release_memory();
-        sys::give_back_free_memory();
+        system::give_back_free_memory();
     }
 
     /// Lets go of the metadata: a thread that hangs in a repository must not keep it locked
@@ -149,7 +155,7 @@ impl Snapshotter {
     }
 
     /// What a call on `key` may have to wait for: the repository of the first layer in or below it.
-    pub fn asks(&self, key: &str) -> Result<Option<Asks>> {
+    pub fn repository_dependency(&self, key: &str) -> Result<Option<RepositoryDependency>> {
         let Some(key) = Key::parse_optional(key)? else { return Ok(None) };
         // Every start comes by here: no more is read than it takes, and nothing if the chain is known.
         let name = self.store.read(|tx| {
@@ -164,24 +170,32 @@ impl Snapshotter {
             Ok::<_, Error>(nearest.map(|layer| layer.repository))
         })?;
         let number = |name| self.sources.repositories.iter().position(|one| one.name() == name);
-        Ok(name.map(|name| number(name).map_or(Asks::All, Asks::One)))
+        Ok(name.map(|name| number(name).map_or(RepositoryDependency::All, RepositoryDependency::One)))
     }
 
-    /// As `asks`, for a Prepare with these labels.
-    pub fn asks_for_prepare(&self, parent: &str, labels: &HashMap<String, String>) -> Result<Option<Asks>> {
-        if labels.contains_key(LABEL_SNAPSHOT_REF) { Ok(Some(Asks::All)) } else { self.asks(parent) }
+    /// As `repository_dependency`, for a Prepare with these labels.
+    pub fn repository_dependency_of_prepare(
+        &self,
+        parent: &str,
+        labels: &HashMap<String, String>,
+    ) -> Result<Option<RepositoryDependency>> {
+        if labels.contains_key(LABEL_SNAPSHOT_REF) {
+            Ok(Some(RepositoryDependency::All))
+        } else {
+            self.repository_dependency(parent)
+        }
     }
 
     /// A writable snapshot on `parent`. With a `snapshot.ref` label it is a pull that asks:
     /// if the layer is published, the answer is `RemoteCommitted`.
-    pub fn prepare(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
+    pub fn prepare(&self, mut wanted: CreateRequest) -> Result<Vec<Mount>> {
         check_labels(&mut wanted.labels)?;
         if let Some(reference) = wanted.labels.get(LABEL_SNAPSHOT_REF) {
             let reference = reference.clone();
-            match self.commit_remote(&wanted, &reference)? {
+            match self.try_commit_remote(&wanted, &reference)? {
                 Ok(()) => return Err(Error::RemoteCommitted { reference }),
                 Err(why) => {
-                    METRICS.downloaded(why.reason());
+                    METRICS.record_downloaded_layer(why.reason());
                     why.log(&wanted.key, &reference);
                 }
             }
@@ -190,7 +204,7 @@ impl Snapshotter {
     }
 
     /// A read-only snapshot of `parent`.
-    pub fn view(&self, mut wanted: Wanted) -> Result<Vec<Mount>> {
+    pub fn view(&self, mut wanted: CreateRequest) -> Result<Vec<Mount>> {
         check_labels(&mut wanted.labels)?;
         self.create(Kind::View, &wanted)
     }
@@ -206,46 +220,50 @@ impl Snapshotter {
                 needs: "only active snapshots and views have mounts",
             });
         }
-        self.require_files(&snapshot)?;
-        let chain = self.chain_below(parent.as_ref(), Keep::Known);
+        self.ensure_files_exist(&snapshot)?;
+        let chain = self.attach_parent_chain(parent.as_ref(), ChainRetention::Known);
         // If it was removed or committed meanwhile, its layers were attached for nobody.
         if self.store.read(|tx| tx.id_of(key).map_err(Error::from))? != Some(snapshot.id) {
             if let Ok(chain) = chain {
-                self.release(chain);
+                self.detach_if_unused(chain);
             }
             return Err(Error::NotFound(key.clone()));
         }
         let chain = chain?;
-        Ok(self.describe(snapshot.kind, snapshot.id, &chain.lower))
+        Ok(self.mounts_for(snapshot.kind, snapshot.id, &chain.lower))
     }
 
     /// Stores the remote snapshot for (ref, parent). The inner error says why this has to be
     /// an ordinary snapshot instead.
-    fn commit_remote(&self, wanted: &Wanted, reference: &str) -> Result<std::result::Result<(), layers::Fallback>> {
-        use layers::Fallback;
+    fn try_commit_remote(
+        &self,
+        wanted: &CreateRequest,
+        reference: &str,
+    ) -> Result<std::result::Result<(), layer_provider::DownloadReason>> {
+        use layer_provider::DownloadReason;
         let below = self.store.read(|tx| {
-            let parent = check_new(tx, wanted)?;
+            let parent = validate_create(tx, wanted)?;
             parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
             Ok::<_, Error>(parent.map(|parent| parent.id))
         })?;
-        let Some(text) = wanted.labels.get(LABEL_LAYER_DIGEST) else { return Ok(Err(Fallback::NoDigest)) };
+        let Some(text) = wanted.labels.get(LABEL_LAYER_DIGEST) else { return Ok(Err(DownloadReason::NoDigest)) };
         let digest = match Digest::parse(text) {
             Ok(digest) => digest,
-            Err(why) => return Ok(Err(Fallback::BadDigest { digest: text.clone(), why })),
+            Err(why) => return Ok(Err(DownloadReason::BadDigest { digest: text.clone(), why })),
         };
-        let repository = match self.sources.find(&digest) {
+        let repository = match self.sources.locate_layer(&digest) {
             Ok(repository) => repository,
-            Err(why) => return Ok(Err(Fallback::Missing { digest, why })),
+            Err(why) => return Ok(Err(DownloadReason::Missing { digest, why })),
         };
         let scan_key = ScanKey { digest: digest.clone(), repository: repository.name().to_owned() };
         if let Some(why) = self.sources.scans.refusal(&scan_key)? {
-            return Ok(Err(Fallback::Missing { digest, why: vec![(scan_key.repository, why)] }));
+            return Ok(Err(DownloadReason::Missing { digest, why: vec![(scan_key.repository, why)] }));
         }
         let id = self.store.reserve_id()?;
         let now = Timestamp::now();
         let committed = self.store.write(|tx| {
-            let parent = check_new_on(tx, wanted, below)?;
-            let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(Fallback::NameTooLong)) };
+            let parent = validate_create_on(tx, wanted, below)?;
+            let Ok(name) = remote_name(parent.as_ref(), reference) else { return Ok(Err(DownloadReason::NameTooLong)) };
             // Also under the name that a Go snapshotter gave it.
             match find_present(tx, reference, wanted.parent.as_ref(), &digest)? {
                 Ok(Some(_)) => return Ok(Ok(())),
@@ -253,7 +271,7 @@ impl Snapshotter {
                 Err(why) => return Ok(Err(why)),
             }
             if tx.get(name.as_str())?.is_some() {
-                return Ok(Err(Fallback::NameTaken { name }));
+                return Ok(Err(DownloadReason::NameTaken { name }));
             }
             let mut labels = wanted.labels.clone();
             labels.insert(LABEL_REMOTE.0.to_owned(), LABEL_REMOTE.1.to_owned());
@@ -271,27 +289,31 @@ impl Snapshotter {
             Ok::<_, Error>(Ok(()))
         })?;
         if committed.is_ok() {
-            METRICS.published(repository.name());
+            METRICS.record_published_layer(repository.name());
             self.sources.prefetch_scan(&scan_key, &repository);
         }
         Ok(committed)
     }
 
     /// An ordinary snapshot: layers below it attached, directories made, then the record.
-    fn create(&self, kind: Kind, wanted: &Wanted) -> Result<Vec<Mount>> {
+    fn create(&self, kind: Kind, wanted: &CreateRequest) -> Result<Vec<Mount>> {
         let mapped_root = mapped_root(&wanted.labels)?;
         let parent = self.store.read(|tx| {
-            let parent = check_new(tx, wanted)?;
+            let parent = validate_create(tx, wanted)?;
             parent.as_ref().map_or(Ok(()), |parent| check_depth(tx, parent))?;
             Ok::<_, Error>(parent)
         })?;
         // A pull prepares a snapshot on each layer, and containers stand on the last one only, so the chains below the
         // others are not worth keeping.
-        let keep = if wanted.labels.contains_key(LABEL_SNAPSHOT_REF) { Keep::Nothing } else { Keep::Known };
-        let chain = self.chain_below(parent.as_ref(), keep)?;
+        let keep = if wanted.labels.contains_key(LABEL_SNAPSHOT_REF) {
+            ChainRetention::Nothing
+        } else {
+            ChainRetention::Known
+        };
+        let chain = self.attach_parent_chain(parent.as_ref(), keep)?;
         let created = self.create_on(kind, wanted, parent.as_ref(), &chain.lower, mapped_root);
         if created.is_err() {
-            self.release(chain);
+            self.detach_if_unused(chain);
         }
         created
     }
@@ -299,7 +321,7 @@ impl Snapshotter {
     fn create_on(
         &self,
         kind: Kind,
-        wanted: &Wanted,
+        wanted: &CreateRequest,
         parent: Option<&Snapshot>,
         lower: &LowerDirectories,
         mapped_root: Option<(u32, u32)>,
@@ -310,7 +332,7 @@ impl Snapshotter {
             // What a layer says of its top, containerd passes over: it is root's.
             (None, Some(parent)) if parent.layer.is_some() => None,
             (None, Some(parent)) => {
-                let top = self.sys.stat(&self.places.fs(parent.id))?;
+                let top = self.sys.stat(&self.paths.fs(parent.id))?;
                 Some((top.uid, top.gid))
             }
             (None, None) => None,
@@ -330,12 +352,12 @@ impl Snapshotter {
         let made = self
             .make_directories(&snapshot, owner)
             .and_then(|()| self.insert(&snapshot, wanted, parent.map(|parent| parent.id)));
-        let Err(failed) = made else { return Ok(self.describe(kind, id, lower)) };
+        let Err(failed) = made else { return Ok(self.mounts_for(kind, id, lower)) };
         // A write that failed may have reached the disk all the same, and then the directory
         // is somebody's. Where that cannot even be asked, the next start decides.
         match self.store.read_durable(|tx| tx.exists(id).map_err(Error::from)) {
-            Ok(true) => Ok(self.describe(kind, id, lower)),
-            Ok(false) => match self.sys.remove_tree(&self.places.home(id), &|| false) {
+            Ok(true) => Ok(self.mounts_for(kind, id, lower)),
+            Ok(false) => match self.sys.remove_tree(&self.paths.snapshot_dir(id), &|| false) {
                 Ok(()) => Err(failed),
                 Err(undo) => Err(Error::Undo { failed: Box::new(failed), undo }),
             },
@@ -344,48 +366,48 @@ impl Snapshotter {
     }
 
     /// The record of an ordinary snapshot on `parent`, which was looked at before.
-    fn insert(&self, snapshot: &Snapshot, wanted: &Wanted, parent: Option<SnapshotId>) -> Result<()> {
+    fn insert(&self, snapshot: &Snapshot, wanted: &CreateRequest, parent: Option<SnapshotId>) -> Result<()> {
         self.store.write(|tx| {
-            check_new_on(tx, wanted, parent)?;
+            validate_create_on(tx, wanted, parent)?;
             tx.insert(snapshot).map_err(Error::from)
         })
     }
 
     /// The layers of `chain` may have been attached for nothing.
-    fn release(&self, chain: Arc<AttachedChain>) {
+    fn detach_if_unused(&self, chain: Arc<AttachedChain>) {
         let published = chain.published();
         drop(chain);
-        self.sources.release_unused(&published);
+        self.sources.detach_unused(&published);
     }
 
     fn make_directories(&self, snapshot: &Snapshot, owner: Option<(u32, u32)>) -> Result<()> {
         let id = snapshot.id;
-        self.sys.create_dir(&self.places.home(id), 0o700)?;
-        let fs = self.places.fs(id);
+        self.sys.create_dir(&self.paths.snapshot_dir(id), 0o700)?;
+        let fs = self.paths.fs(id);
         self.sys.create_dir(&fs, 0o755)?;
         if let Some((uid, gid)) = owner {
             self.sys.chown(&fs, uid, gid)?;
         }
         if snapshot.kind == Kind::Active {
-            self.sys.create_dir(&self.places.work(id), 0o711)?;
+            self.sys.create_dir(&self.paths.work(id), 0o711)?;
         }
-        let sidecar = Sidecar { made: snapshot.clone(), committed: None };
-        self.sys.write_file(&self.places.record(id), &sidecar.encode())?;
+        let sidecar = Sidecar { prepared: snapshot.clone(), committed: None };
+        self.sys.write_file(&self.paths.record(id), &sidecar.encode())?;
         Ok(())
     }
 
-    fn describe(&self, kind: Kind, id: SnapshotId, lower: &LowerDirectories) -> Vec<Mount> {
+    fn mounts_for(&self, kind: Kind, id: SnapshotId, lower: &LowerDirectories) -> Vec<Mount> {
         match kind {
-            Kind::View => overlay::view(&self.places, id, lower, &self.overlay_options),
-            Kind::Active | Kind::Committed => overlay::active(&self.places, id, lower, &self.overlay_options),
+            Kind::View => overlay::view(&self.paths, id, lower, &self.overlay_options),
+            Kind::Active | Kind::Committed => overlay::active(&self.paths, id, lower, &self.overlay_options),
         }
     }
 
     /// The chain that begins with `parent`, with all that is published in its place.
-    fn chain_below(&self, parent: Option<&Snapshot>, keep: Keep) -> Result<Arc<AttachedChain>> {
+    fn attach_parent_chain(&self, parent: Option<&Snapshot>, keep: ChainRetention) -> Result<Arc<AttachedChain>> {
         let Some(parent) = parent else { return Ok(Arc::default()) };
         if parent.layer.is_none() {
-            self.require_files(parent)?;
+            self.ensure_files_exist(parent)?;
         }
         let (sources, limits) = (&self.sources, self.sources.limits());
         if let Some(known) = sources.chains.get_current(parent.id, &sources.attacher, limits) {
@@ -397,35 +419,37 @@ impl Snapshotter {
             return Err(Error::ParentNotFound(parent.key.clone()));
         }
         let (published, local): (Vec<_>, Vec<_>) = chain.iter().partition(|snapshot| snapshot.layer.is_some());
-        let there = local.into_iter().try_for_each(|local| self.require_files(local));
+        let there = local.into_iter().try_for_each(|local| self.ensure_files_exist(local));
         match there.and_then(|()| sources.attach_chain(&chain, limits)) {
             Ok(attached) => {
                 let attached = Arc::new(attached);
-                if keep == Keep::Known {
+                if keep == ChainRetention::Known {
                     sources.chains.keep(&attached);
                 }
                 Ok(attached)
             }
             Err(e) => {
                 let published: Vec<SnapshotId> = published.into_iter().map(|snapshot| snapshot.id).collect();
-                sources.release_unused(&published);
+                sources.detach_unused(&published);
                 Err(e)
             }
         }
     }
 
-    fn require_files(&self, local: &Snapshot) -> Result<()> {
-        match self.sys.lstat(&self.places.fs(local.id)) {
+    fn ensure_files_exist(&self, local: &Snapshot) -> Result<()> {
+        match self.sys.lstat(&self.paths.fs(local.id)) {
             Ok(_) => Ok(()),
-            Err(sys::Error { errno: Errno::ENOENT, .. }) => Err(Error::Broken { key: local.key.clone(), id: local.id }),
+            Err(system::Error { errno: Errno::ENOENT, .. }) => {
+                Err(Error::Broken { key: local.key.clone(), id: local.id })
+            }
             Err(e) => Err(e.into()),
         }
     }
 }
 
-/// What must hold before `wanted` can be made, in the order in which containerd expects
+/// What must hold before `create_request` can be made, in the order in which containerd expects
 /// the complaints; the result is the parent.
-fn check_new(tx: &Read, wanted: &Wanted) -> Result<Option<Snapshot>> {
+fn validate_create(tx: &ReadTxn, wanted: &CreateRequest) -> Result<Option<Snapshot>> {
     let parent = match &wanted.parent {
         None => None,
         Some(key) => match tx.get(key.as_str())? {
@@ -442,9 +466,9 @@ fn check_new(tx: &Read, wanted: &Wanted) -> Result<Option<Snapshot>> {
     }
 }
 
-/// As `check_new`, where the parent was looked at before and had this id.
-fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Option<Snapshot>> {
-    let parent = check_new(tx, wanted)?;
+/// As `validate_create`, where the parent was looked at before and had this id.
+fn validate_create_on(tx: &ReadTxn, wanted: &CreateRequest, id: Option<SnapshotId>) -> Result<Option<Snapshot>> {
+    let parent = validate_create(tx, wanted)?;
     match &parent {
         // Removed meanwhile, and made again under the same name.
         Some(other) if Some(other.id) != id => Err(Error::ParentNotFound(other.key.clone())),
@@ -453,30 +477,30 @@ fn check_new_on(tx: &Read, wanted: &Wanted, id: Option<SnapshotId>) -> Result<Op
 }
 
 /// Whether a chain goes on with one snapshot more on `parent`.
-fn check_depth(tx: &Read, parent: &Snapshot) -> Result<()> {
-    let is_full = tx.depth(parent.id)?.is_some_and(|depth| depth >= CHAIN_SNAPSHOTS);
+fn check_depth(tx: &ReadTxn, parent: &Snapshot) -> Result<()> {
+    let is_full = tx.depth(parent.id)?.is_some_and(|depth| depth >= MAX_CHAIN);
     if is_full { Err(Error::ChainTooLong { parent: parent.key.clone() }) } else { Ok(()) }
 }
 
 /// The name of a remote snapshot: a function of (ref, parent), so that the same chain over
 /// two parents, in two namespaces say, makes two snapshots, and over one parent only one.
-fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Result<Key, crate::types::InvalidKey> {
+fn remote_name(parent: Option<&Snapshot>, reference: &str) -> std::result::Result<Key, crate::model::InvalidKey> {
     Key::parse(&format!("cvmfs/{}/{reference}", parent.map_or(0, |p| p.id.0)))
 }
 
 /// The committed snapshot that stands for the layer `reference` on `parent` already. Of all that containerd can find
 /// for the answer "it is there" it takes the first, and a label can have been changed: so all must be the layer.
 fn find_present(
-    tx: &Read,
+    tx: &ReadTxn,
     reference: &str,
     parent: Option<&Key>,
     digest: &Digest,
-) -> Result<std::result::Result<Option<Key>, layers::Fallback>> {
+) -> Result<std::result::Result<Option<Key>, layer_provider::DownloadReason>> {
     let (mut present, mut other, mut left) = (None, None, SAME_REFERENCE);
-    let all = tx.take_by_ref(reference, parent.map_or("", Key::as_str), |snapshot| {
+    let all = tx.visit_by_ref(reference, parent.map_or("", Key::as_str), |snapshot| {
         left -= 1;
         if snapshot.kind == Kind::Committed {
-            if !is_the_layer(&snapshot, reference, digest) {
+            if !names_same_layer(&snapshot, reference, digest) {
                 other = Some(snapshot.key);
             } else if snapshot.layer.is_some() {
                 present.get_or_insert(snapshot.key);
@@ -485,15 +509,15 @@ fn find_present(
         other.is_none() && left > 0
     })?;
     Ok(match other {
-        Some(name) => Err(layers::Fallback::ReferenceTaken { name }),
-        None if !all => Err(layers::Fallback::ReferenceCrowded { limit: SAME_REFERENCE }),
+        Some(name) => Err(layer_provider::DownloadReason::ReferenceTaken { name }),
+        None if !all => Err(layer_provider::DownloadReason::ReferenceCrowded { limit: SAME_REFERENCE }),
         None => Ok(present),
     })
 }
 
 /// Whether a snapshot with the label `reference` was made for it: containerd, Go snapshotters and
 /// `remote_name` all end the key with the layer's name, and nobody can change a key.
-fn is_the_layer(snapshot: &Snapshot, reference: &str, digest: &Digest) -> bool {
+fn names_same_layer(snapshot: &Snapshot, reference: &str, digest: &Digest) -> bool {
     let before = snapshot.key.as_str().strip_suffix(reference);
     let has_name = before.is_some_and(|before| before.is_empty() || before.ends_with('/'));
     has_name || snapshot.layer.as_ref().is_some_and(|layer| layer.digest == *digest)
@@ -502,11 +526,11 @@ fn is_the_layer(snapshot: &Snapshot, reference: &str, digest: &Digest) -> bool {
 /// Labels without a value are no labels, and too many are refused.
 pub(crate) fn check_labels(labels: &mut Labels) -> Result<()> {
     labels.retain(|_, value| !value.is_empty());
-    if labels.len() > LABELS_COUNT {
+    if labels.len() > MAX_LABELS {
         return Err(Error::TooManyLabels { count: labels.len() });
     }
     match labels.iter().map(|(label, value)| label.len() + value.len()).sum() {
-        ..=LABELS_BYTES => Ok(()),
+        ..=MAX_LABELS_BYTES => Ok(()),
         bytes => Err(Error::LabelsTooLong { bytes }),
     }
 }
@@ -539,11 +563,5 @@ fn host_id_of_root(mapping: &str) -> Option<u32> {
     root
 }
 
-#[cfg(test)]
-mod attaching;
-#[cfg(test)]
-mod crashes;
-#[cfg(test)]
-mod hostile;
 #[cfg(test)]
 mod tests;

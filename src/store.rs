@@ -5,11 +5,11 @@
 //! or has such a descendant; `ref` is its label `containerd.io/snapshot.ref`. A `write` that returned is on disk.
 #![forbid(unsafe_code)]
 
-#[cfg(test)]
-pub mod disk;
 mod file;
 mod group;
 mod readers;
+#[cfg(test)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod transaction;
@@ -24,9 +24,9 @@ use rusqlite::{Connection, ErrorCode};
 
 use self::group::Writer;
 use self::readers::Readers;
-pub use self::transaction::{FoundScan, Read, Write};
-use crate::sys;
-use crate::types::SnapshotId;
+pub use self::transaction::{ReadTxn, ScanLookup, WriteTxn};
+use crate::model::SnapshotId;
+use crate::system;
 
 /// Ids that one durable write reserves. Those that are unused at a stop are never used.
 const ID_BLOCK: u32 = 1024;
@@ -77,7 +77,7 @@ impl Error {
                 return Self::damaged(path, &cause.to_string());
             }
             Some(ErrorCode::DiskFull) => Some(Errno::ENOSPC),
-            Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => sys::sqlite_errno(connection),
+            Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => system::sqlite_errno(connection),
             Some(ErrorCode::DatabaseBusy) => {
                 let cause = "another program has it open, end that one".to_owned();
                 return Self::Access { path: path.to_owned(), cause, errno: None };
@@ -149,7 +149,7 @@ impl Store {
         }
         let connection = file::open_writer(path)?;
         // Outside a transaction, each statement is one of its own.
-        let write = Write::new(&connection, path);
+        let write = WriteTxn::new(&connection, path);
         let (first_id, next_id) = write.numbers()?;
         let free = file::first_free(occupied);
         // A start that has nothing to write must not need space.
@@ -166,9 +166,9 @@ impl Store {
     }
 
     /// Writes what frees space. On a full disk the reserve is given up, and it is tried again.
-    pub fn write_to_free<T, E: From<Error>>(
+    pub fn write_using_reserve<T, E: From<Error>>(
         &self,
-        body: impl Fn(&Write) -> std::result::Result<T, E>,
+        body: impl Fn(&WriteTxn) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         match self.try_write(&body) {
             Err(e) if e.is_full_disk() && use_reserve(&self.path) => self.try_write(&body)?,
@@ -215,12 +215,12 @@ impl Store {
     /// itself.
     pub fn read<T, E: From<Error>>(
         &self,
-        body: impl FnOnce(&Read) -> std::result::Result<T, E>,
+        body: impl FnOnce(&ReadTxn) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         let mut slot = self.readers.lock()?;
         let connection = slot.connection(&self.path)?;
         self.run(connection, "BEGIN")?;
-        let result = body(&Read::new(connection, &self.path));
+        let result = body(&ReadTxn::new(connection, &self.path));
         // If this fails, the connection is not used again.
         let _ = self.run(connection, "ROLLBACK");
         result

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::{AttachError, AttachRequest, AttachResult, Attacher, RefusedAttributes, beside};
-use crate::overlay::Mask;
-use crate::repository::lane::{alive, without_repository};
+use super::{AttachError, AttachRequest, AttachResult, Attacher, RefusedAttributes, staging_path};
+use crate::overlay::MaskContents;
+use crate::repository::executor::{record_progress, without_repository};
 use crate::repository::scan::{CATALOG_MARKERS, Directory, Scan};
-use crate::sys::{Attributes, CountedMemory, DirHandle, Error, Result};
+use crate::system::{Attributes, CountedMemory, DirHandle, Error, Result};
 
 /// Extended attributes of the directories of one skeleton, in bytes. A directory of an image has a
 /// hundred.
@@ -24,12 +24,12 @@ const MIN_FREE: u64 = 1 << 20;
 
 /// One of the two skeletons of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum SkeletonKind {
     Mask,
     Hide,
 }
 
-impl Part {
+impl SkeletonKind {
     fn is_for(self, directory: &Directory) -> bool {
         match self {
             Self::Mask => directory.has_mask(),
@@ -39,7 +39,7 @@ impl Part {
 }
 
 /// What is to be done for a skeleton.
-pub(super) enum Plan {
+pub(super) enum SkeletonPlan {
     Nothing,
     /// To build it of the scan's directories at these indexes, each with these attributes.
     Build {
@@ -49,19 +49,19 @@ pub(super) enum Plan {
 }
 
 impl Attacher {
-    /// Reads what a skeleton at `place` is built of, unless it is there or not needed. An edition that
+    /// Reads what a skeleton at `place` is built of, unless it is there or not needed. A variant that
     /// `is_begun` may have its skeletons.
     pub(super) fn plan(
         &self,
         request: &AttachRequest,
-        part: Part,
+        part: SkeletonKind,
         place: &Path,
         is_begun: bool,
         layer: &DirHandle,
         ignored: &[OsString],
-    ) -> Result<Plan> {
-        if !request.needs(part) || (is_begun && without_repository(|| self.lstat(place))?.is_some()) {
-            return Ok(Plan::Nothing);
+    ) -> Result<SkeletonPlan> {
+        if !request.attributes_of_mask(part) || (is_begun && without_repository(|| self.lstat(place))?.is_some()) {
+            return Ok(SkeletonPlan::Nothing);
         }
         let scan = &request.scan;
         let mut bytes = 0;
@@ -70,7 +70,7 @@ impl Attacher {
         for directory in scan.with_parents(|directory| part.is_for(directory)) {
             let path = scan.path(directory);
             let mut attributes = self.sys.attributes_below(layer, &path, ignored)?;
-            alive();
+            record_progress();
             if directory == 0 {
                 // containerd passes over what a layer says of its top.
                 attributes = Attributes { mode: 0o755, mtime: attributes.mtime, ..Attributes::default() };
@@ -90,26 +90,26 @@ impl Attacher {
             }
             planned.push((directory, attributes));
         }
-        Ok(Plan::Build { directories: planned, _memory: memory })
+        Ok(SkeletonPlan::Build { directories: planned, _memory: memory })
     }
 
     /// Builds what was planned, unless another thread has done so.
-    pub(super) fn build(&self, scan: &Scan, part: Part, place: &Path, plan: &Plan) -> AttachResult<()> {
-        let Plan::Build { directories: planned, .. } = plan else { return Ok(()) };
+    pub(super) fn build(&self, scan: &Scan, part: SkeletonKind, place: &Path, plan: &SkeletonPlan) -> AttachResult<()> {
+        let SkeletonPlan::Build { directories: planned, .. } = plan else { return Ok(()) };
         if self.lstat(place)?.is_some() {
             return Ok(());
         }
-        let new = beside(place);
+        let new = staging_path(place);
         self.sys.remove_tree(&new, &|| false)?;
         for (directory, _) in planned {
             let path = new.join(scan.path(*directory));
             self.sys.create_dir(&path, 0o755)?;
             let directory = &scan.directories[*directory];
             let names = match part {
-                Part::Mask => &directory.hidden,
-                Part::Hide => &directory.deleted,
+                SkeletonKind::Mask => &directory.hidden,
+                SkeletonKind::Hide => &directory.deleted,
             };
-            if part == Part::Hide && directory.opaque {
+            if part == SkeletonKind::Hide && directory.opaque {
                 self.sys.make_opaque(&path)?;
             }
             names.iter().try_for_each(|name| self.sys.create_whiteout(&path.join(name)))?;
@@ -129,7 +129,7 @@ impl Attacher {
     fn attributes_error(&self, error: Error, directory: PathBuf, attributes: &Attributes) -> AttachError {
         let is_refused = match error.errno {
             Errno::E2BIG | Errno::ERANGE | Errno::EOPNOTSUPP => true,
-            Errno::ENOSPC => self.sys.statfs(self.places.all()).is_ok_and(|found| found.free >= MIN_FREE),
+            Errno::ENOSPC => self.sys.statfs(self.paths.snapshots_dir()).is_ok_and(|found| found.free >= MIN_FREE),
             _ => false,
         };
         match attributes.xattrs.iter().max_by_key(|(_, value)| value.len()) {
@@ -150,8 +150,8 @@ fn size_of_xattrs(attributes: &Attributes) -> usize {
 
 /// What the skeletons of a layer are for: what its mask hides, and whether it hides
 /// anything of the layers below.
-pub fn skeletons(scan: &Scan) -> (Mask, bool) {
-    let mut mask = Mask::default();
+pub fn skeletons_needed(scan: &Scan) -> (MaskContents, bool) {
+    let mut mask = MaskContents::default();
     for (place, directory) in scan.directories.iter().enumerate() {
         let is_top = place == 0;
         mask.others |= directory.has_no_owner;
@@ -162,5 +162,5 @@ pub fn skeletons(scan: &Scan) -> (Mask, bool) {
             }
         }
     }
-    (mask, scan.hides())
+    (mask, scan.needs_hide())
 }

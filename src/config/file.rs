@@ -8,10 +8,10 @@ use std::path::Path;
 
 use nix::sys::stat::makedev;
 
-use crate::sys::file::{self, Links};
+use crate::system::file::{self, LinkPolicy};
 
 /// A thousand times what a configuration needs.
-pub const MOST_BYTES: u64 = 1 << 20;
+pub const MAX_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub enum Error {
@@ -32,7 +32,7 @@ impl fmt::Display for Error {
                 write!(f, "it is {is} and no regular file; put a file there, or name another with --config")
             }
             Self::TooLong => {
-                write!(f, "it has more than {MOST_BYTES} bytes; shorten it, or name another file with --config")
+                write!(f, "it has more than {MAX_BYTES} bytes; shorten it, or name another file with --config")
             }
             Self::NotUtf8 => f.write_str("it is not UTF-8"),
         }
@@ -47,7 +47,7 @@ pub fn read_to_string(path: &Path) -> Result<String, Error> {
 
 /// The content of a file, or of what a link leads to; `/dev/null` stands for an empty one.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    match file::read(path, Links::Followed, MOST_BYTES) {
+    match file::read(path, LinkPolicy::Followed, MAX_BYTES) {
         Ok(bytes) => Ok(bytes),
         Err(file::Error::NotRegular { .. }) if is_null(path) => Ok(Vec::new()),
         Err(file::Error::NotRegular { is }) => Err(Error::NotAFile { is }),

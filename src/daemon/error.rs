@@ -5,8 +5,9 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use super::root::SNAPSHOTS;
-use crate::{config, rebuild, server, snapshotter, store, sys, takeover};
+use super::state_root::SNAPSHOTS;
+use crate::migration::{rebuild, takeover};
+use crate::{config, server, snapshotter, store, system};
 
 #[derive(Debug)]
 pub enum Error {
@@ -74,7 +75,7 @@ pub enum Error {
     Rebuild(rebuild::Error),
     Store(store::Error),
     Recovery(snapshotter::Error),
-    System(sys::Error),
+    System(system::Error),
     Threads(io::Error),
     Server(server::Error),
 }
@@ -171,7 +172,7 @@ impl fmt::Display for Error {
                  (cvmfs_config probe), kill or unmount it, and start again",
                 root.display()
             ),
-            Self::Store(cause) => tell_of_store(cause, f),
+            Self::Store(cause) => fmt_store_error(cause, f),
             Self::Takeover(cause) => cause.fmt(f),
             Self::Rebuild(cause) => cause.fmt(f),
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
@@ -183,7 +184,7 @@ impl fmt::Display for Error {
 }
 
 /// Why the metadata cannot be used, and what helps.
-fn tell_of_store(cause: &store::Error, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+fn fmt_store_error(cause: &store::Error, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     if cause.is_full_disk() {
         return write!(f, "{cause}; nothing was changed: free some space, or raise the quota");
     }

@@ -11,7 +11,7 @@ use log::LevelFilter;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::Arguments;
-use crate::config::{self, Loaded};
+use crate::config::{self, LoadedConfig};
 use crate::logging;
 
 /// Keeps the signals from the calling thread and those that it starts; `listen` takes them.
@@ -59,7 +59,7 @@ fn change_level(level: LevelFilter) {
 /// SIGHUP: only the log level changes while the program runs.
 fn reload(arguments: &Arguments) -> Option<LevelFilter> {
     match config::load(arguments.config.as_deref()) {
-        Ok(Loaded { config, .. }) => {
+        Ok(LoadedConfig { config, .. }) => {
             // What somebody just wrote into the file wins over what the service was started with.
             let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
             logging::set_level(level);

@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::rebuild::DEFAULT_NAME as NAME;
-use crate::types::{shell, shell_words};
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
+use crate::model::{shell_quote, shell_quote_all};
 
 /// containerd's namespace of Kubernetes.
 pub const KUBERNETES: &str = "k8s.io";
@@ -20,10 +20,10 @@ pub fn pull_anew<'i>(images: impl Iterator<Item = (&'i str, &'i str)>) -> String
         let program = if namespace == KUBERNETES {
             "crictl".to_owned()
         } else {
-            format!("nerdctl --namespace {} --snapshotter {NAME}", shell(namespace))
+            format!("nerdctl --namespace {} --snapshotter {NAME}", shell_quote(namespace))
         };
-        let remove = format!("{program} rmi {}", shell_words(references.iter().copied()));
-        let pulls = references.iter().map(|reference| format!("{program} pull {}", shell_words([*reference])));
+        let remove = format!("{program} rmi {}", shell_quote_all(references.iter().copied()));
+        let pulls = references.iter().map(|reference| format!("{program} pull {}", shell_quote_all([*reference])));
         [remove].into_iter().chain(pulls).collect::<Vec<_>>().join(" && ")
     };
     by_namespace.into_iter().map(of_one).collect::<Vec<_>>().join(" && ")

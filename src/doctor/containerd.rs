@@ -14,17 +14,17 @@ use super::configuration::{self, Configuration};
 use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
 use super::program::{Process, Program};
 use super::{Finding, Findings, State, child, images, reach, systemd};
-use crate::admin::{Error, Listener, Peer};
+use crate::admin::client::{Error, GrpcClient, PeerProcess};
+use crate::admin::table::Progress;
 use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
+use crate::model::shell_quote;
 use crate::proto::admin::DescribeResponse;
 use crate::proto::containerd::{
     InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, ListNamespacesRequest, ListNamespacesResponse,
     Plugin, PluginsRequest, PluginsResponse, VersionResponse,
 };
-use crate::rebuild::DEFAULT_NAME as NAME;
 use crate::server::service::methods;
-use crate::table::Progress;
-use crate::types::shell;
 
 methods! {
     "containerd.services.version.v1.Version"
@@ -139,13 +139,13 @@ struct Looked {
     version: Option<String>,
     configuration: Option<Configuration>,
     /// It has the snapshotter, so its images can be looked at; and where their blobs lie.
-    with_images: Option<(Peer, Option<PathBuf>)>,
+    with_images: Option<(GrpcClient, Option<PathBuf>)>,
 }
 
 impl Node {
     /// With the file that the process has which listens there, or what its unit would start; else with this one.
     fn at(socket: PathBuf, file: PathBuf) -> Self {
-        let process = Peer::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
+        let process = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
         let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
         let words = process.map_or_else(of_unit, child::command_line).unwrap_or_default();
         let program = words.first().filter(|program| Path::new(program).is_absolute());
@@ -194,8 +194,8 @@ fn configuration_of(words: &[OsString]) -> Option<PathBuf> {
 
 fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> Looked {
     let mut findings = Vec::new();
-    let connected = Peer::connect(&node.socket);
-    let listener = connected.as_ref().ok().and_then(Peer::listener);
+    let connected = GrpcClient::connect(&node.socket);
+    let listener = connected.as_ref().ok().and_then(GrpcClient::listener);
     let process = listener.and_then(|listener| Process::of(listener.pid));
     let asked = connected.and_then(|peer| {
         let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
@@ -205,7 +205,7 @@ fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>
     // The program that runs, or the one that would be started.
     let program = process.map_or_else(|| node.program.clone(), Program::OfProcess);
     let ask = |arguments: &[&OsStr]| match listener {
-        Some(Listener { pid, uid }) if uid != 0 => Err(Silence::Refused(format!("process {pid} is of user {uid}"))),
+        Some(PeerProcess { pid, uid }) if uid != 0 => Err(Silence::Refused(format!("process {pid} is of user {uid}"))),
         Some(_) | None => child::ask_containerd(&program, arguments, DUMP_LIMIT),
     };
     let said = asked.as_ref().ok().map(|(_, text, _)| text.clone());
@@ -331,7 +331,7 @@ fn read(node: &Node, ask: &Ask<'_>, file: &str) -> (Option<Configuration>, Optio
 }
 
 fn dump_command(file: &Path) -> String {
-    format!("containerd --config {} config dump", shell(&file.to_string_lossy()))
+    format!("containerd --config {} config dump", shell_quote(&file.to_string_lossy()))
 }
 
 /// When a process began, and a little later: the kernel counts from the second in which it booted.
@@ -407,7 +407,7 @@ fn not_running(socket: &Path, e: &Error) -> Finding {
 }
 
 /// What the daemon mounts must be seen by containerd; with links it mounts nothing.
-fn mount_namespace(containerd: &Peer, daemon: &DescribeResponse) -> Option<Finding> {
+fn mount_namespace(containerd: &GrpcClient, daemon: &DescribeResponse) -> Option<Finding> {
     const CHECK: &str = "daemon.namespace";
     let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     if namespace(containerd.listener()?.pid)? == namespace(daemon.pid)? {

@@ -15,14 +15,14 @@ use super::anew::{KUBERNETES, pull_anew};
 use super::configuration::Configuration;
 use super::containerd::{CONTENT, IMAGES, NAMESPACES};
 use super::{Finding, Findings, NAMED, reach};
-use crate::admin::{Error, Peer, Result};
+use crate::admin::client::{Error, GrpcClient, Result};
+use crate::admin::table::Progress;
 use crate::config::file;
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
+use crate::model::Digest;
 use crate::proto::containerd::{InfoRequest, ListImagesRequest, ListNamespacesRequest};
 use crate::proto::snapshots::StatSnapshotRequest;
-use crate::rebuild::DEFAULT_NAME as NAME;
 use crate::server::service::STAT;
-use crate::table::Progress;
-use crate::types::Digest;
 
 /// On the configuration of an image: the chain that a snapshotter has of it.
 const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
@@ -54,7 +54,7 @@ fn all_anew(images: &[&Image]) -> String {
 }
 
 pub fn look(
-    peer: &Peer,
+    peer: &GrpcClient,
     content: Option<&Path>,
     configuration: Option<&Configuration>,
     progress: &Progress,
@@ -152,7 +152,7 @@ fn rest_of(images: &[&Image]) -> Option<String> {
     (!names.is_empty()).then(|| format!("and {} more: {}", names.len(), names.join(" ")))
 }
 
-fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Image>> {
+fn all_images(peer: &GrpcClient, content: &Path, progress: &Progress) -> Result<Vec<Image>> {
     let mut images = Vec::new();
     for namespace in peer.call(&NAMESPACES, &ListNamespacesRequest::new())?.namespaces {
         let namespace = namespace.name;
@@ -169,7 +169,7 @@ fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Im
         }
         let count = names.len();
         for (n, (target, name)) in names.into_iter().enumerate() {
-            progress.say(&format!("image {} of {count} in {namespace}", n + 1));
+            progress.set_message(&format!("image {} of {count} in {namespace}", n + 1));
             let unpacked = unpacked(peer, &namespace, content, &target)?.unwrap_or_default();
             images.push(Image { namespace: namespace.clone(), name, unpacked });
         }
@@ -179,7 +179,7 @@ fn all_images(peer: &Peer, content: &Path, progress: &Progress) -> Result<Vec<Im
 }
 
 /// Those that this snapshotter should have, and has not.
-fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Result<Vec<&'i Image>> {
+fn gone<'i>(peer: &GrpcClient, images: &'i [Image], progress: &Progress) -> Result<Vec<&'i Image>> {
     let mut known: HashMap<(&str, &str), bool> = HashMap::new();
     let mut gone = Vec::new();
     for image in images {
@@ -187,7 +187,7 @@ fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Result<Vec
         let is_gone = match known.entry((&image.namespace, chain)) {
             Entry::Occupied(known) => *known.get(),
             Entry::Vacant(place) => {
-                progress.say(&format!("snapshot {chain}"));
+                progress.set_message(&format!("snapshot {chain}"));
                 *place.insert(is_unknown(peer, &image.namespace, chain)?)
             }
         };
@@ -198,7 +198,7 @@ fn gone<'i>(peer: &Peer, images: &'i [Image], progress: &Progress) -> Result<Vec
     Ok(gone)
 }
 
-fn is_unknown(peer: &Peer, namespace: &str, chain: &str) -> Result<bool> {
+fn is_unknown(peer: &GrpcClient, namespace: &str, chain: &str) -> Result<bool> {
     let request = StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.to_owned(), ..Default::default() };
     match peer.call_in(namespace, &STAT, &request) {
         Err(e) if is_silence(&e) => Err(e),
@@ -207,7 +207,12 @@ fn is_unknown(peer: &Peer, namespace: &str, chain: &str) -> Result<bool> {
 }
 
 /// Which snapshotters have the image, and under which chains. None: that cannot be told.
-fn unpacked(peer: &Peer, namespace: &str, content: &Path, target: &str) -> Result<Option<BTreeMap<String, String>>> {
+fn unpacked(
+    peer: &GrpcClient,
+    namespace: &str,
+    content: &Path,
+    target: &str,
+) -> Result<Option<BTreeMap<String, String>>> {
     let Some(configuration) = configuration_of(content, target) else { return Ok(None) };
     let request = InfoRequest { digest: configuration, ..InfoRequest::default() };
     let info = match peer.call_in(namespace, &CONTENT, &request) {

@@ -13,7 +13,7 @@ use self::pulls::User;
 pub use self::remedy::RESTART;
 use super::Finding;
 use super::configuration::Configuration;
-use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 /// Of containerd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

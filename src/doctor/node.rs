@@ -10,11 +10,11 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::service::Asked;
 use super::{Finding, Findings, State, reach};
+use crate::admin::table::size;
 use crate::cli::Arguments;
-use crate::config::{self, Config, Loaded};
-use crate::sys;
-use crate::table::size;
-use crate::types::shell;
+use crate::config::{self, Config, LoadedConfig};
+use crate::model::shell_quote;
+use crate::system;
 
 /// A state root with less room than one part in so many is told.
 const LITTLE_ROOM: u64 = 20;
@@ -85,7 +85,7 @@ fn state_root(root: &Path) -> Vec<Finding> {
         }
     }
     let is_empty = fs::read_dir(&real).is_ok_and(|mut entries| entries.next().is_none());
-    if !is_empty && matches!(sys::tells_types(&real), Ok(false)) {
+    if !is_empty && matches!(system::supports_d_type(&real), Ok(false)) {
         findings.push(Finding::problem(
             CHECK,
             format!("the file system of {shown} does not tell the types of directory entries (d_type)"),
@@ -137,11 +137,11 @@ fn room(root: &Path, found: &nix::sys::statvfs::Statvfs) -> Finding {
 
 /// That of a real path, as the shell takes it.
 fn mount_point(path: &Path) -> String {
-    shell(&sys::mount_point_of(path).unwrap_or_else(|| path.to_owned()).to_string_lossy())
+    shell_quote(&system::mount_point_of(path).unwrap_or_else(|| path.to_owned()).to_string_lossy())
 }
 
 /// As the daemon reads it, but for a file that hangs.
-pub fn load(arguments: &Arguments) -> Result<Loaded, config::Error> {
+pub fn load(arguments: &Arguments) -> Result<LoadedConfig, config::Error> {
     let path = arguments.config_file();
     match reach::touch(path) {
         Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
@@ -155,7 +155,7 @@ fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     const CHECK: &str = "config.file";
     let path = arguments.config_file();
     let file = path.display();
-    let Loaded { config, unknown } = match load(arguments) {
+    let LoadedConfig { config, unknown } = match load(arguments) {
         Ok(loaded) => loaded,
         Err(e) => {
             let what = match e {
@@ -163,7 +163,7 @@ fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
                 config::Error::Syntax { .. } | config::Error::Value { .. } => "correct that line",
             };
             let named = match &arguments.config {
-                Some(file) => format!(" --config {}", shell(&file.to_string_lossy())),
+                Some(file) => format!(" --config {}", shell_quote(&file.to_string_lossy())),
                 None => String::new(),
             };
             let remedy = format!("{what}; cvmfs-snapshotter{named} --check-config tells when it is good");

@@ -120,7 +120,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         fs::write(at("file"), "a = 1").unwrap();
         fs::write(at("binary"), [0xff]).unwrap();
-        File::create(at("huge")).unwrap().set_len(file::MOST_BYTES + 1).unwrap();
+        File::create(at("huge")).unwrap().set_len(file::MAX_BYTES + 1).unwrap();
         mkfifo(&at("pipe"), Mode::S_IRWXU).unwrap();
         for (name, expected) in [
             ("", "directory\n".to_owned()),

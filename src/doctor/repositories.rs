@@ -9,13 +9,13 @@ use std::time::Duration;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::child;
-use crate::config::RepositoryAt;
+use crate::config::RepositoryConfig;
 use crate::proto::admin::{IoErrors, Owner, Repository as Described};
-use crate::repository::client::Cache;
-use crate::repository::server::{self, Server};
-use crate::repository::{Condition, Repository};
+use crate::repository::client::CacheDirectory;
+use crate::repository::server_health::{self, RepositoryServer};
+use crate::repository::{Repository, RepositoryStatus};
 use crate::server::convert;
-use crate::sys::Host;
+use crate::system::Host;
 
 /// More than a repository that answers ever takes.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -39,9 +39,9 @@ const LISTS: &str = "lists-own-attributes";
 /// attributes, what its client answered with errors, and where it keeps what it has fetched.
 pub fn probe(path: &Path) -> String {
     let repository = Arc::new(Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host)));
-    match Repository::condition(&repository) {
-        Ok(Condition { sample, cache, io_errors }) => {
-            let sampled = convert::sampled(sample);
+    match Repository::status(&repository) {
+        Ok(RepositoryStatus { sample, cache, io_errors }) => {
+            let sampled = convert::sampled_owners(sample);
             let owner =
                 sampled.owner.as_ref().map_or_else(String::new, |owner| format!(" {} {}", owner.uid, owner.gid));
             let owners = format!("{OWNERS}{}{owner}", sampled.owners.value());
@@ -54,12 +54,12 @@ pub fn probe(path: &Path) -> String {
     }
 }
 
-fn line_of_cache(cache: &Cache) -> String {
+fn line_of_cache(cache: &CacheDirectory) -> String {
     format!("{CACHE}{} {}\n", cache.device, cache.path.display())
 }
 
-fn line_of_errors(errors: &server::IoErrors) -> String {
-    let server::IoErrors { count, last, server: Server { host, proxy } } = errors;
+fn line_of_errors(errors: &server_health::IoErrors) -> String {
+    let server_health::IoErrors { count, last, server: RepositoryServer { host, proxy } } = errors;
     let [host, proxy] = [host, proxy].map(|text| text.replace(char::is_control, " "));
     format!("{IO_ERRORS}{count}\t{}\t{host}\t{proxy}\n", last.0)
 }
@@ -72,13 +72,13 @@ fn errors_of(line: &str) -> Option<IoErrors> {
 }
 
 /// Where the client keeps what it has fetched: looked at with all that root may see, which the daemon's unit takes from it.
-pub fn cache(path: &Path) -> Option<Cache> {
+pub fn cache(path: &Path) -> Option<CacheDirectory> {
     let said = ask(path).ok()?;
     let (device, path) = said.lines().find_map(|line| line.strip_prefix(CACHE))?.split_once(' ')?;
-    Some(Cache { device: device.parse().ok()?, path: path.into() })
+    Some(CacheDirectory { device: device.parse().ok()?, path: path.into() })
 }
 
-pub fn look(at: &RepositoryAt) -> Described {
+pub fn look(at: &RepositoryConfig) -> Described {
     let mut described =
         Described { name: at.name.clone(), path: at.path.display().to_string(), ..Described::default() };
     let said = match ask(&at.path) {

@@ -11,24 +11,24 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use super::anew::{KUBERNETES, pull_anew};
 use super::{Finding, Findings, NAMED, child, node, reach, repositories, systemd};
-use crate::admin::{self, Daemon, Error};
+use crate::admin::client::{self, AdminClient, Error};
+use crate::admin::status::{Image, Report};
 use crate::cli::{self, Arguments};
 use crate::config::{Config, MetricsAddress};
 use crate::metrics::endpoint;
+use crate::model::{Timestamp, printable, shell_quote};
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::repository::owners::Owners;
 use crate::repository::{HIDE_ATTRIBUTES, own_attributes};
 use crate::server::convert;
-use crate::status::{Image, Report};
-use crate::types::{Timestamp, printable, shell};
 
 /// What replaces a Go snapshotter without a normal stop; the packages say it as well.
 const REPLACE: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && systemctl start cvmfs-snapshotter.socket \
                        cvmfs-snapshotter.service";
 
 /// The daemon and what it said of itself.
-pub type Asked = admin::Result<(Daemon, DescribeResponse)>;
+pub type Asked = client::Result<(AdminClient, DescribeResponse)>;
 
 pub fn ask(arguments: &Arguments) -> Asked {
     let address = &arguments.address;
@@ -37,7 +37,7 @@ pub fn ask(arguments: &Arguments) -> Asked {
         let cause = io::Error::other("it is stopped, and its configuration keeps it from starting");
         return Err(Error::NotRunning { address: address.clone(), cause });
     }
-    let daemon = Daemon::connect(address)?;
+    let daemon = AdminClient::connect(address)?;
     let described = daemon.describe()?;
     Ok((daemon, described))
 }
@@ -230,7 +230,7 @@ fn repository(one: &Repository, arguments: &Arguments) -> Vec<Finding> {
             format!(
                 "is it mounted and alive? ls {}; cvmfs_config probe {name}; cvmfs_config stat -v {name}. If its name or \
                  place is another one: repository and absolute-mountpoint in {}. Nothing has to be restarted when it is back",
-                shell(path),
+                shell_quote(path),
                 arguments.config_file().display()
             ),
         )];
@@ -298,7 +298,7 @@ fn device(path: &Path) -> Option<u64> {
     fs::metadata(there).ok().map(|status| status.dev())
 }
 
-fn snapshots(daemon: &Daemon, described: &DescribeResponse) -> Vec<Finding> {
+fn snapshots(daemon: &AdminClient, described: &DescribeResponse) -> Vec<Finding> {
     const CHECK: &str = "state.images";
     let mut findings = Vec::new();
     match daemon.snapshots(true, |_| {}) {
@@ -447,7 +447,7 @@ fn pulls(described: &DescribeResponse) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Source;
+    use crate::admin::status::ImageOrigin;
 
     #[test]
     fn what_mends_an_image_depends_on_where_the_lost_layer_came_from() {
@@ -456,7 +456,7 @@ mod tests {
             key: format!("key of {name}"),
             layers: 1,
             published: 0,
-            source: Source::Mixed,
+            source: ImageOrigin::Mixed,
             broken: Some("it is lost".to_owned()),
             broken_in: broken_in.map(str::to_owned),
             refused: false,

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::MAGIC_NAME;
-use crate::sys::Sys;
+use super::FQRN_XATTR;
+use crate::system::Sys;
 
 /// Where the client's configuration is.
 pub const CONFIGURATION: &str = "/etc/cvmfs";
@@ -20,26 +20,26 @@ const CACHE_BASE: &str = "/var/lib/cvmfs";
 /// The attribute that a CernVM-FS mount has at its root, with the number of the client's process.
 const PROCESS: &str = "user.pid";
 /// Far more than a command line or a file of the configuration has.
-const MOST_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 /// So many entries of `default.d` are looked at.
-const MOST_FILES: usize = 1024;
+const MAX_FILES: usize = 1024;
 
 /// A directory of the cache, and its device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cache {
+pub struct CacheDirectory {
     pub path: PathBuf,
     pub device: u64,
 }
 
 /// Where the client of the repository at `path` keeps its cache. None: it is no CernVM-FS, or nobody can tell.
 /// Asks the repository.
-pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<Cache> {
-    let name = attribute(sys, path, MAGIC_NAME)?;
+pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<CacheDirectory> {
+    let name = attribute(sys, path, FQRN_XATTR)?;
     let process = process(sys, path, &name)?;
     // The client's working directory is its cache.
     let works_in = PathBuf::from(format!("/proc/{process}/cwd"));
     match sys.read_link(&works_in) {
-        Ok(path) => Some(Cache { path, device: sys.stat(&works_in).ok()?.device }),
+        Ok(path) => Some(CacheDirectory { path, device: sys.stat(&works_in).ok()?.device }),
         // The kernel says it to nobody without CAP_SYS_PTRACE, which our unit does not give.
         Err(e) if matches!(e.errno, Errno::EACCES | Errno::EPERM) => configured(sys, configuration, &name),
         Err(_) => None,
@@ -48,7 +48,7 @@ pub fn cache(sys: &dyn Sys, path: &Path, configuration: &Path) -> Option<Cache> 
 
 /// The user that a client runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum User {
+pub enum ClientUser {
     Uid(u32),
     /// The client's process cannot be seen from here.
     Hidden,
@@ -57,15 +57,15 @@ pub enum User {
 }
 
 /// The user that the client of the repository at `path` runs as. Asks the repository.
-pub fn user(sys: &dyn Sys, path: &Path) -> User {
-    let Some(name) = attribute(sys, path, MAGIC_NAME) else { return User::NoClient };
+pub fn user(sys: &dyn Sys, path: &Path) -> ClientUser {
+    let Some(name) = attribute(sys, path, FQRN_XATTR) else { return ClientUser::NoClient };
     let uid = process(sys, path, &name).and_then(|process| {
-        let status = sys.read_file(Path::new(&format!("/proc/{process}/status")), MOST_BYTES).ok()?;
+        let status = sys.read_file(Path::new(&format!("/proc/{process}/status")), MAX_BYTES).ok()?;
         let status = String::from_utf8_lossy(&status);
         // The real user, and then the effective one.
         status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
     });
-    uid.map_or(User::Hidden, User::Uid)
+    uid.map_or(ClientUser::Hidden, ClientUser::Uid)
 }
 
 fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
@@ -76,17 +76,17 @@ fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
 fn process(sys: &dyn Sys, path: &Path, name: &str) -> Option<u32> {
     let process: u32 = attribute(sys, path, PROCESS)?.trim().parse().ok()?;
     // One in a container has another number here, and this number is another process's.
-    let command_line = sys.read_file(Path::new(&format!("/proc/{process}/cmdline")), MOST_BYTES).ok()?;
+    let command_line = sys.read_file(Path::new(&format!("/proc/{process}/cmdline")), MAX_BYTES).ok()?;
     let mut words = command_line.split(|byte| *byte == 0);
     words.any(|word| word == name.as_bytes() || OsStr::from_bytes(word) == path).then_some(process)
 }
 
 /// Finds the cache by the client's configuration. An alien cache is not known here.
-fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> {
+fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<CacheDirectory> {
     let mut base = CACHE_BASE.to_owned();
     let mut directory = None;
     for file in files(sys, configuration, name) {
-        let text = match sys.read_file(&file, MOST_BYTES) {
+        let text = match sys.read_file(&file, MAX_BYTES) {
             Ok(text) => text,
             Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR) => continue,
             // A file that cannot be read may name another cache.
@@ -101,15 +101,17 @@ fn configured(sys: &dyn Sys, configuration: &Path, name: &str) -> Option<Cache> 
         }
     }
     let below_base = ["shared", name, ""].map(|below| Path::new(&base).join(below));
-    let places = directory.into_iter().map(PathBuf::from).chain(below_base);
+    let paths = directory.into_iter().map(PathBuf::from).chain(below_base);
     // A value such as $HOME/cache is not expanded: no such path exists, and it is passed over.
-    places.filter(|path| path.is_absolute()).find_map(|path| Some(Cache { device: sys.stat(&path).ok()?.device, path }))
+    paths
+        .filter(|path| path.is_absolute())
+        .find_map(|path| Some(CacheDirectory { device: sys.stat(&path).ok()?.device, path }))
 }
 
 /// In the order in which the client reads them, without those of a configuration repository: a later one wins.
 fn files(sys: &dyn Sys, configuration: &Path, name: &str) -> Vec<PathBuf> {
     let defaults = configuration.join("default.d");
-    let names = sys.first_entries(&defaults, MOST_FILES).unwrap_or_default();
+    let names = sys.first_entries(&defaults, MAX_FILES).unwrap_or_default();
     let mut defaults: Vec<PathBuf> = names.into_iter().map(|name| defaults.join(name)).collect();
     defaults.retain(|file| file.extension().is_some_and(|end| end == "conf"));
     defaults.sort();
@@ -142,16 +144,16 @@ pub(super) mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
-    use crate::sys::Host;
-    use crate::sys::failing::Failing;
+    use crate::system::Host;
+    use crate::system::testing::FaultySys;
 
     /// A repository whose client works in `cache`, and the client.
-    pub struct Served {
+    pub struct ServingProcess {
         dir: tempfile::TempDir,
         client: Child,
     }
 
-    impl Served {
+    impl ServingProcess {
         fn new(word: &str) -> Self {
             Self::of_user(word, 0)
         }
@@ -173,7 +175,7 @@ pub(super) mod tests {
             let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
             // It has become the shell by then.
             std::io::Read::read_exact(client.stdout.as_mut().unwrap(), &mut [0]).unwrap();
-            xattr::set(&repository, MAGIC_NAME, b"a.example.org").unwrap();
+            xattr::set(&repository, FQRN_XATTR, b"a.example.org").unwrap();
             xattr::set(&repository, PROCESS, client.id().to_string().as_bytes()).unwrap();
             Self { dir, client }
         }
@@ -189,7 +191,7 @@ pub(super) mod tests {
         }
     }
 
-    impl Drop for Served {
+    impl Drop for ServingProcess {
         fn drop(&mut self) {
             let _ = self.client.kill();
             let _ = self.client.wait();
@@ -198,19 +200,19 @@ pub(super) mod tests {
 
     #[test]
     fn the_cache_is_where_the_client_works_if_that_process_serves_the_repository() {
-        let served = Served::new("a.example.org");
+        let served = ServingProcess::new("a.example.org");
         let real = served.path("cache").canonicalize().unwrap();
         assert_eq!(served.cache(&Host), Some(real));
         // Any directory may be a repository, and what is mounted may be served from a container.
-        assert_eq!(Served::new("sh").cache(&Host), None);
+        assert_eq!(ServingProcess::new("sh").cache(&Host), None);
         xattr::remove(served.path("repository"), PROCESS).unwrap();
         assert_eq!(served.cache(&Host), None);
     }
 
     #[test]
     fn where_the_kernel_does_not_say_it_the_configuration_of_the_client_does() {
-        let served = Served::new("a.example.org");
-        let refusing = Failing::refusing(format!("/proc/{}/cwd", served.client.id()).into(), Errno::EACCES);
+        let served = ServingProcess::new("a.example.org");
+        let refusing = FaultySys::refusing(format!("/proc/{}/cwd", served.client.id()).into(), Errno::EACCES);
         let [etc, base] = ["etc", "base"].map(|name| served.path(name));
         for folder in ["default.d", "domain.d", "config.d"] {
             fs::create_dir_all(etc.join(folder)).unwrap();

@@ -16,23 +16,23 @@ use parking_lot::{Condvar, Mutex};
 use crate::metrics::METRICS;
 
 /// Between two probes that failed.
-const PAUSE: Duration = Duration::from_secs(1);
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// So long a call lets a probe try, before it is told that the repository does not answer.
-const GRACE: Duration = Duration::from_millis(200);
+const RECOVERY_WAIT: Duration = Duration::from_millis(200);
 /// Probes that hang, at most.
-const PROBES: usize = 4;
+const MAX_HUNG_PROBES: usize = 4;
 
 /// Asks the repository something that only its server can answer; the error says why not.
 pub type Probe = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 /// Since when a repository does not answer, and what is known about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sick {
+pub struct Outage {
     pub since: Instant,
     pub why: String,
 }
 
-impl fmt::Display for Sick {
+impl fmt::Display for Outage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "it has not answered for {}: {}", Seconds(self.since.elapsed()), self.why)
     }
@@ -66,7 +66,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    sick: Option<Sick>,
+    outage: Option<Outage>,
     /// Threads that probe, by a number, and since when they ask; None: it pauses.
     probes: HashMap<u64, Option<Instant>>,
     next_number: u64,
@@ -93,44 +93,44 @@ impl Health {
 
     /// Fails if the repository does not answer. Waits for a moment where it may just have come
     /// back, and not for one that hangs.
-    pub fn check(&self) -> Result<(), Sick> {
+    pub fn check(&self) -> Result<(), Outage> {
         let mut state = self.shared.state.lock();
-        let Some(sick) = state.sick.clone() else { return Ok(()) };
+        let Some(outage) = state.outage.clone() else { return Ok(()) };
         self.ensure_probe(&mut state);
-        if !state.has_probe_within(GRACE) {
-            return Err(sick);
+        if !state.has_probe_within(RECOVERY_WAIT) {
+            return Err(outage);
         }
         state.wanted = true;
         self.shared.changed.notify_all();
-        let (until, before) = (Instant::now() + GRACE, state.finished);
-        while state.sick.is_some() && state.finished == before {
+        let (until, before) = (Instant::now() + RECOVERY_WAIT, state.finished);
+        while state.outage.is_some() && state.finished == before {
             if self.shared.changed.wait_until(&mut state, until).timed_out() {
                 break;
             }
         }
-        state.sick.clone().map_or(Ok(()), Err)
+        state.outage.clone().map_or(Ok(()), Err)
     }
 
     /// Somebody waited in vain, or was told that the server is dead.
-    pub fn suspect(&self, why: String) {
+    pub fn mark_unhealthy(&self, why: String) {
         let mut state = self.shared.state.lock();
-        if state.sick.is_none() {
+        if state.outage.is_none() {
             log::warn!(repository = self.shared.repository.as_str();
                 "repository {} does not answer: {why}; layers are downloaded and containers on its layers do not \
                  start until it does", self.shared.repository);
-            METRICS.fell_silent(&self.shared.repository);
-            state.sick = Some(Sick { since: Instant::now(), why });
+            METRICS.record_outage(&self.shared.repository);
+            state.outage = Some(Outage { since: Instant::now(), why });
         }
         self.ensure_probe(&mut state);
     }
 
     /// It does not answer, and the first probe has not helped.
-    pub fn is_hopeless(&self) -> bool {
-        self.shared.state.lock().sick.as_ref().is_some_and(|sick| sick.since.elapsed() > GRACE)
+    pub fn is_confirmed_down(&self) -> bool {
+        self.shared.state.lock().outage.as_ref().is_some_and(|outage| outage.since.elapsed() > RECOVERY_WAIT)
     }
 
-    pub fn sick(&self) -> Option<Sick> {
-        self.shared.state.lock().sick.clone()
+    pub fn outage(&self) -> Option<Outage> {
+        self.shared.state.lock().outage.clone()
     }
 
     /// Probing ends.
@@ -141,7 +141,7 @@ impl Health {
 
     /// There is a probe that does not hang, unless too many do.
     fn ensure_probe(&self, state: &mut State) {
-        if state.has_probe_within(self.shared.patience) || state.probes.len() >= PROBES {
+        if state.has_probe_within(self.shared.patience) || state.probes.len() >= MAX_HUNG_PROBES {
             return;
         }
         let (shared, number) = (Arc::clone(&self.shared), state.next_number);
@@ -159,25 +159,25 @@ impl Shared {
             let result = (self.probe)();
             let mut state = self.state.lock();
             state.probes.insert(number, None);
-            match (result, &mut state.sick) {
-                (Ok(()), sick) => {
-                    if let Some(sick) = sick.take() {
+            match (result, &mut state.outage) {
+                (Ok(()), outage) => {
+                    if let Some(outage) = outage.take() {
                         log::info!(repository = self.repository.as_str();
-                            "repository {} answers again, after {}", self.repository, Seconds(sick.since.elapsed()));
+                            "repository {} answers again, after {}", self.repository, Seconds(outage.since.elapsed()));
                     }
                 }
-                (Err(why), Some(sick)) => sick.why = why,
+                (Err(why), Some(outage)) => outage.why = why,
                 (Err(_), None) => {}
             }
             state.finished += 1;
             self.changed.notify_all();
-            let until = Instant::now() + PAUSE;
-            while state.sick.is_some() && !state.wanted && !state.closed {
+            let until = Instant::now() + PROBE_INTERVAL;
+            while state.outage.is_some() && !state.wanted && !state.closed {
                 if self.changed.wait_until(&mut state, until).timed_out() {
                     break;
                 }
             }
-            if state.sick.is_none() || state.closed {
+            if state.outage.is_none() || state.closed {
                 state.probes.remove(&number);
                 return;
             }
@@ -196,13 +196,13 @@ mod tests {
     const DEAD: u8 = 1;
     const HANGING: u8 = 2;
 
-    struct Patient {
+    struct FakeRepository {
         health: Health,
         mood: Arc<AtomicU8>,
         asked: Arc<AtomicUsize>,
     }
 
-    fn patient(patience: Duration) -> Patient {
+    fn fake_repository(patience: Duration) -> FakeRepository {
         let (mood, asked) = (Arc::new(AtomicU8::new(FINE)), Arc::new(AtomicUsize::new(0)));
         let (now, count) = (Arc::clone(&mood), Arc::clone(&asked));
         let probe = move || {
@@ -214,34 +214,34 @@ mod tests {
             }
             if now.load(Ordering::SeqCst) == FINE { Ok(()) } else { Err("it is dead".to_owned()) }
         };
-        Patient { health: Health::new("r", patience, Box::new(probe)), mood, asked }
+        FakeRepository { health: Health::new("r", patience, Box::new(probe)), mood, asked }
     }
 
     /// One call is enough, unless this machine is so busy that no thread has its turn.
-    fn settled(p: &Patient) -> Result<(), Sick> {
+    fn settled(p: &FakeRepository) -> Result<(), Outage> {
         (0..20).map(|_| p.health.check()).find(Result::is_ok).unwrap_or_else(|| p.health.check())
     }
 
     #[test]
     fn a_dead_repository_fails_fast_until_a_probe_succeeds() {
-        let p = patient(Duration::from_secs(10));
+        let p = fake_repository(Duration::from_secs(10));
         assert_eq!(p.health.check(), Ok(()));
         p.mood.store(DEAD, Ordering::SeqCst);
-        p.health.suspect("first".to_owned());
+        p.health.mark_unhealthy("first".to_owned());
         let until = Instant::now() + Duration::from_secs(10);
-        while p.health.check().map_err(|sick| sick.why) != Err("it is dead".to_owned()) {
+        while p.health.check().map_err(|outage| outage.why) != Err("it is dead".to_owned()) {
             assert!(Instant::now() < until, "what the probe said is passed on");
         }
         p.mood.store(FINE, Ordering::SeqCst);
         assert_eq!(settled(&p), Ok(()), "a call after it came back finds it");
-        assert_eq!(p.health.sick(), None);
+        assert_eq!(p.health.outage(), None);
     }
 
     #[test]
     fn less_than_a_second_is_not_said_to_be_none() {
         // Not yet begun, however slow this machine is.
-        let sick = Sick { since: Instant::now() + Duration::from_hours(1), why: "it is dead".to_owned() };
-        assert_eq!(sick.to_string(), "it has not answered for less than 1 s: it is dead");
+        let outage = Outage { since: Instant::now() + Duration::from_hours(1), why: "it is dead".to_owned() };
+        assert_eq!(outage.to_string(), "it has not answered for less than 1 s: it is dead");
         for (milliseconds, said) in [(0, "less than 1 s"), (999, "less than 1 s"), (1_000, "1 s"), (61_500, "61 s")] {
             assert_eq!(Seconds(Duration::from_millis(milliseconds)).to_string(), said);
         }
@@ -249,22 +249,22 @@ mod tests {
 
     #[test]
     fn a_suspicion_that_is_wrong_costs_nobody_anything() {
-        let p = patient(Duration::from_secs(10));
-        p.health.suspect("slow".to_owned());
+        let p = fake_repository(Duration::from_secs(10));
+        p.health.mark_unhealthy("slow".to_owned());
         assert_eq!(settled(&p), Ok(()));
     }
 
     #[test]
     fn a_probe_that_hangs_on_an_old_mount_is_not_the_last_one() {
-        let p = patient(Duration::from_millis(300));
+        let p = fake_repository(Duration::from_millis(300));
         p.mood.store(HANGING, Ordering::SeqCst);
-        p.health.suspect("hangs".to_owned());
+        p.health.mark_unhealthy("hangs".to_owned());
         assert!(p.health.check().is_err());
         let begun = Instant::now();
         for _ in 0..50 {
             assert!(p.health.check().is_err());
         }
-        assert!(begun.elapsed() < 25 * GRACE, "a probe that hangs is waited for once");
+        assert!(begun.elapsed() < 25 * RECOVERY_WAIT, "a probe that hangs is waited for once");
         thread::sleep(Duration::from_millis(400));
         assert_eq!(p.asked.load(Ordering::SeqCst), 1);
         // The old mount goes on hanging, another one is in its place.

@@ -12,21 +12,21 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::types::{Digest, Quoted};
+use crate::model::{Digest, Quoted};
 
 const METADATA: &str = ".metadata";
 const MANIFEST: &str = "manifest.json";
 /// Manifests of images have a few kilobytes.
-pub const MOST_BYTES: u64 = 256 << 10;
+pub const MAX_BYTES: u64 = 256 << 10;
 /// Docker builds images of 127 layers at most, and overlayfs takes 500 lower directories.
-pub const MOST_LAYERS: usize = 1024;
+pub const MAX_LAYERS: usize = 1024;
 
 /// Docker Hub has many names. The publisher uses the first, containerd the second.
 const DOCKER_HUB: [&str; 4] = ["registry.hub.docker.com", "docker.io", "index.docker.io", "registry-1.docker.io"];
 /// The name that is left out: `alpine` is `library/alpine`.
 const OFFICIAL: &str = "library/";
-const LONGEST_TAG: usize = 128;
-const LONGEST_NAME: usize = 255;
+const MAX_TAG: usize = 128;
+const MAX_NAME: usize = 255;
 
 /// `registry/repository:tag@digest`, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl ImageRef {
             _ => ("docker.io", name),
         };
         let valid = is_registry(registry)
-            && repository.len() <= LONGEST_NAME
+            && repository.len() <= MAX_NAME
             && repository.split('/').all(is_component)
             && tag.is_none_or(is_tag);
         let tag = tag.or_else(|| digest.is_none().then_some("latest"));
@@ -106,7 +106,7 @@ fn is_registry(text: &str) -> bool {
         let inner = label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         inner && !label.is_empty() && !label.starts_with('-') && !label.ends_with('-')
     };
-    host.len() <= LONGEST_NAME
+    host.len() <= MAX_NAME
         && host.split('.').all(is_label)
         && port.is_none_or(|port| !port.is_empty() && port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -121,7 +121,7 @@ fn is_component(text: &str) -> bool {
 
 fn is_tag(text: &str) -> bool {
     let good = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
-    good && !text.is_empty() && text.len() <= LONGEST_TAG && !text.starts_with(['.', '-'])
+    good && !text.is_empty() && text.len() <= MAX_TAG && !text.starts_with(['.', '-'])
 }
 
 /// What a published manifest says of an image.
@@ -145,7 +145,7 @@ impl fmt::Display for Invalid {
         match self {
             // It may repeat what stands in the file.
             Self::Unreadable(why) => write!(f, "it is no manifest: {}", Quoted(why)),
-            Self::TooManyLayers(count) => write!(f, "it has {count} layers, the limit is {MOST_LAYERS}"),
+            Self::TooManyLayers(count) => write!(f, "it has {count} layers, the limit is {MAX_LAYERS}"),
         }
     }
 }
@@ -153,7 +153,7 @@ impl fmt::Display for Invalid {
 /// A manifest as it is written: by the publisher with Go's field names, and as the image specification has them.
 /// Other fields are passed over.
 #[derive(Deserialize)]
-struct Written {
+struct JsonManifest {
     #[serde(alias = "Config")]
     config: Descriptor,
     #[serde(alias = "Layers")]
@@ -172,9 +172,9 @@ fn read_digest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Digest, D::
 
 impl Manifest {
     pub fn parse(text: &[u8]) -> Result<Self, Invalid> {
-        let written: Written = serde_json::from_slice(text).map_err(|e| Invalid::Unreadable(e.to_string()))?;
+        let written: JsonManifest = serde_json::from_slice(text).map_err(|e| Invalid::Unreadable(e.to_string()))?;
         match written.layers.len() {
-            ..=MOST_LAYERS => {}
+            ..=MAX_LAYERS => {}
             count => return Err(Invalid::TooManyLayers(count)),
         }
         let layers = written.layers.into_iter().map(|layer| layer.digest).collect();
@@ -297,9 +297,9 @@ mod tests {
 
     #[test]
     fn a_manifest_has_1024_layers_at_most() {
-        let layers: Vec<String> = (0..=MOST_LAYERS).map(descriptor).collect();
-        assert_eq!(Manifest::parse(manifest_of(&layers[1..]).as_bytes()).unwrap().layers.len(), MOST_LAYERS);
-        assert_eq!(Manifest::parse(manifest_of(&layers).as_bytes()), Err(Invalid::TooManyLayers(MOST_LAYERS + 1)));
+        let layers: Vec<String> = (0..=MAX_LAYERS).map(descriptor).collect();
+        assert_eq!(Manifest::parse(manifest_of(&layers[1..]).as_bytes()).unwrap().layers.len(), MAX_LAYERS);
+        assert_eq!(Manifest::parse(manifest_of(&layers).as_bytes()), Err(Invalid::TooManyLayers(MAX_LAYERS + 1)));
     }
 
     /// In a process of its own, the test below reads only this one of its manifests.
@@ -307,7 +307,7 @@ mod tests {
 
     /// Manifests that take as much as one can, for their size.
     fn worst_manifests() -> Vec<(&'static str, String)> {
-        let most = usize::try_from(MOST_BYTES).unwrap();
+        let most = usize::try_from(MAX_BYTES).unwrap();
         let fill = |each: &str| {
             let count = most / (each.len() + 1) - 50;
             manifest_of(&vec![each.to_owned(); count])
@@ -342,7 +342,7 @@ mod tests {
             return;
         }
         for (n, (name, text)) in worst_manifests().into_iter().enumerate() {
-            assert!(text.len() <= usize::try_from(MOST_BYTES).unwrap(), "{name}: {}", text.len());
+            assert!(text.len() <= usize::try_from(MAX_BYTES).unwrap(), "{name}: {}", text.len());
             let mut child = std::process::Command::new(std::env::current_exe().unwrap());
             let test = "repository::manifest::tests::a_manifest_takes_memory_in_proportion_to_its_size";
             let output = child.args(["--exact", test, "--nocapture"]).env(CHILD, n.to_string()).output().unwrap();

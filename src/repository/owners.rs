@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::client::{self, User};
-use super::lane::alive;
+use super::client::{self, ClientUser};
+use super::executor::record_progress;
 use super::{LAYER_ROOT, LAYERS, lists_own_attributes};
-use crate::sys::{self, DirHandle, FileType, Status, Sys};
+use crate::system::{self, DirHandle, FileType, Status, Sys};
 
 /// Layers of a sample.
 const MAX_LAYERS: usize = 8;
@@ -138,22 +138,22 @@ fn map(owner: Owner, name: &str) -> String {
 
 /// What a sample of a repository's layers showed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sample {
+pub struct OwnerSample {
     pub owners: Owners,
     /// The client lists the attributes that it makes up on files, not only at the repository's root.
     pub lists_own_attributes: bool,
 }
 
 /// Reads a sample of the layers of the repository at `path`. Runs on a thread of the repository.
-pub fn sample(sys: &dyn Sys, path: &Path) -> sys::Result<Sample> {
+pub fn sample(sys: &dyn Sys, path: &Path) -> system::Result<OwnerSample> {
     let root = sys.open_dir(path)?;
-    alive();
-    let mut found = Found { until: Instant::now() + MAX_TIME, owner: None, others: false, entries: 0 };
+    record_progress();
+    let mut found = OwnersSoFar { until: Instant::now() + MAX_TIME, owner: None, others: false, entries: 0 };
     for layer in layers(sys, &root)? {
         match sys.open_below(&root, &layer) {
             Ok(layer) => found.read(sys, &layer)?,
             // Not every directory here is a layer.
-            Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => alive(),
+            Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => record_progress(),
             Err(e) => return Err(e),
         }
         if found.is_over() {
@@ -165,19 +165,19 @@ pub fn sample(sys: &dyn Sys, path: &Path) -> sys::Result<Sample> {
         Some(owner) if found.entries >= MIN_ENTRIES => one_owner(sys, path, owner),
         _ => Owners::Unknown,
     };
-    Ok(Sample { owners, lists_own_attributes: lists_own_attributes(sys, path)? })
+    Ok(OwnerSample { owners, lists_own_attributes: lists_own_attributes(sys, path)? })
 }
 
 fn one_owner(sys: &dyn Sys, path: &Path, owner: Owner) -> Owners {
     match client::user(sys, path) {
-        User::Uid(uid) if uid == owner.uid => Owners::Claimed(owner),
-        User::Uid(_) | User::NoClient => Owners::Lost(owner),
-        User::Hidden => Owners::Undecided(owner),
+        ClientUser::Uid(uid) if uid == owner.uid => Owners::Claimed(owner),
+        ClientUser::Uid(_) | ClientUser::NoClient => Owners::Lost(owner),
+        ClientUser::Hidden => Owners::Undecided(owner),
     }
 }
 
 /// Some layers of a repository, as paths below its root.
-fn layers(sys: &dyn Sys, root: &DirHandle) -> sys::Result<Vec<PathBuf>> {
+fn layers(sys: &dyn Sys, root: &DirHandle) -> system::Result<Vec<PathBuf>> {
     let mut layers = Vec::new();
     let top = PathBuf::from(LAYERS);
     let prefixes = match directories(sys, root, &top, MAX_LAYERS) {
@@ -196,7 +196,7 @@ fn layers(sys: &dyn Sys, root: &DirHandle) -> sys::Result<Vec<PathBuf>> {
 }
 
 /// The names of at most `limit` directories in the directory `below` the root.
-fn directories(sys: &dyn Sys, root: &DirHandle, below: &Path, limit: usize) -> sys::Result<Vec<OsString>> {
+fn directories(sys: &dyn Sys, root: &DirHandle, below: &Path, limit: usize) -> system::Result<Vec<OsString>> {
     let mut names = Vec::new();
     sys.for_each_entry_below(root, below, &mut |name, file_type| {
         if file_type == FileType::Directory && is_name(name) {
@@ -204,7 +204,7 @@ fn directories(sys: &dyn Sys, root: &DirHandle, below: &Path, limit: usize) -> s
         }
         go_on_if(names.len() < limit)
     })?;
-    alive();
+    record_progress();
     Ok(names)
 }
 
@@ -217,7 +217,7 @@ fn go_on_if(wanted: bool) -> ControlFlow<()> {
     if wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
-struct Found {
+struct OwnersSoFar {
     until: Instant,
     /// Of the first entry.
     owner: Option<Owner>,
@@ -226,7 +226,7 @@ struct Found {
     entries: usize,
 }
 
-impl Found {
+impl OwnersSoFar {
     /// More entries would not change the result, or there is no time for them.
     fn is_over(&self) -> bool {
         self.others || Instant::now() > self.until
@@ -239,7 +239,7 @@ impl Found {
     }
 
     /// Reads a layer, those entries first that lie near its top.
-    fn read(&mut self, sys: &dyn Sys, layer: &DirHandle) -> sys::Result<()> {
+    fn read(&mut self, sys: &dyn Sys, layer: &DirHandle) -> system::Result<()> {
         let mut unread = VecDeque::from([PathBuf::new()]);
         let end = self.entries + MAX_ENTRIES;
         while let Some(below) = unread.pop_front() {
@@ -248,7 +248,7 @@ impl Found {
                 Err(e) if e.errno == Errno::ENAMETOOLONG => continue,
                 directory => directory?,
             };
-            alive();
+            record_progress();
             let (mut names, limit) = (Vec::new(), end.saturating_sub(self.entries));
             let status = sys.for_each_entry_below(&directory, Path::new(""), &mut |name, file_type| {
                 // A hostile file system may hand out others.
@@ -257,14 +257,14 @@ impl Found {
                 }
                 go_on_if(names.len() < limit)
             })?;
-            alive();
+            record_progress();
             self.add(&status);
             for (name, file_type) in names {
                 if file_type == FileType::Directory {
                     unread.push_back(below.join(name));
                 } else {
                     self.add(&sys.lstat(&directory.entry(&name))?);
-                    alive();
+                    record_progress();
                 }
                 if self.is_over() || self.entries >= end {
                     return Ok(());
@@ -281,9 +281,9 @@ mod tests {
     use std::os::unix::fs::lchown;
 
     use super::*;
-    use crate::repository::MAGIC_NAME;
-    use crate::repository::client::tests::Served;
-    use crate::sys::Host;
+    use crate::repository::FQRN_XATTR;
+    use crate::repository::client::tests::ServingProcess;
+    use crate::system::Host;
 
     const OWNER: Owner = Owner { uid: 991, gid: 990 };
 
@@ -356,7 +356,7 @@ mod tests {
     /// The old rule advised to map the uid that is seen, which is the client's own here.
     #[test]
     fn root_an_owner_that_the_client_runs_as_is_claimed_and_one_of_a_hidden_client_undecided() {
-        let served = Served::of_user("a.example.org", OWNER.uid);
+        let served = ServingProcess::of_user("a.example.org", OWNER.uid);
         let repository = served.path("repository");
         let top = layer(&repository, 'a', 20, OWNER);
         assert_eq!(owners(&repository), Owners::Claimed(OWNER));
@@ -379,7 +379,7 @@ mod tests {
     fn root_everything_of_root_is_claimed_by_a_client_of_root_and_undecided_with_a_hidden_one() {
         let root = Owner { uid: 0, gid: 0 };
         let served = |uid| {
-            let served = Served::of_user("a.example.org", uid);
+            let served = ServingProcess::of_user("a.example.org", uid);
             layer(&served.path("repository"), 'a', 20, root);
             served
         };
@@ -403,7 +403,7 @@ mod tests {
         layer(dir.path(), 'a', MAX_ENTRIES * 2, OWNER);
         let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::default());
         let counted = std::sync::Arc::clone(&asked);
-        let sys = crate::sys::failing::Failing::before_call(move |call, _| {
+        let sys = crate::system::testing::FaultySys::before_call(move |call, _| {
             counted.fetch_add(usize::from(call == "lstat"), std::sync::atomic::Ordering::SeqCst);
         });
         assert_eq!(sample(&sys, dir.path()).unwrap().owners, Owners::Lost(OWNER));
@@ -415,7 +415,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         layer(dir.path(), 'a', 1, OWNER);
         assert!(!sample(&Host, dir.path()).unwrap().lists_own_attributes);
-        xattr::set(dir.path().join(LAYERS), MAGIC_NAME, b"a.example.org").unwrap();
+        xattr::set(dir.path().join(LAYERS), FQRN_XATTR, b"a.example.org").unwrap();
         assert!(sample(&Host, dir.path()).unwrap().lists_own_attributes);
     }
 }

@@ -19,9 +19,9 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
 
 pub use self::walk::scan;
-use super::lane::Pulse;
-use crate::sys;
-use crate::types::Digest;
+use super::executor::Heartbeat;
+use crate::model::Digest;
+use crate::system;
 
 /// Files that mark the root of a nested catalog of CernVM-FS; the second one stands where the
 /// publisher itself decided to make one (`CVMFS_AUTOCATALOGS`).
@@ -123,7 +123,7 @@ impl fmt::Display for Limit {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    System(sys::Error),
+    System(system::Error),
     /// Not an image that anybody built for use.
     Exceeds(Limit),
     /// A thread of ours failed.
@@ -140,8 +140,8 @@ impl fmt::Display for Error {
     }
 }
 
-impl From<sys::Error> for Error {
-    fn from(cause: sys::Error) -> Self {
+impl From<system::Error> for Error {
+    fn from(cause: system::Error) -> Self {
         Self::System(cause)
     }
 }
@@ -153,7 +153,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Progress {
     pub directories: AtomicUsize,
     /// Beats with each answer.
-    pub pulse: Pulse,
+    pub heartbeat: Heartbeat,
 }
 
 /// What a name takes in memory at most, with the directory that it may be of, in bytes.
@@ -168,12 +168,12 @@ impl Scan {
     }
 
     /// Something in it is to be hidden, or shown with another owner.
-    pub fn has_mask(&self) -> bool {
+    pub fn needs_mask(&self) -> bool {
         self.directories.iter().any(Directory::has_mask)
     }
 
     /// It deletes something of the layers below.
-    pub fn hides(&self) -> bool {
+    pub fn needs_hide(&self) -> bool {
         self.directories.iter().any(Directory::hides)
     }
 
@@ -187,7 +187,7 @@ impl Scan {
         names.into_iter().rev().collect()
     }
 
-    /// The places of the directories that are `wanted`, and of those above them, in their order.
+    /// The positions of the directories that are `wanted`, and of those above them, in their order.
     pub fn with_parents(&self, wanted: impl Fn(&Directory) -> bool) -> Vec<usize> {
         let mut is_needed = vec![false; self.directories.len()];
         for (place, directory) in self.directories.iter().enumerate().rev() {
@@ -245,7 +245,7 @@ fn is_publishers(name: &OsStr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::{Host, Sys};
+    use crate::system::{Host, Sys};
     use std::fs;
     use std::path::Path;
 
@@ -374,7 +374,7 @@ mod tests {
         let top = layer(&names.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
         for unreadable in ["", "d", "d/0", "d/150", "d/299"] {
             let at = top.path().join(unreadable);
-            let sys = crate::sys::failing::Failing::refusing(at.clone(), nix::errno::Errno::EIO);
+            let sys = crate::system::testing::FaultySys::refusing(at.clone(), nix::errno::Errno::EIO);
             let Err(Error::System(e)) = find(&sys, top.path()) else { panic!("{unreadable} was read") };
             assert_eq!((e.path, e.errno), (at, nix::errno::Errno::EIO));
         }
@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn names_without_end_do_not_eat_the_memory() {
         let top = tempfile::tempdir().unwrap();
-        let sys = crate::sys::failing::Failing::endless(MAX_MEMORY / 200);
+        let sys = crate::system::testing::FaultySys::endless(MAX_MEMORY / 200);
         let read = Progress::default();
         let handle = sys.open_dir(top.path()).unwrap();
         assert_eq!(scan(&sys, &handle, &read), Err(Error::Exceeds(Limit::Memory)));
@@ -433,7 +433,7 @@ mod tests {
     fn directories_without_an_owner_are_found_and_the_top_is_none_of_them() {
         let top = layer(&["a/b/c", "d"], &[]);
         let found = |path: &str| {
-            let sys = crate::sys::failing::Failing::without_owner(top.path().join(path));
+            let sys = crate::system::testing::FaultySys::without_owner(top.path().join(path));
             let scan = find(&sys, top.path()).unwrap();
             let unowned = (0..scan.directories.len()).filter(|place| scan.directories[*place].has_no_owner);
             unowned.map(|place| scan.path(place).display().to_string()).collect::<Vec<_>>()

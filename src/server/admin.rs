@@ -5,20 +5,20 @@ use grpcio::ServiceBuilder;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::handlers::Handlers;
-use super::status::Failure;
+use super::status::CallError;
 use super::{convert, service};
 use crate::metrics::METRICS;
+use crate::model::{Kind, LABEL_IMAGE_REF, SnapshotId, Timestamp};
 use crate::proto::admin::{
     DescribeResponse, Found, IoErrors, Leftover, LeftoversResponse, Pulls, Repository, ServerOutage, Snapshot,
     SnapshotsResponse, leftover, snapshot,
 };
 use crate::proto::health::HealthCheckResponse;
 use crate::proto::health::health_check_response::ServingStatus;
-use crate::repository::Missing;
-use crate::repository::server::{self, Server, Unreachable};
-use crate::snapshotter::inspect::{Ask, Inspected, Of};
-use crate::snapshotter::{Asks, Rest, Snapshotter};
-use crate::types::{Kind, LABEL_IMAGE_REF, SnapshotId, Timestamp};
+use crate::repository::Unavailable;
+use crate::repository::server_health::{self, RepositoryServer, Unreachable};
+use crate::snapshotter::inspect::{LeftoverKind, ProbeRepositories, SnapshotStatus};
+use crate::snapshotter::{Cursor, RepositoryDependency, Snapshotter};
 
 /// What gRPC's health protocol calls the service that containerd uses.
 const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
@@ -26,42 +26,56 @@ const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
 impl Handlers {
     /// None of them keeps a worker from containerd's calls for long: they are done where pulls wait.
     pub(super) fn admin(&self, mut service: ServiceBuilder, started: Timestamp) -> ServiceBuilder {
-        service = self.unary(service, &service::DESCRIBE, Some(|_, _| Ok(Some(Asks::All))), move |s, _, _| {
-            Ok(describe(s, started))
-        });
-        service = self.unary(service, &service::SNAPSHOTS, Some(|_, _| Ok(Some(Asks::All))), |s, request, _| {
-            let rest =
-                (request.next > 0).then_some(Rest { next: SnapshotId(request.next), last: SnapshotId(request.last) });
-            let ask = if request.ask_repositories { Ask::Repositories } else { Ask::Nobody };
-            let (inspected, rest) = s.inspect(rest, ask)?;
-            Ok(SnapshotsResponse {
-                snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
-                next: rest.map_or(0, |rest| rest.next.0),
-                last: rest.map_or(0, |rest| rest.last.0),
-                ..SnapshotsResponse::default()
-            })
-        });
-        service = self.unary(service, &service::LEFTOVERS, Some(|_, _| Ok(Some(Asks::All))), |s, request, _| {
-            let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
-            let leftovers = leftovers.into_iter().map(|one| Leftover {
-                path: one.path.display().to_string(),
-                what: EnumOrUnknown::new(match one.of {
-                    Of::Removed => leftover::What::REMOVED,
-                    Of::Detached => leftover::What::DETACHED,
-                }),
-                ..Leftover::default()
-            });
-            Ok(LeftoversResponse {
-                leftovers: leftovers.collect(),
-                next: next.map_or(0, |id| id.0),
-                ..LeftoversResponse::default()
-            })
-        });
+        service = self.unary(
+            service,
+            &service::DESCRIBE,
+            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            move |s, _, _| Ok(describe(s, started)),
+        );
+        service = self.unary(
+            service,
+            &service::SNAPSHOTS,
+            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            |s, request, _| {
+                let rest = (request.next > 0)
+                    .then_some(Cursor { next: SnapshotId(request.next), last: SnapshotId(request.last) });
+                let ask =
+                    if request.ask_repositories { ProbeRepositories::Repositories } else { ProbeRepositories::Nobody };
+                let (inspected, rest) = s.inspect(rest, ask)?;
+                Ok(SnapshotsResponse {
+                    snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
+                    next: rest.map_or(0, |rest| rest.next.0),
+                    last: rest.map_or(0, |rest| rest.last.0),
+                    ..SnapshotsResponse::default()
+                })
+            },
+        );
+        service = self.unary(
+            service,
+            &service::LEFTOVERS,
+            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            |s, request, _| {
+                let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
+                let leftovers = leftovers.into_iter().map(|one| Leftover {
+                    path: one.path.display().to_string(),
+                    what: EnumOrUnknown::new(match one.of {
+                        LeftoverKind::Removed => leftover::What::REMOVED,
+                        LeftoverKind::Detached => leftover::What::DETACHED,
+                    }),
+                    ..Leftover::default()
+                });
+                Ok(LeftoversResponse {
+                    leftovers: leftovers.collect(),
+                    next: next.map_or(0, |id| id.0),
+                    ..LeftoversResponse::default()
+                })
+            },
+        );
         // That the start is not over is an answer.
         let early = || health(ServingStatus::NOT_SERVING);
-        self.unary_from_the_start(service, &service::HEALTH_CHECK, Some(early), None, |s, request, _| {
+        self.unary_before_ready(service, &service::HEALTH_CHECK, Some(early), None, |s, request, _| {
             let is_well =
-                is_well(s, &request.service).ok_or_else(|| Failure::UnknownService(request.service.clone()))?;
+                is_well(s, &request.service).ok_or_else(|| CallError::UnknownService(request.service.clone()))?;
             Ok(health(if is_well { ServingStatus::SERVING } else { ServingStatus::NOT_SERVING }))
         })
     }
@@ -80,20 +94,20 @@ fn is_well(snapshotter: &Snapshotter, service: &str) -> Option<bool> {
 }
 
 fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
-    let setup = snapshotter.setup();
+    let setup = snapshotter.daemon_info();
     let conditions = snapshotter.conditions();
     let repositories = conditions.iter().map(|(repository, condition)| {
         let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
         let errors = condition.as_ref().ok().and_then(|condition| condition.io_errors.clone());
-        let outage = condition.as_ref().err().and_then(Missing::server_outage);
+        let outage = condition.as_ref().err().and_then(Unavailable::server_outage);
         Repository {
             name: repository.name().to_owned(),
             path: repository.path().display().to_string(),
-            trouble: condition.as_ref().err().map(Missing::to_string).unwrap_or_default(),
+            trouble: condition.as_ref().err().map(Unavailable::to_string).unwrap_or_default(),
             cache: cache.map(|cache| cache.path.display().to_string()).unwrap_or_default(),
             server_outage: outage.map(server_outage).into(),
             io_errors: errors.map(io_errors).into(),
-            ..convert::sampled(condition.as_ref().ok().and_then(|condition| condition.sample))
+            ..convert::sampled_owners(condition.as_ref().ok().and_then(|condition| condition.sample))
         }
     });
     DescribeResponse {
@@ -114,12 +128,12 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
 }
 
 fn server_outage(unreachable: &Unreachable) -> ServerOutage {
-    let Server { host, proxy } = unreachable.server.clone();
+    let RepositoryServer { host, proxy } = unreachable.server.clone();
     ServerOutage { host, proxy, since: unreachable.since.0, ..ServerOutage::default() }
 }
 
-fn io_errors(errors: server::IoErrors) -> IoErrors {
-    let server::IoErrors { count, last, server: Server { host, proxy } } = errors;
+fn io_errors(errors: server_health::IoErrors) -> IoErrors {
+    let server_health::IoErrors { count, last, server: RepositoryServer { host, proxy } } = errors;
     IoErrors { count, last: last.0, host, proxy, ..IoErrors::default() }
 }
 
@@ -134,8 +148,8 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
     }
 }
 
-fn inspected_snapshot(one: Inspected) -> Snapshot {
-    let Inspected { snapshot, trouble, refused } = one;
+fn inspected_snapshot(one: SnapshotStatus) -> Snapshot {
+    let SnapshotStatus { snapshot, trouble, refused } = one;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {

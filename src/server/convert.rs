@@ -6,17 +6,21 @@ use std::collections::HashMap;
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::attach::Mode;
+use crate::attach::AttachMode;
+use crate::model::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
 use crate::proto::admin::repository::Owners as WireOwners;
 use crate::proto::admin::{Owner as WireOwner, Repository};
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots::{Info, Kind as WireKind, UpdateSnapshotRequest};
-use crate::repository::owners::{Owner, Owners, Sample};
-use crate::snapshotter::{Error, LabelChange, Result, Wanted};
-use crate::types::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
+use crate::repository::owners::{Owner, OwnerSample, Owners};
+use crate::snapshotter::{CreateRequest, Error, LabelChange, Result};
 
-pub fn wanted(key: &str, parent: &str, labels: HashMap<String, String>) -> Result<Wanted> {
-    Ok(Wanted { key: Key::parse(key)?, parent: Key::parse_optional(parent)?, labels: labels.into_iter().collect() })
+pub fn create_request(key: &str, parent: &str, labels: HashMap<String, String>) -> Result<CreateRequest> {
+    Ok(CreateRequest {
+        key: Key::parse(key)?,
+        parent: Key::parse_optional(parent)?,
+        labels: labels.into_iter().collect(),
+    })
 }
 
 pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
@@ -32,8 +36,8 @@ pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
 }
 
 /// What a sample of its layers showed, as fields of a repository.
-pub fn sampled(sample: Option<Sample>) -> Repository {
-    let Some(Sample { owners, lists_own_attributes }) = sample else { return Repository::default() };
+pub fn sampled_owners(sample: Option<OwnerSample>) -> Repository {
+    let Some(OwnerSample { owners, lists_own_attributes }) = sample else { return Repository::default() };
     let (state, owner) = match owners {
         Owners::Unknown => (WireOwners::UNKNOWN, None),
         Owners::Kept => (WireOwners::KEPT, None),
@@ -81,10 +85,10 @@ pub fn info(snapshot: Snapshot) -> Info {
 }
 
 /// As in the configuration.
-pub fn attach(mode: Mode) -> &'static str {
+pub fn attach(mode: AttachMode) -> &'static str {
     match mode {
-        Mode::Bind => "bind",
-        Mode::Symlink => "symlink",
+        AttachMode::Bind => "bind",
+        AttachMode::Symlink => "symlink",
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 
 use regex::{Regex, RegexBuilder};
 
-use crate::types::{Key, LABEL_SNAPSHOT_REF, Snapshot};
+use crate::model::{Key, LABEL_SNAPSHOT_REF, Snapshot};
 
 #[derive(Clone, Debug)]
 pub struct Filters {
@@ -23,7 +23,7 @@ pub struct Filters {
 #[derive(Clone, Debug)]
 struct Selector {
     path: Vec<Text>,
-    test: Test,
+    test: Operator,
 }
 
 /// A field or a value. None: a quoted text whose escapes spell bytes that are not UTF-8.
@@ -31,7 +31,7 @@ struct Selector {
 type Text = Option<String>;
 
 #[derive(Clone, Debug)]
-enum Test {
+enum Operator {
     Present,
     Equal(Text),
     NotEqual(Text),
@@ -42,15 +42,15 @@ enum Test {
 /// Compiled programs above this are refused, so that a filter cannot eat the memory.
 const REGEX_BYTES: usize = 1 << 20;
 /// And so many regular expressions in one List.
-const MOST_REGEXES: usize = 32;
+const MAX_REGEXES: usize = 32;
 /// Longest pattern of one. Two bytes of it, `\w`, take 6.4 KiB while it is compiled.
 const PATTERN_BYTES: usize = 1 << 10;
 /// What one takes at most: the program, what it needs while it searches, and what compiling it needs.
 const REGEX_MEMORY: usize = 4 << 20;
 /// All filters of a List, as text. A quoted key has 128 KiB at most.
-pub const MOST_BYTES: usize = 256 << 10;
+pub const MAX_BYTES: usize = 256 << 10;
 /// Fields of all filters of a List, each part of their names counted.
-const MOST_TERMS: usize = 1024;
+const MAX_TERMS: usize = 1024;
 /// What a term takes besides its text.
 const TERM_BYTES: usize = 512;
 /// How often a text is in memory at most: parsed, in a copy, and while it is unquoted.
@@ -59,34 +59,34 @@ const COPIES: usize = 3;
 /// Bytes that these filters take at most. That is known before they are parsed.
 pub fn estimate_memory(filters: &[String]) -> usize {
     let count = |found: fn(&str) -> usize| -> usize { filters.iter().map(|text| found(text)).sum() };
-    let terms = count(|text| 1 + text.matches(['.', ',']).count()).min(MOST_TERMS);
-    let regexes = count(|text| text.matches("~=").count()).min(MOST_REGEXES);
+    let terms = count(|text| 1 + text.matches(['.', ',']).count()).min(MAX_TERMS);
+    let regexes = count(|text| text.matches("~=").count()).min(MAX_REGEXES);
     count(str::len) * COPIES + terms * TERM_BYTES + regexes * REGEX_MEMORY
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Invalid {
+pub struct ParseError {
     pub filter: String,
     pub at: usize,
     pub why: &'static str,
 }
 
-impl fmt::Display for Invalid {
+impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at byte {}", self.why, self.at)
     }
 }
 
 impl Filters {
-    pub fn parse(filters: &[String]) -> Result<Self, Invalid> {
+    pub fn parse(filters: &[String]) -> Result<Self, ParseError> {
         let mut bytes = 0;
         let mut counts = Counts::default();
         let mut all = Vec::new();
         for text in filters {
-            let refuse = |why| Err(Invalid { filter: text.clone(), at: 0, why });
+            let refuse = |why| Err(ParseError { filter: text.clone(), at: 0, why });
             // An empty one takes memory as well.
             bytes += text.len() + 1;
-            if bytes > MOST_BYTES {
+            if bytes > MAX_BYTES {
                 return refuse("more than 256 KiB of filters are too many");
             }
             all.push(parse(text, &mut counts)?);
@@ -103,7 +103,7 @@ impl Filters {
         let [all] = self.any.as_slice() else { return None };
         let equal = |is_wanted: fn(&[Text]) -> bool| {
             all.iter().find_map(|s| match &s.test {
-                Test::Equal(value) if is_wanted(&s.path) => value.as_deref(),
+                Operator::Equal(value) if is_wanted(&s.path) => value.as_deref(),
                 _ => None,
             })
         };
@@ -116,10 +116,10 @@ impl Selector {
     fn matches(&self, snapshot: &Snapshot) -> bool {
         let value = field(&self.path, snapshot);
         match &self.test {
-            Test::Present => value.is_some(),
-            Test::Equal(wanted) => value.is_some() && value == wanted.as_deref(),
-            Test::NotEqual(unwanted) => Some(value.unwrap_or_default()) != unwanted.as_deref(),
-            Test::Matches(regex) => regex.as_ref().is_some_and(|regex| regex.is_match(value.unwrap_or_default())),
+            Operator::Present => value.is_some(),
+            Operator::Equal(wanted) => value.is_some() && value == wanted.as_deref(),
+            Operator::NotEqual(unwanted) => Some(value.unwrap_or_default()) != unwanted.as_deref(),
+            Operator::Matches(regex) => regex.as_ref().is_some_and(|regex| regex.is_match(value.unwrap_or_default())),
         }
     }
 }
@@ -144,12 +144,12 @@ fn label_name(path: &[Text]) -> Option<String> {
     }
 }
 
-fn parse(text: &str, counts: &mut Counts) -> Result<Vec<Selector>, Invalid> {
+fn parse(text: &str, counts: &mut Counts) -> Result<Vec<Selector>, ParseError> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
     let mut parser = Parser { text, at: 0, after_operator: false, counts };
-    parser.selectors().map_err(|(at, why)| Invalid { filter: text.to_owned(), at, why })
+    parser.selectors().map_err(|(at, why)| ParseError { filter: text.to_owned(), at, why })
 }
 
 type Failure = (usize, &'static str);
@@ -203,23 +203,23 @@ impl<'t> Parser<'t, '_> {
             path.push(self.field()?);
         }
         if matches!(self.peek(), None | Some(',')) {
-            return Ok(Selector { path, test: Test::Present });
+            return Ok(Selector { path, test: Operator::Present });
         }
         let test = match self.operator()? {
-            "==" => Test::Equal(self.value("\"")?),
-            "!=" => Test::NotEqual(self.value("\"")?),
+            "==" => Operator::Equal(self.value("\"")?),
+            "!=" => Operator::NotEqual(self.value("\"")?),
             _ => {
                 let at = self.at;
                 let pattern = self.value("\"/|")?;
                 self.counts.regexes += 1;
-                if self.counts.regexes > MOST_REGEXES {
+                if self.counts.regexes > MAX_REGEXES {
                     return Err((at, "more than 32 regular expressions are too many"));
                 }
                 if pattern.as_ref().is_some_and(|pattern| pattern.len() > PATTERN_BYTES) {
                     return Err((at, "a regular expression of more than 1 KiB is too long"));
                 }
                 let compile = |p: String| RegexBuilder::new(&p).size_limit(REGEX_BYTES).build().ok();
-                Test::Matches(pattern.and_then(compile).map(Box::new))
+                Operator::Matches(pattern.and_then(compile).map(Box::new))
             }
         };
         Ok(Selector { path, test })
@@ -228,7 +228,7 @@ impl<'t> Parser<'t, '_> {
     fn field(&mut self) -> Result<Text, Failure> {
         let (at, token) = self.token()?;
         self.counts.terms += 1;
-        if self.counts.terms > MOST_TERMS {
+        if self.counts.terms > MAX_TERMS {
             return Err((at, "more than 1024 fields are too many"));
         }
         match token {
@@ -394,7 +394,7 @@ fn unquote(at: usize, literal: &str, quotes: &str) -> Result<Text, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Kind, SnapshotId, Timestamp};
+    use crate::model::{Kind, SnapshotId, Timestamp};
 
     fn snapshot() -> Snapshot {
         let labels = [("a", "1"), ("foo.bar", "baz"), (LABEL_SNAPSHOT_REF, "sha256:abc")];
@@ -411,7 +411,7 @@ mod tests {
         }
     }
 
-    fn matches(filters: &[&str]) -> Result<bool, Invalid> {
+    fn matches(filters: &[&str]) -> Result<bool, ParseError> {
         let filters: Vec<String> = filters.iter().map(|&f| f.to_owned()).collect();
         Ok(Filters::parse(&filters)?.matches(&snapshot()))
     }
@@ -514,19 +514,19 @@ mod tests {
     #[test]
     fn filters_that_would_eat_the_memory_are_refused() {
         let many = |filter: &str, count: usize| matches(&vec![filter; count]);
-        assert_eq!(many("name~=my", MOST_REGEXES), Ok(true));
-        let refused = many("name~=my", MOST_REGEXES + 1).unwrap_err();
+        assert_eq!(many("name~=my", MAX_REGEXES), Ok(true));
+        let refused = many("name~=my", MAX_REGEXES + 1).unwrap_err();
         assert_eq!(refused.to_string(), "more than 32 regular expressions are too many at byte 6");
-        assert!(matches(&[&["name~=my"; MOST_REGEXES + 1].join(",")]).is_err());
+        assert!(matches(&[&["name~=my"; MAX_REGEXES + 1].join(",")]).is_err());
         for separator in [",", "."] {
-            assert!(matches(&[&vec!["name"; MOST_TERMS].join(separator)]).is_ok());
-            let refused = matches(&["name", &vec!["name"; MOST_TERMS].join(separator)]).unwrap_err();
+            assert!(matches(&[&vec!["name"; MAX_TERMS].join(separator)]).is_ok());
+            let refused = matches(&["name", &vec!["name"; MAX_TERMS].join(separator)]).unwrap_err();
             assert_eq!(refused.why, "more than 1024 fields are too many");
         }
         assert_eq!(matches(&[&format!("name~=/{}/", "(my)?".repeat(PATTERN_BYTES / 5))]), Ok(true));
         let refused = matches(&[&format!("name~=/{}/", r"\\w".repeat(PATTERN_BYTES / 2 + 1))]).unwrap_err();
         assert_eq!(refused.why, "a regular expression of more than 1 KiB is too long");
-        for (filter, count) in [(&*"x".repeat(MOST_BYTES), 1), ("", MOST_BYTES + 1)] {
+        for (filter, count) in [(&*"x".repeat(MAX_BYTES), 1), ("", MAX_BYTES + 1)] {
             assert!(many(filter, count).unwrap_err().why.contains("256 KiB"));
         }
         // As much as containerd may have to ask.
@@ -545,7 +545,7 @@ mod tests {
         // Terms and expressions beyond the limits are not counted, because they are refused.
         assert_eq!(
             estimate_memory(&filters("a~=b", 2_000)),
-            8_000 * COPIES + MOST_TERMS * TERM_BYTES + MOST_REGEXES * REGEX_MEMORY
+            8_000 * COPIES + MAX_TERMS * TERM_BYTES + MAX_REGEXES * REGEX_MEMORY
         );
     }
 

@@ -9,71 +9,77 @@ use grpcio::{ClientStreamingSink, ClientStreamingSinkResult, Deadline, Method, R
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
-use super::door::ConnectionId;
-use super::load::{Burden, Load};
-use super::request::{Begun, Incoming, limit_fields};
-use super::status::{Code, Failure};
-use super::{Late, convert, service};
+use super::listener::ConnectionId;
+use super::memory_budget::{MemoryBudget, MemoryReservation};
+use super::request::{DecodedRequest, IncomingCall, limit_fields};
+use super::status::{CallError, Code};
+use super::{SnapshotterCell, convert, service};
 use crate::metrics::METRICS;
-use crate::pool::{Entrance, Refusal};
+use crate::model::{Key, Timestamp};
 use crate::proto::snapshots::{
     MountsRequest, MountsResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, StatSnapshotResponse,
     UpdateSnapshotResponse, UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
-use crate::snapshotter::{self, Asks, Snapshotter};
-use crate::types::{Key, Timestamp};
+use crate::snapshotter::{self, RepositoryDependency, Snapshotter};
+use crate::worker_pool::{PoolHandle, Refusal};
 
 /// What every handler holds a copy of.
 #[derive(Clone)]
 pub struct Handlers {
-    pub(super) snapshotter: Late,
-    pub(super) pool: Entrance,
-    waiters: Arc<Waiters>,
-    pub(super) load: Arc<Load>,
+    pub(super) snapshotter: SnapshotterCell,
+    pub(super) pool: PoolHandle,
+    blocking_pools: Arc<BlockingPools>,
+    pub(super) load: Arc<MemoryBudget>,
 }
 
 /// Who does the calls that may have to wait, apart for each thing that they may wait for.
-pub struct Waiters {
-    pub pulls: Entrance,
+pub struct BlockingPools {
+    pub pulls: PoolHandle,
     /// In the order of the repositories.
-    pub repositories: Vec<Entrance>,
+    pub repositories: Vec<PoolHandle>,
 }
 
-impl Waiters {
-    fn of(&self, asks: Asks) -> &Entrance {
+impl BlockingPools {
+    fn of(&self, asks: RepositoryDependency) -> &PoolHandle {
         match asks {
-            Asks::All => &self.pulls,
-            Asks::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
+            RepositoryDependency::All => &self.pulls,
+            RepositoryDependency::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
         }
     }
 }
 
-pub(super) type Outcome<T> = Result<T, Failure>;
+pub(super) type CallResult<T> = Result<T, CallError>;
 
 /// What a call may have to wait for.
-type Waits<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<Asks>>;
+type DependencyOf<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<RepositoryDependency>>;
 
 impl Handlers {
-    pub fn new(snapshotter: Late, pool: Entrance, waiters: Waiters, load: Arc<Load>) -> Self {
-        Self { snapshotter, pool, waiters: Arc::new(waiters), load }
+    pub fn new(
+        snapshotter: SnapshotterCell,
+        pool: PoolHandle,
+        blocking_pools: BlockingPools,
+        load: Arc<MemoryBudget>,
+    ) -> Self {
+        Self { snapshotter, pool, blocking_pools: Arc::new(blocking_pools), load }
     }
 
     /// `started`: when the process was.
     pub fn service(&self, started: Timestamp) -> Service {
         let mut service = self.admin(ServiceBuilder::new(), started);
-        let asks: Waits<PrepareSnapshotRequest> = |s, request| s.asks_for_prepare(&request.parent, &request.labels);
+        let asks: DependencyOf<PrepareSnapshotRequest> =
+            |s, request| s.repository_dependency_of_prepare(&request.parent, &request.labels);
         service = self.unary(service, &service::PREPARE, Some(asks), |s, request, _| {
-            let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
+            let wanted = convert::create_request(&request.key, &request.parent, request.labels)?;
             let mounts = convert::mounts(s.prepare(wanted)?);
             Ok(PrepareSnapshotResponse { mounts, ..PrepareSnapshotResponse::default() })
         });
-        let asks: Waits<ViewSnapshotRequest> = |s, request| s.asks(&request.parent);
+        let asks: DependencyOf<ViewSnapshotRequest> = |s, request| s.repository_dependency(&request.parent);
         service = self.unary(service, &service::VIEW, Some(asks), |s, request, _| {
-            let wanted = convert::wanted(&request.key, &request.parent, request.labels)?;
+            let wanted = convert::create_request(&request.key, &request.parent, request.labels)?;
             let mounts = convert::mounts(s.view(wanted)?);
             Ok(ViewSnapshotResponse { mounts, ..ViewSnapshotResponse::default() })
         });
-        let asks: Waits<MountsRequest> = |s, request| s.asks(&request.key);
+        let asks: DependencyOf<MountsRequest> = |s, request| s.repository_dependency(&request.key);
         service = self.unary(service, &service::MOUNTS, Some(asks), |s, request, _| {
             let mounts = convert::mounts(s.mounts(&Key::parse(&request.key)?)?);
             Ok(MountsResponse { mounts, ..MountsResponse::default() })
@@ -107,10 +113,10 @@ impl Handlers {
             Ok(Empty::new())
         });
         let handlers = self.clone();
-        METRICS.expect_calls(service::LIST.name);
+        METRICS.init_methods(service::LIST.name);
         service
             .add_duplex_streaming_handler(&limit_fields(&service::LIST), move |context, messages, sink| {
-                context.spawn(handlers.clone().list(Begun::new(&context, messages), sink));
+                context.spawn(handlers.clone().list(IncomingCall::new(&context, messages), sink));
             })
             .build()
     }
@@ -121,7 +127,7 @@ impl Handlers {
         &self,
         service: ServiceBuilder,
         method: &Method<Q, R>,
-        waits: Option<Waits<Q>>,
+        waits: Option<DependencyOf<Q>>,
         work: F,
     ) -> ServiceBuilder
     where
@@ -129,39 +135,39 @@ impl Handlers {
         R: Message,
         F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> snapshotter::Result<R> + Clone + Send + 'static,
     {
-        self.unary_from_the_start(service, method, None, waits, move |s, request, cancelled| {
+        self.unary_before_ready(service, method, None, waits, move |s, request, cancelled| {
             Ok(work(s, request, cancelled)?)
         })
     }
 
     /// As `unary`; as long as the start is not over, the answer is what `early` gives, where there is such an answer.
     /// Other calls wait in the queue of the workers, which begin when the start is over.
-    pub(super) fn unary_from_the_start<Q, R, F>(
+    pub(super) fn unary_before_ready<Q, R, F>(
         &self,
         service: ServiceBuilder,
         method: &Method<Q, R>,
         early: Option<fn() -> R>,
-        waits: Option<Waits<Q>>,
+        waits: Option<DependencyOf<Q>>,
         work: F,
     ) -> ServiceBuilder
     where
         Q: Message,
         R: Message,
-        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
+        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> CallResult<R> + Clone + Send + 'static,
     {
         let handlers = self.clone();
         let name = method.name;
-        METRICS.expect_calls(name);
+        METRICS.init_methods(name);
         service.add_client_streaming_handler(&limit_fields(method), move |context, messages, sink| {
             let (handlers, work) = (handlers.clone(), work.clone());
-            let mut call = Begun::new(&context, messages);
+            let mut call = IncomingCall::new(&context, messages);
             context.spawn(async move {
                 let request = match call.message().await {
                     Ok(request) => request,
                     Err(status) => return drop(sink.fail(status).await),
                 };
                 let reply = Reply { name, since: Instant::now(), sink };
-                let (request, mut burden) = match handlers.admit(call.connection, request) {
+                let (request, mut reservation) = match handlers.admit(call.connection, request) {
                     Ok(admitted) => admitted,
                     Err(failure) => return reply.send(Err(failure)).finish().await,
                 };
@@ -170,33 +176,37 @@ impl Handlers {
                     return reply.send(Ok(early())).finish().await;
                 }
                 let (started, sending) = oneshot::channel();
-                let answer = move |result: Result<Outcome<R>, Refusal>| {
+                let answer = move |result: Result<CallResult<R>, Refusal>| {
                     // A refusal may be said on gRPC's own thread, which must not wait.
-                    let permit = result.is_ok().then(|| burden.answer());
-                    let result = result.map_err(Failure::Pool).flatten().and_then(|response| {
-                        burden.hold_answer(response.compute_size())?;
+                    let permit = result.is_ok().then(|| reservation.begin_send());
+                    let result = result.map_err(CallError::Pool).flatten().and_then(|response| {
+                        reservation.reserve_answer(response.compute_size())?;
                         Ok(response)
                     });
                     // Sending starts here, on the worker, without another change of threads.
                     let sent = reply.send(result);
-                    drop(started.send((sent, permit, burden)));
+                    drop(started.send((sent, permit, reservation)));
                 };
                 handlers.begin(call.deadline, request, waits, work, answer);
                 // grpcio cancels a call whose answer is dropped before it is sent, so somebody has to
                 // wait for the end of it: not the worker, which a slow client must not hold.
-                if let Ok((sent, permit, burden)) = sending.await {
+                if let Ok((sent, permit, reservation)) = sending.await {
                     sent.finish().await;
-                    drop((permit, burden));
+                    drop((permit, reservation));
                 }
             });
         })
     }
 
     /// Counts a request that came in, if there is room for it.
-    pub(super) fn admit<Q>(&self, connection: Option<ConnectionId>, request: Incoming<Q>) -> Outcome<(Q, Burden)> {
+    pub(super) fn admit<Q>(
+        &self,
+        connection: Option<ConnectionId>,
+        request: DecodedRequest<Q>,
+    ) -> CallResult<(Q, MemoryReservation)> {
         match request {
-            Incoming::Request { request, memory } => Ok((request, self.load.take(connection, memory)?)),
-            Incoming::TooManyFields => Err(Failure::TooManyFields),
+            DecodedRequest::Request { request, memory } => Ok((request, self.load.admit(connection, memory)?)),
+            DecodedRequest::TooManyFields => Err(CallError::TooManyFields),
         }
     }
 
@@ -205,15 +215,15 @@ impl Handlers {
         &self,
         deadline: Deadline,
         request: Q,
-        waits: Option<Waits<Q>>,
+        waits: Option<DependencyOf<Q>>,
         work: F,
-        answer: impl FnOnce(Result<Outcome<R>, Refusal>) + Send + 'static,
+        answer: impl FnOnce(Result<CallResult<R>, Refusal>) + Send + 'static,
     ) where
         Q: Message,
         R: Message,
-        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> Outcome<R> + Clone + Send + 'static,
+        F: Fn(&Snapshotter, Q, &(dyn Fn() -> bool + Sync)) -> CallResult<R> + Clone + Send + 'static,
     {
-        let (snapshotter, waiters) = (Arc::clone(&self.snapshotter), Arc::clone(&self.waiters));
+        let (snapshotter, blocking_pools) = (Arc::clone(&self.snapshotter), Arc::clone(&self.blocking_pools));
         let run = {
             let snapshotter = Arc::clone(&snapshotter);
             move |request| work(snapshotter.wait(), request, &|| deadline.exceeded())
@@ -222,15 +232,15 @@ impl Handlers {
         self.pool.submit(
             move || deadline.exceeded(),
             move || match waits.map_or(Ok(None), |waits| waits(snapshotter.wait(), &request)) {
-                Ok(Some(asks)) => Step::PassOn(asks, request),
-                Ok(None) => Step::Done(run_here(request)),
-                Err(e) => Step::Done(Err(e.into())),
+                Ok(Some(asks)) => Dispatch::PassOn(asks, request),
+                Ok(None) => Dispatch::Done(run_here(request)),
+                Err(e) => Dispatch::Done(Err(e.into())),
             },
             move |step| match step {
-                Ok(Step::PassOn(asks, request)) => {
-                    waiters.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
+                Ok(Dispatch::PassOn(asks, request)) => {
+                    blocking_pools.of(asks).submit(move || deadline.exceeded(), move || run(request), answer);
                 }
-                Ok(Step::Done(result)) => answer(Ok(result)),
+                Ok(Dispatch::Done(result)) => answer(Ok(result)),
                 Err(refusal) => answer(Err(refusal)),
             },
         );
@@ -245,44 +255,44 @@ struct Reply<R> {
 }
 
 impl<R> Reply<R> {
-    fn send(self, result: Outcome<R>) -> Sent {
+    fn send(self, result: CallResult<R>) -> AnswerInFlight {
         let Self { name, since, sink } = self;
         let success = result.is_ok().then(|| since.elapsed());
         let answer = match result {
             Ok(response) => sink.success(response),
             Err(failure) => sink.fail(failed(name, since, &failure)),
         };
-        Sent { name, success, answer }
+        AnswerInFlight { name, success, answer }
     }
 }
 
 /// An answer that is being sent.
-struct Sent {
+struct AnswerInFlight {
     name: &'static str,
     /// After which time a call succeeded that is not counted yet.
     success: Option<Duration>,
     answer: ClientStreamingSinkResult,
 }
 
-impl Sent {
+impl AnswerInFlight {
     /// Waits for the end of the sending.
     async fn finish(self) {
         let code = if self.answer.await.is_ok() { Code::Ok } else { Code::Cancelled };
         if let Some(took) = self.success {
-            METRICS.called(self.name, code.name(), took);
+            METRICS.record_call(self.name, code.name(), took);
         }
     }
 }
 
 /// What a worker did with a call.
-enum Step<Q, R> {
-    Done(Outcome<R>),
-    PassOn(Asks, Q),
+enum Dispatch<Q, R> {
+    Done(CallResult<R>),
+    PassOn(RepositoryDependency, Q),
 }
 
 /// The status for a failure, counted and logged.
-pub(super) fn failed(method: &str, since: Instant, failure: &Failure) -> RpcStatus {
-    METRICS.called(method, failure.code().name(), since.elapsed());
+pub(super) fn failed(method: &str, since: Instant, failure: &CallError) -> RpcStatus {
+    METRICS.record_call(method, failure.code().name(), since.elapsed());
     log::log!(failure.level(), method = method; "{failure}");
     failure.status()
 }

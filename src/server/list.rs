@@ -1,7 +1,7 @@
-//! List: a stream of messages, read and sent chunk by chunk.
+//! List: a stream of messages, read and sent page by page.
 //!
-//! A worker reads a chunk; grpcio's thread sends it as fast as the client takes it, and asks for
-//! the next one when all of it was sent. So a client that does not read holds one chunk, which
+//! A worker reads a page; grpcio's thread sends it as fast as the client takes it, and asks for
+//! the next one when all of it was sent. So a client that does not read holds one page, which
 //! is counted, and no worker. A stream that has begun is refused nothing that it needs to end.
 #![forbid(unsafe_code)]
 
@@ -14,40 +14,44 @@ use grpcio::{Deadline, DuplexSink, WriteFlags};
 use protobuf::Message;
 
 use super::filters::{self, Filters};
-use super::handlers::{Handlers, Outcome, failed};
-use super::load::{Burden, Sending};
-use super::request::Begun;
-use super::status::{Code, Failure};
+use super::handlers::{CallResult, Handlers, failed};
+use super::memory_budget::{MemoryReservation, SendGuard};
+use super::request::IncomingCall;
+use super::status::{CallError, Code};
 use super::{convert, service};
 use crate::metrics::METRICS;
+use crate::model::Snapshot;
 use crate::proto::snapshots::{ListSnapshotsRequest, ListSnapshotsResponse};
-use crate::snapshotter::{self, CHUNK_BYTES, Rest, Snapshotter};
-use crate::types::Snapshot;
+use crate::snapshotter::{self, Cursor, MAX_PAGE_BYTES, Snapshotter};
 
 /// Snapshots in one message, and bytes after which one is sent.
 const BATCH: usize = 100;
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// What one List keeps between its chunks.
-struct Listing {
+/// What one List keeps between its pages.
+struct ListState {
     filters: Filters,
     /// What the filters take.
     memory: usize,
-    burden: Burden,
+    reservation: MemoryReservation,
 }
 
-/// A chunk on its way.
-struct Part {
+/// A page on its way.
+struct ListPage {
     found: Vec<Snapshot>,
-    sending: Sending,
-    listing: Listing,
-    rest: Option<Rest>,
+    sending: SendGuard,
+    listing: ListState,
+    rest: Option<Cursor>,
 }
 
-type Answered = oneshot::Receiver<Outcome<Part>>;
+type PageReceiver = oneshot::Receiver<CallResult<ListPage>>;
 
 impl Handlers {
-    pub(super) async fn list(self, mut call: Begun<ListSnapshotsRequest>, mut sink: DuplexSink<ListSnapshotsResponse>) {
+    pub(super) async fn list(
+        self,
+        mut call: IncomingCall<ListSnapshotsRequest>,
+        mut sink: DuplexSink<ListSnapshotsResponse>,
+    ) {
         let request = match call.message().await {
             Ok(request) => request,
             Err(status) => return drop(sink.fail(status).await),
@@ -56,13 +60,13 @@ impl Handlers {
         let mut answered = self.begin_list(deadline, self.admit(call.connection, request));
         let mut sent = 0;
         loop {
-            let Part { found, sending, listing, rest } = match answered.await {
+            let ListPage { found, sending, listing, rest } = match answered.await {
                 Ok(Ok(part)) => part,
                 Ok(Err(failure)) => return drop(sink.fail(failed(service::LIST.name, since, &failure)).await),
                 Err(oneshot::Canceled) => return,
             };
             let mut found = found.into_iter();
-            while let Some(batch) = next_batch(&mut found) {
+            while let Some(batch) = next_message(&mut found) {
                 sent += batch.info.len();
                 if sink.send((batch, WriteFlags::default())).await.is_err() {
                     return abandoned(since, sent);
@@ -71,7 +75,7 @@ impl Handlers {
             let Some(rest) = rest else {
                 let took = since.elapsed();
                 match sink.close().await {
-                    Ok(()) => METRICS.called(service::LIST.name, Code::Ok.name(), took),
+                    Ok(()) => METRICS.record_call(service::LIST.name, Code::Ok.name(), took),
                     Err(_) => abandoned(since, sent),
                 }
                 return drop((sending, listing));
@@ -81,72 +85,76 @@ impl Handlers {
             if sink.flush().await.is_err() {
                 return abandoned(since, sent);
             }
-            answered = self.go_on_with_list(deadline, listing, rest);
+            answered = self.continue_list(deadline, listing, rest);
         }
     }
 
-    fn begin_list(&self, deadline: Deadline, admitted: Outcome<(ListSnapshotsRequest, Burden)>) -> Answered {
+    fn begin_list(
+        &self,
+        deadline: Deadline,
+        admitted: CallResult<(ListSnapshotsRequest, MemoryReservation)>,
+    ) -> PageReceiver {
         let (answer, answered) = oneshot::channel();
         match admitted {
             Err(failure) => drop(answer.send(Err(failure))),
-            Ok((request, burden)) => {
+            Ok((request, reservation)) => {
                 let snapshotter = Arc::clone(&self.snapshotter);
                 self.pool.submit(
                     move || deadline.exceeded(),
-                    move || Listing::begin(&request.filters, burden)?.read(snapshotter.wait(), None),
-                    move |result| drop(answer.send(result.unwrap_or_else(|refusal| Err(Failure::Pool(refusal))))),
+                    move || ListState::begin(&request.filters, reservation)?.read(snapshotter.wait(), None),
+                    move |result| drop(answer.send(result.unwrap_or_else(|refusal| Err(CallError::Pool(refusal))))),
                 );
             }
         }
         answered
     }
 
-    fn go_on_with_list(&self, deadline: Deadline, listing: Listing, rest: Rest) -> Answered {
+    fn continue_list(&self, deadline: Deadline, listing: ListState, rest: Cursor) -> PageReceiver {
         let (answer, answered) = oneshot::channel();
         let snapshotter = Arc::clone(&self.snapshotter);
-        self.pool.go_on(
+        self.pool.submit_continuation(
             move || deadline.exceeded(),
             move || listing.read(snapshotter.wait(), Some(rest)),
-            move |result| drop(answer.send(result.unwrap_or_else(|refusal| Err(Failure::Pool(refusal))))),
+            move |result| drop(answer.send(result.unwrap_or_else(|refusal| Err(CallError::Pool(refusal))))),
         );
         answered
     }
 }
 
-impl Listing {
-    fn begin(texts: &[String], mut burden: Burden) -> Outcome<Self> {
+impl ListState {
+    fn begin(texts: &[String], mut reservation: MemoryReservation) -> CallResult<Self> {
         let memory = filters::estimate_memory(texts);
-        burden.hold(memory)?;
+        reservation.resize_answer(memory)?;
         let filters = Filters::parse(texts).map_err(|invalid| snapshotter::Error::InvalidFilter {
             why: invalid.to_string(),
             filter: invalid.filter,
         })?;
-        Ok(Self { filters, memory, burden })
+        Ok(Self { filters, memory, reservation })
     }
 
-    /// The next chunk: what is left, or the first one.
-    fn read(mut self, snapshotter: &Snapshotter, rest: Option<Rest>) -> Outcome<Part> {
+    /// The next page: what is left, or the first one.
+    fn read(mut self, snapshotter: &Snapshotter, rest: Option<Cursor>) -> CallResult<ListPage> {
         // A copy shares what was compiled, and takes what regular expressions need while they
         // search along with it.
         let filters = self.filters.clone();
         let matches = |snapshot: &Snapshot| filters.matches(snapshot);
-        let chunk = match rest {
+        let page = match rest {
             None => snapshotter.list(filters.reference_and_parent(), matches)?,
-            Some(rest) => snapshotter.list_rest(rest, matches)?,
+            Some(rest) => snapshotter.next_page(rest, matches)?,
         };
-        // What further chunks take is counted now, while it can be refused: later only a snapshot
-        // that is more than a chunk can be too much.
-        let weight = match chunk.rest {
-            None => chunk.bytes,
-            Some(_) => chunk.bytes.max(CHUNK_BYTES),
+        // What further pages take is counted now, while it can be refused: later only a snapshot
+        // that is more than a page can be too much.
+        let weight = match page.rest {
+            None => page.bytes,
+            Some(_) => page.bytes.max(MAX_PAGE_BYTES),
         };
-        self.burden.hold(weight + self.memory)?;
-        let sending = self.burden.answer();
-        Ok(Part { found: chunk.found, sending, listing: self, rest: chunk.rest })
+        self.reservation.resize_answer(weight + self.memory)?;
+        let sending = self.reservation.begin_send();
+        Ok(ListPage { found: page.found, sending, listing: self, rest: page.rest })
     }
 }
 
-fn next_batch(found: &mut impl Iterator<Item = Snapshot>) -> Option<ListSnapshotsResponse> {
+fn next_message(found: &mut impl Iterator<Item = Snapshot>) -> Option<ListSnapshotsResponse> {
     let mut batch = ListSnapshotsResponse::default();
     let mut bytes = 0;
     while batch.info.len() < BATCH && bytes < BATCH_BYTES {
@@ -159,6 +167,6 @@ fn next_batch(found: &mut impl Iterator<Item = Snapshot>) -> Option<ListSnapshot
 }
 
 fn abandoned(since: Instant, sent: usize) {
-    METRICS.called(service::LIST.name, Code::Cancelled.name(), since.elapsed());
+    METRICS.record_call(service::LIST.name, Code::Cancelled.name(), since.elapsed());
     log::debug!(method = service::LIST.name; "the client went away, {sent} snapshots were sent to it");
 }

@@ -17,7 +17,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-use crate::types::SOCKET_PATH_BYTES;
+use crate::model::MAX_SOCKET_PATH;
 
 #[derive(Debug)]
 pub enum Error {
@@ -68,7 +68,7 @@ impl fmt::Display for Error {
                 write!(f, "the socket address {} must be an absolute path", address.display())
             }
             Self::TooLong { address } => {
-                write!(f, "the socket address {} is longer than {SOCKET_PATH_BYTES} bytes", address.display())
+                write!(f, "the socket address {} is longer than {MAX_SOCKET_PATH} bytes", address.display())
             }
             Self::InUse { address } => write!(
                 f,
@@ -113,7 +113,7 @@ impl std::error::Error for Error {}
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// A socket that this process listens on.
-pub struct Bound {
+pub struct ListeningSocket {
     pub listener: UnixListener,
     pub file: SocketFile,
 }
@@ -128,12 +128,12 @@ pub struct SocketFile {
 
 /// Who may reach the socket's file. The door asks each one who comes who they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub enum SocketAccess {
     Root,
     Everybody,
 }
 
-impl Reach {
+impl SocketAccess {
     fn socket_mode(self) -> u32 {
         match self {
             Self::Root => 0o600,
@@ -150,12 +150,12 @@ impl Reach {
 }
 
 /// Whether `address` can be one; the result is the socket's directory.
-pub fn check(address: &Path) -> Result<&Path> {
+pub fn check_path(address: &Path) -> Result<&Path> {
     let named = || address.to_owned();
     if !address.is_absolute() {
         return Err(Error::NotAbsolute { address: named() });
     }
-    if address.as_os_str().len() > SOCKET_PATH_BYTES {
+    if address.as_os_str().len() > MAX_SOCKET_PATH {
         return Err(Error::TooLong { address: named() });
     }
     match (address.parent(), address.to_str()) {
@@ -165,7 +165,7 @@ pub fn check(address: &Path) -> Result<&Path> {
 }
 
 /// Takes over a socket that somebody else listens with, for good.
-pub fn inherit(socket: OwnedFd) -> Result<Bound> {
+pub fn adopt(socket: OwnedFd) -> Result<ListeningSocket> {
     let refuse = |why: String| Err(Error::Inherited { why });
     let failed = |e: nix::Error| Error::Inherited { why: e.desc().to_owned() };
     let name: SockaddrStorage = getsockname(socket.as_raw_fd()).map_err(failed)?;
@@ -179,22 +179,22 @@ pub fn inherit(socket: OwnedFd) -> Result<Bound> {
     match name.as_unix_addr().and_then(|name| name.path()) {
         Some(path) => {
             let file = SocketFile { address: path.to_owned(), held: None };
-            Ok(Bound { listener: UnixListener::from(socket), file })
+            Ok(ListeningSocket { listener: UnixListener::from(socket), file })
         }
         None => refuse("it has no path".to_owned()),
     }
 }
 
 /// Listens on `address`.
-pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
-    let parent = check(address)?;
+pub fn bind(address: &Path, reach: SocketAccess) -> Result<ListeningSocket> {
+    let parent = check_path(address)?;
     let directory_error = |cause| Error::Directory { directory: parent.to_owned(), cause };
     if !parent.is_dir() {
         DirBuilder::new().recursive(true).mode(reach.directory_mode()).create(parent).map_err(directory_error)?;
     }
     let status = fs::metadata(parent).map_err(directory_error)?;
     // It may be somebody's who wants it so; or an earlier start made it, for root only.
-    if reach == Reach::Everybody && status.mode() & 0o001 == 0 {
+    if reach == SocketAccess::Everybody && status.mode() & 0o001 == 0 {
         let shown = parent.display();
         log::warn!("only its owner gets to the socket {}: \"chmod o+x {shown}\" lets all in", address.display());
     }
@@ -207,7 +207,7 @@ pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
     // Two starts at once must not both find the socket dead.
     let directory = File::open(parent).map_err(directory_error)?;
     let _turn = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, e)| directory_error(e.into()))?;
-    clear(address)?;
+    remove_stale(address)?;
     let socket_error = |cause| Error::Socket { address: address.to_owned(), cause };
     // No moment in which others could connect: the socket is born with its mode.
     let before = umask(Mode::from_bits_truncate(0o177));
@@ -216,7 +216,7 @@ pub fn bind(address: &Path, reach: Reach) -> Result<Bound> {
     let listener = listening.map_err(socket_error)?;
     fs::set_permissions(address, fs::Permissions::from_mode(reach.socket_mode())).map_err(socket_error)?;
     let held = hold(address).map_err(socket_error)?;
-    Ok(Bound { listener, file: SocketFile { address: address.to_owned(), held: Some(held) } })
+    Ok(ListeningSocket { listener, file: SocketFile { address: address.to_owned(), held: Some(held) } })
 }
 
 /// Opens what is at `address` without connecting to it and without following a link.
@@ -226,7 +226,7 @@ fn hold(address: &Path) -> io::Result<File> {
 }
 
 /// Removes what a process that is gone left at `address`.
-fn clear(address: &Path) -> Result<()> {
+fn remove_stale(address: &Path) -> Result<()> {
     let socket_error = |cause| Error::Socket { address: address.to_owned(), cause };
     match fs::symlink_metadata(address) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -297,24 +297,24 @@ mod tests {
             }
         };
         assert_eq!((waiting.len(), refused.kind()), (2, io::ErrorKind::WouldBlock));
-        assert!(matches!(bind(&address, Reach::Root), Err(Error::InUse { .. })));
+        assert!(matches!(bind(&address, SocketAccess::Root), Err(Error::InUse { .. })));
     }
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("new/s.sock");
-        let stale = bind(&address, Reach::Root).unwrap();
+        let stale = bind(&address, SocketAccess::Root).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!(mode(address.parent().unwrap()), 0o700);
         drop(stale.listener);
-        let live = bind(&address, Reach::Root).unwrap();
+        let live = bind(&address, SocketAccess::Root).unwrap();
         assert_eq!(mode(&address), 0o600);
-        assert!(matches!(bind(&address, Reach::Root), Err(Error::InUse { .. })));
+        assert!(matches!(bind(&address, SocketAccess::Root), Err(Error::InUse { .. })));
         stale.file.remove();
         assert!(address.exists(), "another process's socket was removed");
         drop(live.listener);
-        let open = bind(&address, Reach::Everybody).unwrap();
+        let open = bind(&address, SocketAccess::Everybody).unwrap();
         assert_eq!(mode(&address), 0o666, "who comes is asked at the door");
         open.file.remove();
         assert!(!address.exists());
@@ -326,15 +326,15 @@ mod tests {
     fn socket_of_another_process_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("s.sock");
-        let old = bind(&address, Reach::Root).unwrap();
+        let old = bind(&address, SocketAccess::Root).unwrap();
         for _ in 0..100 {
             fs::remove_file(&address).unwrap();
-            let new = bind(&address, Reach::Root).unwrap();
+            let new = bind(&address, SocketAccess::Root).unwrap();
             old.file.remove();
             assert!(address.exists(), "the socket of another process was removed");
             drop(new);
         }
-        let last = bind(&address, Reach::Root).unwrap();
+        let last = bind(&address, SocketAccess::Root).unwrap();
         last.file.remove();
         assert!(!address.exists());
     }
@@ -343,7 +343,7 @@ mod tests {
     fn only_a_listening_unix_socket_with_a_path_is_inherited() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("s");
-        let bound = inherit(UnixListener::bind(&address).unwrap().into()).unwrap();
+        let bound = adopt(UnixListener::bind(&address).unwrap().into()).unwrap();
         assert_eq!(bound.file.address(), address);
         bound.file.remove();
         assert!(address.exists(), "it is not ours to remove");
@@ -352,7 +352,7 @@ mod tests {
         let (connected, _other) = UnixStream::pair().unwrap();
         let inet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         for wrong in [OwnedFd::from(file), datagram.into(), connected.into(), inet.into()] {
-            assert!(matches!(inherit(wrong), Err(Error::Inherited { .. })));
+            assert!(matches!(adopt(wrong), Err(Error::Inherited { .. })));
         }
     }
 
@@ -361,24 +361,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("file");
         fs::write(&address, "precious").unwrap();
-        assert!(matches!(bind(&address, Reach::Root), Err(Error::NotASocket { .. })));
+        assert!(matches!(bind(&address, SocketAccess::Root), Err(Error::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&address).unwrap(), "precious");
     }
 
     #[test]
     fn an_address_that_cannot_be_safe_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(bind(Path::new("s.sock"), Reach::Root), Err(Error::NotAbsolute { .. })));
+        assert!(matches!(bind(Path::new("s.sock"), SocketAccess::Root), Err(Error::NotAbsolute { .. })));
         let long = dir.path().join("s".repeat(120));
-        assert!(matches!(bind(&long, Reach::Root), Err(Error::TooLong { .. })));
+        assert!(matches!(bind(&long, SocketAccess::Root), Err(Error::TooLong { .. })));
         for odd in ["/", "/tmp/a%41", "/tmp/a#b", "/tmp/a?b", "/tmp/a/"] {
-            assert!(matches!(bind(Path::new(odd), Reach::Root), Err(Error::OddCharacter { .. })), "{odd}");
+            assert!(matches!(bind(Path::new(odd), SocketAccess::Root), Err(Error::OddCharacter { .. })), "{odd}");
         }
         let theirs = dir.path().join("theirs");
         fs::create_dir(&theirs).unwrap();
         std::os::unix::fs::chown(&theirs, Some(65_534), None).unwrap();
-        assert!(matches!(bind(&theirs.join("s"), Reach::Root), Err(Error::OpenDirectory { owner: 65_534, .. })));
+        assert!(matches!(bind(&theirs.join("s"), SocketAccess::Root), Err(Error::OpenDirectory { owner: 65_534, .. })));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(matches!(bind(&dir.path().join("s"), Reach::Root), Err(Error::OpenDirectory { .. })));
+        assert!(matches!(bind(&dir.path().join("s"), SocketAccess::Root), Err(Error::OpenDirectory { .. })));
     }
 }

@@ -7,11 +7,11 @@ use std::fmt;
 use grpcio::{RpcStatus, RpcStatusCode};
 use log::Level;
 
-use super::fields::FIELDS;
-use super::load::Overload;
-use crate::pool::Refusal;
+use super::field_count::MAX_FIELDS;
+use super::memory_budget::OverBudget;
+use crate::model::Quoted;
 use crate::snapshotter::{self, Error};
-use crate::types::Quoted;
+use crate::worker_pool::Refusal;
 
 /// The codes of gRPC that this program answers with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,17 +64,17 @@ impl Code {
 
 /// Why a call has no answer but a status.
 #[derive(Debug)]
-pub enum Failure {
+pub enum CallError {
     Call(Error),
     Pool(Refusal),
-    Load(Overload),
+    Load(OverBudget),
     /// The request has more fields than it may have, and was not decoded.
     TooManyFields,
     /// Health was asked for something that is not here.
     UnknownService(String),
 }
 
-impl Failure {
+impl CallError {
     pub fn code(&self) -> Code {
         self.code_and_level().0
     }
@@ -92,14 +92,14 @@ impl Failure {
         match self {
             Self::Call(error) => of_error(error),
             Self::Pool(refusal) => of_refusal(refusal),
-            Self::Load(Overload { .. }) => (Code::ResourceExhausted, Level::Warn),
+            Self::Load(OverBudget { .. }) => (Code::ResourceExhausted, Level::Warn),
             Self::TooManyFields => (Code::InvalidArgument, Level::Debug),
             Self::UnknownService(_) => (Code::NotFound, Level::Debug),
         }
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Call(error) => error.fmt(f),
@@ -107,21 +107,21 @@ impl fmt::Display for Failure {
             Self::Load(overload) => overload.fmt(f),
             Self::TooManyFields => write!(
                 f,
-                "the request has more than {FIELDS} fields: labels, filters and paths of a mask count, each as one"
+                "the request has more than {MAX_FIELDS} fields: labels, filters and paths of a mask count, each as one"
             ),
             Self::UnknownService(name) => write!(f, "there is no service or repository {} here", Quoted(name)),
         }
     }
 }
 
-impl From<snapshotter::Error> for Failure {
+impl From<snapshotter::Error> for CallError {
     fn from(error: snapshotter::Error) -> Self {
         Self::Call(error)
     }
 }
 
-impl From<Overload> for Failure {
-    fn from(overload: Overload) -> Self {
+impl From<OverBudget> for CallError {
+    fn from(overload: OverBudget) -> Self {
         Self::Load(overload)
     }
 }
@@ -163,9 +163,9 @@ fn of_refusal(refusal: &Refusal) -> (Code, Level) {
 mod tests {
     use super::*;
     use crate::attach::RefusedAttributes;
-    use crate::repository::Missing;
-    use crate::types::{Digest, InvalidKey, Key, Kind, SnapshotId};
-    use crate::{store, sys};
+    use crate::model::{Digest, InvalidKey, Key, Kind, SnapshotId};
+    use crate::repository::Unavailable;
+    use crate::{store, system};
     use nix::errno::Errno;
 
     const DEBUG: Level = Level::Debug;
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn every_error_has_its_code_and_its_level() {
         let key = || Key::parse("k").unwrap();
-        let system = || sys::Error { call: "stat", path: "/x".into(), errno: Errno::EIO };
+        let system = || system::Error { call: "stat", path: "/x".into(), errno: Errno::EIO };
         let digest = Digest::parse(&format!("sha256:{}", "0".repeat(64))).unwrap();
         let attributes = RefusedAttributes {
             directory: "d".into(),
@@ -182,7 +182,7 @@ mod tests {
             errno: Errno::ENOSPC,
         };
         let refused = Error::AttributesRefused { digest: digest.clone(), refused: attributes };
-        let unavailable = Error::LayerUnavailable { digest, repository: "r".into(), why: Missing::NotPublished };
+        let unavailable = Error::LayerUnavailable { digest, repository: "r".into(), why: Unavailable::NotPublished };
         for (error, code, level) in [
             (Error::InvalidKey(InvalidKey::Empty), Code::InvalidArgument, DEBUG),
             (Error::NotFound(key()), Code::NotFound, DEBUG),
@@ -208,7 +208,7 @@ mod tests {
             (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, Code::NotFound, Level::Error),
             (Error::Store(store::Error::Closed), Code::Internal, Level::Error),
         ] {
-            let failure = Failure::Call(error);
+            let failure = CallError::Call(error);
             assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");
             // containerd gives FailedPrecondition with these endings another type.
             let text = failure.to_string();
@@ -225,12 +225,12 @@ mod tests {
             (Refusal::Stopping, Code::Unavailable, DEBUG),
             (Refusal::Panicked("p".into()), Code::Internal, Level::Error),
         ] {
-            let failure = Failure::Pool(refusal);
+            let failure = CallError::Pool(refusal);
             assert_eq!((failure.code(), failure.level()), (code, level), "{failure:?}");
         }
-        assert_eq!(Failure::Load(Overload { limit: 1 }).code(), Code::ResourceExhausted);
-        assert_eq!(Failure::TooManyFields.code(), Code::InvalidArgument);
-        assert_eq!(Failure::UnknownService("x".into()).code(), Code::NotFound);
+        assert_eq!(CallError::Load(OverBudget { limit: 1 }).code(), Code::ResourceExhausted);
+        assert_eq!(CallError::TooManyFields.code(), Code::InvalidArgument);
+        assert_eq!(CallError::UnknownService("x".into()).code(), Code::NotFound);
     }
 
     #[test]

@@ -9,17 +9,17 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::layers::Limits;
-use crate::attach::{Attacher, Pin};
-use crate::overlay::{Edition, LowerDirectories};
-use crate::repository::{Asked, Missing, Repository, RepositoryState};
-use crate::types::{Digest, SnapshotId};
+use super::layer_provider::Deadlines;
+use crate::attach::{Attacher, LayerPin};
+use crate::model::{Digest, SnapshotId};
+use crate::overlay::{LowerDirectories, SourceVariant};
+use crate::repository::{PendingCall, Repository, RepositoryState, Unavailable};
 
 /// All known chains are dropped before they would have more snapshots than this together. A chain of 40 layers takes
 /// about 8 KiB.
-const MAX_SNAPSHOTS: usize = 8192;
+const MAX_CACHED_SNAPSHOTS: usize = 8192;
 
-/// A chain whose layers stay in their places while this lives.
+/// A chain whose layers stay in place while this lives.
 #[derive(Default)]
 pub struct AttachedChain {
     pub lower: LowerDirectories,
@@ -27,7 +27,7 @@ pub struct AttachedChain {
     snapshots: Vec<SnapshotId>,
     /// In the order of their uppermost layers.
     pub repositories: Vec<RepositoryInUse>,
-    _pins: Vec<Pin>,
+    _pins: Vec<LayerPin>,
 }
 
 /// A repository of a chain, and what of it is attached.
@@ -45,7 +45,7 @@ pub struct RepositoryInUse {
 pub struct AttachedLayer {
     pub id: SnapshotId,
     pub digest: Digest,
-    pub edition: Edition,
+    pub variant: SourceVariant,
     /// The inode of its directory in the repository.
     pub inode: u64,
 }
@@ -54,7 +54,11 @@ impl RepositoryInUse {
     /// Asks, on a thread of the repository, whether its state is what it was when the layers were attached, and whether
     /// each of them still is. Where the state says that nothing was published, opening one layer is enough, which proves
     /// that layers can be read; otherwise each is opened.
-    fn ask(&self, attacher: &Arc<Attacher>, since: Instant) -> Result<Asked<Result<bool, Missing>>, Missing> {
+    fn ask(
+        &self,
+        attacher: &Arc<Attacher>,
+        since: Instant,
+    ) -> Result<PendingCall<Result<bool, Unavailable>>, Unavailable> {
         let (repository, attacher) = (Arc::clone(&self.repository), Arc::clone(attacher));
         let (before, layers) = (self.state.clone(), Arc::clone(&self.layers));
         let job = move || {
@@ -70,11 +74,11 @@ impl RepositoryInUse {
                 tells_changes || *inode == layer.inode
             });
             let is_in_place = |one: &AttachedLayer| {
-                attacher.is_in_place(one.id, one.edition, state.device, (!tells_changes).then_some(one.inode))
+                attacher.is_in_place(one.id, one.variant, state.device, (!tells_changes).then_some(one.inode))
             };
             Ok(is_there && layers.iter().all(is_in_place))
         };
-        Repository::start(&self.repository, job, drop)
+        Repository::spawn(&self.repository, job, drop)
     }
 }
 
@@ -84,7 +88,7 @@ impl AttachedChain {
         lower: LowerDirectories,
         snapshots: Vec<SnapshotId>,
         repositories: Vec<RepositoryInUse>,
-        pins: Vec<Pin>,
+        pins: Vec<LayerPin>,
     ) -> Self {
         Self { lower, snapshots, repositories, _pins: pins }
     }
@@ -95,7 +99,7 @@ impl AttachedChain {
     }
 
     /// Whether everything is as it was when the layers were attached.
-    fn is_current(&self, attacher: &Arc<Attacher>, limits: Limits) -> bool {
+    fn is_current(&self, attacher: &Arc<Attacher>, limits: Deadlines) -> bool {
         let since = Instant::now();
         // All are asked before the first one is waited for, and all are waited for, so that the call does not wait once
         // more for each of those that hang.
@@ -119,7 +123,12 @@ impl AttachedChains {
     }
 
     /// The chain of `top`, if it is known and all of it is as it was.
-    pub fn get_current(&self, top: SnapshotId, attacher: &Arc<Attacher>, limits: Limits) -> Option<Arc<AttachedChain>> {
+    pub fn get_current(
+        &self,
+        top: SnapshotId,
+        attacher: &Arc<Attacher>,
+        limits: Deadlines,
+    ) -> Option<Arc<AttachedChain>> {
         self.get(top).filter(|chain| chain.is_current(attacher, limits))
     }
 
@@ -133,7 +142,7 @@ impl AttachedChains {
             return;
         }
         let known: usize = chains.values().map(|chain| chain.snapshots.len()).sum();
-        if known + chain.snapshots.len() > MAX_SNAPSHOTS {
+        if known + chain.snapshots.len() > MAX_CACHED_SNAPSHOTS {
             chains.clear();
         }
         chains.insert(*top, Arc::clone(chain));

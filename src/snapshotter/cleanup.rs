@@ -11,23 +11,23 @@ use std::thread;
 use nix::errno::Errno;
 
 use super::{Error, Result, Snapshotter};
-use crate::attach::Released;
+use crate::attach::ReleaseOutcome;
 use crate::metrics::METRICS;
-use crate::store::Read;
-use crate::types::SnapshotId;
+use crate::model::SnapshotId;
+use crate::store::ReadTxn;
 
 /// So many ids are worked on between two looks at the mount table.
 const BATCH: usize = 1024;
 /// Threads that delete, at most,
-const CLEANERS: usize = 4;
+const MAX_CLEANUP_THREADS: usize = 4;
 /// one more for so many snapshots.
-const WORTH_A_THREAD: usize = 16;
+const SNAPSHOTS_PER_THREAD: usize = 16;
 
-type Mounts = HashMap<SnapshotId, Vec<PathBuf>>;
+type MountsBySnapshot = HashMap<SnapshotId, Vec<PathBuf>>;
 
 /// What a cleanup did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cleaned {
+pub struct CleanupBatch {
     pub done: usize,
     /// Busy or failed; they stay on the list.
     pub left: usize,
@@ -35,52 +35,53 @@ pub struct Cleaned {
 
 impl Snapshotter {
     /// One at a time, and one that waits: what a third one wants done, the waiting one does.
-    pub fn cleanup(&self, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<Cleaned> {
+    pub fn cleanup(&self, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<CleanupBatch> {
         let _turn = match self.cleaning.try_lock() {
             Some(turn) => turn,
-            None if self.cleanup_waits.swap(true, Ordering::SeqCst) => return Ok(Cleaned::default()),
+            None if self.cleanup_waits.swap(true, Ordering::SeqCst) => return Ok(CleanupBatch::default()),
             None => {
                 let turn = self.cleaning.lock();
                 self.cleanup_waits.store(false, Ordering::SeqCst);
                 turn
             }
         };
-        self.sources.attacher.unmount_retired();
-        let mut cleaned = Cleaned::default();
+        self.sources.attacher.unmount_superseded();
+        let mut cleaned = CleanupBatch::default();
         let mut left = Vec::new();
-        let result = self.clean_list(cancelled, &mut cleaned, &mut left);
+        let result = self.cleanup_scheduled(cancelled, &mut cleaned, &mut left);
         cleaned.left = left.len();
         if !left.is_empty() {
-            self.store.write_to_free(|tx| tx.schedule_cleanup(&left).map_err(Error::from))?;
+            self.store.write_using_reserve(|tx| tx.schedule_cleanup(&left).map_err(Error::from))?;
         }
         self.store.restore_reserve();
-        METRICS.cleaned(cleaned.done, cleaned.left);
+        METRICS.record_cleanup(cleaned.done, cleaned.left);
         result.map(|()| cleaned)
     }
 
-    fn clean_list(
+    fn cleanup_scheduled(
         &self,
         cancelled: &(dyn Fn() -> bool + Sync),
-        cleaned: &mut Cleaned,
+        cleaned: &mut CleanupBatch,
         left: &mut Vec<SnapshotId>,
     ) -> Result<()> {
         // Ids that come onto the list meanwhile are mostly higher: with them it might never end.
         let Some(end) = self.store.read(|tx| tx.last_scheduled().map_err(Error::from))? else { return Ok(()) };
         let mut next = SnapshotId(0);
         while next <= end {
-            let batch = self.store.write_to_free(|tx| tx.begin_cleanup(next..=end, BATCH).map_err(Error::from))?;
+            let batch =
+                self.store.write_using_reserve(|tx| tx.mark_cleanup_started(next..=end, BATCH).map_err(Error::from))?;
             let Some(last) = batch.last() else { break };
             next = SnapshotId(last.0.saturating_add(1));
-            let mounts = match self.mounts_by_home() {
+            let mounts = match self.mounts_by_snapshot() {
                 Ok(mounts) => mounts,
                 Err(e) => {
                     left.extend(batch);
                     return Err(e);
                 }
             };
-            let done = self.clean_batch(&batch, &mounts, cancelled);
+            let done = self.cleanup_batch(&batch, &mounts, cancelled);
             left.extend(batch.iter().filter(|id| !done.contains(id)));
-            self.store.write_to_free(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
+            self.store.write_using_reserve(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
             cleaned.done += done.len();
             if cancelled() {
                 return Err(Error::Cancelled);
@@ -90,9 +91,9 @@ impl Snapshotter {
     }
 
     /// What is mounted below each snapshot's directory.
-    fn mounts_by_home(&self) -> Result<Mounts> {
-        let all = self.places.all();
-        let mut mounts = Mounts::new();
+    fn mounts_by_snapshot(&self) -> Result<MountsBySnapshot> {
+        let all = self.paths.snapshots_dir();
+        let mut mounts = MountsBySnapshot::new();
         for mount in self.sys.mounts_below(all)? {
             let below = mount.strip_prefix(all).ok();
             let home = below.and_then(|below| below.iter().next()?.to_str());
@@ -105,10 +106,10 @@ impl Snapshotter {
 
     /// With several threads, if it is worth it: they wait for the disk, mostly. The result is
     /// what needs no cleanup any more.
-    fn clean_batch(
+    fn cleanup_batch(
         &self,
         batch: &[SnapshotId],
-        mounts: &Mounts,
+        mounts: &MountsBySnapshot,
         cancelled: &(dyn Fn() -> bool + Sync),
     ) -> HashSet<SnapshotId> {
         let next = AtomicUsize::new(0);
@@ -117,14 +118,14 @@ impl Snapshotter {
             while !cancelled()
                 && let Some(id) = batch.get(next.fetch_add(1, Ordering::Relaxed))
             {
-                if self.clean(*id, mounts.get(id).map_or(&[], Vec::as_slice), cancelled) {
+                if self.cleanup_one(*id, mounts.get(id).map_or(&[], Vec::as_slice), cancelled) {
                     done.insert(*id);
                 }
             }
             done
         };
         thread::scope(|scope| {
-            let helpers = (batch.len() / WORTH_A_THREAD).min(CLEANERS - 1);
+            let helpers = (batch.len() / SNAPSHOTS_PER_THREAD).min(MAX_CLEANUP_THREADS - 1);
             let name = || thread::Builder::new().name("cleaner".to_owned());
             // One that cannot be started is done without.
             let helpers: Vec<_> = (0..helpers).filter_map(|_| name().spawn_scoped(scope, work).ok()).collect();
@@ -137,17 +138,17 @@ impl Snapshotter {
     }
 
     /// Whether `id` needs no cleanup any more.
-    fn clean(&self, id: SnapshotId, mounts: &[PathBuf], cancelled: &dyn Fn() -> bool) -> bool {
-        let home = self.places.home(id);
-        let (taken_over, bound) = (self.places.fs(id), self.places.bound(id));
+    fn cleanup_one(&self, id: SnapshotId, mounts: &[PathBuf], cancelled: &dyn Fn() -> bool) -> bool {
+        let home = self.paths.snapshot_dir(id);
+        let (taken_over, bound) = (self.paths.fs(id), self.paths.bind_mounts_dir(id));
         let is_ours = |mount: &Path| mount == taken_over || mount.parent() == Some(&bound);
         if let Some(foreign) = mounts.iter().find(|mount| !is_ours(mount)) {
             log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
             return false;
         }
-        match self.sources.release_one(id, cancelled) {
-            Ok(Released::Done) => true,
-            Ok(Released::NotYet) => {
+        match self.sources.detach_one_if_unused(id, cancelled) {
+            Ok(ReleaseOutcome::Done) => true,
+            Ok(ReleaseOutcome::NotYet) => {
                 log::debug!("{} is in use, it is taken away later", home.display());
                 false
             }
@@ -164,10 +165,10 @@ impl Snapshotter {
 }
 
 /// A local snapshot owns its directory; a remote one has it while something stands on it.
-pub(super) fn needs_its_directory(tx: &Read, id: SnapshotId) -> Result<bool> {
+pub(super) fn needs_its_directory(tx: &ReadTxn, id: SnapshotId) -> Result<bool> {
     Ok(match tx.by_id(id)? {
         None => false,
-        Some(remote) if remote.layer.is_some() => tx.is_live(id)?,
+        Some(remote) if remote.layer.is_some() => tx.is_in_use(id)?,
         Some(_) => true,
     })
 }

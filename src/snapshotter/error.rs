@@ -4,9 +4,9 @@
 use std::fmt;
 
 use crate::attach::RefusedAttributes;
-use crate::repository::Missing;
-use crate::types::{CHAIN_SNAPSHOTS, Digest, InvalidKey, Key, Kind, LABELS_BYTES, LABELS_COUNT, Quoted, SnapshotId};
-use crate::{store, sys};
+use crate::model::{Digest, InvalidKey, Key, Kind, MAX_CHAIN, MAX_LABELS, MAX_LABELS_BYTES, Quoted, SnapshotId};
+use crate::repository::Unavailable;
+use crate::{store, system};
 
 #[derive(Debug)]
 pub enum Error {
@@ -67,7 +67,7 @@ pub enum Error {
     LayerUnavailable {
         digest: Digest,
         repository: String,
-        why: Missing,
+        why: Unavailable,
     },
     /// The file system of the state root does not take the attributes of a directory of the layer.
     AttributesRefused {
@@ -81,11 +81,11 @@ pub enum Error {
     },
     /// The caller has given up.
     Cancelled,
-    System(sys::Error),
+    System(system::Error),
     /// A step failed, and so did taking back the steps before it.
     Undo {
         failed: Box<Error>,
-        undo: sys::Error,
+        undo: system::Error,
     },
     Store(store::Error),
 }
@@ -114,7 +114,7 @@ impl fmt::Display for Error {
             }
             Self::ChainTooLong { parent } => write!(
                 f,
-                "no snapshot can be made on {parent}: a chain has at most {CHAIN_SNAPSHOTS} snapshots; build the image \
+                "no snapshot can be made on {parent}: a chain has at most {MAX_CHAIN} snapshots; build the image \
                  with fewer layers"
             ),
             Self::ImmutableField(path) => {
@@ -122,10 +122,10 @@ impl fmt::Display for Error {
             }
             Self::InvalidFilter { filter, why } => write!(f, "invalid filter {}: {why}", Quoted(filter)),
             Self::LabelsTooLong { bytes } => {
-                write!(f, "labels of {bytes} bytes are too long for a snapshot, the limit is {LABELS_BYTES}")
+                write!(f, "labels of {bytes} bytes are too long for a snapshot, the limit is {MAX_LABELS_BYTES}")
             }
             Self::TooManyLabels { count } => {
-                write!(f, "{count} labels are too many for a snapshot, the limit is {LABELS_COUNT}")
+                write!(f, "{count} labels are too many for a snapshot, the limit is {MAX_LABELS}")
             }
             Self::InvalidMapping { label, value } => write!(
                 f,
@@ -172,8 +172,8 @@ impl From<store::Error> for Error {
     }
 }
 
-impl From<sys::Error> for Error {
-    fn from(cause: sys::Error) -> Self {
+impl From<system::Error> for Error {
+    fn from(cause: system::Error) -> Self {
         Self::System(cause)
     }
 }

@@ -1,36 +1,36 @@
-//! List, in chunks: each is one short read, and between them nothing is open.
+//! List, in pages: each is one short read, and between them nothing is open.
 //!
 //! The walk goes by ids, which no snapshot ever changes and none has twice: what is there from the
-//! first chunk to the last is found exactly once, even if a commit gives it another name
+//! first page to the last is found exactly once, even if a commit gives it another name
 //! meanwhile. Ids above the highest at the beginning are left out, so that it ends.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
 
 use super::{Result, Snapshotter};
-use crate::store::Read;
-use crate::types::{Snapshot, SnapshotId};
+use crate::model::{Snapshot, SnapshotId};
+use crate::store::ReadTxn;
 
-/// What is looked at in one chunk, unless one snapshot alone is more.
-pub const CHUNK_BYTES: usize = 1 << 20;
-/// Snapshots that are looked at in one chunk.
-const CHUNK: usize = 1_000;
+/// What is looked at in one page, unless one snapshot alone is more.
+pub const MAX_PAGE_BYTES: usize = 1 << 20;
+/// Snapshots that are looked at in one page.
+const MAX_PAGE: usize = 1_000;
 /// And how long it goes on: a worker has others to serve, and filters may be slow.
-const CHUNK_TIME: Duration = Duration::from_millis(20);
+const MAX_PAGE_TIME: Duration = Duration::from_millis(20);
 
 /// What was found at once.
 #[derive(Debug)]
-pub struct Chunk {
+pub struct Page {
     pub found: Vec<Snapshot>,
     /// What those take in memory.
     pub bytes: usize,
     /// None: there is no more.
-    pub rest: Option<Rest>,
+    pub rest: Option<Cursor>,
 }
 
 /// Snapshots that a List has not looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rest {
+pub struct Cursor {
     pub next: SnapshotId,
     pub last: SnapshotId,
 }
@@ -38,13 +38,13 @@ pub struct Rest {
 impl Snapshotter {
     /// The first snapshots that `matches`, in no order. `hint` is a (ref, parent) that all of
     /// them have, if the caller knows one: then, mostly, only those are looked at.
-    pub fn list(&self, hint: Option<(&str, &str)>, matches: impl Fn(&Snapshot) -> bool) -> Result<Chunk> {
-        self.begin_list(hint, CHUNK, &matches)
+    pub fn list(&self, hint: Option<(&str, &str)>, matches: impl Fn(&Snapshot) -> bool) -> Result<Page> {
+        self.begin_list(hint, MAX_PAGE, &matches)
     }
 
     /// What follows of a List with the same `matches`.
-    pub fn list_rest(&self, rest: Rest, matches: impl Fn(&Snapshot) -> bool) -> Result<Chunk> {
-        self.continue_list(rest, CHUNK, &matches)
+    pub fn next_page(&self, rest: Cursor, matches: impl Fn(&Snapshot) -> bool) -> Result<Page> {
+        self.continue_list(rest, MAX_PAGE, &matches)
     }
 
     pub(super) fn begin_list(
@@ -52,38 +52,38 @@ impl Snapshotter {
         hint: Option<(&str, &str)>,
         most: usize,
         matches: &dyn Fn(&Snapshot) -> bool,
-    ) -> Result<Chunk> {
+    ) -> Result<Page> {
         self.store.read(|tx| {
             if let Some((reference, parent)) = hint {
-                let mut taking = Taking::new(matches);
+                let mut taking = PageBuilder::new(matches);
                 let mut left = most;
-                let all = tx.take_by_ref(reference, parent, |snapshot| {
+                let all = tx.visit_by_ref(reference, parent, |snapshot| {
                     left = left.saturating_sub(1);
-                    taking.take(snapshot) && left > 0
+                    taking.push(snapshot) && left > 0
                 })?;
-                // More than one chunk of them: their keys may change, only ids can be walked.
+                // More than one page of them: their keys may change, only ids can be walked.
                 if all {
-                    return Ok(taking.chunk(None));
+                    return Ok(taking.page(None));
                 }
             }
-            let Some(last) = tx.last_id()? else { return Ok(Taking::new(matches).chunk(None)) };
-            walk(tx, Rest { next: SnapshotId(0), last }, most, matches)
+            let Some(last) = tx.last_id()? else { return Ok(PageBuilder::new(matches).page(None)) };
+            walk(tx, Cursor { next: SnapshotId(0), last }, most, matches)
         })
     }
 
-    pub(super) fn continue_list(&self, rest: Rest, most: usize, matches: &dyn Fn(&Snapshot) -> bool) -> Result<Chunk> {
+    pub(super) fn continue_list(&self, rest: Cursor, most: usize, matches: &dyn Fn(&Snapshot) -> bool) -> Result<Page> {
         self.store.read(|tx| walk(tx, rest, most, matches))
     }
 }
 
-fn walk(tx: &Read, Rest { next, last }: Rest, most: usize, matches: &dyn Fn(&Snapshot) -> bool) -> Result<Chunk> {
-    let mut taking = Taking::new(matches);
-    let next = tx.take_by_id(next..=last, most, |snapshot| taking.take(snapshot))?;
-    Ok(taking.chunk(next.map(|next| Rest { next, last })))
+fn walk(tx: &ReadTxn, Cursor { next, last }: Cursor, most: usize, matches: &dyn Fn(&Snapshot) -> bool) -> Result<Page> {
+    let mut taking = PageBuilder::new(matches);
+    let next = tx.visit_range(next..=last, most, |snapshot| taking.push(snapshot))?;
+    Ok(taking.page(next.map(|next| Cursor { next, last })))
 }
 
-/// A chunk that is being read.
-struct Taking<'m> {
+/// A page that is being read.
+struct PageBuilder<'m> {
     matches: &'m dyn Fn(&Snapshot) -> bool,
     until: Instant,
     looked_at: usize,
@@ -91,15 +91,15 @@ struct Taking<'m> {
     bytes: usize,
 }
 
-impl<'m> Taking<'m> {
+impl<'m> PageBuilder<'m> {
     fn new(matches: &'m dyn Fn(&Snapshot) -> bool) -> Self {
-        Self { matches, until: Instant::now() + CHUNK_TIME, looked_at: 0, found: Vec::new(), bytes: 0 }
+        Self { matches, until: Instant::now() + MAX_PAGE_TIME, looked_at: 0, found: Vec::new(), bytes: 0 }
     }
 
-    /// False: it is for the next chunk. The first one is always taken, so that each gets on.
-    fn take(&mut self, snapshot: Snapshot) -> bool {
-        let bytes = snapshot.memory();
-        if self.looked_at > 0 && (self.looked_at + bytes > CHUNK_BYTES || Instant::now() >= self.until) {
+    /// False: it is for the next page. The first one is always taken, so that each gets on.
+    fn push(&mut self, snapshot: Snapshot) -> bool {
+        let bytes = snapshot.approximate_size();
+        if self.looked_at > 0 && (self.looked_at + bytes > MAX_PAGE_BYTES || Instant::now() >= self.until) {
             return false;
         }
         self.looked_at += bytes;
@@ -110,8 +110,8 @@ impl<'m> Taking<'m> {
         true
     }
 
-    fn chunk(self, rest: Option<Rest>) -> Chunk {
-        Chunk { found: self.found, bytes: self.bytes, rest }
+    fn page(self, rest: Option<Cursor>) -> Page {
+        Page { found: self.found, bytes: self.bytes, rest }
     }
 }
 
@@ -122,12 +122,12 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::attach::Mode;
+    use crate::attach::AttachMode;
+    use crate::model::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Timestamp};
     use crate::repository::Repository;
-    use crate::snapshotter::{Wanted, Ways};
+    use crate::snapshotter::{CreateRequest, SnapshotterOptions};
     use crate::store::Store;
-    use crate::sys::Host;
-    use crate::types::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Timestamp};
+    use crate::system::Host;
 
     struct Node {
         s: Snapshotter,
@@ -140,13 +140,13 @@ mod tests {
             let store = Store::open(&dir.path().join("metadata.sqlite"), None).unwrap();
             let repository =
                 Repository::new("r".into(), dir.path().join("cvmfs"), Duration::from_secs(1), Arc::new(Host));
-            let ways = Ways { attach: Mode::Symlink, overlay_options: Vec::new() };
+            let ways = SnapshotterOptions { attach: AttachMode::Symlink, overlay_options: Vec::new() };
             let s = Snapshotter::new(store, vec![repository], Arc::new(Host), dir.path(), ways);
             Self { s, _dir: dir }
         }
 
         fn prepare(&self, name: &str) {
-            self.s.prepare(Wanted { key: key(name), parent: None, labels: Labels::new() }).unwrap();
+            self.s.prepare(CreateRequest { key: key(name), parent: None, labels: Labels::new() }).unwrap();
         }
 
         /// So many committed snapshots at once.
@@ -166,15 +166,15 @@ mod tests {
             self.s.store.write(|tx| ids.iter().try_for_each(|id| tx.insert(&snapshot(*id)))).unwrap();
         }
 
-        /// All that a List finds, chunk by chunk, with `meanwhile` between two of them.
+        /// All that a List finds, page by page, with `meanwhile` between two of them.
         fn list(&self, most: usize, mut meanwhile: impl FnMut(&[Snapshot])) -> Vec<Snapshot> {
-            let mut chunk = self.s.begin_list(None, most, &|_| true).unwrap();
-            let mut all = chunk.found;
-            while let Some(rest) = chunk.rest {
+            let mut page = self.s.begin_list(None, most, &|_| true).unwrap();
+            let mut all = page.found;
+            while let Some(rest) = page.rest {
                 meanwhile(&all);
-                chunk = self.s.continue_list(rest, most, &|_| true).unwrap();
-                assert!(chunk.found.len() <= most);
-                all.append(&mut chunk.found);
+                page = self.s.continue_list(rest, most, &|_| true).unwrap();
+                assert!(page.found.len() <= most);
+                all.append(&mut page.found);
             }
             all
         }
@@ -223,7 +223,7 @@ mod tests {
                 node.prepare(&format!("b-new-{step}"));
                 node.prepare(&format!("y-new-{step}"));
             });
-            assert!(step > 0 && step >= COUNT / most / 2, "{step} chunks of {most}");
+            assert!(step > 0 && step >= COUNT / most / 2, "{step} pages of {most}");
             let committed = names.iter().flatten().filter(|name| !name.starts_with("key")).count();
             assert!(committed > 0 && names.iter().any(Option::is_none), "{most}: {names:?}");
             let times = times_listed(&all);
@@ -239,73 +239,73 @@ mod tests {
     fn a_list_ends_though_more_is_added_than_it_reads() {
         let node = Node::new();
         node.insert(40, &Labels::new());
-        let mut chunks = 1;
+        let mut pages = 1;
         let all = node.list(4, |_| {
-            chunks += 1;
-            assert!(chunks <= 40, "it goes on and on");
+            pages += 1;
+            assert!(pages <= 40, "it goes on and on");
             node.insert(8, &Labels::new());
         });
         assert_eq!(all.len(), 40);
-        assert!(chunks >= 10, "{chunks} chunks");
+        assert!(pages >= 10, "{pages} pages");
     }
 
     #[test]
     fn a_chunk_is_bounded_in_number_and_bytes_and_gets_on_all_the_same() {
         let node = Node::new();
-        node.insert(2 * CHUNK + 1, &Labels::new());
+        node.insert(2 * MAX_PAGE + 1, &Labels::new());
         let of = |bytes: usize| Labels::from([("l".to_owned(), "x".repeat(bytes))]);
         node.insert(10, &of(300_000));
-        // More than a chunk each.
+        // More than a page each.
         node.insert(3, &of((1 << 20) - 1));
-        let mut chunk = node.s.list(None, |_| true).unwrap();
+        let mut page = node.s.list(None, |_| true).unwrap();
         let (mut listed, mut alone) = (0, 0);
         loop {
-            assert!(!chunk.found.is_empty() && chunk.found.len() <= CHUNK);
-            assert_eq!(chunk.bytes, chunk.found.iter().map(Snapshot::memory).sum::<usize>());
-            listed += chunk.found.len();
-            if chunk.bytes > CHUNK_BYTES {
-                assert_eq!(chunk.found.len(), 1);
+            assert!(!page.found.is_empty() && page.found.len() <= MAX_PAGE);
+            assert_eq!(page.bytes, page.found.iter().map(Snapshot::approximate_size).sum::<usize>());
+            listed += page.found.len();
+            if page.bytes > MAX_PAGE_BYTES {
+                assert_eq!(page.found.len(), 1);
                 alone += 1;
             }
-            let Some(rest) = chunk.rest else { break };
-            chunk = node.s.list_rest(rest, |_| true).unwrap();
+            let Some(rest) = page.rest else { break };
+            page = node.s.next_page(rest, |_| true).unwrap();
         }
-        assert_eq!((listed, alone), (2 * CHUNK + 1 + 10 + 3, 3));
+        assert_eq!((listed, alone), (2 * MAX_PAGE + 1 + 10 + 3, 3));
     }
 
     #[test]
     fn a_chunk_in_which_nothing_matches_goes_on() {
         let node = Node::new();
-        node.insert(CHUNK + 10, &Labels::new());
+        node.insert(MAX_PAGE + 10, &Labels::new());
         node.prepare("wanted");
         let matches = |snapshot: &Snapshot| snapshot.kind == Kind::Active;
-        let mut chunk = node.s.list(None, matches).unwrap();
-        assert!(chunk.found.is_empty());
-        while let Some(rest) = chunk.rest {
-            chunk = node.s.list_rest(rest, matches).unwrap();
+        let mut page = node.s.list(None, matches).unwrap();
+        assert!(page.found.is_empty());
+        while let Some(rest) = page.rest {
+            page = node.s.next_page(rest, matches).unwrap();
         }
-        assert_eq!(chunk.found[0].key, key("wanted"));
+        assert_eq!(page.found[0].key, key("wanted"));
         let none = Node::new().s.list(None, |_| true).unwrap();
         assert!(none.found.is_empty() && none.rest.is_none());
     }
 
-    /// Slow filters must not hold a worker for a whole chunk.
+    /// Slow filters must not hold a worker for a whole page.
     #[test]
     fn a_chunk_ends_when_its_time_is_over() {
         let node = Node::new();
         node.insert(3, &Labels::new());
         let slow = |_: &Snapshot| {
-            std::thread::sleep(CHUNK_TIME);
+            std::thread::sleep(MAX_PAGE_TIME);
             true
         };
-        let mut chunk = node.s.list(None, slow).unwrap();
-        let mut chunks = 1;
-        while let Some(rest) = chunk.rest {
-            assert_eq!(chunk.found.len(), 1);
-            chunk = node.s.list_rest(rest, slow).unwrap();
-            chunks += 1;
+        let mut page = node.s.list(None, slow).unwrap();
+        let mut pages = 1;
+        while let Some(rest) = page.rest {
+            assert_eq!(page.found.len(), 1);
+            page = node.s.next_page(rest, slow).unwrap();
+            pages += 1;
         }
-        assert_eq!(chunks, 3);
+        assert_eq!(pages, 3);
     }
 
     /// The question after a remote layer is asked with each pull.
@@ -315,18 +315,18 @@ mod tests {
         let of = |reference: &str| Labels::from([(LABEL_SNAPSHOT_REF.to_owned(), reference.to_owned())]);
         node.insert(500, &of("other"));
         node.insert(3, &of("few"));
-        node.insert(CHUNK + 5, &of("many"));
-        for (reference, expected) in [("few", 3), ("many", CHUNK + 5), ("none", 0)] {
+        node.insert(MAX_PAGE + 5, &of("many"));
+        for (reference, expected) in [("few", 3), ("many", MAX_PAGE + 5), ("none", 0)] {
             let looked_at = Cell::new(0);
             let matches = |snapshot: &Snapshot| {
                 looked_at.set(looked_at.get() + 1);
                 snapshot.labels[LABEL_SNAPSHOT_REF] == reference
             };
-            let mut chunk = node.s.list(Some((reference, "")), matches).unwrap();
-            let mut all = chunk.found;
-            while let Some(rest) = chunk.rest {
-                chunk = node.s.list_rest(rest, matches).unwrap();
-                all.append(&mut chunk.found);
+            let mut page = node.s.list(Some((reference, "")), matches).unwrap();
+            let mut all = page.found;
+            while let Some(rest) = page.rest {
+                page = node.s.next_page(rest, matches).unwrap();
+                all.append(&mut page.found);
             }
             assert_eq!(all.len(), expected, "{reference}");
             assert!(times_listed(&all).values().all(|times| *times == 1), "{reference}");

@@ -7,10 +7,10 @@ use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{Error, Result, Snapshotter, check_depth, check_labels};
+use crate::model::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 use crate::sidecar::Sidecar;
-use crate::store::Read;
-use crate::sys::DiskUsage;
-use crate::types::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
+use crate::store::ReadTxn;
+use crate::system::DiskUsage;
 
 /// What an Update does to the labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +78,8 @@ impl Snapshotter {
     }
 
     fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage> {
-        self.require_files(snapshot)?;
-        self.sys.disk_usage(&self.places.fs(snapshot.id), cancelled).map_err(|e| match e.errno {
+        self.ensure_files_exist(snapshot)?;
+        self.sys.disk_usage(&self.paths.fs(snapshot.id), cancelled).map_err(|e| match e.errno {
             Errno::ECANCELED => Error::Cancelled,
             _ => e.into(),
         })
@@ -103,7 +103,7 @@ impl Snapshotter {
             layer: None,
             usage: None,
         };
-        self.write_sidecar(&Sidecar { made: active.clone(), committed: Some(committed.clone()) }).map_err(|e| {
+        self.write_sidecar(&Sidecar { prepared: active.clone(), committed: Some(committed.clone()) }).map_err(|e| {
             // Somebody removed it meanwhile, and its files are gone for that reason.
             let now = self.store.read(|tx| check_commit(tx, name, key, parent));
             now.and_then(|(now, _)| is_same(&active, &now)).err().unwrap_or(e)
@@ -118,18 +118,18 @@ impl Snapshotter {
         // Of a write that failed nobody knows whether it reached the disk. Any other refusal is certain, and then
         // the record must not give the snapshot a name that another one may have by now.
         if result.as_ref().is_err_and(|e| !matches!(e, Error::Store(_))) {
-            let _ = self.write_sidecar(&Sidecar { made: active, committed: None });
+            let _ = self.write_sidecar(&Sidecar { prepared: active, committed: None });
         }
         result
     }
 
     /// Replaces what lies beside the files of a local snapshot.
     fn write_sidecar(&self, sidecar: &Sidecar) -> Result<()> {
-        let path = self.places.record(sidecar.made.id);
+        let path = self.paths.record(sidecar.prepared.id);
         let new = path.with_extension("new");
         let written = self.sys.write_file(&new, &sidecar.encode()).and_then(|()| self.sys.rename(&new, &path));
         written.map_err(|e| match e.errno {
-            Errno::ENOENT => Error::Broken { key: sidecar.made.key.clone(), id: sidecar.made.id },
+            Errno::ENOENT => Error::Broken { key: sidecar.prepared.key.clone(), id: sidecar.prepared.id },
             _ => e.into(),
         })
     }
@@ -137,7 +137,7 @@ impl Snapshotter {
     /// One short transaction, because containerd holds its lock meanwhile; what the
     /// snapshot left on disk is the business of `cleanup`.
     pub fn remove(&self, key: &Key) -> Result<()> {
-        self.store.write_to_free(|tx| {
+        self.store.write_using_reserve(|tx| {
             let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
             if tx.has_children(snapshot.id)? {
                 return Err(Error::HasChildren(key.clone()));
@@ -174,7 +174,7 @@ fn usage_of(DiskUsage { bytes, inodes, .. }: DiskUsage) -> Usage {
 }
 
 /// The active snapshot `key`, and the parent on which it can be committed as `name`.
-fn check_commit(tx: &Read, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
+fn check_commit(tx: &ReadTxn, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
     let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
     if tx.get(name.as_str())?.is_some() {
         return Err(Error::AlreadyExists(name.clone()));

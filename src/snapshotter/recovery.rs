@@ -10,12 +10,12 @@ use nix::errno::Errno;
 
 use super::cleanup::needs_its_directory;
 use super::{Error, Result, Snapshotter};
-use crate::sys::FileType;
-use crate::types::SnapshotId;
+use crate::model::SnapshotId;
+use crate::system::FileType;
 
 /// What a start found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct RecoveryReport {
     pub snapshots: usize,
     /// Ids with something on disk that nothing needs.
     pub leftovers: usize,
@@ -30,8 +30,8 @@ pub struct Found {
 impl Snapshotter {
     /// To be called once, before the first call is served. Only ids are kept in memory, because there may be many
     /// snapshots.
-    pub fn recover(&self) -> Result<Found> {
-        let mut found = Found::default();
+    pub fn recover(&self) -> Result<RecoveryReport> {
+        let mut found = RecoveryReport::default();
         let mut local = HashSet::new();
         self.store.read(|tx| {
             tx.for_each(|snapshot| {
@@ -40,7 +40,7 @@ impl Snapshotter {
                     return;
                 }
                 local.insert(snapshot.id);
-                if let Err(e) = self.require_files(&snapshot) {
+                if let Err(e) = self.ensure_files_exist(&snapshot) {
                     log::error!("{e}");
                     found.broken.push(snapshot.id);
                 }
@@ -48,7 +48,7 @@ impl Snapshotter {
             .map_err(Error::from)
         })?;
         let mut others = Vec::new();
-        self.sys.for_each_entry(self.places.all(), &mut |name, _| {
+        self.sys.for_each_entry(self.paths.snapshots_dir(), &mut |name, _| {
             match name.to_str().and_then(SnapshotId::from_directory_name) {
                 Some(id) if local.contains(&id) => {}
                 Some(id) => others.push(id),
@@ -58,7 +58,7 @@ impl Snapshotter {
         })?;
         let leftovers = self.find_leftovers(&others, &mut found)?;
         found.leftovers = leftovers.len();
-        let tidied = self.store.write_to_free(|tx| {
+        let tidied = self.store.write_using_reserve(|tx| {
             tx.forget_unneeded_scans()?;
             tx.schedule_cleanup(&leftovers).map_err(Error::from)
         });
@@ -70,8 +70,8 @@ impl Snapshotter {
     }
 
     /// Finds the directories that nothing needs among `others`, which are not those of local snapshots.
-    fn find_leftovers(&self, others: &[SnapshotId], found: &mut Found) -> Result<Vec<SnapshotId>> {
-        let mounts = self.sys.mounts_below(self.places.all())?;
+    fn find_leftovers(&self, others: &[SnapshotId], found: &mut RecoveryReport) -> Result<Vec<SnapshotId>> {
+        let mounts = self.sys.mounts_below(self.paths.snapshots_dir())?;
         let mut leftovers = Vec::new();
         for &id in others {
             let (is_known, is_needed) = self.store.read(|tx| {
@@ -80,7 +80,7 @@ impl Snapshotter {
             })?;
             if is_needed {
                 // Mounts in it that an earlier process was about to take away.
-                self.sources.attacher.retire(&self.places.home(id));
+                self.sources.attacher.schedule_unmount(&self.paths.snapshot_dir(id));
             } else if !is_known && id < self.store.first_id() {
                 // Of whoever used this state root before us. It is not ours to remove.
                 found.foreign += 1;
@@ -88,7 +88,7 @@ impl Snapshotter {
                 log::error!(
                     "{} holds files that the metadata does not know: it is left alone; remove it once you are sure \
                      that nothing needs it",
-                    self.places.home(id).display()
+                    self.paths.snapshot_dir(id).display()
                 );
                 found.unknown.push(id);
             } else {
@@ -102,7 +102,7 @@ impl Snapshotter {
     /// leaves its id on the cleanup list. Files of anything else were somebody's: an older
     /// copy of the metadata was put back, or the file was damaged and lost its last entries.
     fn holds_files(&self, id: SnapshotId, mounts: &[PathBuf]) -> bool {
-        let fs = self.places.fs(id);
+        let fs = self.paths.fs(id);
         // A mount at this place shows a published layer, whose files are the repository's.
         if mounts.contains(&fs) {
             return false;

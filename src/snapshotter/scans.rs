@@ -14,11 +14,11 @@ use parking_lot::{Condvar, Mutex};
 
 use super::{Error, Result};
 use crate::metrics::METRICS;
-use crate::repository::lane::{LOOK_UP, Turn};
+use crate::repository::executor::{POLL_INTERVAL, Priority};
 use crate::repository::scan::{self, Limit, Progress, Scan, ScanKey};
-use crate::repository::{Missing, MountGeneration, Repository};
-use crate::store::{FoundScan, Store};
-use crate::sys::Sys;
+use crate::repository::{MountGeneration, Repository, Unavailable};
+use crate::store::{ScanLookup, Store};
+use crate::system::Sys;
 
 /// Layers that wait for a scan which no container needs yet. When there are as many, the scan of a
 /// pulled layer is left to the first container that needs it.
@@ -33,25 +33,25 @@ const MAX_HELD: usize = 128 << 20;
 
 #[derive(Clone)]
 pub struct ScanScheduler {
-    shared: Arc<Shared>,
+    shared: Arc<Inner>,
 }
 
 /// A scan hangs with the mount that it reads: one of the next mount is another.
 type JobKey = (ScanKey, u64);
 
-struct Shared {
+struct Inner {
     store: Arc<Store>,
     sys: Arc<dyn Sys>,
     /// So that nobody scans a layer beside somebody else.
-    in_progress: Mutex<HashMap<JobKey, Entry>>,
-    held: Mutex<HeldScans>,
+    in_progress: Mutex<HashMap<JobKey, ScanEntry>>,
+    held: Mutex<ScanMemory>,
 }
 
 /// The large scans that somebody holds, which share them.
 #[derive(Default)]
-struct HeldScans(HashMap<ScanKey, (Weak<Scan>, usize)>);
+struct ScanMemory(HashMap<ScanKey, (Weak<Scan>, usize)>);
 
-impl HeldScans {
+impl ScanMemory {
     fn get(&self, key: &ScanKey) -> Option<Arc<Scan>> {
         self.0.get(key)?.0.upgrade()
     }
@@ -62,7 +62,7 @@ impl HeldScans {
     }
 
     /// The scan, shared from now on if it is large, unless others leave no room for it.
-    fn add(&mut self, key: &ScanKey, scan: Scan) -> std::result::Result<Arc<Scan>, Missing> {
+    fn add(&mut self, key: &ScanKey, scan: Scan) -> std::result::Result<Arc<Scan>, Unavailable> {
         let bytes = scan.memory();
         if bytes <= SMALL_SCAN {
             return Ok(Arc::new(scan));
@@ -72,7 +72,7 @@ impl HeldScans {
             return Ok(shared);
         }
         if !self.has_room() {
-            return Err(Missing::ScansTakeMemory { limit: MAX_HELD });
+            return Err(Unavailable::ScansTakeMemory { limit: MAX_HELD });
         }
         let scan = Arc::new(scan);
         self.0.insert(key.clone(), (Arc::downgrade(&scan), bytes));
@@ -81,21 +81,21 @@ impl HeldScans {
 }
 
 /// A job, and the guard that its queued closures hold.
-type Entry = (Arc<ScanJob>, Weak<JobGuard>);
+type ScanEntry = (Arc<ScanJob>, Weak<JobGuard>);
 
 /// A scan that is queued or running, until its result is there.
 #[derive(Default)]
 pub struct ScanJob {
     begun: AtomicBool,
     progress: Progress,
-    result: Mutex<Option<std::result::Result<Arc<Scan>, Missing>>>,
+    result: Mutex<Option<std::result::Result<Arc<Scan>, Unavailable>>>,
     changed: Condvar,
 }
 
 /// Held by every queued closure of a job. When the last one is gone without a result, because its
 /// thread panicked or never came to it, whoever waits is told.
 struct JobGuard {
-    shared: Arc<Shared>,
+    shared: Arc<Inner>,
     key: JobKey,
     job: Arc<ScanJob>,
 }
@@ -103,9 +103,9 @@ struct JobGuard {
 impl Drop for JobGuard {
     fn drop(&mut self) {
         let missing = if self.job.begun.load(Ordering::SeqCst) {
-            Missing::Unscannable(scan::Error::Panicked)
+            Unavailable::Unscannable(scan::Error::Panicked)
         } else {
-            Missing::NoThread
+            Unavailable::NoThread
         };
         self.job.finish(Err(missing));
         self.shared.forget(&self.key, &self.job);
@@ -118,21 +118,21 @@ pub enum ScanHandle {
     Running { job: Arc<ScanJob>, mount: Arc<MountGeneration>, repository: Arc<Repository> },
 }
 
-fn refused(limit: Limit) -> Missing {
-    Missing::Unscannable(scan::Error::Exceeds(limit))
+fn refused(limit: Limit) -> Unavailable {
+    Unavailable::Unscannable(scan::Error::Exceeds(limit))
 }
 
 impl ScanScheduler {
     pub fn new(store: Arc<Store>, sys: Arc<dyn Sys>) -> Self {
-        Self { shared: Arc::new(Shared { store, sys, in_progress: Mutex::default(), held: Mutex::default() }) }
+        Self { shared: Arc::new(Inner { store, sys, in_progress: Mutex::default(), held: Mutex::default() }) }
     }
 
     /// Why the layer cannot be shown, if a scan has found that out.
-    pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Missing>> {
+    pub fn refusal(&self, scan_key: &ScanKey) -> Result<Option<Unavailable>> {
         // The record of a refusal is short.
-        Ok(match self.shared.short(scan_key)? {
-            FoundScan::Read(Err(limit)) => Some(refused(limit)),
-            FoundScan::Read(Ok(_)) | FoundScan::Absent | FoundScan::TooLong => None,
+        Ok(match self.shared.try_cached(scan_key)? {
+            ScanLookup::Read(Err(limit)) => Some(refused(limit)),
+            ScanLookup::Read(Ok(_)) | ScanLookup::Absent | ScanLookup::TooLong => None,
         })
     }
 
@@ -142,9 +142,9 @@ impl ScanScheduler {
         &self,
         scan_key: &ScanKey,
         repository: &Arc<Repository>,
-        turn: Turn,
-    ) -> Result<std::result::Result<ScanHandle, Missing>> {
-        if let Some(known) = self.shared.known(scan_key)? {
+        turn: Priority,
+    ) -> Result<std::result::Result<ScanHandle, Unavailable>> {
+        if let Some(known) = self.shared.cached(scan_key)? {
             return Ok(known.map(ScanHandle::Known));
         }
         let mount = repository.mount();
@@ -152,8 +152,8 @@ impl ScanScheduler {
         let mut in_progress = self.shared.in_progress.lock();
         let current = in_progress.get(&key).and_then(|(job, guard)| Some((Arc::clone(job), guard.upgrade()?)));
         let is_new = current.is_none();
-        if is_new && turn == Turn::Last && in_progress.len() >= MAX_QUEUED {
-            return Ok(Err(Missing::BeingScanned { directories: 0 }));
+        if is_new && turn == Priority::Last && in_progress.len() >= MAX_QUEUED {
+            return Ok(Err(Unavailable::BeingScanned { directories: 0 }));
         }
         let (job, guard) = current.unwrap_or_else(|| {
             let job = Arc::<ScanJob>::default();
@@ -166,10 +166,10 @@ impl ScanScheduler {
         drop(in_progress);
         // One that waits in the queue gets a second place further in front; the first that has its
         // turn does the work.
-        if is_new || (turn == Turn::Next && !job.begun.load(Ordering::SeqCst)) {
+        if is_new || (turn == Priority::Next && !job.begun.load(Ordering::SeqCst)) {
             let asked = Arc::clone(repository);
             let work = move || guard.shared.run(&guard, &asked);
-            if let Err(missing) = mount.spawn_scan(repository, turn, job.progress.pulse.clone(), work) {
+            if let Err(missing) = mount.spawn_scan(repository, turn, job.progress.heartbeat.clone(), work) {
                 return Ok(Err(missing));
             }
         }
@@ -179,7 +179,7 @@ impl ScanScheduler {
 
 impl ScanHandle {
     /// The result, if it comes before `until`. The scan goes on all the same.
-    pub fn wait(self, until: Instant) -> std::result::Result<Arc<Scan>, Missing> {
+    pub fn wait(self, until: Instant) -> std::result::Result<Arc<Scan>, Unavailable> {
         let (job, mount, repository) = match self {
             Self::Known(scan) => return Ok(scan),
             Self::Running { job, mount, repository } => (job, mount, repository),
@@ -191,43 +191,43 @@ impl ScanHandle {
             }
             // A scan that waits for its turn is no sign that the repository hangs.
             let has_begun = job.begun.load(Ordering::SeqCst);
-            let is_silent = has_begun && job.progress.pulse.silence() >= repository.timeout();
-            if is_silent || mount.is_hopeless() {
-                return Err(mount.no_answer(&repository));
+            let is_silent = has_begun && job.progress.heartbeat.silence() >= repository.timeout();
+            if is_silent || mount.is_confirmed_down() {
+                return Err(mount.report_no_answer(&repository));
             }
             if Instant::now() >= until {
                 let directories = job.progress.directories.load(Ordering::Relaxed);
-                return Err(Missing::BeingScanned { directories });
+                return Err(Unavailable::BeingScanned { directories });
             }
-            let step = LOOK_UP.min(until.saturating_duration_since(Instant::now()));
+            let step = POLL_INTERVAL.min(until.saturating_duration_since(Instant::now()));
             job.changed.wait_for(&mut result, step);
         }
     }
 }
 
-impl Shared {
-    fn short(&self, scan_key: &ScanKey) -> Result<FoundScan> {
+impl Inner {
+    fn try_cached(&self, scan_key: &ScanKey) -> Result<ScanLookup> {
         self.store.read(|tx| tx.scan(scan_key, SMALL_RECORD).map_err(Error::from))
     }
 
     /// What the store has: the scan, or why there is none. Large ones are decoded one after the other, so that
     /// no two calls decode the same one, and at most one is above the limit.
-    fn known(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Missing>>> {
-        match self.short(scan_key)? {
-            FoundScan::Absent => return Ok(None),
-            FoundScan::Read(stored) => return Ok(Some(stored.map(Arc::new).map_err(refused))),
-            FoundScan::TooLong => {}
+    fn cached(&self, scan_key: &ScanKey) -> Result<Option<std::result::Result<Arc<Scan>, Unavailable>>> {
+        match self.try_cached(scan_key)? {
+            ScanLookup::Absent => return Ok(None),
+            ScanLookup::Read(stored) => return Ok(Some(stored.map(Arc::new).map_err(refused))),
+            ScanLookup::TooLong => {}
         }
         let mut held = self.held.lock();
         if let Some(scan) = held.get(scan_key) {
             return Ok(Some(Ok(scan)));
         }
         if !held.has_room() {
-            return Ok(Some(Err(Missing::ScansTakeMemory { limit: MAX_HELD })));
+            return Ok(Some(Err(Unavailable::ScansTakeMemory { limit: MAX_HELD })));
         }
         Ok(match self.store.read(|tx| tx.scan(scan_key, usize::MAX).map_err(Error::from))? {
-            FoundScan::Read(stored) => Some(stored.map_err(refused).and_then(|scan| held.add(scan_key, scan))),
-            FoundScan::Absent | FoundScan::TooLong => None,
+            ScanLookup::Read(stored) => Some(stored.map_err(refused).and_then(|scan| held.add(scan_key, scan))),
+            ScanLookup::Absent | ScanLookup::TooLong => None,
         })
     }
 
@@ -239,7 +239,7 @@ impl Shared {
         }
         let scan_key = &key.0;
         // Finished between the question of who wants it and this job.
-        if let Ok(Some(known)) = self.known(scan_key) {
+        if let Ok(Some(known)) = self.cached(scan_key) {
             job.finish(known);
             self.forget(key, job);
             return;
@@ -248,18 +248,18 @@ impl Shared {
         let scanned = repository.layer(&scan_key.digest).and_then(|layer| {
             scan::scan(self.sys.as_ref(), &layer, &job.progress).map_err(|e| match e {
                 scan::Error::System(e) => repository.unreadable(e),
-                e => Missing::Unscannable(e),
+                e => Unavailable::Unscannable(e),
             })
         });
-        METRICS.scanned(if scanned.is_ok() { "done" } else { "failed" }, since);
+        METRICS.record_scan(if scanned.is_ok() { "done" } else { "failed" }, since);
         if let Err(why) = &scanned {
             log::debug!("{} will be scanned when it is needed: {why}", scan_key.digest);
         }
         // The repository has nothing to do with how long the store takes.
-        job.progress.pulse.pause();
+        job.progress.heartbeat.pause();
         let stored = match &scanned {
             Ok(scan) => Some(Ok(scan)),
-            Err(Missing::Unscannable(scan::Error::Exceeds(limit))) => Some(Err(*limit)),
+            Err(Unavailable::Unscannable(scan::Error::Exceeds(limit))) => Some(Err(*limit)),
             Err(_) => None,
         };
         if let Some(stored) = stored
@@ -282,7 +282,7 @@ impl Shared {
 
 impl ScanJob {
     /// The first result counts.
-    fn finish(&self, finished: std::result::Result<Arc<Scan>, Missing>) {
+    fn finish(&self, finished: std::result::Result<Arc<Scan>, Unavailable>) {
         let mut result = self.result.lock();
         if result.is_none() {
             *result = Some(finished);
@@ -294,9 +294,9 @@ impl ScanJob {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Digest;
     use crate::repository::scan::Directory;
-    use crate::sys::Host;
-    use crate::types::Digest;
+    use crate::system::Host;
 
     fn key(digit: char) -> ScanKey {
         let digest = Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap();
@@ -310,7 +310,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(Store::open(&dir.path().join("m"), None).unwrap());
         let scheduler = ScanScheduler::new(Arc::clone(&store), Arc::new(Host));
-        let known = |digit| scheduler.shared.known(&key(digit)).unwrap().unwrap();
+        let known = |digit| scheduler.shared.cached(&key(digit)).unwrap().unwrap();
         let deleted = (0..150_000).map(|n| format!("{n}").into()).collect();
         let large = Scan { directories: vec![Directory { deleted, ..Directory::default() }] };
         let digits = ['a', 'b', 'c', 'd', 'e', 'f', '0', '1', '2', '3', '4', '5'];
@@ -326,7 +326,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &known('a').unwrap()), "two calls hold the same scan twice");
         let mut held = vec![first];
         let refused = digits[1..].iter().find_map(|digit| known(*digit).map(|scan| held.push(scan)).err());
-        assert_eq!(refused, Some(Missing::ScansTakeMemory { limit: MAX_HELD }));
+        assert_eq!(refused, Some(Unavailable::ScansTakeMemory { limit: MAX_HELD }));
         let bytes: usize = held.iter().map(|scan| scan.memory()).sum();
         assert!((MAX_HELD..MAX_HELD + large.memory()).contains(&bytes), "{bytes}");
         assert!(known('9').is_ok(), "ordinary layers are attached meanwhile");

@@ -10,34 +10,37 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+mod attach;
 mod chain;
 mod commit;
+mod crash;
+mod hostile;
 
 use super::*;
-use crate::faults::{Fault, Steps};
-use crate::repository::Missing;
-use crate::repository::lane::Turn;
+use crate::model::LABEL_IMAGE_REF;
+use crate::repository::Unavailable;
+use crate::repository::executor::Priority;
 use crate::repository::scan::{self, ScanKey};
-use crate::sys::Host;
-use crate::sys::failing::Failing;
-use crate::types::LABEL_IMAGE_REF;
+use crate::system::Host;
+use crate::system::testing::FaultySys;
+use crate::testing::{Fault, Steps};
 
 /// Where the tests build. Every Linux has it, and in here nobody else uses it.
 const GROUND: &str = "/mnt";
 
 /// A state root and a repository with two layers: the second deletes a file and replaces a
 /// directory of the first.
-pub struct Place {
+pub struct Fixture {
     pub dir: tempfile::TempDir,
-    pub mode: Mode,
+    pub mode: AttachMode,
 }
 
 pub fn digest(n: u8) -> Digest {
     Digest::parse(&format!("sha256:{}", format!("{n:02x}").repeat(32))).unwrap()
 }
 
-impl Place {
-    pub fn new(mode: Mode) -> Self {
+impl Fixture {
+    pub fn new(mode: AttachMode) -> Self {
         // What is mounted here nobody else sees, and it is gone with the test's thread.
         thread_local! {
             static ALONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
@@ -45,7 +48,7 @@ impl Place {
         if !ALONE.replace(true) {
             unshare(CloneFlags::CLONE_NEWNS).expect("needs root: run make test as root");
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).unwrap();
-            // Thousands of places are made and removed, which ext4 is slow at.
+            // Thousands of files are made and removed, which ext4 is slow at.
             mount(Some("tmpfs"), GROUND, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         }
         let place = Self { dir: tempfile::tempdir_in(GROUND).unwrap(), mode };
@@ -92,7 +95,7 @@ impl Place {
             Repository::new(name.into(), self.dir.path().join(dir), timeout, Arc::clone(&sys))
         };
         let repositories = repositories.iter().map(repository).collect();
-        let ways = Ways { attach: self.mode, overlay_options: Vec::new() };
+        let ways = SnapshotterOptions { attach: self.mode, overlay_options: Vec::new() };
         Snapshotter::new(store, repositories, sys, &self.snapshots(), ways)
     }
 
@@ -116,10 +119,10 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Fixture {
     fn drop(&mut self) {
         for point in Host.mounts_below(self.dir.path()).unwrap_or_default() {
-            let _ = Host.unmount(&point, crate::sys::Unmount::Detach);
+            let _ = Host.unmount(&point, crate::system::Unmount::Detach);
         }
     }
 }
@@ -128,8 +131,8 @@ pub fn key(text: &str) -> Key {
     Key::parse(text).unwrap()
 }
 
-pub fn wanted(name: &str, parent: &str, labels: &[(&str, &str)]) -> Wanted {
-    Wanted {
+pub fn wanted(name: &str, parent: &str, labels: &[(&str, &str)]) -> CreateRequest {
+    CreateRequest {
         key: key(name),
         parent: Key::parse_optional(parent).unwrap(),
         labels: labels.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect(),
@@ -137,7 +140,7 @@ pub fn wanted(name: &str, parent: &str, labels: &[(&str, &str)]) -> Wanted {
 }
 
 /// What containerd asks for layer `n` on `parent`.
-pub fn asked(n: u8, parent: &str) -> Wanted {
+pub fn asked(n: u8, parent: &str) -> CreateRequest {
     let (reference, digest) = (format!("sha256:chain-{n}"), digest(n));
     let labels = [
         (LABEL_SNAPSHOT_REF, reference.as_str()),
@@ -159,7 +162,7 @@ fn scan_layer(s: &Snapshotter, n: u8) -> usize {
     let repository = &s.sources.repositories[0];
     let scan_key = ScanKey { digest: digest(n), repository: repository.name().to_owned() };
     let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let scan = s.sources.scans.start(&scan_key, repository, Turn::Next).unwrap().unwrap();
+    let scan = s.sources.scans.start(&scan_key, repository, Priority::Next).unwrap().unwrap();
     scan.wait(soon).unwrap().directories.len()
 }
 
@@ -167,14 +170,14 @@ pub fn list_all(s: &Snapshotter) -> Vec<Snapshot> {
     let mut chunk = s.list(None, |_| true).unwrap();
     let mut all = std::mem::take(&mut chunk.found);
     while let Some(rest) = chunk.rest {
-        chunk = s.list_rest(rest, |_| true).unwrap();
+        chunk = s.next_page(rest, |_| true).unwrap();
         all.append(&mut chunk.found);
     }
     all
 }
 
 /// Removes all snapshots, children first; whatever state they are in, nothing may be left.
-pub fn remove_all(place: &Place, s: &Snapshotter) {
+pub fn remove_all(place: &Fixture, s: &Snapshotter) {
     loop {
         let mut all = list_all(s);
         if all.is_empty() {
@@ -196,7 +199,7 @@ pub fn lower(mounts: &[Mount]) -> Vec<&Path> {
 
 /// The lower directories hold what they should: a layer whose attachment was cut short
 /// must not pass for an empty one.
-pub fn check_files(place: &Place, mounts: &[Mount]) {
+pub fn check_files(place: &Fixture, mounts: &[Mount]) {
     let all = lower(mounts);
     assert_eq!(all.len(), 5, "{all:?}");
     let whiteout = |path: PathBuf| {
@@ -217,7 +220,7 @@ pub fn check_files(place: &Place, mounts: &[Mount]) {
 
 #[test]
 fn root_a_snapshot_whose_label_was_changed_stands_in_for_no_other_layer() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     let relabel = |name: &str, n: u8| {
         let reference = (LABEL_SNAPSHOT_REF.to_owned(), Some(format!("sha256:chain-{n}")));
@@ -249,7 +252,7 @@ fn root_a_snapshot_whose_label_was_changed_stands_in_for_no_other_layer() {
 /// All of them were loaded at once, with their labels, in the write transaction that all others wait for.
 #[test]
 fn root_pull_reads_a_bounded_number_of_snapshots_with_its_reference() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     let labels: Labels = [(LABEL_SNAPSHOT_REF.to_owned(), "sha256:chain-1".to_owned())].into();
     let snapshot = |n: usize| Snapshot {
@@ -273,7 +276,7 @@ fn root_pull_reads_a_bounded_number_of_snapshots_with_its_reference() {
 
 #[test]
 fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
-    let place = Place::new(Mode::Bind);
+    let place = Fixture::new(AttachMode::Bind);
     let s = place.open(Arc::new(Host));
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         s.store.write(|tx| -> Result<()> {
@@ -284,14 +287,16 @@ fn root_a_panic_in_a_transaction_costs_only_its_own_call() {
     assert!(panicked.is_err());
     s.prepare(wanted("key", "", &[])).unwrap();
     assert_eq!(
-        s.store.write(|tx| tx.begin_cleanup(SnapshotId(0)..=SnapshotId(u64::MAX), 9).map_err(Error::from)).unwrap(),
+        s.store
+            .write(|tx| tx.mark_cleanup_started(SnapshotId(0)..=SnapshotId(u64::MAX), 9).map_err(Error::from))
+            .unwrap(),
         []
     );
 }
 
 #[test]
 fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.open(Arc::new(Host));
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -307,19 +312,19 @@ fn root_a_layer_is_scanned_once_and_what_was_found_is_kept() {
 /// taken for one that does not answer, again and again.
 #[test]
 fn root_a_scan_that_panics_fails_once_and_the_next_one_works() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let top = place.layer(2);
     let panics = std::sync::atomic::AtomicBool::new(true);
-    let sys = Failing::before_call(move |_, path| {
+    let sys = FaultySys::before_call(move |_, path| {
         let is_scan = std::thread::current().name().is_some_and(|name| name.starts_with("scan"));
         assert!(!(is_scan && path == top && panics.swap(false, Ordering::SeqCst)), "on purpose");
     });
     let s = place.open(Arc::new(sys));
     let scan_key = ScanKey { digest: digest(2), repository: "r".to_owned() };
-    let start = || s.sources.scans.start(&scan_key, &s.sources.repositories[0], Turn::Next).unwrap().unwrap();
+    let start = || s.sources.scans.start(&scan_key, &s.sources.repositories[0], Priority::Next).unwrap().unwrap();
     let soon = || std::time::Instant::now() + std::time::Duration::from_secs(10);
     let begun = std::time::Instant::now();
-    assert_eq!(start().wait(soon()), Err(Missing::Unscannable(scan::Error::Panicked)));
+    assert_eq!(start().wait(soon()), Err(Unavailable::Unscannable(scan::Error::Panicked)));
     assert_eq!(start().wait(soon()).unwrap().directories.len(), 2);
     assert!(begun.elapsed() < std::time::Duration::from_secs(10), "it was waited for until the repository was blamed");
     assert_eq!(s.health(), [("r".to_owned(), true)]);
@@ -327,7 +332,7 @@ fn root_a_scan_that_panics_fails_once_and_the_next_one_works() {
 
 #[test]
 fn root_the_layers_of_a_pull_are_scanned_before_a_container_needs_them() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     let chain = pull(&s, 1, "");
     pull(&s, 2, &chain);
@@ -346,7 +351,7 @@ fn scans(s: &Snapshotter) -> i64 {
 
 #[test]
 fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     let chain = pull(&s, 1, "");
     let top = pull(&s, 2, &chain);
@@ -363,11 +368,11 @@ fn root_scans_of_layers_that_nobody_has_are_forgotten_at_the_start() {
 /// Layers were attached for a snapshot that was gone by then, and nobody took them away.
 #[test]
 fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
-    let place = Place::new(Mode::Bind);
+    let place = Fixture::new(AttachMode::Bind);
     let shared: Arc<std::sync::OnceLock<Snapshotter>> = Arc::default();
     let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (other, trigger) = (Arc::clone(&shared), Arc::clone(&armed));
-    let sys = Failing::before_call(move |call, path| {
+    let sys = FaultySys::before_call(move |call, path| {
         if call == "dir_status" && path.ends_with("layerfs") && trigger.swap(false, Ordering::SeqCst) {
             let s = other.get().unwrap();
             s.remove(&key("container")).unwrap();
@@ -388,11 +393,11 @@ fn root_mounts_of_a_snapshot_that_is_being_removed_leave_nothing_attached() {
 /// again, and stayed.
 #[test]
 fn root_mounts_of_a_snapshot_that_is_being_committed_leave_nothing_attached() {
-    let place = Place::new(Mode::Bind);
+    let place = Fixture::new(AttachMode::Bind);
     let shared: Arc<std::sync::OnceLock<Snapshotter>> = Arc::default();
     let (other, files) = (Arc::clone(&shared), Arc::new(parking_lot::Mutex::new(PathBuf::new())));
     let trigger = Arc::clone(&files);
-    let sys = Failing::before_call(move |call, path| {
+    let sys = FaultySys::before_call(move |call, path| {
         if call == "lstat" && std::mem::take(&mut *trigger.lock()) == path {
             let s = other.get().unwrap();
             s.commit(&key("committed"), &key("container"), Labels::new(), None).unwrap();
@@ -411,10 +416,10 @@ fn root_mounts_of_a_snapshot_that_is_being_committed_leave_nothing_attached() {
 
 #[test]
 fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
-    for mode in [Mode::Bind, Mode::Symlink] {
+    for mode in [AttachMode::Bind, AttachMode::Symlink] {
         // Before each question that is asked of the repository, one after the other.
         for step in 0.. {
-            let place = Place::new(mode);
+            let place = Fixture::new(mode);
             let (here, away) = (place.dir.path().join("cvmfs"), place.dir.path().join("away"));
             let asked = std::sync::atomic::AtomicUsize::new(0);
             let gone = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -422,7 +427,7 @@ fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
             let target = away.clone();
             let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
             let is_armed = Arc::clone(&armed);
-            let sys = Failing::before_call(move |_, path| {
+            let sys = FaultySys::before_call(move |_, path| {
                 let of_repository = path.starts_with(&top) && is_armed.load(Ordering::SeqCst);
                 if of_repository && asked.fetch_add(1, Ordering::SeqCst) == step {
                     fs::rename(&top, &target).unwrap();
@@ -452,7 +457,7 @@ fn root_a_repository_that_goes_away_in_the_middle_of_a_call_is_unavailable() {
 /// It went on as long as somebody else removed snapshots.
 #[test]
 fn root_a_cleanup_ends_although_more_is_removed_meanwhile() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let inside: Arc<std::sync::OnceLock<std::sync::Weak<Snapshotter>>> = Arc::default();
     let removed = Arc::new(AtomicUsize::new(0));
     let meanwhile = {
@@ -468,19 +473,23 @@ fn root_a_cleanup_ends_although_more_is_removed_meanwhile() {
             s.remove(&key(&name)).unwrap();
         }
     };
-    let s = Arc::new(place.open(Arc::new(Failing::before_call(meanwhile))));
+    let s = Arc::new(place.open(Arc::new(FaultySys::before_call(meanwhile))));
     s.prepare(wanted("first", "", &[])).unwrap();
     s.remove(&key("first")).unwrap();
     inside.set(Arc::downgrade(&s)).unwrap();
-    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    assert_eq!(s.cleanup(&|| false).unwrap(), CleanupBatch { done: 1, left: 0 });
     assert_eq!(removed.load(Ordering::SeqCst), 1);
-    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 }, "what came meanwhile is not forgotten");
+    assert_eq!(
+        s.cleanup(&|| false).unwrap(),
+        CleanupBatch { done: 1, left: 0 },
+        "what came meanwhile is not forgotten"
+    );
 }
 
 /// More than one thread has something to do, and one of the snapshots is busy.
 #[test]
 fn root_a_cleanup_of_many_leaves_what_is_busy_for_the_next_one() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.open(Arc::new(Host));
     let names: Vec<String> = (0..200).map(|n| n.to_string()).collect();
     for name in &names {
@@ -493,19 +502,19 @@ fn root_a_cleanup_of_many_leaves_what_is_busy_for_the_next_one() {
         s.remove(&key(name)).unwrap();
     }
     mount(Some("tmpfs"), &busy, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 199, left: 1 });
+    assert_eq!(s.cleanup(&|| false).unwrap(), CleanupBatch { done: 199, left: 1 });
     assert_eq!(place.on_disk().len(), 1);
-    Host.unmount(&busy, crate::sys::Unmount::Plain).unwrap();
-    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    Host.unmount(&busy, crate::system::Unmount::Plain).unwrap();
+    assert_eq!(s.cleanup(&|| false).unwrap(), CleanupBatch { done: 1, left: 0 });
     assert!(place.on_disk().is_empty());
 }
 
 /// containerd waits for it inside a transaction of its own.
 #[test]
 fn root_a_commit_looks_at_no_file_of_the_snapshot() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let steps = Arc::new(Steps::with(Fault::None));
-    let s = place.open(Arc::new(Failing::with(Arc::clone(&steps))));
+    let s = place.open(Arc::new(FaultySys::with(Arc::clone(&steps))));
     let mounts = s.prepare(wanted("active", "", &[])).unwrap();
     fs::write(Path::new(&mounts[0].source).join("file"), vec![1; 100_000]).unwrap();
     steps.arm();
@@ -520,7 +529,7 @@ fn root_a_commit_looks_at_no_file_of_the_snapshot() {
 /// The start failed: leftovers could not be put on the list for cleanup, though the next start finds them again.
 #[test]
 fn root_a_start_that_cannot_write_serves_and_leaves_leftovers_to_the_next() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     drop(place.restart());
     fs::create_dir_all(place.snapshots().join("1/fs")).unwrap();
     let writer = rusqlite::Connection::open(place.dir.path().join("metadata.sqlite")).unwrap();
@@ -537,13 +546,13 @@ fn root_a_start_that_cannot_write_serves_and_leaves_leftovers_to_the_next() {
 /// The start ended with such a directory; and one of which nothing could be said counted as empty, and was removed.
 #[test]
 fn root_directory_that_cannot_be_read_holds_files_and_does_not_end_the_start() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     drop(place.open(Arc::new(Host)));
     let unknown = place.snapshots().join("500/fs");
     fs::create_dir_all(&unknown).unwrap();
     fs::write(unknown.join("precious"), "").unwrap();
     for call in ["lstat", "for_each_entry"] {
-        let s = place.open(Arc::new(Failing::refusing_call(call, unknown.clone(), Errno::EIO)));
+        let s = place.open(Arc::new(FaultySys::refusing_call(call, unknown.clone(), Errno::EIO)));
         assert_eq!(s.recover().unwrap().unknown, [SnapshotId(500)], "{call} fails");
         s.cleanup(&|| false).unwrap();
         assert!(unknown.join("precious").exists());
@@ -555,7 +564,7 @@ fn root_directory_that_cannot_be_read_holds_files_and_does_not_end_the_start() {
 /// A Cleanup went on after its caller had given up, to the end of the directory that it was in.
 #[test]
 fn root_cleanup_that_is_broken_off_goes_on_where_it_was() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.open(Arc::new(Host));
     let source = PathBuf::from(&s.prepare(wanted("active", "", &[])).unwrap()[0].source);
     for n in 0..1_000 {
@@ -567,14 +576,14 @@ fn root_cleanup_that_is_broken_off_goes_on_where_it_was() {
     assert!(matches!(s.cleanup(&cancelled), Err(Error::Cancelled)));
     let left = fs::read_dir(&source).unwrap().count();
     assert!((500..600).contains(&left), "{left} of 1000 are left");
-    assert_eq!(s.cleanup(&|| false).unwrap(), Cleaned { done: 1, left: 0 });
+    assert_eq!(s.cleanup(&|| false).unwrap(), CleanupBatch { done: 1, left: 0 });
     assert!(place.on_disk().is_empty());
 }
 
 /// A committed snapshot's usage is kept for good, so it must be that of files at rest.
 #[test]
 fn root_usage_of_files_that_change_meanwhile_is_not_kept() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.open(Arc::new(Host));
     let source = PathBuf::from(&s.prepare(wanted("active", "", &[])).unwrap()[0].source);
     fs::create_dir(source.join("dir")).unwrap();

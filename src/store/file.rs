@@ -13,9 +13,9 @@ use nix::errno::Errno;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::transaction::{Read, Write};
+use super::transaction::{ReadTxn, WriteTxn};
 use super::{Error, Result, Store, use_reserve};
-use crate::types::{Snapshot, SnapshotId};
+use crate::model::{Snapshot, SnapshotId};
 
 /// In the head of each file: "cvms".
 const APPLICATION: i32 = 0x6376_6d73;
@@ -160,7 +160,7 @@ fn check_content(path: &Path) -> Result<()> {
 
 /// Whether this program can have written each row that a start reads. SQLite has no sums over what is in a row.
 fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
-    let read = Read::new(connection, path);
+    let read = ReadTxn::new(connection, path);
     read.numbers().and_then(|_| read.for_each(|_| {}))
 }
 
@@ -193,7 +193,7 @@ fn fill(path: &Path, occupied: Option<SnapshotId>, snapshots: &[Snapshot], lefto
     // Nobody sees the file before it is whole.
     connection.execute_batch(&format!("PRAGMA journal_mode = MEMORY; BEGIN; {SCHEMA}")).map_err(failed)?;
     connection.execute("INSERT INTO numbers VALUES (?1, ?1)", [first_free(occupied)]).map_err(failed)?;
-    let write = Write::new(&connection, path);
+    let write = WriteTxn::new(&connection, path);
     snapshots.iter().try_for_each(|snapshot| write.insert(snapshot))?;
     write.schedule_cleanup(leftovers)?;
     let end = format!(

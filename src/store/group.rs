@@ -15,7 +15,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rusqlite::Connection;
 
 use super::file::{SCHEMA_VERSION, clear_wal};
-use super::{Error, Read, Result, Store, Write};
+use super::{Error, ReadTxn, Result, Store, WriteTxn};
 use crate::metrics::METRICS;
 
 pub(super) struct Writer {
@@ -62,7 +62,7 @@ impl Store {
     /// store: it would wait for itself.
     pub fn write<T, E: From<Error>>(
         &self,
-        body: impl FnOnce(&Write) -> std::result::Result<T, E>,
+        body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         self.try_write(body)?
     }
@@ -70,7 +70,7 @@ impl Store {
     /// Does the same as `write`, and returns a failure of the store apart from the result of `body`.
     pub(super) fn try_write<T, E>(
         &self,
-        body: impl FnOnce(&Write) -> std::result::Result<T, E>,
+        body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
     ) -> Result<std::result::Result<T, E>> {
         let mut open = self.writer.lock();
         let writer = open.as_mut().ok_or(Error::Closed)?;
@@ -110,7 +110,7 @@ impl Store {
     /// that no crash can bring it back, and what `body` sees stays true.
     pub fn read_durable<T, E: From<Error>>(
         &self,
-        body: impl FnOnce(&Read) -> std::result::Result<T, E>,
+        body: impl FnOnce(&ReadTxn) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         self.write(|write| body(write))
     }
@@ -120,10 +120,10 @@ impl Store {
     fn in_savepoint<T, E>(
         &self,
         connection: &Connection,
-        body: impl FnOnce(&Write) -> std::result::Result<T, E>,
+        body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
     ) -> Result<std::thread::Result<std::result::Result<T, E>>> {
         self.run(connection, "SAVEPOINT one")?;
-        let write = Write::new(connection, &self.path);
+        let write = WriteTxn::new(connection, &self.path);
         // A panic must not leave the transaction with half of a write.
         let result = catch_unwind(AssertUnwindSafe(|| body(&write)));
         match write.into_failure() {
@@ -156,7 +156,7 @@ impl Store {
         if result.is_err() {
             writer.wal_may_hold_failed_commit = self.overwrite_failed_commit(&writer.connection).is_err();
         } else if group.members > 0 {
-            METRICS.committed(group.members as u64, since);
+            METRICS.record_commit(group.members as u64, since);
         }
         let _ = group.commit.set(result);
     }

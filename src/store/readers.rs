@@ -17,7 +17,7 @@ const MAX_READERS: usize = 8;
 pub(super) struct Readers {
     slots: [Mutex<Slot>; MAX_READERS],
     /// Counts the reads that found no free slot, so that they wait for different ones.
-    waiters: AtomicUsize,
+    blocking_pools: AtomicUsize,
     is_closed: AtomicBool,
 }
 
@@ -44,7 +44,7 @@ impl Slot {
 impl Readers {
     /// A slot for one read: the first that is free, so that few are used.
     pub(super) fn lock(&self) -> Result<MutexGuard<'_, Slot>> {
-        let wait = || self.slots[self.waiters.fetch_add(1, Ordering::Relaxed) % MAX_READERS].lock();
+        let wait = || self.slots[self.blocking_pools.fetch_add(1, Ordering::Relaxed) % MAX_READERS].lock();
         let slot = self.slots.iter().find_map(Mutex::try_lock).unwrap_or_else(wait);
         if self.is_closed.load(Ordering::SeqCst) { Err(Error::Closed) } else { Ok(slot) }
     }

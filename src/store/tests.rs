@@ -5,21 +5,21 @@
 use std::fs;
 use std::sync::Arc;
 
-use super::disk::Disk;
 use super::*;
-use crate::faults::{Fault, Steps};
-use crate::types::{Key, Kind, Labels, Snapshot, Timestamp};
+use crate::model::{Key, Kind, Labels, Snapshot, Timestamp};
+use crate::store::testing::FaultyDisk;
+use crate::testing::{Fault, Steps};
 
 /// A project quota answers EDQUOT. That was no full disk: the reserve was never used, and nothing could be removed.
 #[test]
 fn root_removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
     for errno in [Errno::ENOSPC, Errno::EDQUOT] {
-        let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(0, errno))));
+        let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::Fails(0, errno))));
         disk.count(&steps);
         let store = Store::open(&disk.metadata(), None).unwrap();
         assert!(reserve_of(&store.path).exists());
         steps.arm();
-        store.write_to_free(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
+        store.write_using_reserve(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();
         assert!(!reserve_of(&store.path).exists(), "{errno}: the reserve was not used");
         assert!(store.read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap(), "{errno}");
     }
@@ -155,7 +155,7 @@ fn a_stop_leaves_the_log_its_blocks_and_the_file_whole() {
     let copy = path.with_file_name("copy.sqlite");
     fs::copy(&path, &copy).unwrap();
     let other = Store::open(&path, None).unwrap();
-    other.write(|tx| tx.finish_cleanup(tx.begin_cleanup(SnapshotId(1)..=SnapshotId(1), 1)?)).unwrap();
+    other.write(|tx| tx.finish_cleanup(tx.mark_cleanup_started(SnapshotId(1)..=SnapshotId(1), 1)?)).unwrap();
     other.close_for_good();
     fs::copy(Store::wal_of(&path), Store::wal_of(&copy)).unwrap();
     assert!(Store::open(&copy, None).unwrap().read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap());

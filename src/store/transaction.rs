@@ -11,12 +11,12 @@ use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, 
 use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::{Error, Result};
+use crate::model::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId, Timestamp, Usage};
 use crate::repository::scan::record::{self, StoredScan};
 use crate::repository::scan::{Limit, Scan, ScanKey};
-use crate::types::{Digest, Key, Kind, LABEL_SNAPSHOT_REF, Layer, Quoted, Snapshot, SnapshotId, Timestamp, Usage};
 
 /// A consistent view of the metadata.
-pub struct Read<'s> {
+pub struct ReadTxn<'s> {
     connection: &'s Connection,
     path: &'s Path,
     /// The last error of SQLite, even if `body` passed over it: some end the whole transaction.
@@ -24,19 +24,19 @@ pub struct Read<'s> {
 }
 
 /// The stored scan of a layer, as it was found. A record that is too long is not read.
-pub enum FoundScan {
+pub enum ScanLookup {
     Absent,
     Read(StoredScan),
     TooLong,
 }
 
 /// Changes that happen together; what it wrote, it reads.
-pub struct Write<'s>(Read<'s>);
+pub struct WriteTxn<'s>(ReadTxn<'s>);
 
-impl<'s> Deref for Write<'s> {
-    type Target = Read<'s>;
+impl<'s> Deref for WriteTxn<'s> {
+    type Target = ReadTxn<'s>;
 
-    fn deref(&self) -> &Read<'s> {
+    fn deref(&self) -> &ReadTxn<'s> {
         &self.0
     }
 }
@@ -73,7 +73,7 @@ const CHAIN: &str = concat!(
     select!("'{}'", "FROM chain CROSS JOIN snapshots s USING (id)", "")
 );
 
-impl<'s> Read<'s> {
+impl<'s> ReadTxn<'s> {
     pub(super) fn new(connection: &'s Connection, path: &'s Path) -> Self {
         Self { connection, path, failure: RefCell::default() }
     }
@@ -179,7 +179,7 @@ impl<'s> Read<'s> {
     }
 
     /// Whether a descendant of this one is active or a view.
-    pub fn is_live(&self, id: SnapshotId) -> Result<bool> {
+    pub fn is_in_use(&self, id: SnapshotId) -> Result<bool> {
         self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [id])
     }
 
@@ -193,7 +193,7 @@ impl<'s> Read<'s> {
 
     /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
     /// `take` takes them. The result says whether it took all.
-    pub fn take_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
+    pub fn visit_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
         let take = |one| (!take(one)).then_some(());
         let refused = match parent {
             "" => self.snapshots(BY_REF_ALONE, [reference], take)?,
@@ -209,7 +209,7 @@ impl<'s> Read<'s> {
 
     /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
     /// than `most`. The result is the first id that is left; None: there is none.
-    pub fn take_by_id(
+    pub fn visit_range(
         &self,
         ids: RangeInclusive<SnapshotId>,
         most: usize,
@@ -266,7 +266,7 @@ impl<'s> Read<'s> {
     }
 
     /// Looks up the stored scan of a layer, and reads it if its record has fewer than `bytes`.
-    pub fn scan(&self, key: &ScanKey, bytes: usize) -> Result<FoundScan> {
+    pub fn scan(&self, key: &ScanKey, bytes: usize) -> Result<ScanLookup> {
         const SQL: &str =
             "SELECT iif(length(result) < ?3, result, NULL) FROM scans WHERE digest = ?1 AND repository = ?2";
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -274,19 +274,19 @@ impl<'s> Read<'s> {
             self.column::<Option<Vec<u8>>>(row, 0).map(Some)
         })?;
         Ok(match row {
-            None => FoundScan::Absent,
-            Some(None) => FoundScan::TooLong,
+            None => ScanLookup::Absent,
+            Some(None) => ScanLookup::TooLong,
             Some(Some(record)) => {
                 let bad = |_| self.bad_row("scans", &format!("{} {}", key.digest, key.repository));
-                record::decode(&record).map_err(bad)?.map_or(FoundScan::Absent, FoundScan::Read)
+                record::decode(&record).map_err(bad)?.map_or(ScanLookup::Absent, ScanLookup::Read)
             }
         })
     }
 }
 
-impl<'s> Write<'s> {
+impl<'s> WriteTxn<'s> {
     pub(super) fn new(connection: &'s Connection, path: &'s Path) -> Self {
-        Self(Read::new(connection, path))
+        Self(ReadTxn::new(connection, path))
     }
 
     /// What failed last.
@@ -392,7 +392,7 @@ impl<'s> Write<'s> {
 
     /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a crash does not lose
     /// them, and are marked as begun until they are put on it again.
-    pub fn begin_cleanup(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
+    pub fn mark_cleanup_started(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
         const SQL: &str = "UPDATE cleanup SET begun = 1 WHERE id IN \
             (SELECT id FROM cleanup WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3) RETURNING id";
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
@@ -476,14 +476,14 @@ fn decode(row: &Row<'_>) -> Option<Snapshot> {
 
 /// For the tests of the snapshotter.
 #[cfg(test)]
-impl Read<'_> {
+impl ReadTxn<'_> {
     pub fn scans(&self) -> Result<i64> {
         Ok(self.value("SELECT count(*) FROM scans", [])?.unwrap_or_default())
     }
 }
 
 #[cfg(test)]
-impl Write<'_> {
+impl WriteTxn<'_> {
     pub fn forget_scans_but(&self, digest: &Digest) -> Result<()> {
         self.change("DELETE FROM scans WHERE digest <> ?1", [digest.as_str()]).map(drop)
     }

@@ -6,7 +6,7 @@ use super::remedy::remedy;
 use super::{Case, Version};
 use crate::doctor::Finding;
 use crate::doctor::configuration::{CRI_PARTS, DISABLED, PluginList, TRANSFER_TABLE};
-use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 /// Names of version 1 of the format, and what containerd 2 makes of them (`v1Migrate`).
 const KINDS: [(&str, &str); 16] = [

@@ -7,7 +7,7 @@ use super::remedy::{heading, remedy};
 use super::{Case, Version};
 use crate::doctor::Finding;
 use crate::doctor::configuration::Proxy;
-use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 pub const TABLE: [&str; 2] = ["proxy_plugins", NAME];
 pub const EXPORTS: [&str; 3] = ["proxy_plugins", NAME, "exports"];

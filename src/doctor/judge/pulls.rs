@@ -9,7 +9,7 @@ use super::remedy::{heading, remedy};
 use super::{Case, Version, parts};
 use crate::doctor::Finding;
 use crate::doctor::configuration::{CRI_TABLES, Proxy, TRANSFER_TABLE, UNPACK_TABLE, Unpack};
-use crate::rebuild::DEFAULT_NAME as NAME;
+use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 const TRANSFER: [&str; 2] = ["plugins", TRANSFER_TABLE];
 const SAYS: &str = "disable_snapshot_annotations = false";

@@ -17,28 +17,29 @@ use super::{
     Directory, Error, Limit, MAX_DIRECTORIES, MAX_MARKED, MAX_MEMORY, MAX_PATH, MAX_RESULT, NO_OWNER, Progress, Result,
     Scan, cost, is_publishers, is_whiteout,
 };
-use crate::sys::{self, CountedMemory, DirHandle, FileType, Sys};
+use crate::system::{self, CountedMemory, DirHandle, FileType, Sys};
 
 /// Threads that read directories of one tree. The time goes to the FUSE server's round
 /// trips, not to our cores: four need half the time of one.
-const WALKERS: usize = 4;
+const MAX_SCAN_THREADS: usize = 4;
 /// A tree with fewer directories is read by one.
-const FEW: usize = 64;
+const SINGLE_THREAD_MAX_DIRS: usize = 64;
 /// A walk shows life after so many entries of one directory.
-const BEAT: usize = 100;
+const HEARTBEAT_EVERY: usize = 100;
 
 /// Walks the directories of the layer `top`. What is found is a matter of names, and of whether
 /// directories have an owner at all: who that is may look different through another mount of the
 /// same repository.
 pub fn scan(sys: &dyn Sys, top: &DirHandle, progress: &Progress) -> Result<Scan> {
-    let walk = Walk { sys, top, progress, memory: Arc::default(), state: Mutex::default(), changed: Condvar::new() };
+    let walk =
+        ScanWalk { sys, top, progress, memory: Arc::default(), state: Mutex::default(), changed: Condvar::new() };
     let node = walk.node(None, OsString::new());
     walk.state.lock().unread.push(node);
-    walk.read_until(FEW);
+    walk.read_until(SINGLE_THREAD_MAX_DIRS);
     if !walk.is_over() {
         thread::scope(|scope| {
             let helper = || thread::Builder::new().name("scan-helper".to_owned());
-            for _ in 1..WALKERS {
+            for _ in 1..MAX_SCAN_THREADS {
                 // The scan does without a thread that cannot be started.
                 if helper().spawn_scoped(scope, || walk.read_until(usize::MAX)).is_err() {
                     break;
@@ -52,7 +53,7 @@ pub fn scan(sys: &dyn Sys, top: &DirHandle, progress: &Progress) -> Result<Scan>
 
 /// A directory by its parent and its name, so that a deep tree takes no more memory than a wide one.
 /// It is gone with the last directory below it that somebody still has to look at.
-struct Node {
+struct PathNode {
     parent: Option<Arc<Self>>,
     name: OsString,
     /// It is part of the result, as is everything above it.
@@ -60,7 +61,7 @@ struct Node {
     memory: Arc<AtomicUsize>,
 }
 
-impl Node {
+impl PathNode {
     fn path(&self) -> PathBuf {
         let mut names: Vec<&OsStr> = self.ancestors().map(|node| node.name.as_os_str()).collect();
         names.reverse();
@@ -73,13 +74,13 @@ impl Node {
     }
 }
 
-impl Drop for Node {
+impl Drop for PathNode {
     fn drop(&mut self) {
         self.memory.fetch_sub(cost(&self.name), Ordering::Relaxed);
     }
 }
 
-struct Walk<'a> {
+struct ScanWalk<'a> {
     sys: &'a dyn Sys,
     top: &'a DirHandle,
     progress: &'a Progress,
@@ -91,12 +92,12 @@ struct Walk<'a> {
 
 #[derive(Default)]
 struct State {
-    unread: Vec<Arc<Node>>,
+    unread: Vec<Arc<PathNode>>,
     /// Walkers that read a directory, and may find more.
     busy: usize,
     /// Directories that were read.
     read: usize,
-    found: Vec<(Arc<Node>, Directory)>,
+    found: Vec<(Arc<PathNode>, Directory)>,
     /// Directories of the result so far.
     marked: usize,
     /// Bytes that the result takes so far.
@@ -110,7 +111,7 @@ impl State {
     }
 
     /// Counts what the result takes with `directory` in it, and keeps it.
-    fn mark(&mut self, node: &Arc<Node>, directory: Directory) -> Result<()> {
+    fn mark(&mut self, node: &Arc<PathNode>, directory: Directory) -> Result<()> {
         let mut path = 0;
         for above in node.ancestors() {
             path += above.name.len() + 1;
@@ -133,11 +134,11 @@ impl State {
     }
 }
 
-impl Walk<'_> {
-    fn node(&self, parent: Option<&Arc<Node>>, name: OsString) -> Arc<Node> {
+impl ScanWalk<'_> {
+    fn node(&self, parent: Option<&Arc<PathNode>>, name: OsString) -> Arc<PathNode> {
         self.memory.fetch_add(cost(&name), Ordering::Relaxed);
         let (parent, memory) = (parent.cloned(), Arc::clone(&self.memory));
-        Arc::new(Node { parent, name, is_marked: AtomicBool::default(), memory })
+        Arc::new(PathNode { parent, name, is_marked: AtomicBool::default(), memory })
     }
 
     fn is_over(&self) -> bool {
@@ -164,7 +165,7 @@ impl Walk<'_> {
             let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.read(&next, &mut names)))
                 .unwrap_or(Err(Error::Panicked));
             self.progress.directories.fetch_add(1, Ordering::Relaxed);
-            self.progress.pulse.beat();
+            self.progress.heartbeat.record();
             let mut state = self.state.lock();
             state.busy -= 1;
             state.read += 1;
@@ -178,7 +179,12 @@ impl Walk<'_> {
     }
 
     /// Keeps what was found in a directory, and which directories are still to be read.
-    fn note(&self, state: &mut State, node: &Arc<Node>, (directory, below): (Directory, Vec<OsString>)) -> Result<()> {
+    fn note(
+        &self,
+        state: &mut State,
+        node: &Arc<PathNode>,
+        (directory, below): (Directory, Vec<OsString>),
+    ) -> Result<()> {
         state.unread.extend(below.into_iter().map(|name| self.node(Some(node), name)));
         if directory.opaque || directory.has_mask() {
             let names = directory.hidden.iter().chain(&directory.deleted);
@@ -195,7 +201,7 @@ impl Walk<'_> {
     }
 
     /// The markers of one directory, and the directories in it. `names` counts both while it is read.
-    fn read(&self, node: &Node, names: &mut CountedMemory) -> Result<(Directory, Vec<OsString>)> {
+    fn read(&self, node: &PathNode, names: &mut CountedMemory) -> Result<(Directory, Vec<OsString>)> {
         let path = node.path();
         let (mut below, mut markers) = (Vec::new(), Vec::new());
         let mut entries = 0_usize;
@@ -204,8 +210,8 @@ impl Walk<'_> {
             entries += 1;
             leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
             // Names come many at a time: a large directory gets on while it is being read.
-            if entries.is_multiple_of(BEAT) {
-                self.progress.pulse.beat();
+            if entries.is_multiple_of(HEARTBEAT_EVERY) {
+                self.progress.heartbeat.record();
             }
             let kept = match file_type {
                 _ if is_whiteout(name) => &mut markers,
@@ -230,7 +236,7 @@ impl Walk<'_> {
         if leads_out {
             // As the kernel says to a file system that hands out such names.
             let path = self.top.path().join(path);
-            return Err(sys::Error { call: "read directory", path, errno: Errno::EIO }.into());
+            return Err(system::Error { call: "read directory", path, errno: Errno::EIO }.into());
         }
         let is_top = node.parent.is_none();
         let mut directory = Directory::with_markers(is_top, markers);
@@ -255,7 +261,7 @@ impl Walk<'_> {
         if let Some(e) = failed {
             return Err(e);
         }
-        let mut tree = Tree { directories: vec![Directory::default()], places: HashMap::new() };
+        let mut tree = Tree { directories: vec![Directory::default()], paths: HashMap::new() };
         for (node, directory) in found {
             tree.insert(&node, directory);
         }
@@ -266,16 +272,16 @@ impl Walk<'_> {
 /// The result while it is put together: directories in the order in which they were found.
 struct Tree {
     directories: Vec<Directory>,
-    /// The places of those that have one, by the address of their node.
-    places: HashMap<*const Node, usize>,
+    /// The positions of those that have one, by the address of their node.
+    paths: HashMap<*const PathNode, usize>,
 }
 
 impl Tree {
-    fn insert(&mut self, node: &Arc<Node>, mut directory: Directory) {
+    fn insert(&mut self, node: &Arc<PathNode>, mut directory: Directory) {
         let mut missing = Vec::new();
         let mut place = 0;
         for above in node.ancestors() {
-            if let Some(known) = self.places.get(&std::ptr::from_ref(above)) {
+            if let Some(known) = self.paths.get(&std::ptr::from_ref(above)) {
                 place = *known;
                 break;
             }
@@ -284,7 +290,7 @@ impl Tree {
         for above in missing.into_iter().rev() {
             self.directories.push(Directory { parent: place, name: above.name.clone(), ..Directory::default() });
             place = self.directories.len() - 1;
-            self.places.insert(std::ptr::from_ref(above), place);
+            self.paths.insert(std::ptr::from_ref(above), place);
         }
         let entry = &mut self.directories[place];
         (directory.parent, directory.name) = (entry.parent, std::mem::take(&mut entry.name));
@@ -300,7 +306,7 @@ impl Tree {
             some.sort_by(|a, b| self.directories[*b].name.cmp(&self.directories[*a].name));
         }
         let mut sorted: Vec<Directory> = Vec::with_capacity(self.directories.len());
-        // With the new places of their parents.
+        // With the new positions of their parents.
         let mut next = vec![(0, 0)];
         while let Some((n, parent)) = next.pop() {
             let place = sorted.len();

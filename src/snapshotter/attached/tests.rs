@@ -4,24 +4,24 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::super::tests::{Place, key, lower, pull, remove_all, wanted};
+use super::super::tests::{Fixture, key, lower, pull, remove_all, wanted};
 use super::super::{Error, Snapshotter};
 use super::*;
-use crate::attach::Mode;
-use crate::repository::Missing;
-use crate::sys::failing::Failing;
-use crate::sys::{Host, Sys, Unmount};
-use crate::types::Labels;
+use crate::attach::AttachMode;
+use crate::model::Labels;
+use crate::repository::Unavailable;
+use crate::system::testing::FaultySys;
+use crate::system::{Host, Sys, Unmount};
 
 /// Gives the repository the attributes that a client of CernVM-FS shows at the root of its mount.
-fn set_root_hash(place: &Place, root_hash: &str) {
+fn set_root_hash(place: &Fixture, root_hash: &str) {
     let root = place.dir.path().join("cvmfs");
     xattr::set(&root, "user.fqrn", b"r").unwrap();
     xattr::set(&root, "user.root_hash", root_hash.as_bytes()).unwrap();
 }
 
 /// Publishes and pulls layers up to this one, which have a file each; the result is the name of the uppermost one.
-fn pull_layers(place: &Place, s: &Snapshotter, up_to: u8) -> String {
+fn pull_layers(place: &Fixture, s: &Snapshotter, up_to: u8) -> String {
     (3..=up_to).fold(String::new(), |below, n| {
         fs::create_dir_all(place.layer(n)).unwrap();
         fs::write(place.layer(n).join(n.to_string()), "").unwrap();
@@ -29,12 +29,12 @@ fn pull_layers(place: &Place, s: &Snapshotter, up_to: u8) -> String {
     })
 }
 
-fn have_files(mounts: &[crate::types::Mount]) -> bool {
+fn have_files(mounts: &[crate::model::Mount]) -> bool {
     lower(mounts).iter().all(|layer| fs::read_dir(layer).is_ok_and(|mut files| files.next().is_some()))
 }
 
 /// The system calls of Prepare and Mounts of a container on so many layers, in which nothing has to be done for them.
-fn calls_of_a_start(place: &Place, s: &Snapshotter, calls: &AtomicUsize, layers: u8) -> usize {
+fn calls_of_a_start(place: &Fixture, s: &Snapshotter, calls: &AtomicUsize, layers: u8) -> usize {
     let name = pull_layers(place, s, 2 + layers);
     let calls = (0..5).map(|n| {
         let before = calls.load(Ordering::SeqCst);
@@ -53,21 +53,21 @@ fn calls_of_a_start(place: &Place, s: &Snapshotter, calls: &AtomicUsize, layers:
 #[test]
 fn root_start_on_layers_in_their_places_does_no_work_for_each_of_them() {
     for (mode, is_client, for_each_layer) in [
-        (Mode::Symlink, true, 0),
+        (AttachMode::Symlink, true, 0),
         // The link to the mount is read, and what is mounted there is asked.
-        (Mode::Bind, true, 2),
+        (AttachMode::Bind, true, 2),
         // Nobody else tells whether it changed: it is opened and asked for its status.
-        (Mode::Symlink, false, 2),
+        (AttachMode::Symlink, false, 2),
         // The same, and the inode of what is mounted.
-        (Mode::Bind, false, 5),
+        (AttachMode::Bind, false, 5),
     ] {
-        let place = Place::new(mode);
+        let place = Fixture::new(mode);
         if is_client {
             set_root_hash(&place, "1");
         }
         let calls = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&calls);
-        let s = place.open(Arc::new(Failing::before_call(move |_, _| {
+        let s = place.open(Arc::new(FaultySys::before_call(move |_, _| {
             count.fetch_add(1, Ordering::SeqCst);
         })));
         let [few, many] = [2, 40].map(|layers| calls_of_a_start(&place, &s, &calls, layers));
@@ -80,7 +80,7 @@ fn root_start_on_layers_in_their_places_does_no_work_for_each_of_them() {
 #[test]
 fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
     for root_hashes in [None, Some(["1", "2"])] {
-        let place = Place::new(Mode::Symlink);
+        let place = Fixture::new(AttachMode::Symlink);
         if let Some([first, _]) = root_hashes {
             set_root_hash(&place, first);
         }
@@ -93,7 +93,10 @@ fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
             set_root_hash(&place, second);
         }
         for result in [s.mounts(&key("container")), s.prepare(wanted("another", &name, &[]))] {
-            assert!(matches!(result, Err(Error::LayerUnavailable { why: Missing::NotPublished, .. })), "{result:?}");
+            assert!(
+                matches!(result, Err(Error::LayerUnavailable { why: Unavailable::NotPublished, .. })),
+                "{result:?}"
+            );
         }
         fs::rename(place.dir.path().join("away"), place.layer(4)).unwrap();
         assert!(have_files(&s.mounts(&key("container")).unwrap()));
@@ -104,7 +107,7 @@ fn root_layer_that_is_gone_is_missed_by_a_start_on_a_known_chain() {
 /// A container would have had the empty mount point instead of the layer.
 #[test]
 fn root_mount_of_a_layer_that_somebody_took_away_is_made_again() {
-    let place = Place::new(Mode::Bind);
+    let place = Fixture::new(AttachMode::Bind);
     set_root_hash(&place, "1");
     let s = place.open(Arc::new(Host));
     let name = pull_layers(&place, &s, 6);
@@ -120,8 +123,8 @@ fn root_mount_of_a_layer_that_somebody_took_away_is_made_again() {
 
 #[test]
 fn root_known_chain_of_which_nobody_needs_a_layer_is_forgotten_and_its_layers_are_taken_away() {
-    for mode in [Mode::Bind, Mode::Symlink] {
-        let place = Place::new(mode);
+    for mode in [AttachMode::Bind, AttachMode::Symlink] {
+        let place = Fixture::new(mode);
         let s = place.open(Arc::new(Host));
         let name = pull_layers(&place, &s, 6);
         s.prepare(wanted("container", &name, &[])).unwrap();
@@ -136,12 +139,12 @@ fn root_known_chain_of_which_nobody_needs_a_layer_is_forgotten_and_its_layers_ar
 /// A cleanup leaves the layers that a Prepare uses whose snapshot is not in the store yet.
 #[test]
 fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let directory: Arc<Mutex<Option<PathBuf>>> = Arc::default();
     let (begun, has_begun) = crossbeam_channel::bounded(1);
     let (go_on, may_go_on) = crossbeam_channel::bounded::<()>(0);
     let awaited = Arc::clone(&directory);
-    let s = place.open(Arc::new(Failing::before_call(move |call, path| {
+    let s = place.open(Arc::new(FaultySys::before_call(move |call, path| {
         if call == "create_dir" && awaited.lock().as_deref() == Some(path) {
             begun.send(()).unwrap();
             let _ = may_go_on.recv();
@@ -169,7 +172,7 @@ fn root_layers_of_a_known_chain_stay_while_a_start_is_under_way() {
 /// A pull of many layers would have taken the place of what containers stand on.
 #[test]
 fn root_pulls_leave_no_known_chains() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.open(Arc::new(Host));
     let mut below = pull_layers(&place, &s, 6);
     for n in 0..3 {
@@ -193,6 +196,6 @@ fn known_chains_are_bounded_by_their_snapshots() {
         let top = snapshots[0];
         chains.keep(&Arc::new(AttachedChain::new(LowerDirectories::default(), snapshots, Vec::new(), Vec::new())));
         assert!(chains.get(top).is_some());
-        assert!(chains.count() * 500 <= MAX_SNAPSHOTS);
+        assert!(chains.count() * 500 <= MAX_CACHED_SNAPSHOTS);
     }
 }

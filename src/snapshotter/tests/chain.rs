@@ -2,14 +2,14 @@
 
 use std::fs;
 
-use super::{Place, asked, key, wanted};
-use crate::attach::Mode;
+use super::{Fixture, asked, key, wanted};
+use crate::attach::AttachMode;
+use crate::model::{Key, Kind, Labels, MAX_CHAIN, MAX_LABELS_BYTES, Snapshot, Timestamp};
 use crate::snapshotter::{Error, Result, Snapshotter};
-use crate::types::{CHAIN_SNAPSHOTS, Key, Kind, LABELS_BYTES, Labels, Snapshot, Timestamp};
 
 /// So many committed snapshots on each other, as an older version, or a Go snapshotter, could have left them; the
 /// result is the names, from below.
-fn chain(place: &Place, s: &Snapshotter, length: usize, labels: &Labels) -> Vec<String> {
+fn chain(place: &Fixture, s: &Snapshotter, length: usize, labels: &Labels) -> Vec<String> {
     let names: Vec<String> = (1..=length).map(|n| format!("chain-{n}")).collect();
     let snapshot = |n: usize| {
         let id = s.store.reserve_id().unwrap();
@@ -40,10 +40,10 @@ fn is_refused<T: std::fmt::Debug>(result: Result<T>) {
 
 #[test]
 fn root_chain_ends_at_512_snapshots() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
-    let names = chain(&place, &s, CHAIN_SNAPSHOTS, &Labels::new());
-    let (last, before) = (&names[CHAIN_SNAPSHOTS - 1], &names[CHAIN_SNAPSHOTS - 2]);
+    let names = chain(&place, &s, MAX_CHAIN, &Labels::new());
+    let (last, before) = (&names[MAX_CHAIN - 1], &names[MAX_CHAIN - 2]);
     // What would be the 512th is possible, in every way.
     s.prepare(wanted("active", before, &[])).unwrap();
     s.view(wanted("view", before, &[])).unwrap();
@@ -64,9 +64,9 @@ fn root_chain_ends_at_512_snapshots() {
 /// Nothing that was made before is lost.
 #[test]
 fn root_longer_chain_of_before_is_kept_and_used_and_removed() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
-    let names = chain(&place, &s, CHAIN_SNAPSHOTS + 100, &Labels::new());
+    let names = chain(&place, &s, MAX_CHAIN + 100, &Labels::new());
     let last = names.last().unwrap();
     let container = Snapshot {
         id: s.store.reserve_id().unwrap(),
@@ -93,13 +93,13 @@ fn root_longer_chain_of_before_is_kept_and_used_and_removed() {
 /// Every Prepare and Mounts loaded all labels of all that is below, up to 1 MiB of each.
 #[test]
 fn root_chain_is_read_without_its_labels() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
-    let labels: Labels = [("l".to_owned(), "x".repeat(LABELS_BYTES / 16))].into();
+    let labels: Labels = [("l".to_owned(), "x".repeat(MAX_LABELS_BYTES / 16))].into();
     let names = chain(&place, &s, 16, &labels);
     let read = s.store.read(|tx| tx.chain(&key(&names[15]), |_| false).map_err(Error::from)).unwrap();
     assert_eq!(read.len(), 16);
-    let bytes: usize = read.iter().map(Snapshot::memory).sum();
+    let bytes: usize = read.iter().map(Snapshot::approximate_size).sum();
     assert!(bytes < 16 * 1024, "{bytes} bytes for a chain of 16 snapshots");
     let keys: Vec<&str> = read.iter().rev().map(|one| Key::as_str(&one.key)).collect();
     assert_eq!(keys, names);

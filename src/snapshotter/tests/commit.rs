@@ -3,16 +3,16 @@
 use std::fs;
 use std::sync::Barrier;
 
-use super::{Place, key, wanted};
-use crate::attach::Mode;
+use super::{Fixture, key, wanted};
+use crate::attach::AttachMode;
+use crate::model::{Key, Labels};
 use crate::sidecar::Sidecar;
 use crate::snapshotter::{Error, Snapshotter};
-use crate::types::{Key, Labels};
 
 /// What the record beside the files of `name` says that the snapshot becomes.
-fn recorded_name(place: &Place, s: &Snapshotter, name: &str) -> Option<Key> {
+fn recorded_name(place: &Fixture, s: &Snapshotter, name: &str) -> Option<Key> {
     let snapshot = s.stat(&key(name)).unwrap();
-    let bytes = fs::read(s.places.record(snapshot.id)).unwrap_or_else(|e| panic!("{name}: {e}: {:?}", place.on_disk()));
+    let bytes = fs::read(s.paths.record(snapshot.id)).unwrap_or_else(|e| panic!("{name}: {e}: {:?}", place.on_disk()));
     Sidecar::decode(&bytes).expect("the record is whole").committed.map(|committed| committed.key)
 }
 
@@ -20,7 +20,7 @@ fn recorded_name(place: &Place, s: &Snapshotter, name: &str) -> Option<Key> {
 /// `--rebuild-metadata` would have given the snapshot a name that nobody knows.
 #[test]
 fn root_concurrent_commits_of_one_key_leave_the_record_of_the_one_that_won() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     for n in 0..300 {
         s.prepare(wanted("active", "", &[])).unwrap();
@@ -51,7 +51,7 @@ fn root_concurrent_commits_of_one_key_leave_the_record_of_the_one_that_won() {
 /// and of two with one name `--rebuild-metadata` keeps neither.
 #[test]
 fn root_concurrent_commits_to_one_name_leave_it_to_one_record() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     for n in 0..300 {
         let (name, keys) = (format!("name-{n}"), ["a", "b"].map(|name| format!("{name}-{n}")));
@@ -82,7 +82,7 @@ fn root_concurrent_commits_to_one_name_leave_it_to_one_record() {
 /// key was used again at once, what was committed had no record.
 #[test]
 fn root_commit_of_a_snapshot_that_is_removed_meanwhile_finds_none() {
-    let place = Place::new(Mode::Symlink);
+    let place = Fixture::new(AttachMode::Symlink);
     let s = place.restart();
     let (mut committed, mut removed) = (0, 0);
     for n in 0..600 {

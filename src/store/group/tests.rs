@@ -7,15 +7,15 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::*;
-use crate::faults::{Effect, Fault, Kind as StepKind, Steps};
-use crate::store::disk::{Disk, Left};
-use crate::types::SnapshotId;
+use crate::model::SnapshotId;
+use crate::store::testing::{FaultyDisk, PowerLoss};
+use crate::testing::{Effect, Fault, Kind as StepKind, Steps};
 
 const NEIGHBOURS: u64 = 8;
 
 /// What a write of a test does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
+enum Behaviour {
     Writes,
     /// It changes something, and is refused then.
     Refuses,
@@ -26,7 +26,7 @@ enum Manner {
 
 /// What a write said, by its id.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+enum Outcome {
     Done,
     Refused,
     Failed,
@@ -34,47 +34,47 @@ enum Said {
 }
 
 #[derive(Debug)]
-enum Why {
+enum Cause {
     Refused,
     Store(Error),
 }
 
-impl From<Error> for Why {
+impl From<Error> for Cause {
     fn from(cause: Error) -> Self {
         Self::Store(cause)
     }
 }
 
-fn open(disk: &Disk, steps: &Arc<Steps>) -> Store {
+fn open(disk: &FaultyDisk, steps: &Arc<Steps>) -> Store {
     disk.count(steps);
     Store::open(&disk.metadata(), None).unwrap()
 }
 
-fn write(store: &Store, id: u64, manner: Manner) -> Said {
+fn write(store: &Store, id: u64, manner: Behaviour) -> Outcome {
     let result = catch_unwind(AssertUnwindSafe(|| {
         store.write(|tx| {
             let ids: Vec<_> = match manner {
-                Manner::WritesMuch => (0..2000).map(|n| SnapshotId(1000 + n)).chain([SnapshotId(id)]).collect(),
+                Behaviour::WritesMuch => (0..2000).map(|n| SnapshotId(1000 + n)).chain([SnapshotId(id)]).collect(),
                 _ => vec![SnapshotId(id)],
             };
             tx.schedule_cleanup(&ids)?;
             match manner {
-                Manner::Writes | Manner::WritesMuch => Ok(()),
-                Manner::Refuses => Err(Why::Refused),
-                Manner::Panics => panic!("on purpose"),
+                Behaviour::Writes | Behaviour::WritesMuch => Ok(()),
+                Behaviour::Refuses => Err(Cause::Refused),
+                Behaviour::Panics => panic!("on purpose"),
             }
         })
     }));
     match result {
-        Ok(Ok(())) => Said::Done,
-        Ok(Err(Why::Refused)) => Said::Refused,
-        Ok(Err(Why::Store(cause))) => {
+        Ok(Ok(())) => Outcome::Done,
+        Ok(Err(Cause::Refused)) => Outcome::Refused,
+        Ok(Err(Cause::Store(cause))) => {
             // The error names what the disk answered, not that the savepoint is gone in consequence. That a page cannot
             // be read SQLite calls damage.
             assert!(cause.errno().is_some() || matches!(cause, Error::Damaged { .. }), "{cause}");
-            Said::Failed
+            Outcome::Failed
         }
-        Err(_) => Said::Panicked,
+        Err(_) => Outcome::Panicked,
     }
 }
 
@@ -84,7 +84,7 @@ fn is_there(store: &Store, id: u64) -> bool {
 
 /// While one write has its turn, the others come to wait; then all go on. `armed` says from
 /// where on steps count. The result is what each one was told, the first one's first.
-fn together(store: &Store, steps: &Steps, manners: &[Manner]) -> Vec<Said> {
+fn together(store: &Store, steps: &Steps, manners: &[Behaviour]) -> Vec<Outcome> {
     let (go, waits) = mpsc::channel::<()>();
     let (begun, has_begun) = mpsc::channel();
     thread::scope(|scope| {
@@ -95,9 +95,9 @@ fn together(store: &Store, steps: &Steps, manners: &[Manner]) -> Vec<Said> {
                 let _ = begun.send(());
                 // Only the first time: the sender is gone then.
                 let _ = waits.lock().recv();
-                Ok::<_, Why>(())
+                Ok::<_, Cause>(())
             });
-            if said.is_ok() { Said::Done } else { Said::Failed }
+            if said.is_ok() { Outcome::Done } else { Outcome::Failed }
         });
         has_begun.recv().unwrap();
         let others: Vec<_> =
@@ -111,8 +111,8 @@ fn together(store: &Store, steps: &Steps, manners: &[Manner]) -> Vec<Said> {
     })
 }
 
-fn neighbours(odd: Option<Manner>) -> Vec<Manner> {
-    let mut manners = vec![Manner::Writes; usize::try_from(NEIGHBOURS).unwrap()];
+fn neighbours(odd: Option<Behaviour>) -> Vec<Behaviour> {
+    let mut manners = vec![Behaviour::Writes; usize::try_from(NEIGHBOURS).unwrap()];
     if let Some(odd) = odd {
         manners[3] = odd;
     }
@@ -121,24 +121,24 @@ fn neighbours(odd: Option<Manner>) -> Vec<Manner> {
 
 #[test]
 fn root_writes_that_wait_together_take_one_sync() {
-    let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::None)));
+    let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::None)));
     let store = open(&disk, &steps);
     // The first write of a process begins the log anew, which is synced once more.
-    assert_eq!(write(&store, 99, Manner::Writes), Said::Done);
+    assert_eq!(write(&store, 99, Behaviour::Writes), Outcome::Done);
     let said = together(&store, &steps, &neighbours(None));
-    assert!(said.iter().all(|said| *said == Said::Done), "{said:?}");
+    assert!(said.iter().all(|said| *said == Outcome::Done), "{said:?}");
     assert_eq!(steps.recorded().iter().filter(|step| step.call == "sync").count(), 1);
     assert!((0..=NEIGHBOURS).all(|id| is_there(&store, id)));
 }
 
 #[test]
 fn root_a_write_that_fails_leaves_the_others_in_its_transaction() {
-    for (manner, outcome) in [(Manner::Refuses, Said::Refused), (Manner::Panics, Said::Panicked)] {
-        let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::None)));
+    for (manner, outcome) in [(Behaviour::Refuses, Outcome::Refused), (Behaviour::Panics, Outcome::Panicked)] {
+        let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::None)));
         let store = open(&disk, &steps);
         let said = together(&store, &steps, &neighbours(Some(manner)));
         for (id, said) in (0..).zip(&said) {
-            assert_eq!(said, if id == 4 { &outcome } else { &Said::Done }, "{manner:?}: {id}");
+            assert_eq!(said, if id == 4 { &outcome } else { &Outcome::Done }, "{manner:?}: {id}");
             assert_eq!(is_there(&store, id), id != 4, "{manner:?}: {id}");
         }
     }
@@ -149,9 +149,9 @@ fn root_a_write_that_fails_leaves_the_others_in_its_transaction() {
 #[test]
 fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
     let mut failed = 0;
-    for manner in [Manner::Writes, Manner::WritesMuch] {
+    for manner in [Behaviour::Writes, Behaviour::WritesMuch] {
         for (at, errno) in (0..).flat_map(|at| [Errno::ENOSPC, Errno::EDQUOT, Errno::EIO].map(|errno| (at, errno))) {
-            let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(at, errno))));
+            let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::Fails(at, errno))));
             let store = open(&disk, &steps);
             // With a small cache SQLite writes pages before the commit, so the fault hits the body of a large write.
             let small = "PRAGMA cache_size = 8";
@@ -161,15 +161,15 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
                 assert!(at > 3);
                 break;
             }
-            failed += said.iter().filter(|said| **said == Said::Failed).count();
+            failed += said.iter().filter(|said| **said == Outcome::Failed).count();
             let afterwards: Vec<bool> = (0..)
                 .zip(&said)
                 .map(|(id, _)| store.read_durable(|tx| tx.is_scheduled(SnapshotId(id))).unwrap())
                 .collect();
             for (id, said) in said.iter().enumerate() {
-                assert_eq!(afterwards[id], *said == Said::Done, "step {at}, {errno}: {id} was {said:?}");
+                assert_eq!(afterwards[id], *said == Outcome::Done, "step {at}, {errno}: {id} was {said:?}");
             }
-            let crashed = [Left::Written, Left::Synced(at as u64)].map(|left| disk.after(left));
+            let crashed = [PowerLoss::Written, PowerLoss::Synced(at as u64)].map(|left| disk.after(left));
             for disk in crashed {
                 let after = open(&disk, &Arc::new(Steps::with(Fault::None)));
                 for (id, before) in (0..).zip(&afterwards) {
@@ -187,15 +187,15 @@ fn root_a_commit_that_fails_is_told_to_all_and_taken_back() {
 fn root_a_read_that_fails_within_a_transaction_is_told_and_taken_back() {
     let mut failed = 0;
     for at in 0.. {
-        let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Fails(at, Errno::EIO))));
+        let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::Fails(at, Errno::EIO))));
         let old = open(&disk, &Arc::new(Steps::with(Fault::None)));
-        assert_eq!(write(&old, 999, Manner::WritesMuch), Said::Done);
+        assert_eq!(write(&old, 999, Behaviour::WritesMuch), Outcome::Done);
         drop(old);
         disk.without_cache();
         let store = open(&disk, &steps);
         let small = "PRAGMA cache_size = 8";
         store.writer.open.lock().as_ref().unwrap().connection.execute_batch(small).unwrap();
-        let said = together(&store, &steps, &neighbours(Some(Manner::WritesMuch)));
+        let said = together(&store, &steps, &neighbours(Some(Behaviour::WritesMuch)));
         let recorded = steps.recorded();
         if recorded.len() <= at {
             break;
@@ -203,13 +203,13 @@ fn root_a_read_that_fails_within_a_transaction_is_told_and_taken_back() {
         if recorded[at].call != "read" {
             continue;
         }
-        failed += said.iter().filter(|said| **said == Said::Failed).count();
+        failed += said.iter().filter(|said| **said == Outcome::Failed).count();
         drop(store);
-        for left in [Left::Written, Left::Synced(at as u64)] {
+        for left in [PowerLoss::Written, PowerLoss::Synced(at as u64)] {
             let disk = disk.after(left);
             let after = open(&disk, &Arc::new(Steps::with(Fault::None)));
             for (id, said) in (0..).zip(&said) {
-                assert_eq!(is_there(&after, id), *said == Said::Done, "step {at}, {left:?}: {id} was {said:?}");
+                assert_eq!(is_there(&after, id), *said == Outcome::Done, "step {at}, {left:?}: {id} was {said:?}");
             }
         }
     }
@@ -222,23 +222,23 @@ fn root_nothing_is_acknowledged_before_it_is_durable() {
     let mut acknowledged = 0;
     for effect in [Effect::Nothing, Effect::Half] {
         for at in 0.. {
-            let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Dies(at, effect))));
+            let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::Dies(at, effect))));
             let store = open(&disk, &steps);
             let mut said = together(&store, &steps, &neighbours(None));
-            said.extend((said.len() as u64..).map(|id| write(&store, id, Manner::Writes)).take(3));
+            said.extend((said.len() as u64..).map(|id| write(&store, id, Behaviour::Writes)).take(3));
             if steps.recorded().len() <= at {
                 assert!(at > 3);
                 break;
             }
             drop(store);
             for seed in 0..8 {
-                let disk = disk.after(Left::Synced(seed));
+                let disk = disk.after(PowerLoss::Synced(seed));
                 let after = open(&disk, &Arc::new(Steps::with(Fault::None)));
                 for (id, said) in (0..).zip(&said) {
-                    assert!(*said != Said::Done || is_there(&after, id), "step {at}: {id} is gone");
+                    assert!(*said != Outcome::Done || is_there(&after, id), "step {at}: {id} is gone");
                 }
             }
-            acknowledged += said.iter().filter(|said| **said == Said::Done).count();
+            acknowledged += said.iter().filter(|said| **said == Outcome::Done).count();
         }
     }
     assert!(acknowledged > 10, "{acknowledged} writes were acknowledged before the end");
@@ -250,22 +250,22 @@ fn root_what_was_acknowledged_stays_while_the_log_is_written_into_the_file() {
     const WRITES: u64 = 40;
     let mut died = 0;
     for at in (0..).step_by(3) {
-        let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::Dies(at, Effect::Half))));
+        let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::Dies(at, Effect::Half))));
         let store = open(&disk, &steps);
         let often = "PRAGMA wal_autocheckpoint = 8";
         store.writer.open.lock().as_ref().unwrap().connection.execute_batch(often).unwrap();
         steps.arm();
-        let said: Vec<Said> = (0..WRITES).map(|id| write(&store, id, Manner::Writes)).collect();
+        let said: Vec<Outcome> = (0..WRITES).map(|id| write(&store, id, Behaviour::Writes)).collect();
         if steps.recorded().len() <= at {
             break;
         }
         died += 1;
         drop(store);
-        for left in [Left::Written, Left::Synced(at as u64)] {
+        for left in [PowerLoss::Written, PowerLoss::Synced(at as u64)] {
             let disk = disk.after(left);
             let after = open(&disk, &Arc::new(Steps::with(Fault::None)));
             for (id, said) in (0..).zip(&said) {
-                assert!(*said != Said::Done || is_there(&after, id), "step {at}, {left:?}: {id} is gone");
+                assert!(*said != Outcome::Done || is_there(&after, id), "step {at}, {left:?}: {id} is gone");
             }
         }
     }
@@ -275,7 +275,7 @@ fn root_what_was_acknowledged_stays_while_the_log_is_written_into_the_file() {
 /// What it is told is true of what is on disk, not of what a neighbour was about to do.
 #[test]
 fn root_a_refusal_for_what_a_neighbour_wrote_waits_for_that_to_be_durable() {
-    let (disk, steps) = (Disk::default(), Arc::new(Steps::with(Fault::None)));
+    let (disk, steps) = (FaultyDisk::default(), Arc::new(Steps::with(Fault::None)));
     let store = open(&disk, &steps);
     let (go, waits) = mpsc::channel::<()>();
     let (begun, has_begun) = mpsc::channel();
@@ -289,21 +289,21 @@ fn root_a_refusal_for_what_a_neighbour_wrote_waits_for_that_to_be_durable() {
                         tx.schedule_cleanup(&[SnapshotId(1)])?;
                         let _ = begun.send(());
                         let _ = waits.lock().recv();
-                        Ok::<_, Why>(())
+                        Ok::<_, Cause>(())
                     })
                 }));
             }
         });
         has_begun.recv().unwrap();
-        let second =
-            scope.spawn(|| store.write(|tx| if tx.is_scheduled(SnapshotId(1))? { Err(Why::Refused) } else { Ok(()) }));
+        let second = scope
+            .spawn(|| store.write(|tx| if tx.is_scheduled(SnapshotId(1))? { Err(Cause::Refused) } else { Ok(()) }));
         while store.writer.waiting.load(Ordering::SeqCst) < 1 {
             thread::sleep(Duration::from_millis(1));
         }
         steps.arm();
         drop(go);
         let refused = second.join().unwrap();
-        assert!(matches!(refused, Err(Why::Refused)));
+        assert!(matches!(refused, Err(Cause::Refused)));
         assert!(steps.recorded().iter().any(|step| step.call == "sync" && step.kind == StepKind::Change));
         first.join().unwrap();
     });

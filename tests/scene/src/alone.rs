@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use cvmfs_snapshotter::model::{Digest, Key, Kind, Labels, Layer, Snapshot, SnapshotId, Timestamp};
 use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::store::Store;
-use cvmfs_snapshotter::types::{Digest, Key, Kind, Labels, Layer, Snapshot, SnapshotId, Timestamp};
 use grpcio::RpcStatusCode;
 
 use crate::client::{Answer, Client};

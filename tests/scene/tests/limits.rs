@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use cvmfs_snapshotter::server::CONNECTIONS;
+use cvmfs_snapshotter::server::MAX_CONNECTIONS;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
 use scene::alone::{Alone, crowd, digest, refused};
@@ -30,12 +30,12 @@ fn root_connections_are_bounded_and_those_inside_are_served() {
     let mut d = Alone::start("connections", "");
     d.client.prepare("key", "", &[]).unwrap();
     let knock = |d: &Alone| UnixStream::connect(d.snapshotter.socket()).unwrap();
-    let mut crowd: Vec<UnixStream> = (0..CONNECTIONS).map(|_| knock(&d)).collect();
+    let mut crowd: Vec<UnixStream> = (0..MAX_CONNECTIONS).map(|_| knock(&d)).collect();
     let turned_away = crowd.iter_mut().filter_map(|one| is_turned_away(one).then_some(())).count();
     assert!((1..=2).contains(&turned_away), "{turned_away}: the client and the start hold one or two");
     assert!(is_turned_away(&mut knock(&d)));
     let full = d.snapshotter.server().descriptors();
-    assert!(full < 2 * CONNECTIONS + 64, "{full}");
+    assert!(full < 2 * MAX_CONNECTIONS + 64, "{full}");
     d.client.stat("key").unwrap();
     assert!(d.snapshotter.log().contains("connections, that is the limit; see which process holds them (ss -xp)"));
     drop(crowd);

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use cvmfs_snapshotter::bolt::{Bolt, Entry};
+use cvmfs_snapshotter::migration::bolt::{Database, Entry};
+use cvmfs_snapshotter::migration::takeover;
 use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
-use cvmfs_snapshotter::takeover;
 use grpcio::RpcStatusCode as Code;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
@@ -417,8 +417,8 @@ fn root_containerd_goes_on_with_what_was_taken_over() {
 }
 
 /// Reads everything; the result is the number of values.
-fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::bolt::Error> {
-    let bolt = Bolt::parse(bytes)?;
+fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::migration::bolt::Error> {
+    let bolt = Database::parse(bytes)?;
     let mut unread = vec![bolt.root()];
     let mut values = 0;
     while let Some(bucket) = unread.pop() {

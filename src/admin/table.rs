@@ -1,0 +1,123 @@
+//! Tables, sizes and ages as a person reads them.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write;
+use std::io::{IsTerminal, Write as _};
+
+use crate::model::printable;
+
+/// Columns as wide as their widest cell; the last one as it comes.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..columns).map(|n| width(n).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            // Writing into memory cannot fail.
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// One cell: no text makes all rows wider than a screen.
+fn cell(text: &str) -> String {
+    const MAX_CELL: usize = 100;
+    match text.char_indices().nth(MAX_CELL) {
+        Some((end, _)) => format!("{}…", printable(&text[..end])),
+        None => printable(text),
+    }
+}
+
+/// Bytes in units of 1000, as `docker` and `nerdctl` show them.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
+    let mut unit = "B";
+    let mut number = bytes * 10;
+    for larger in UNITS {
+        if number < 10_000 {
+            break;
+        }
+        (unit, number) = (larger, number / 1000);
+    }
+    if unit == "B" || number >= 1000 {
+        format!("{} {unit}", number / 10)
+    } else {
+        format!("{}.{} {unit}", number / 10, number % 10)
+    }
+}
+
+/// Seconds, in the largest unit that fits twice.
+pub fn age(seconds: u64) -> String {
+    for (unit, name) in [(86_400, "days"), (3600, "hours"), (60, "minutes")] {
+        if seconds >= 2 * unit {
+            return format!("{} {name}", seconds / unit);
+        }
+    }
+    format!("{seconds} seconds")
+}
+
+/// Says on a terminal how far long work is; the last word is wiped away.
+pub struct Progress {
+    shown: bool,
+}
+
+impl Progress {
+    pub fn new() -> Self {
+        Self { shown: std::io::stderr().is_terminal() }
+    }
+
+    pub fn set_message(&self, what: &str) {
+        if self.shown {
+            let _ = write!(std::io::stderr(), "\r\x1b[K{what}");
+        }
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.set_message("");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let row = |cells: &[&str]| cells.iter().map(|&cell| cell.to_owned()).collect::<Vec<_>>();
+        let rows = [row(&["IMAGE", "USED BY"]), row(&["grün", "2"]), row(&["a\x1b[2Jlonger", ""])];
+        assert_eq!(table(&rows), "IMAGE        USED BY\ngrün         2\na?[2Jlonger\n");
+    }
+
+    #[test]
+    fn sizes_and_ages_have_two_or_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 kB"),
+            (99_949, "99.9 kB"),
+            (123_456, "123 kB"),
+            (9_100_000_000, "9.1 GB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+        for (seconds, text) in
+            [(0, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "119 minutes"), (172_800, "2 days")]
+        {
+            assert_eq!(age(seconds), text);
+        }
+    }
+}
