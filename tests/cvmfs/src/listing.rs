@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_read_into_the_properties_that_a_json_listing_has() {
+    fn listing_reads_tree_with_properties_of_json_listing() {
         let dir = tempfile::tempdir().expect("the temporary directory takes a tree");
         let mut listing = tree(dir.path());
         let file = &listing.entries[Path::new("dir/file")];
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_names_each_property_and_each_entry_that_differs() {
+    fn comparison_names_each_differing_property_and_entry() {
         let dir = tempfile::tempdir().expect("the temporary directory takes a tree");
         let expected = tree(dir.path());
         assert_eq!(expected.compare(&expected), []);

@@ -72,7 +72,7 @@ fn statfs(mount: &Mount) -> Receiver<Result<(), Errno>> {
 }
 
 #[test]
-fn root_hang_all_answers_nothing_until_normal() {
+fn root_hang_all_blocks_every_request_until_normal() {
     let stage = stage();
     let mut mount = stage.mount("mount", &NO_CACHE);
     assert_eq!(mount.command("hang all"), "ok");
@@ -103,7 +103,7 @@ fn root_hang_tree_still_answers_statfs() {
 
 /// A hundred hanging requests keep nobody from being answered afterwards.
 #[test]
-fn root_many_waiting_requests_keep_no_thread() {
+fn root_waiting_requests_occupy_no_threads() {
     let stage = stage();
     let mut mount = stage.mount("mount", &NO_CACHE);
     let many = mount.mountpoint().join("many");
@@ -123,7 +123,7 @@ fn root_many_waiting_requests_keep_no_thread() {
 }
 
 #[test]
-fn root_slow_delays_each_request_and_not_the_next_one() {
+fn root_slow_delays_each_request_independently() {
     let stage = stage();
     let mut mount = stage.mount("mount", &NO_CACHE);
     assert_eq!(mount.command("slow 500"), "ok");
@@ -142,7 +142,7 @@ fn root_slow_delays_each_request_and_not_the_next_one() {
 }
 
 #[test]
-fn root_fail_spares_statfs_and_the_root_directory() {
+fn root_fail_spares_statfs_and_root_directory() {
     let stage = stage();
     let mut mount = stage.mount("mount", &NO_CACHE);
     for (name, errno) in [("EIO", Errno::EIO), ("ENOENT", Errno::ENOENT), ("ESTALE", Errno::ESTALE)] {
@@ -157,7 +157,7 @@ fn root_fail_spares_statfs_and_the_root_directory() {
 }
 
 #[test]
-fn root_a_killed_client_leaves_a_dead_mount_and_drop_removes_it() {
+fn root_killed_client_leaves_dead_mount_that_drop_removes() {
     let stage = stage();
     let mut mount = stage.mount("mount", &[]);
     let root = mount.mountpoint().to_owned();
@@ -174,7 +174,7 @@ fn root_a_killed_client_leaves_a_dead_mount_and_drop_removes_it() {
 }
 
 #[test]
-fn root_a_stopped_client_hangs_and_goes_on() {
+fn root_stopped_client_hangs_until_continued() {
     let stage = stage();
     let mount = stage.mount("mount", &NO_CACHE);
     mount.signal(Signal::SIGSTOP);
@@ -188,7 +188,7 @@ fn root_a_stopped_client_hangs_and_goes_on() {
 
 /// Dropping a mount that hangs frees those who wait for it.
 #[test]
-fn root_drop_frees_those_who_wait() {
+fn root_dropping_mount_frees_blocked_readers() {
     let stage = stage();
     let mut mount = stage.mount("mount", &NO_CACHE);
     assert_eq!(mount.command("hang all"), "ok");
@@ -213,7 +213,7 @@ fn root_requests_are_counted_by_kind() {
 }
 
 #[test]
-fn root_a_client_that_is_told_to_end_unmounts_even_when_it_is_in_use() {
+fn root_terminated_client_unmounts_even_while_in_use() {
     let stage = stage();
     let mut mount = stage.mount("mount", &[]);
     let open = fs::File::open(mount.mountpoint().join("large")).expect("the file opens");
@@ -223,7 +223,7 @@ fn root_a_client_that_is_told_to_end_unmounts_even_when_it_is_in_use() {
 }
 
 #[test]
-fn root_an_unknown_command_is_an_error() {
+fn root_unknown_command_is_an_error() {
     let stage = stage();
     let mut mount = stage.mount("mount", &[]);
     for line in ["", "dance", "fail EWHATEVER", "slow down", "hang"] {
@@ -233,7 +233,7 @@ fn root_an_unknown_command_is_an_error() {
 
 #[test]
 #[should_panic(expected = "the client did not mount")]
-fn root_a_client_without_a_repository_says_why() {
+fn root_client_without_repository_reports_the_reason() {
     let stage = Stage::new();
     write(&stage.source().join("file"), "never published");
     drop(stage.mount("mount", &[]));

@@ -77,7 +77,7 @@ fn path_keys_are_little_endian_halves_of_the_md5() {
 }
 
 #[test]
-fn the_web_server_serves_files_only_and_stops_when_dropped() {
+fn web_server_serves_only_files_and_stops_when_dropped() {
     let dir = tempfile::tempdir().expect("there is a temporary directory");
     fs::create_dir(dir.path().join("root")).expect("a directory can be made");
     fs::write(dir.path().join("root/file"), "text").expect("a file can be written");

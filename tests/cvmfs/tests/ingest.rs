@@ -56,7 +56,7 @@ fn shown(layer: &Path, path: &str) -> (u32, (u32, u32), bool) {
 }
 
 #[test]
-fn root_ingest_that_keeps_owners_keeps_those_of_files_and_gives_invented_directories_to_minus_one() {
+fn root_ingest_keeping_owners_gives_implicit_directories_to_uid_minus_one() {
     let mut stage = Stage::with(Settings::default());
     let ingest = Ingest { owner: (991, 990), ownership: Ownership::Kept, auto_catalogs: None };
     ingest.unpack(layer().as_slice(), &stage.source(), Path::new(BASE));
@@ -78,7 +78,7 @@ fn root_ingest_that_keeps_owners_keeps_those_of_files_and_gives_invented_directo
 }
 
 #[test]
-fn root_ingest_takes_the_top_directory_from_a_tar_that_names_it() {
+fn root_ingest_takes_top_directory_from_tar_that_names_it() {
     let stage = Stage::new();
     let entries = [("./", EntryType::Directory, 0o711, 7, ""), ("./file", EntryType::Regular, 0o644, 7, "")];
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
@@ -91,14 +91,14 @@ fn root_ingest_takes_the_top_directory_from_a_tar_that_names_it() {
 
 #[test]
 #[should_panic(expected = "its target \".layers/ab/abcd/layerfs/other\" is not in the same layer")]
-fn root_ingest_fails_on_a_hard_link_into_another_layer() {
+fn root_ingest_fails_on_hard_link_into_another_layer() {
     let stage = Stage::new();
     let entries = [("link", EntryType::Link, 0o644, 0, "other")];
     Ingest::default().unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
 }
 
 #[test]
-fn root_an_empty_layer_is_a_directory_with_a_marker() {
+fn root_ingest_of_empty_layer_makes_directory_with_marker() {
     let stage = Stage::new();
     Ingest::default().unpack(tar(&[]).as_slice(), &stage.source(), Path::new(BASE));
     let names: Vec<_> = fs::read_dir(stage.source().join(BASE)).expect("the layer is there").flatten().collect();

@@ -15,7 +15,7 @@ use stage::{Detail, Stage, assert_equal, assert_same, plain_tree, seen, write};
 const CRATE: [&str; 2] = ["--backend", "crate"];
 
 #[test]
-fn root_the_crate_reads_what_we_publish() {
+fn root_cvmfs_crate_reads_our_repositories() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -31,7 +31,7 @@ fn root_the_crate_reads_what_we_publish() {
 }
 
 #[test]
-fn root_the_crate_serves_a_lower_layer() {
+fn root_cvmfs_crate_mount_works_as_lower_layer() {
     let mut stage = Stage::new();
     plain_tree(&stage.source().join("top"));
     write(&stage.source().join("bottom/home/user/other"), "seen through");
@@ -54,7 +54,7 @@ fn root_the_crate_serves_a_lower_layer() {
 }
 
 #[test]
-fn root_the_crate_reads_right_twenty_times_cold_for_four_readers_at_once() {
+fn root_cvmfs_crate_serves_four_concurrent_cold_readers_twenty_times() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -70,7 +70,7 @@ fn root_the_crate_reads_right_twenty_times_cold_for_four_readers_at_once() {
 }
 
 #[test]
-fn root_the_crate_takes_up_a_new_revision_when_opened_anew() {
+fn root_reopened_cvmfs_crate_sees_new_revision() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();

@@ -81,7 +81,7 @@ fn root_magic_attributes_can_be_listed_on_every_inode() {
 }
 
 #[test]
-fn root_magic_attributes_say_what_is_true() {
+fn root_magic_attributes_have_correct_values() {
     let stage = stage();
     let mount = stage.mount("mount", &[]);
     let of_root = |name| value(&mount, "", name).unwrap_or_default();
@@ -106,7 +106,7 @@ fn root_magic_attributes_say_what_is_true() {
 }
 
 #[test]
-fn root_ownership_can_be_claimed_for_one_user() {
+fn root_client_option_claims_ownership_for_one_user() {
     let stage = stage();
     let mount = stage.mount("mount", &["--claim-ownership", "993:992"]);
     for path in ["", "programs/su", "home/user", "dangling", "null", "layers/one/inner/dir0"] {
@@ -118,7 +118,7 @@ fn root_ownership_can_be_claimed_for_one_user() {
 }
 
 #[test]
-fn root_a_server_that_cannot_be_reached_is_told_by_the_clients_counters() {
+fn root_client_counters_show_unreachable_server() {
     let delay = Duration::from_millis(700);
     let stage = stage();
     let mount = stage.mount("mount", &["--ttl", "0", "--retry-delay", "700"]);
@@ -153,7 +153,7 @@ fn root_a_server_that_cannot_be_reached_is_told_by_the_clients_counters() {
 
 /// For tests that need no server that is down to have its signs.
 #[test]
-fn root_failing_by_command_counts_input_output_errors() {
+fn root_injected_failures_are_counted_as_io_errors() {
     let stage = stage();
     let mut mount = stage.mount("mount", &["--ttl", "0"]);
     let root = mount.mountpoint().to_owned();

@@ -16,7 +16,7 @@ use nix::sys::statvfs::statvfs;
 use stage::{Detail, Stage, assert_equal, assert_same, noise, odd_tree, plain_tree, seen, write};
 
 #[test]
-fn root_a_mounted_repository_equals_its_source() {
+fn root_mounted_repository_equals_its_source() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
@@ -30,7 +30,7 @@ fn root_a_mounted_repository_equals_its_source() {
 }
 
 #[test]
-fn root_the_mount_looks_like_that_of_the_real_client() {
+fn root_mount_attributes_equal_those_of_the_real_client() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -51,7 +51,7 @@ fn root_the_mount_looks_like_that_of_the_real_client() {
 }
 
 #[test]
-fn root_four_cold_readers_at_once_see_the_source() {
+fn root_four_concurrent_cold_readers_see_the_source() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
@@ -68,7 +68,7 @@ fn root_four_cold_readers_at_once_see_the_source() {
 }
 
 #[test]
-fn root_what_a_release_manager_does_not_publish_by_default_is_not_there() {
+fn root_publisher_omits_hard_links_xattrs_and_nanoseconds_by_default() {
     let mut stage = Stage::with(Settings::default());
     plain_tree(&stage.source());
     odd_tree(&stage.source());
@@ -84,7 +84,7 @@ fn root_what_a_release_manager_does_not_publish_by_default_is_not_there() {
 }
 
 #[test]
-fn root_reload_shows_what_a_revision_adds_changes_and_removes() {
+fn root_reload_shows_additions_changes_and_removals_of_a_revision() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
@@ -113,7 +113,7 @@ fn root_reload_shows_what_a_revision_adds_changes_and_removes() {
 }
 
 #[test]
-fn root_a_further_revision_writes_only_what_changed() {
+fn root_further_revision_writes_only_changed_objects() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -130,7 +130,7 @@ fn root_a_further_revision_writes_only_what_changed() {
 
 /// They say how the publisher's disk is stacked, and would hide files below another overlay.
 #[test]
-fn root_marks_of_overlayfs_are_not_published() {
+fn root_overlayfs_attributes_are_not_published() {
     let mut stage = Stage::new();
     let dir = stage.source().join("dir");
     write(&dir.join("file"), "text");
@@ -144,7 +144,7 @@ fn root_marks_of_overlayfs_are_not_published() {
 }
 
 #[test]
-fn root_nested_catalogs_are_fetched_when_they_are_needed() {
+fn root_nested_catalogs_are_fetched_on_demand() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -158,7 +158,7 @@ fn root_nested_catalogs_are_fetched_when_they_are_needed() {
 
 /// Many requests for one object: one download.
 #[test]
-fn root_an_object_is_fetched_once() {
+fn root_object_is_fetched_once() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -173,7 +173,7 @@ fn root_an_object_is_fetched_once() {
 }
 
 #[test]
-fn root_a_dead_server_fails_only_what_is_not_cached() {
+fn root_dead_server_fails_only_uncached_reads() {
     let mut stage = Stage::new();
     plain_tree(&stage.source());
     stage.publish();
@@ -192,7 +192,7 @@ fn root_a_dead_server_fails_only_what_is_not_cached() {
 
 /// Bytes that do not have their name are not handed out.
 #[test]
-fn root_a_forged_object_is_refused() {
+fn root_forged_object_is_refused() {
     let mut stage = Stage::new();
     write(&stage.source().join("file"), "true");
     stage.publish();

@@ -48,7 +48,7 @@ fn two_layers(options: &[&str]) -> (Stage, Mount) {
 }
 
 #[test]
-fn root_a_container_can_write_over_the_mount() {
+fn root_container_can_write_on_overlay_over_the_mount() {
     let (stage, mount) = two_layers(&["--name-length", "0"]);
     let dir = stage.dir.path();
     for name in ["upper", "work"] {
@@ -87,7 +87,7 @@ fn root_a_container_can_write_over_the_mount() {
 /// Overlayfs takes the greatest name length of its layers. With the real client's 0 on every one
 /// it lists and then refuses every name; one local directory mends that.
 #[test]
-fn root_a_view_of_two_layers_needs_a_third_local_one_when_the_name_length_is_0() {
+fn root_view_of_two_layers_needs_local_third_layer_when_name_length_is_0() {
     let (stage, mount) = two_layers(&["--name-length", "0"]);
     let root = mount.mountpoint().display().to_string();
     let merged = stage.dir.path().join("merged");
@@ -106,7 +106,7 @@ fn root_a_view_of_two_layers_needs_a_third_local_one_when_the_name_length_is_0()
 }
 
 #[test]
-fn root_a_view_of_two_layers_works_with_the_usual_name_length() {
+fn root_view_of_two_layers_works_with_usual_name_length() {
     let (stage, mount) = two_layers(&[]);
     let root = mount.mountpoint().display().to_string();
     let merged = stage.dir.path().join("merged");

@@ -20,7 +20,7 @@ fn is_without_object(path: &Path) -> bool {
 }
 
 #[test]
-fn root_the_client_shows_of_real_repositories_what_the_real_client_shows() {
+fn root_test_client_shows_real_repositories_like_the_real_client() {
     private_namespace();
     let dir = tempfile::tempdir().expect("the temporary directory takes two repositories");
     for fqrn in [real::ROOT, real::LOST] {

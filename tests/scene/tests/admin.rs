@@ -42,7 +42,7 @@ fn image<'s>(status: &'s Value, reference: &str) -> &'s Value {
 }
 
 #[test]
-fn root_status_tells_where_images_come_from_and_who_uses_them() {
+fn root_status_shows_source_and_users_of_images() {
     let stage = Stage::set("status", "");
     let (lazy, local) = (stage.shell_image("lazy:1", "a"), stage.shell_image("local:1", "b"));
     stage.repository.publish_layers(&local.layers[..1]);
@@ -85,7 +85,7 @@ fn root_status_tells_where_images_come_from_and_who_uses_them() {
 }
 
 #[test]
-fn root_gc_shows_and_removes_what_nothing_needs() {
+fn root_gc_lists_and_removes_unused_files() {
     let stage = Stage::with("gc", "", scene::publisher::Repository::plain);
     let client = stage.snapshotter.client();
     for key in ["a", "b"] {
@@ -133,7 +133,7 @@ fn show_status(stage: &Stage) {
 }
 
 #[test]
-fn root_health_is_asked_for_the_service_and_for_each_repository() {
+fn root_health_is_reported_for_the_service_and_each_repository() {
     let stage = Stage::set("health", "repository-timeout = 1");
     let grpc = grpcio::Client::new(connect(&stage.snapshotter.socket()));
     let check = |name: &str| {
@@ -159,7 +159,7 @@ fn root_health_is_asked_for_the_service_and_for_each_repository() {
 }
 
 #[test]
-fn root_metrics_count_what_happens_and_prometheus_likes_them() {
+fn root_metrics_count_events_and_pass_promtool() {
     let dir = PathBuf::from(format!("/run/scene-metrics-{}", std::process::id()));
     let socket = dir.join("m.sock");
     let mut stage = Stage::set("metrics", &format!("metrics-address = {socket:?}"));
@@ -257,7 +257,7 @@ fn promtool(stage: &Stage, metrics: &str, older: &str) {
 
 /// There was none, and a job of another name has no alert.
 #[test]
-fn root_prometheus_takes_the_documented_configuration_and_the_rules_ask_for_its_job() {
+fn root_prometheus_accepts_documented_configuration_and_alert_rules_match_its_job() {
     const RULES: &str = "/etc/prometheus/rules/cvmfs-snapshotter.yaml";
     let sandbox = Sandbox::enter("prometheus");
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
@@ -276,7 +276,7 @@ fn root_prometheus_takes_the_documented_configuration_and_the_rules_ask_for_its_
 }
 
 #[test]
-fn root_the_log_says_more_and_less_by_signal() {
+fn root_signals_change_the_log_level() {
     let stage = Stage::with("level", "", scene::publisher::Repository::plain);
     let mut snapshotter = stage.snapshotter;
     snapshotter.end(Signal::SIGTERM);
@@ -303,7 +303,7 @@ fn root_the_log_says_more_and_less_by_signal() {
 
 /// Each of them waited for two minutes, for a daemon that greeted and for nothing else had an ear.
 #[test]
-fn root_commands_give_up_on_a_daemon_that_takes_calls_and_does_not_answer() {
+fn root_admin_commands_time_out_on_unresponsive_daemon() {
     const LIMIT: Duration = Duration::from_secs(90);
     let sandbox = Sandbox::enter("silent");
     let d = Snapshotter::configured(&sandbox.path("s"), &sandbox.make_dir("cvmfs"), "");

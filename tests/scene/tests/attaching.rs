@@ -23,7 +23,7 @@ use serde_json::Value;
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
 
 #[test]
-fn root_changing_the_way_of_attaching_works_on_what_is_there() {
+fn root_changing_attach_mode_works_with_existing_snapshots() {
     let mut d = Alone::start("modes", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
@@ -51,7 +51,7 @@ fn root_changing_the_way_of_attaching_works_on_what_is_there() {
 }
 
 #[test]
-fn root_attachments_lost_in_a_reboot_are_made_again() {
+fn root_attachments_lost_in_reboot_are_restored() {
     let mut d = Alone::start("reboot", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
@@ -68,7 +68,7 @@ fn root_attachments_lost_in_a_reboot_are_made_again() {
 }
 
 #[test]
-fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
+fn root_stale_attachment_is_replaced() {
     let d = Alone::start("stale", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
@@ -107,7 +107,7 @@ fn root_an_attachment_that_is_not_the_layer_any_more_is_replaced() {
 }
 
 #[test]
-fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
+fn root_failed_container_start_leaves_no_layer_attached() {
     let d = Alone::start("half-way", "attach = \"bind\"");
     let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
@@ -126,7 +126,7 @@ fn root_a_start_that_fails_half_way_leaves_no_layer_attached() {
 }
 
 #[test]
-fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
+fn root_next_container_sees_republished_layer() {
     let sandbox = Sandbox::enter("anew");
     // On a device of its own, as a repository is.
     mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
@@ -167,7 +167,7 @@ fn root_a_layer_that_is_published_anew_is_seen_by_the_next_container() {
 }
 
 #[test]
-fn root_a_file_that_is_open_in_a_layer_keeps_no_mount_and_stays_readable() {
+fn root_open_file_in_detached_layer_stays_readable_without_its_mount() {
     let d = Alone::start("open-file", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
@@ -184,7 +184,7 @@ fn root_a_file_that_is_open_in_a_layer_keeps_no_mount_and_stays_readable() {
 /// CernVM-FS says that names have 0 bytes at most. Overlayfs takes the largest of what its
 /// layers say, so without a local one every lookup fails.
 #[test]
-fn root_a_view_of_layers_without_markers_can_be_looked_into() {
+fn root_view_of_layers_without_markers_is_readable() {
     let sandbox = Sandbox::enter("names");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     for n in 1..=2 {
@@ -218,7 +218,7 @@ fn root_a_view_of_layers_without_markers_can_be_looked_into() {
 }
 
 #[test]
-fn root_a_hundred_first_uses_at_once_attach_each_layer_once() {
+fn root_concurrent_first_uses_attach_each_layer_once() {
     for (config, mounts) in MODES.into_iter().zip([3, 0]) {
         let d = Alone::start("hundred", config);
         let chain = pull_chain(&d.client);
@@ -236,7 +236,7 @@ fn root_a_hundred_first_uses_at_once_attach_each_layer_once() {
 }
 
 #[test]
-fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
+fn root_failed_attach_is_undone_and_can_be_retried() {
     for config in MODES {
         let d = Alone::start("undone", config);
         let chain = pull_chain(&d.client);
@@ -262,7 +262,7 @@ fn root_a_failed_attach_is_undone_and_can_be_tried_again() {
 }
 
 #[test]
-fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
+fn root_incomplete_scan_is_not_taken_for_a_layer_without_deletions() {
     let sandbox = Sandbox::enter("unreadable");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let top = |n| repository.layer_dir(&digest(n)).join("layerfs");
@@ -311,7 +311,7 @@ fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
 /// The refusal of a layer is kept, and `status` and the doctor called its image good; the message of each start advised
 /// to retry, to look at the repository, and to pull the image.
 #[test]
-fn root_an_image_on_a_refused_layer_is_broken_until_it_is_pulled_again() {
+fn root_image_on_refused_layer_fails_until_pulled_again() {
     let sandbox = Sandbox::enter("refused");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     // Its path is longer than that of a directory of a mask may be.
@@ -369,7 +369,7 @@ fn root_an_image_on_a_refused_layer_is_broken_until_it_is_pulled_again() {
 /// The first container on a very large layer must not wait for ever, nor be told that the
 /// repository is to blame; one that comes later finds the work done.
 #[test]
-fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
+fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
     let sandbox = Sandbox::enter("long-scan");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     fs::create_dir_all(repository.layer_dir(&digest(1)).join("layerfs/dir")).expect("a layer can be made");

@@ -49,7 +49,7 @@ fn diagnosed(stage: &Stage) -> (String, String, Option<String>) {
 }
 
 #[test]
-fn root_a_cache_on_the_file_system_of_the_state_root_is_warned_of() {
+fn root_client_cache_on_file_system_of_state_root_causes_a_warning() {
     let mut stage = Stage::set("one-device", "");
     let place = cache(&stage).display().to_string();
     let line = logged(&stage).expect("the start says it");
@@ -93,7 +93,7 @@ fn configure_client(stage: &Stage, text: &str) {
 }
 
 #[test]
-fn root_a_cache_on_another_file_system_than_the_state_root_is_not_warned_of() {
+fn root_client_cache_on_other_file_system_causes_no_warning() {
     let stage = Stage::with("two-devices", "", Repository::mounted_apart);
     assert_eq!(logged(&stage), None);
     let (json, text) = shown(&stage);
@@ -106,7 +106,7 @@ fn root_a_cache_on_another_file_system_than_the_state_root_is_not_warned_of() {
 
 /// A repository that hangs does not keep the doctor at this question either.
 #[test]
-fn root_of_a_repository_that_hangs_nobody_waits_for_the_cache() {
+fn root_cache_check_does_not_wait_for_hung_repository() {
     let stage = Stage::set("hung-device", "repository-timeout = 2");
     stage.repository.command("hang all");
     let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
@@ -118,7 +118,7 @@ fn root_of_a_repository_that_hangs_nobody_waits_for_the_cache() {
 
 /// What docs/repository.md says of a node that hangs: the kernel is told to end the connection.
 #[test]
-fn root_a_program_that_hangs_in_a_repository_goes_on_when_its_connection_is_aborted() {
+fn root_aborting_fuse_connection_frees_hung_programs() {
     let stage = Stage::set("abort", "repository-timeout = 2");
     let line = read("docs/repository.md");
     let command = line.split('`').find(|text| text.starts_with("echo 1 >")).expect("the page has the command");

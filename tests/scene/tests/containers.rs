@@ -18,7 +18,7 @@ fn committed(client: &Client) -> usize {
 }
 
 #[test]
-fn root_a_pull_of_a_published_image_writes_only_records() {
+fn root_pull_of_published_image_writes_only_records() {
     for publisher in [Repository::mounted, Repository::plain] {
         check_that_a_pull_writes_only_records(&Stage::with("records", "", publisher));
     }
@@ -53,7 +53,7 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
 
 /// It started on the layers of the repository, with 40 attributes on every file that no image has.
 #[test]
-fn root_a_container_has_the_attributes_of_a_normal_pull_though_the_client_lists_its_own_on_every_file() {
+fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
     let client = &["--magic-xattrs", "always"];
     let stage = Stage::with("listed", "", |dir| Repository::mounted_with(dir, Settings::with_client(client)));
     let image = stage.shell_image("listed:1", "x");
@@ -78,7 +78,7 @@ fn root_a_container_has_the_attributes_of_a_normal_pull_though_the_client_lists_
 }
 
 #[test]
-fn root_layers_in_another_order_and_pulled_again_are_not_fetched() {
+fn root_reordered_and_repulled_layers_are_not_fetched() {
     let stage = Stage::set("order", "");
     let b = &stage.builder;
     let base = stage.base_layer();
@@ -142,7 +142,7 @@ fn root_removed_images_and_containers_leave_nothing_behind() {
 }
 
 #[test]
-fn root_layers_are_detached_when_no_container_stands_on_them() {
+fn root_layers_are_detached_when_no_container_uses_them() {
     let stage = Stage::set("detached", "attach = \"bind\"");
     let image = stage.shell_image("detached:1", "x");
     let reference = stage.publish_and_push(&image);
@@ -168,7 +168,7 @@ fn root_layers_are_detached_when_no_container_stands_on_them() {
 /// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then
 /// prints nothing, and no image of the node starts any more.
 #[test]
-fn root_a_container_lives_through_every_way_of_stopping_the_snapshotter() {
+fn root_container_survives_every_way_of_stopping_the_snapshotter() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
         let mut stage = Stage::set("stopping", config);
         let image = stage.shell_image("stopping:1", "x");
@@ -263,7 +263,7 @@ fn root_nerdctl_pulls_and_runs() {
 }
 
 #[test]
-fn root_ctr_pulls_an_image_the_ordinary_way_and_lists_it() {
+fn root_ctr_pulls_an_image_normally_and_lists_it() {
     let stage = Stage::set("ctr", "");
     let image = stage.shell_image("ctr:1", "x");
     let reference = stage.publish_and_push(&image);
@@ -278,7 +278,7 @@ fn root_ctr_pulls_an_image_the_ordinary_way_and_lists_it() {
 }
 
 #[test]
-fn root_two_namespaces_pull_the_same_image_over_different_parents() {
+fn root_two_namespaces_pull_the_same_image_on_different_parents() {
     let stage = Stage::set("namespaces", "");
     let image = stage.shell_image("namespaces:1", "x");
     // The lowest layer is not published, so each namespace has its own local one.
@@ -305,7 +305,7 @@ fn root_two_namespaces_pull_the_same_image_over_different_parents() {
 }
 
 #[test]
-fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
+fn root_missing_repository_affects_only_containers_that_need_it() {
     let stage = Stage::set("goes-away", "");
     let image = stage.shell_image("away:1", "x");
     let reference = stage.publish_and_push(&image);
@@ -330,7 +330,7 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
 }
 
 #[test]
-fn root_bound_layers_are_read_only() {
+fn root_bind_mounted_layers_are_read_only() {
     let stage = Stage::set("read-only", "attach = \"bind\"");
     let image = stage.shell_image("ro:1", "x");
     let reference = stage.publish_and_push(&image);

@@ -29,7 +29,7 @@ fn now() -> i128 {
 }
 
 #[test]
-fn root_each_wrong_call_gets_its_code() {
+fn root_invalid_calls_return_the_documented_codes() {
     let d = Alone::start("codes", "");
     let c = &d.client;
     c.prepare("active", "", &[]).unwrap();
@@ -134,7 +134,7 @@ fn root_labels_and_times_follow_the_contract() {
 }
 
 #[test]
-fn root_mounts_are_those_of_the_contract_and_stay_the_same() {
+fn root_mounts_follow_the_contract_and_do_not_change() {
     let d = Alone::start("mounts", "");
     let c = &d.client;
     let first = c.prepare("first", "", &[]).unwrap();
@@ -182,7 +182,7 @@ fn root_mounts_are_those_of_the_contract_and_stay_the_same() {
 }
 
 #[test]
-fn root_usage_counts_the_snapshots_own_files() {
+fn root_usage_counts_only_files_of_the_snapshot() {
     let d = Alone::start("usage", "");
     let c = &d.client;
     let source = PathBuf::from(&c.prepare("key", "", &[]).unwrap()[0].source);
@@ -208,7 +208,7 @@ fn root_usage_counts_the_snapshots_own_files() {
 }
 
 #[test]
-fn root_list_comes_in_batches_and_follows_filters() {
+fn root_list_is_sent_in_batches_and_filtered() {
     let d = Alone::start("list", "");
     let c = &d.client;
     assert_eq!(c.list_batches(&[]).unwrap().len(), 0, "no message for no snapshot");
@@ -226,7 +226,7 @@ fn root_list_comes_in_batches_and_follows_filters() {
 }
 
 #[test]
-fn root_remote_layers_follow_the_protocol() {
+fn root_prepare_of_remote_layers_follows_the_protocol() {
     let d = Alone::start("remote", "attach = \"bind\"");
     let c = &d.client;
     let first = c.pull_remote("default/1/extract-1 sha256:c1", "", "sha256:c1", &digest(1));
@@ -264,7 +264,7 @@ fn root_remote_layers_follow_the_protocol() {
 }
 
 #[test]
-fn root_a_layer_that_cannot_be_remote_becomes_an_ordinary_snapshot() {
+fn root_unpublished_layer_becomes_an_ordinary_snapshot() {
     let d = Alone::start("fallback", "");
     let c = &d.client;
     let hex = "0".repeat(64);
@@ -315,7 +315,7 @@ fn root_a_layer_that_cannot_be_remote_becomes_an_ordinary_snapshot() {
 }
 
 #[test]
-fn root_odd_keys_are_data() {
+fn root_keys_with_special_characters_are_accepted_unchanged() {
     let d = Alone::start("keys", "");
     let c = &d.client;
     let long = "k".repeat(32_768);

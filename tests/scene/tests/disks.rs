@@ -17,7 +17,7 @@ use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
 
 #[test]
-fn root_a_full_disk_loses_nothing_and_heals() {
+fn root_full_disk_loses_nothing_and_recovers() {
     let sandbox = Sandbox::enter("full");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     for (name, make) in [
@@ -88,7 +88,7 @@ fn root_a_full_disk_loses_nothing_and_heals() {
 
 /// Whatever a removal frees, somebody else takes at once. A log that only grows would come to its end.
 #[test]
-fn root_any_number_of_snapshots_is_removed_from_a_disk_that_stays_full() {
+fn root_snapshots_can_be_removed_from_a_full_disk() {
     const SNAPSHOTS: usize = 600;
     let sandbox = Sandbox::enter("stays-full");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
@@ -128,7 +128,7 @@ fn root_any_number_of_snapshots_is_removed_from_a_disk_that_stays_full() {
 
 /// The log was made anew at each start, and who filled the disk had taken its blocks by then.
 #[test]
-fn root_removals_work_beside_a_container_that_keeps_the_disk_full() {
+fn root_removals_succeed_while_a_container_keeps_the_disk_full() {
     const SNAPSHOTS: usize = 300;
     let sandbox = Sandbox::enter("filler");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
@@ -165,7 +165,7 @@ fn root_removals_work_beside_a_container_that_keeps_the_disk_full() {
 
 /// The damaged file was moved away before there was a new one, and the message said that nothing was changed.
 #[test]
-fn root_a_rebuild_that_a_full_disk_ends_changes_nothing() {
+fn root_rebuild_failing_on_full_disk_changes_nothing() {
     let sandbox = Sandbox::enter("rebuild");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let dir = sandbox.path("s");
@@ -203,7 +203,7 @@ fn root_a_rebuild_that_a_full_disk_ends_changes_nothing() {
 /// After the first write that failed, List and Mounts failed as well: the metadata was closed,
 /// and to be opened it had to be written.
 #[test]
-fn root_a_disk_that_turns_read_only_is_read_all_the_same() {
+fn root_read_only_disk_still_serves_reads() {
     let sandbox = Sandbox::enter("read-only");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let disk = Disk::ext4(&sandbox.path("s/root"), 32, &[]);
@@ -260,7 +260,7 @@ fn run_sync() {
 }
 
 #[test]
-fn root_a_disk_that_overlayfs_cannot_use_is_refused() {
+fn root_start_refuses_disk_that_overlayfs_cannot_use() {
     let sandbox = Sandbox::enter("types");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");

@@ -33,7 +33,7 @@ fn files() -> BTreeMap<String, String> {
 }
 
 #[test]
-fn the_page_on_containerd_shows_exactly_the_files_that_the_tests_use() {
+fn containerd_page_shows_the_files_that_the_tests_use() {
     let files = files();
     let mut shown = Vec::new();
     for block in blocks(&read("docs/containerd.md")) {
@@ -45,14 +45,14 @@ fn the_page_on_containerd_shows_exactly_the_files_that_the_tests_use() {
 }
 
 #[test]
-fn the_readme_shows_the_file_for_the_oldest_containerd() {
+fn readme_shows_the_file_for_the_oldest_containerd() {
     let files = files();
     let blocks = blocks(&read("README.md"));
     assert!(blocks.contains(&files["docs/containerd/client-1.toml"]), "it shows {blocks:?}");
 }
 
 #[test]
-fn every_file_registers_our_name_at_our_default_places() {
+fn every_documented_file_registers_the_plugin_at_default_paths() {
     for (name, text) in files() {
         if name.ends_with("nerdctl.toml") {
             continue;

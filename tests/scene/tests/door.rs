@@ -21,7 +21,7 @@ use scene::snapshotter::Snapshotter;
 /// A restart is an upgrade: containerd must not notice. gRPC's own graceful stop refuses calls
 /// that cross its GOAWAY on the wire, and each of those was a failed call of containerd.
 #[test]
-fn root_no_call_of_containerd_fails_while_the_daemon_restarts_behind_its_socket() {
+fn root_containerd_calls_succeed_during_daemon_restart_behind_its_socket() {
     const RESTARTS: usize = 20;
     let sandbox = Sandbox::enter("restart");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
@@ -47,7 +47,7 @@ fn root_no_call_of_containerd_fails_while_the_daemon_restarts_behind_its_socket(
 /// A probe that connects and says nothing made a stop last 10 s: long enough for containerd to give up whom it
 /// connected to meanwhile.
 #[test]
-fn root_silent_client_does_not_delay_a_stop() {
+fn root_silent_client_does_not_delay_stop() {
     let sandbox = Sandbox::enter("silent");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
@@ -61,7 +61,7 @@ fn root_silent_client_does_not_delay_a_stop() {
 
 /// Killed in between, calls under way fail, but whoever comes while nobody serves waits.
 #[test]
-fn root_who_connects_while_the_daemon_is_dead_is_served_by_the_next() {
+fn root_connection_made_while_daemon_is_down_is_served_by_its_successor() {
     let sandbox = Sandbox::enter("dead");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
@@ -81,7 +81,7 @@ fn root_who_connects_while_the_daemon_is_dead_is_served_by_the_next() {
 /// another one: a start that took longer, over a large store or behind a daemon that was killed
 /// and could not end yet, failed them although the socket was there.
 #[test]
-fn root_a_start_that_takes_long_fails_no_call_behind_its_socket() {
+fn root_slow_start_fails_no_call_behind_its_socket() {
     let sandbox = Sandbox::enter("slow-start");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
@@ -149,7 +149,7 @@ fn root_only_root_and_configured_users_may_connect() {
 }
 
 #[test]
-fn root_a_socket_that_cannot_be_served_on_stops_the_start() {
+fn root_start_fails_on_unusable_socket() {
     let sandbox = Sandbox::enter("activation");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");

@@ -20,7 +20,7 @@ use scene::sandbox::Sandbox;
 use scene::snapshotter::{Snapshotter, binary};
 
 #[test]
-fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
+fn root_broken_snapshot_blocks_neither_start_nor_its_removal() {
     let mut d = Alone::start("broken", "");
     let c = &d.client;
     for (key, name) in [("a", "bad"), ("b", "good")] {
@@ -46,7 +46,7 @@ fn root_one_broken_snapshot_blocks_neither_the_start_nor_its_removal() {
 }
 
 #[test]
-fn root_directories_that_were_there_before_are_left_alone() {
+fn root_start_leaves_existing_directories_alone() {
     let sandbox = Sandbox::enter("foreign");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
@@ -71,7 +71,7 @@ fn root_directories_that_were_there_before_are_left_alone() {
 }
 
 #[test]
-fn root_socket_and_state_belong_to_one_daemon() {
+fn root_second_daemon_is_refused_on_socket_and_state_root_in_use() {
     let mut d = Alone::start("exclusive", "");
     let socket = d.snapshotter.socket();
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
@@ -100,7 +100,7 @@ fn root_socket_and_state_belong_to_one_daemon() {
 }
 
 #[test]
-fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
+fn root_stop_finishes_running_calls_within_its_limit() {
     let mut d = Alone::start("stop", "workers = 1");
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
     fill(&source, 300, 200);
@@ -121,7 +121,7 @@ fn root_a_stop_finishes_what_runs_and_takes_no_longer_than_it_says() {
 }
 
 #[test]
-fn root_configuration_is_checked_and_the_log_level_can_change() {
+fn root_invalid_configuration_is_refused_and_log_level_can_change() {
     let mut d = Alone::start("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
     let log = d.snapshotter.log();
     assert!(log.contains("line 4: unknown key \"plugins\""), "{log}");
@@ -163,7 +163,7 @@ fn root_configuration_is_checked_and_the_log_level_can_change() {
 
 /// The start waited for a writer of the FIFO for ever, and said nothing.
 #[test]
-fn root_a_configuration_that_is_no_file_is_refused_at_once() {
+fn root_start_refuses_configuration_that_is_not_a_file() {
     let sandbox = Sandbox::enter("fifo");
     let fifo = sandbox.path("config.toml");
     mkfifo(&fifo, Mode::S_IRUSR).unwrap();
@@ -184,7 +184,7 @@ fn root_a_configuration_that_is_no_file_is_refused_at_once() {
 /// The mount table names things by their real paths. With a root behind a link, the look for
 /// foreign mounts found none, and a cleanup emptied a directory that was mounted below us.
 #[test]
-fn root_what_is_mounted_in_a_snapshot_is_never_emptied() {
+fn root_removal_never_empties_a_mount_in_a_snapshot() {
     let sandbox = Sandbox::enter("linked-root");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     fs::create_dir_all(sandbox.make_dir("real").join("root")).unwrap();
@@ -211,7 +211,7 @@ fn root_what_is_mounted_in_a_snapshot_is_never_emptied() {
 /// A container can make a tree that no path can name. Removing it ran out of stack, in the
 /// daemon and again at every start.
 #[test]
-fn root_a_very_deep_tree_is_measured_and_removed() {
+fn root_very_deep_tree_is_measured_and_removed() {
     let mut d = Alone::start("deep", "");
     let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
     let (flags, mode) = (nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::from_bits_truncate(0o755));
@@ -231,7 +231,7 @@ fn root_a_very_deep_tree_is_measured_and_removed() {
 /// An older copy of the metadata knows nothing of what was made since: those directories
 /// looked like what a crash leaves, and were removed at the start.
 #[test]
-fn root_files_that_older_metadata_does_not_know_are_left_alone() {
+fn root_restored_older_metadata_keeps_newer_files() {
     let mut d = Alone::start("restored", "");
     d.client.prepare("old", "", &[]).unwrap();
     d.snapshotter.end(Signal::SIGTERM);
@@ -257,7 +257,7 @@ fn root_files_that_older_metadata_does_not_know_are_left_alone() {
 }
 
 #[test]
-fn root_a_wrong_address_is_a_wrong_configuration() {
+fn root_unusable_address_is_a_configuration_error() {
     let sandbox = Sandbox::enter("address");
     let root = sandbox.path("root");
     for address in ["relative.sock", "/", "/tmp/a%41b", "/tmp/a/"] {
@@ -276,7 +276,7 @@ fn root_a_wrong_address_is_a_wrong_configuration() {
 /// A pipe that nobody reads: the first worker that logged waited for ever, then the others,
 /// and SIGTERM did nothing.
 #[test]
-fn root_a_log_that_nobody_reads_stops_nothing() {
+fn root_unread_log_blocks_neither_calls_nor_stop() {
     let mut d = Alone::start("stalled-log", "");
     d.snapshotter.end(Signal::SIGTERM);
     let mut command = d.snapshotter.command();
@@ -302,7 +302,7 @@ fn root_a_log_that_nobody_reads_stops_nothing() {
 
 /// A reader that was slow finds out how much it missed.
 #[test]
-fn root_lines_that_were_dropped_are_counted_in_the_log() {
+fn root_dropped_log_lines_are_counted_in_the_log() {
     let mut d = Alone::start("dropped", "log-format = \"text\"");
     d.snapshotter.end(Signal::SIGTERM);
     let mut daemon = d.snapshotter.command().stderr(std::process::Stdio::piped()).spawn().unwrap();
@@ -330,7 +330,7 @@ fn root_lines_that_were_dropped_are_counted_in_the_log() {
 
 /// What a failed cleanup had begun with was never looked at again.
 #[test]
-fn root_a_cleanup_that_failed_is_taken_up_by_the_next() {
+fn root_failed_cleanup_is_retried_by_the_next() {
     let d = Alone::start("taken-up", "");
     let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
     let foreign = d.sandbox.make_dir("foreign");

@@ -215,7 +215,7 @@ fn storms(socket: &Path, seed: u64, count: usize) -> Codes {
 }
 
 #[test]
-fn root_a_million_requests_leave_the_daemon_as_it_was() {
+fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
     let mut d = Alone::start("storm", "");
     let requests = requests();
     pull_chain(&d.client);
@@ -273,7 +273,7 @@ fn as_before(d: &mut Alone) {
 
 /// A log of lines that are one JSON object each, whatever stands in keys, labels and filters.
 #[test]
-fn root_what_clients_send_stays_on_its_line_in_the_log() {
+fn root_client_strings_cannot_break_log_lines() {
     let d = Alone::start("log", "");
     storms(&d.snapshotter.socket(), 4, 2_000);
     let log = d.snapshotter.log();
@@ -403,7 +403,7 @@ fn beside_a_witness<T>(d: &Alone, attack: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn root_what_is_no_call_disturbs_nobody_and_nothing_grows() {
+fn root_garbage_frames_are_rejected_without_leaks() {
     let mut d = Alone::start("wire", "");
     let socket = d.snapshotter.socket();
     let pid = d.snapshotter.server().pid();
@@ -427,7 +427,7 @@ fn root_what_is_no_call_disturbs_nobody_and_nothing_grows() {
 /// taken back nor how many wait meanwhile, about 14 KiB each. But they are worked off, others are
 /// served, and what they took is used again.
 #[test]
-fn root_calls_that_are_taken_back_at_once_do_not_pile_up() {
+fn root_immediately_cancelled_calls_do_not_accumulate() {
     let mut d = Alone::start("reset", "");
     let socket = d.snapshotter.socket();
     let pid = d.snapshotter.server().pid();

@@ -96,7 +96,7 @@ fn with_owners(dir: &Path) -> Repository {
 }
 
 #[test]
-fn root_published_layers_give_the_files_of_a_normal_pull() {
+fn root_published_layers_equal_a_normal_pull() {
     let without_losses: fn(&Path) -> Repository = |dir| Repository::mounted_with(dir, Settings::without_losses());
     let [mounted, plain]: [fn(&Path) -> Repository; 2] = [Repository::mounted, Repository::plain];
     for (attach, publishers) in [("bind", [mounted, without_losses]), ("symlink", [with_owners, plain])] {
@@ -113,7 +113,7 @@ fn root_published_layers_give_the_files_of_a_normal_pull() {
 /// Today's publisher gives everything to one user. Nobody below can mend that, but whoever
 /// runs the site has to know.
 #[test]
-fn root_owners_that_the_publisher_dropped_are_noticed_once() {
+fn root_lost_owners_are_logged_once() {
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
     let lost = |dir: &Path| Repository::mounted_with(dir, Settings { ingest, ..Settings::default() });
     let stage = Stage::with("owners", "", lost);
@@ -135,7 +135,7 @@ fn root_owners_that_the_publisher_dropped_are_noticed_once() {
 /// The crate `cvmfs` reads the repository. What it cannot show is left out of the image:
 /// devices, attributes, hard links, names that are not UTF-8, parts of seconds.
 #[test]
-fn root_a_client_that_we_did_not_write_shows_the_same_files() {
+fn root_independent_cvmfs_client_shows_the_same_files() {
     let theirs = |dir: &Path| Repository::mounted_with(dir, Settings::with_client(&["--backend", "crate"]));
     let stage = Stage::with("theirs", "", theirs);
     let b = &stage.builder;
@@ -164,7 +164,7 @@ fn root_a_client_that_we_did_not_write_shows_the_same_files() {
 }
 
 #[test]
-fn root_whiteouts_reach_across_local_and_published_layers() {
+fn root_whiteouts_apply_across_local_and_published_layers() {
     let stage = Stage::set("mixed", "");
     let b = &stage.builder;
     // Every subset of the three upper layers is published once.
@@ -196,7 +196,7 @@ fn root_whiteouts_reach_across_local_and_published_layers() {
 }
 
 #[test]
-fn root_odd_cases_are_what_a_normal_pull_makes_of_them() {
+fn root_unusual_layer_contents_equal_a_normal_pull() {
     let stage = Stage::set("odd", "");
     let b = &stage.builder;
     let base = || b.layer(lower);
@@ -253,7 +253,7 @@ fn root_odd_cases_are_what_a_normal_pull_makes_of_them() {
 }
 
 #[test]
-fn root_a_layer_may_stand_three_times() {
+fn root_image_may_contain_a_layer_three_times() {
     let stage = Stage::set("repeated", "");
     let b = &stage.builder;
     let (base, repeated) =
@@ -265,7 +265,7 @@ fn root_a_layer_may_stand_three_times() {
 }
 
 #[test]
-fn root_a_chain_of_127_layers_works() {
+fn root_chain_of_127_layers_works() {
     let stage = Stage::set("long", "");
     let b = &stage.builder;
     let mut layers = vec![b.layer(lower)];

@@ -26,7 +26,7 @@ fn is_turned_away(connection: &mut UnixStream) -> bool {
 }
 
 #[test]
-fn root_connections_are_bounded_and_those_inside_are_served() {
+fn root_connections_are_bounded_and_accepted_ones_are_served() {
     let mut d = Alone::start("connections", "");
     d.client.prepare("key", "", &[]).unwrap();
     let knock = |d: &Alone| UnixStream::connect(d.snapshotter.socket()).unwrap();
@@ -50,7 +50,7 @@ fn rest(listing: Listing) -> Answer<usize> {
 
 /// A node with this many snapshots could never collect its garbage: a List of them was too much.
 #[test]
-fn root_lists_that_nobody_reads_take_a_piece_each_and_hold_nobody_up() {
+fn root_unread_lists_hold_one_batch_each_and_block_nobody() {
     const SNAPSHOTS: usize = 20_000;
     let mut d = Alone::start_on("lists", "workers = 1", |root, _| crowd(root, SNAPSHOTS as u64));
     d.client.list(&["labels.nothing"]).unwrap();
@@ -77,7 +77,7 @@ fn root_lists_that_nobody_reads_take_a_piece_each_and_hold_nobody_up() {
 }
 
 #[test]
-fn root_lists_beyond_their_share_of_memory_are_refused_and_those_that_began_come_to_their_end() {
+fn root_lists_over_memory_budget_are_refused_and_running_ones_finish() {
     const SNAPSHOTS: usize = 5_000;
     let mut d = Alone::start_on("share", "", |root, _| crowd(root, SNAPSHOTS as u64));
     let before = d.snapshotter.server().status("VmRSS") >> 10;
@@ -110,7 +110,7 @@ fn root_lists_beyond_their_share_of_memory_are_refused_and_those_that_began_come
 }
 
 #[test]
-fn root_requests_at_their_largest_are_bounded_together() {
+fn root_memory_of_largest_requests_is_bounded_in_total() {
     let mut d = Alone::start("large", "");
     let before = d.snapshotter.server().status("VmRSS") >> 10;
     let largest = "x".repeat((16 << 20) - 1000);
@@ -149,7 +149,7 @@ const CORE_THREADS: [&str; 5] =
     ["default-executo", "event_engine", "grpc_global_tim", "resolver-execut", "timer_manager"];
 
 #[test]
-fn root_threads_are_as_many_under_load_as_at_rest() {
+fn root_thread_count_does_not_grow_under_load() {
     let mut d = Alone::start("threads", "workers = 4");
     d.client.prepare("key", "", &[]).unwrap();
     let crowd: Vec<Client> = (0..48).map(|_| d.snapshotter.client()).collect();
@@ -183,7 +183,7 @@ fn root_threads_are_as_many_under_load_as_at_rest() {
 
 /// Every descriptor is in use: calls say so, nothing ends, and what is freed is used again.
 #[test]
-fn root_a_daemon_without_free_descriptors_says_so_and_recovers() {
+fn root_exhausted_descriptors_are_logged_and_recovered_from() {
     let mut d = Alone::start("descriptors", "");
     let pid = d.snapshotter.server().pid().to_string();
     let used = d.snapshotter.server().descriptors();
@@ -228,7 +228,7 @@ fn make_names(directory: &Path, count: usize, beside: &Path) {
 /// memory, so the kernel killed the daemon for a Usage, which the kubelet asks for again and again, and for a
 /// Cleanup, at each start anew, before the first name was removed.
 #[test]
-fn root_a_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
+fn root_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
     const NAMES: usize = 500_000;
     const LIMIT: Duration = Duration::from_mins(5);
     let group = MemoryGroup::make("names", 64 << 20);

@@ -57,7 +57,7 @@ fn root_every_call_is_answered_under_load() {
 /// Each connection to the metadata has a cache, and freed pieces of the heap stay with the process: after many calls at
 /// once all of that stayed for ever.
 #[test]
-fn root_memory_of_many_calls_at_once_is_given_back() {
+fn root_memory_is_returned_after_many_concurrent_calls() {
     let mut d = Alone::start("storm", "");
     let clients: Vec<Client> = (0..32).map(|_| d.snapshotter.client()).collect();
     std::thread::scope(|scope| {
@@ -102,7 +102,7 @@ fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
 }
 
 #[test]
-fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
+fn root_concurrent_cleanups_never_detach_layers_in_use() {
     let d = Alone::start("race", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let stop = AtomicBool::new(false);
@@ -140,7 +140,7 @@ fn root_uses_and_cleanups_at_once_never_take_a_layer_that_is_needed() {
 }
 
 #[test]
-fn root_a_full_queue_refuses_at_once_and_a_late_call_is_not_started() {
+fn root_full_queue_refuses_at_once_and_expired_calls_are_not_started() {
     let d = Alone::start("queue", "workers = 1\nqueue = 2");
     // A directory that takes long to measure keeps the only worker busy.
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
@@ -171,7 +171,7 @@ fn root_a_full_queue_refuses_at_once_and_a_late_call_is_not_started() {
 }
 
 #[test]
-fn root_garbage_on_the_socket_disturbs_nobody() {
+fn root_garbage_on_the_socket_does_not_affect_other_clients() {
     let d = Alone::start("garbage", "");
     for n in 0..50 {
         let mut stream = UnixStream::connect(d.snapshotter.socket()).unwrap();
@@ -186,7 +186,7 @@ fn root_garbage_on_the_socket_disturbs_nobody() {
 }
 
 #[test]
-fn root_a_client_that_does_not_read_its_list_holds_no_worker() {
+fn root_client_not_reading_its_list_holds_no_worker() {
     let d = Alone::start("slow-reader", "workers = 1");
     for n in 0..40 {
         d.client.prepare(&format!("key-{n}"), "", &[("big", &"x".repeat(200_000))]).unwrap();
@@ -199,7 +199,7 @@ fn root_a_client_that_does_not_read_its_list_holds_no_worker() {
 }
 
 #[test]
-fn root_a_full_queue_does_not_break_a_list_that_has_begun() {
+fn root_full_queue_does_not_interrupt_a_running_list() {
     const SNAPSHOTS: usize = 20_000;
     let d = Alone::start_on("begun", "workers = 1\nqueue = 1", |root, _| crowd(root, SNAPSHOTS as u64));
     let mut listing = d.client.listing(&[]).unwrap();
@@ -230,7 +230,7 @@ fn root_a_full_queue_does_not_break_a_list_that_has_begun() {
 }
 
 #[test]
-fn root_a_list_whose_client_went_away_is_read_no_further() {
+fn root_list_of_disconnected_client_is_aborted() {
     let d = Alone::start_on("away", "", |root, _| crowd(root, 20_000));
     let sent = |d: &Alone| -> Vec<usize> {
         let log = d.snapshotter.log();
@@ -251,7 +251,7 @@ fn root_a_list_whose_client_went_away_is_read_no_further() {
 }
 
 #[test]
-fn root_a_list_under_way_is_finished_at_a_stop_and_one_that_nobody_reads_is_given_up() {
+fn root_stop_finishes_running_list_and_aborts_unread_one() {
     const SNAPSHOTS: usize = 20_000;
     let mut d = Alone::start_on("stop", "", |root, _| crowd(root, SNAPSHOTS as u64));
     let (reader, sleeper) = (d.snapshotter.client(), d.snapshotter.client());
@@ -270,7 +270,7 @@ fn root_a_list_under_way_is_finished_at_a_stop_and_one_that_nobody_reads_is_give
 /// One client that did not read its List kept everybody from being asked to go: calls of others that crossed the
 /// stop failed.
 #[test]
-fn root_client_that_does_not_read_keeps_no_other_from_being_asked_to_go() {
+fn root_client_not_reading_does_not_keep_others_from_getting_goaway() {
     const SNAPSHOTS: usize = 20_000;
     let mut d = Alone::start_on("goaway", "", |root, _| crowd(root, SNAPSHOTS as u64));
     let mut unread = Client::connect_idle(&d.snapshotter.socket()).listing(&[]).unwrap();
@@ -292,7 +292,7 @@ fn root_client_that_does_not_read_keeps_no_other_from_being_asked_to_go() {
 
 /// It was counted as OK before it was sent.
 #[test]
-fn root_answer_to_a_client_that_went_away_is_counted_as_cancelled() {
+fn root_call_of_disconnected_client_is_counted_as_cancelled() {
     let dir = PathBuf::from(format!("/run/scene-unsent-{}", std::process::id()));
     let socket = dir.join("m.sock");
     let d = Alone::start("unsent", &format!("metrics-address = {socket:?}"));
@@ -324,7 +324,7 @@ fn root_answer_to_a_client_that_went_away_is_counted_as_cancelled() {
 /// Each Cleanup that waited for the one under way held a worker: a few of them stopped the
 /// daemon until a large snapshot was removed.
 #[test]
-fn root_many_cleanups_leave_workers_for_others() {
+fn root_concurrent_cleanups_leave_workers_for_other_calls() {
     let d = Alone::start("cleanups", "workers = 3");
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
     fill(&source, 400, 250);

@@ -25,7 +25,7 @@ fn save_and_push(stage: &Stage, reference: &str) -> [Output; 2] {
 }
 
 #[test]
-fn root_images_that_were_not_downloaded_can_be_tagged_run_and_committed() {
+fn root_nerdctl_can_tag_run_and_commit_images_not_downloaded() {
     let stage = Stage::set("tag", "");
     let (image, reference) = pulled(&stage, "tag:1");
     let [tagged, committed] = ["tagged", "committed"].map(|name| format!("{reference}-{name}"));
@@ -41,7 +41,7 @@ fn root_images_that_were_not_downloaded_can_be_tagged_run_and_committed() {
 }
 
 #[test]
-fn root_save_and_push_need_the_blobs_which_a_pull_without_unpacking_fetches() {
+fn root_nerdctl_save_and_push_need_blobs_that_pull_without_unpacking_fetches() {
     let stage = Stage::set("save", "");
     for (n, more) in
         [&["pull", "--unpack=false"][..], &["pull", "--all-platforms"], &["--snapshotter", "overlayfs", "pull"]]
@@ -78,7 +78,7 @@ fn bytes(directory: &Path) -> u64 {
 /// containerd compares what the container has with what the image has, and where both times have no fraction of a
 /// second, it compares contents. No time in CernVM-FS has one.
 #[test]
-fn root_a_commit_reads_every_file_of_the_image() {
+fn root_nerdctl_commit_reads_every_file_of_the_image() {
     const FILES: usize = 400;
     const SIZE: usize = 16 << 10;
     let stage = Stage::set("commit", "");

@@ -127,7 +127,7 @@ const CASES: [Case; 4] = [
 ];
 
 #[test]
-fn root_log_status_and_doctor_say_whose_the_files_of_a_repository_are() {
+fn root_log_status_and_doctor_report_owners_of_repository_files() {
     for case in &CASES {
         let sandbox = Sandbox::enter(case.name);
         let repository = mounted(&sandbox, case.client);
@@ -180,7 +180,7 @@ fn root_log_status_and_doctor_say_whose_the_files_of_a_repository_are() {
 /// A publisher that keeps owners gives directories which a layer's tar does not name to nobody, and
 /// overlayfs can make no directory of such an owner on the local disk.
 #[test]
-fn root_writes_below_a_directory_without_an_owner_work() {
+fn root_container_can_write_below_directory_without_valid_owner() {
     for config in MODES {
         let sandbox = Sandbox::enter("nobody");
         let repository = mounted(&sandbox, &[]);
@@ -225,7 +225,7 @@ fn attributes(path: &Path) -> Vec<String> {
 /// Containers saw these attributes, and could not change a file: overlayfs copies all of them, and on ext4 they have to
 /// fit into a block of 4 KiB.
 #[test]
-fn root_no_container_stands_on_layers_whose_client_lists_its_attributes_on_every_file() {
+fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file() {
     for config in MODES {
         let sandbox = Sandbox::enter("listed");
         let repository = mounted(&sandbox, &["--magic-xattrs", "rootonly"]);
@@ -267,7 +267,7 @@ fn root_no_container_stands_on_layers_whose_client_lists_its_attributes_on_every
 
 /// Each start failed with "No space left on device" in the way of a fault of this program, with most of the disk free.
 #[test]
-fn root_attributes_that_the_state_root_does_not_take_are_named_with_their_directory() {
+fn root_error_names_attribute_that_state_root_rejects_and_its_directory() {
     for config in MODES {
         let sandbox = Sandbox::enter("large-attribute");
         // It takes larger attributes than ext4.
@@ -293,7 +293,7 @@ fn root_attributes_that_the_state_root_does_not_take_are_named_with_their_direct
 }
 
 #[test]
-fn root_a_client_that_lists_its_attributes_at_the_root_alone_is_not_warned_of() {
+fn root_client_listing_magic_attributes_only_at_the_root_causes_no_warning() {
     let sandbox = Sandbox::enter("unlisted");
     let repository = mounted(&sandbox, &["--magic-xattrs", "rootonly"]);
     make_layer(&repository, 1, &["file"]);

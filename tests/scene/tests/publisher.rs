@@ -63,7 +63,7 @@ fn assert_equal(fqrn: &str, repository: &Repository) {
 }
 
 #[test]
-fn root_of_real_images_the_publisher_makes_what_the_real_one_made() {
+fn root_test_publisher_reproduces_real_publisher_output() {
     let sandbox = Sandbox::enter("publisher");
     let images = images(&sandbox);
     let of_root = Repository::mounted(&sandbox.path("root"));
@@ -86,7 +86,7 @@ fn root_of_real_images_the_publisher_makes_what_the_real_one_made() {
 
 /// Newer than the real data.
 #[test]
-fn root_the_manifest_of_an_image_in_an_index_lies_below_its_architecture() {
+fn root_manifest_of_multi_architecture_image_is_stored_below_its_architecture() {
     let sandbox = Sandbox::enter("architecture");
     let (_, image) = images(&sandbox).swap_remove(2);
     let repository = Repository::plain(&sandbox.path("cvmfs"));

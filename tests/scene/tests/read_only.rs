@@ -21,7 +21,7 @@ const PLACING: &str = "symlink symlinkat mount";
 const FOLLOWING: &str = "chmod fchmodat chown fchownat setxattr removexattr truncate utimensat";
 
 #[test]
-fn root_nothing_in_the_repository_is_opened_for_writing() {
+fn root_daemon_opens_nothing_in_repository_for_writing() {
     for attach in ["bind", "symlink"] {
         let mut stage = Stage::set("read-only", &format!("attach = \"{attach}\""));
         stage.snapshotter.end(Signal::SIGTERM);
@@ -171,7 +171,7 @@ fn parts(arguments: &str, open: char, close: char) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_change_of_the_repository_is_seen_in_a_trace() {
+fn trace_check_detects_each_call_that_changes_the_repository() {
     let repository = Path::new("/r");
     let attached =
         "1 symlink(\"/r/layer\", \"/s/7/fs\") = 0\n1 mount(\"/r/layer\", \"/s/8/fs\", NULL, MS_BIND, NULL) = 0\n";

@@ -210,7 +210,7 @@ fn assert_differences(fqrn: &str, image: &str, normal: &Listing, ours: &Listing)
 }
 
 #[test]
-fn root_containers_on_real_repositories_differ_from_a_normal_pull_by_what_the_publisher_lost() {
+fn root_containers_on_real_repositories_differ_from_normal_pull_only_by_publisher_losses() {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970").as_secs();
     for fqrn in [real::ROOT, real::LOST] {
         let stage = stage(fqrn);

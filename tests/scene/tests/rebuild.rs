@@ -85,7 +85,7 @@ fn newer_schema(path: &Path) {
 /// A shell of sqlite3 that was left open kept the index of the old log, and the file that a rebuild had made passed for a
 /// damaged one.
 #[test]
-fn root_metadata_that_another_program_has_open_is_not_used_and_the_other_way_round() {
+fn root_rebuild_and_daemon_refuse_metadata_that_the_other_has_open() {
     let mut d = Alone::start("open", "");
     fill(&d.client);
     let file = metadata(&d.snapshotter);
@@ -110,7 +110,7 @@ fn root_metadata_that_another_program_has_open_is_not_used_and_the_other_way_rou
 
 /// The start waited for somebody to write into it, and said nothing.
 #[test]
-fn root_metadata_that_is_no_file_is_refused() {
+fn root_start_refuses_metadata_that_is_not_a_regular_file() {
     let mut d = Alone::start("fifo", "");
     d.snapshotter.end(Signal::SIGTERM);
     let file = metadata(&d.snapshotter);
@@ -122,7 +122,7 @@ fn root_metadata_that_is_no_file_is_refused() {
 }
 
 #[test]
-fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
+fn root_start_refuses_damaged_metadata_and_changes_nothing() {
     let mut d = Alone::start("damaged", "");
     fill(&d.client);
     d.snapshotter.end(Signal::SIGTERM);
@@ -179,7 +179,7 @@ fn root_damaged_metadata_is_refused_and_nothing_is_touched() {
 }
 
 #[test]
-fn root_metadata_is_rebuilt_from_the_directories_alone() {
+fn root_rebuild_restores_metadata_from_snapshot_directories() {
     let mut d = Alone::start("alone", "");
     let chain = fill(&d.client);
     let before = records(&d.client);
@@ -278,7 +278,7 @@ fn lock(home: &Path) -> (std::process::Child, String) {
 }
 
 #[test]
-fn root_records_beside_files_that_contradict_each_other_are_left_out() {
+fn root_rebuild_omits_contradictory_records() {
     let mut d = Alone::start("contradict", "");
     for key in ["one", "two", "three", "four", "five", "six"] {
         d.client.prepare(key, "", &[]).unwrap();
@@ -320,7 +320,7 @@ fn root_records_beside_files_that_contradict_each_other_are_left_out() {
 }
 
 #[test]
-fn root_a_node_goes_on_after_its_metadata_was_lost_and_rebuilt() {
+fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
     let mut stage = Stage::set("rebuild", "");
     let published = stage.shell_image("published:1", "x");
     let local = stage.shell_image("local:1", "y");

@@ -79,7 +79,7 @@ impl Drop for Resumed<'_> {
 }
 
 #[test]
-fn root_a_repository_that_hangs_delays_only_what_needs_it() {
+fn root_hung_repository_delays_only_calls_that_need_it() {
     for config in MODES {
         let d = Alone::start("hangs", config);
         let c = &d.client;
@@ -155,7 +155,7 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
 }
 
 #[test]
-fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_alive() {
+fn root_repository_that_answers_only_statfs_is_reported_down() {
     for config in MODES {
         let d = Alone::start("half-dead", config);
         let chain = pull_chain(&d.client);
@@ -174,7 +174,7 @@ fn root_a_repository_that_answers_statfs_and_nothing_else_does_not_pass_for_aliv
 /// The client hangs for good, and the admin mounts the repository anew over it. Threads, probes,
 /// walks and locks that hang in the old mount were taken for the new one's.
 #[test]
-fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
+fn root_hung_mount_does_not_affect_its_replacement() {
     let socket = metrics_socket("in-its-place");
     for attach in ["bind", "symlink"] {
         let config = format!("attach = \"{attach}\"\nrepository-timeout = 1\nmetrics-address = {socket:?}");
@@ -231,7 +231,7 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
 /// A new mount was looked for at exactly the repository's path, so there it was never noticed: no container
 /// started until the client that hung was killed.
 #[test]
-fn root_a_new_mount_is_noticed_from_a_directory_below_it_and_through_a_link() {
+fn root_remount_is_noticed_through_subdirectory_and_symlink() {
     for attach in ["bind", "symlink"] {
         for place in ["cvmfs/compat", "link"] {
             let sandbox = Sandbox::enter("below");
@@ -274,7 +274,7 @@ fn root_a_new_mount_is_noticed_from_a_directory_below_it_and_through_a_link() {
 /// Killed while a thread hangs in a repository, a process cannot end, and the next one was told that
 /// another daemon runs, which nobody could stop.
 #[test]
-fn root_a_start_after_a_kill_that_could_not_end_says_what_is_to_be_done() {
+fn root_start_beside_unkillable_predecessor_explains_remedy() {
     let mut d = Alone::start("held", "repository-timeout = 1");
     let chain = pull_chain(&d.client);
     d.repository.command("hang tree");
@@ -294,7 +294,7 @@ fn root_a_start_after_a_kill_that_could_not_end_says_what_is_to_be_done() {
 }
 
 #[test]
-fn root_a_slow_repository_is_waited_for() {
+fn root_calls_wait_for_slow_repository() {
     for config in MODES {
         let d = Alone::start("slow", config);
         let chain = pull_chain(&d.client);
@@ -308,7 +308,7 @@ fn root_a_slow_repository_is_waited_for() {
 /// What a site sees when the client crashes: it hangs, is dead for two seconds, then its
 /// directory is empty, then it is mounted anew.
 #[test]
-fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
+fn root_repository_that_died_and_returned_serves_the_next_container() {
     for config in MODES {
         let stage = Stage::set("died", config);
         let published = stage.shell_image("died:1", "x");
@@ -374,7 +374,7 @@ fn root_a_repository_that_died_and_came_back_serves_the_next_container() {
 }
 
 #[test]
-fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
+fn root_missing_repository_is_logged_once_and_used_when_it_appears() {
     for config in MODES {
         let sandbox = Sandbox::enter("late");
         let repository = Repository::mounted(&sandbox.path("cvmfs"));
@@ -398,7 +398,7 @@ fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
 
 /// As sites mount `/cvmfs`: the kernel's autofs and the automounter, which mounts what is asked for.
 #[test]
-fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
+fn root_access_makes_autofs_mount_the_repository() {
     for config in MODES {
         let sandbox = Sandbox::enter("autofs");
         let repository = Repository::mounted(&sandbox.path("real"));
@@ -435,7 +435,7 @@ fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
 }
 
 #[test]
-fn root_a_layer_that_a_later_revision_lacks_costs_its_own_files_and_new_containers_until_it_is_back() {
+fn root_withdrawn_layer_affects_only_its_files_and_new_containers_until_republished() {
     for config in MODES {
         let stage = Stage::set("withdrawn", config);
         let published = stage.shell_image("withdrawn:1", "x");

@@ -118,7 +118,7 @@ fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
 
 /// What counted was what they take on the wire. Decoded they took 13 to 16 times as much.
 #[test]
-fn root_requests_of_many_tiny_fields_are_refused_before_they_are_decoded() {
+fn root_requests_with_too_many_fields_are_refused_before_decoding() {
     let mut m = Measured::start("fields", "");
     for (what, method, request) in requests_of_tiny_fields() {
         let grown = m.growth(what, |d| {
@@ -151,7 +151,7 @@ fn root_requests_of_many_tiny_fields_are_refused_before_they_are_decoded() {
 
 /// A pattern of 240 KB took 513 MiB while it was compiled, and 32 of them at once 14 GiB.
 #[test]
-fn root_lists_with_large_filters_are_bounded_together() {
+fn root_memory_of_lists_with_large_filters_is_bounded_in_total() {
     const AT_ONCE: usize = 32;
     /// What such lists may take together, in KiB.
     const LIMIT: usize = 192 << 10;
@@ -185,7 +185,7 @@ fn root_lists_with_large_filters_are_bounded_together() {
 
 /// Answers of 1 MiB that nobody reads, a thousand on each connection, were in no count.
 #[test]
-fn root_answers_that_nobody_takes_are_bounded_together() {
+fn root_memory_of_unread_responses_is_bounded_in_total() {
     const CALLS: usize = 1_000;
     /// In KiB: 192 MiB of them.
     const LIMIT: usize = 320 << 10;
@@ -225,7 +225,7 @@ fn root_answers_that_nobody_takes_are_bounded_together() {
 /// gRPC held a slot for each call until its message had come, and had 1,024 of them for all clients: one who began as
 /// many calls and sent no message made the daemon deaf.
 #[test]
-fn root_calls_without_a_message_keep_nobody_from_being_served() {
+fn root_calls_without_a_message_do_not_block_other_clients() {
     const CONNECTIONS: usize = 4;
     const CALLS: u32 = 1_000;
     let d = Alone::start("begun", "");

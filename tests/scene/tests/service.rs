@@ -70,7 +70,7 @@ fn complaints(machine: &Machine) -> Vec<String> {
 }
 
 #[test]
-fn root_under_its_unit_the_service_does_all_of_its_work() {
+fn root_service_works_under_its_systemd_unit() {
     let sandbox = Sandbox::enter("service");
     let builder = Builder::new(&sandbox.path("images"));
     let registry = Registry::start(&sandbox.path("registry"));
@@ -230,7 +230,7 @@ fn snapshot_dirs(machine: &Machine) -> Vec<String> {
 
 /// What only one of the capabilities allows, as far as this kernel asks for it.
 #[test]
-fn root_the_service_needs_each_of_its_capabilities() {
+fn root_service_fails_without_any_one_of_its_capabilities() {
     let sandbox = Sandbox::enter("capabilities");
     let repository = with_much_to_copy(&sandbox);
     publish_odd_layers(&repository);
@@ -339,7 +339,7 @@ fn directories(mounts: &[Mount]) -> Vec<String> {
 
 /// The very unit, with another program in it, and a unit that restricts nothing.
 #[test]
-fn root_what_the_unit_does_not_grant_is_refused() {
+fn root_systemd_unit_denies_everything_it_does_not_grant() {
     let sandbox = Sandbox::enter("refused");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
@@ -433,7 +433,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
 /// Calls wake the service, so a configuration that it refuses must neither be tried for ever nor
 /// leave anything to repair but the configuration.
 #[test]
-fn root_a_wrong_configuration_is_given_up_and_a_right_one_needs_only_a_restart() {
+fn root_service_is_not_restarted_on_invalid_configuration_and_starts_once_corrected() {
     let sandbox = Sandbox::enter("wrong");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
@@ -463,7 +463,7 @@ fn beside(name: &str) -> PathBuf {
 
 /// A daemon that is there and does nothing is worse than none.
 #[test]
-fn root_a_service_that_hangs_is_killed_and_started_again_and_one_that_idles_is_not() {
+fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
     let sandbox = Sandbox::enter("watchdog");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
@@ -491,7 +491,7 @@ fn diagnosis(machine: &Machine, check: &str) -> (String, Option<i32>) {
 }
 
 #[test]
-fn root_the_doctor_knows_what_keeps_a_service_from_running() {
+fn root_doctor_explains_why_the_service_does_not_run() {
     const CONTAINERD: &str = "containerd.service";
     let sandbox = Sandbox::enter("doctor");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
@@ -555,7 +555,7 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
 }
 
 #[test]
-fn root_metrics_are_served_under_the_unit_on_a_socket_and_with_a_line_more_on_an_address() {
+fn root_metrics_are_served_under_the_unit_on_socket_and_address() {
     let sandbox = Sandbox::enter("metrics");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };

@@ -18,7 +18,7 @@ use scene::stage::names;
 const TIMEOUT: Duration = Duration::from_secs(4);
 
 #[test]
-fn root_several_repositories_are_asked_in_order_and_stand_in_for_each_other() {
+fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
     for mode in ["bind", "symlink"] {
         let sandbox = Sandbox::enter("several");
         let (one, two) = (Repository::mounted(&sandbox.path("one")), Repository::mounted(&sandbox.path("two")));

@@ -43,7 +43,7 @@ fn stat_when_there_is_room(client: &Client, key: &str) -> Answer<Info> {
 /// The calls that came first held the workers: health was not told to anybody. And when the start was over they were
 /// all carried out, although nobody waited any more.
 #[test]
-fn root_slow_start_holds_calls_back_and_answers_health() {
+fn root_calls_wait_and_health_is_answered_during_slow_start() {
     const QUEUE: usize = 3;
     let sandbox = Sandbox::enter("slow-start");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
@@ -87,7 +87,7 @@ fn root_slow_start_holds_calls_back_and_answers_health() {
 /// A restart that came while the daemon was still starting, as of a node that boots under load, failed the calls that
 /// waited for the start.
 #[test]
-fn root_stop_during_a_start_answers_the_calls_that_wait() {
+fn root_stop_during_start_answers_waiting_calls() {
     let sandbox = Sandbox::enter("stop-in-start");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let disk = Disk::ext4(&sandbox.path("s/root"), 32, &[]);
@@ -132,7 +132,7 @@ impl Drop for Held {
 
 /// Signals were looked at only after the start: systemd ended the stop of a long one with SIGKILL.
 #[test]
-fn root_slow_start_takes_signals_and_can_be_stopped() {
+fn root_slow_start_handles_signals_and_can_be_stopped() {
     let sandbox = Sandbox::enter("stopped-start");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
@@ -180,7 +180,7 @@ fn assert_refused(what: &str, output: &Output, parts: &[&str]) {
 
 /// Whoever could write there put metadata and a link of theirs in it, and root removed what the link led to.
 #[test]
-fn root_state_root_with_directories_of_others_is_refused() {
+fn root_start_refuses_state_root_with_foreign_directories() {
     let (sandbox, snapshotter) = unstarted("others");
     let victim = sandbox.make_dir("victim/7");
     let cases = [
@@ -221,7 +221,7 @@ fn root_state_root_with_directories_of_others_is_refused() {
 }
 
 #[test]
-fn root_state_root_that_others_can_write_to_is_told() {
+fn root_state_root_writable_by_others_causes_a_warning() {
     let (_sandbox, mut snapshotter) = unstarted("writable");
     let root = snapshotter.root();
     fs::create_dir_all(&root).unwrap();
@@ -235,7 +235,7 @@ fn root_state_root_that_others_can_write_to_is_told() {
 }
 
 #[test]
-fn root_state_root_as_a_go_snapshotter_or_an_admin_made_it_is_accepted() {
+fn root_start_accepts_state_root_made_by_go_snapshotter_or_admin() {
     let (sandbox, mut snapshotter) = unstarted("accepted");
     let root = snapshotter.root();
     for mode in [0o700, 0o711, 0o755] {
@@ -255,7 +255,7 @@ fn root_state_root_as_a_go_snapshotter_or_an_admin_made_it_is_accepted() {
 
 /// A file was "File exists (os error 17)", and tried for ever; a state root in a repository was taken, and written to.
 #[test]
-fn root_state_root_that_cannot_be_one_is_a_fault_of_the_configuration() {
+fn root_unusable_state_root_is_a_configuration_error() {
     let (sandbox, snapshotter) = unstarted("no-root");
     fs::write(sandbox.path("file"), "").unwrap();
     symlink("cvmfs", sandbox.path("link")).unwrap();

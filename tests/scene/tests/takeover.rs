@@ -89,7 +89,7 @@ fn ids(mounts: &[Mount], option: &str) -> Vec<u64> {
 }
 
 #[test]
-fn root_every_record_of_the_go_snapshotter_is_taken_over() {
+fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     let mut records = Vec::new();
     let mut before = BTreeMap::new();
     let mut d = Alone::start_on("takeover", "", |root, _| {
@@ -160,7 +160,7 @@ fn root_every_record_of_the_go_snapshotter_is_taken_over() {
 }
 
 #[test]
-fn root_thousands_of_snapshots_with_long_names_and_labels_are_taken_over_at_any_moment() {
+fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     let sandbox = Sandbox::enter("large");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let records = gostate::write("large", &sandbox.make_dir("s/root"));
@@ -212,7 +212,7 @@ fn refusal(snapshotter: &Snapshotter) -> String {
 }
 
 #[test]
-fn root_a_go_snapshotter_that_runs_or_left_a_damaged_file_is_not_taken_over() {
+fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
     let mut d = Alone::start_on("refused", "", |_, _| ());
     d.snapshotter.end(Signal::SIGKILL);
     let home = d.snapshotter.root().join("snapshotter");
@@ -262,7 +262,7 @@ fn root_a_go_snapshotter_that_runs_or_left_a_damaged_file_is_not_taken_over() {
 }
 
 #[test]
-fn root_what_the_go_snapshotter_destroyed_is_reported_by_image_with_the_repair() {
+fn root_takeover_reports_lost_files_by_image_with_repair() {
     let d = Alone::start_on("destroyed", "", |root, _| {
         gostate::write("small", root);
         // What a stop of the Go one does.
@@ -300,7 +300,7 @@ fn root_what_the_go_snapshotter_destroyed_is_reported_by_image_with_the_repair()
 }
 
 #[test]
-fn root_records_that_make_no_sense_are_left_out_by_name() {
+fn root_takeover_omits_invalid_records_and_names_them() {
     let mut records = Vec::new();
     let d = Alone::start_on("odd", "", |root, _| records = gostate::write("odd", root));
     assert_same_records(&d.client, &records);
@@ -329,7 +329,7 @@ fn root_records_that_make_no_sense_are_left_out_by_name() {
 /// The Go one binds layers read-write, and a kill leaves the mounts: what a container then
 /// writes below the layer must not go into the repository, and the layer must show.
 #[test]
-fn root_live_mounts_of_the_go_snapshotter_are_replaced() {
+fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
     for attach in ["symlink", "bind"] {
         let d = Alone::start_on(attach, &format!("attach = \"{attach}\""), |root, repository| {
             for record in gostate::write("small", root).iter().filter(|record| record.is_remote()) {
@@ -373,7 +373,7 @@ fn root_live_mounts_of_the_go_snapshotter_are_replaced() {
 /// containerd's own overlayfs behind our socket is a Go snapshotter that writes its state with the
 /// same package. So a real containerd can be led from the one to the other.
 #[test]
-fn root_containerd_goes_on_with_what_was_taken_over() {
+fn root_containerd_keeps_working_with_snapshots_taken_over() {
     let mut stage = Stage::set("goes-on", "");
     stage.snapshotter.end(Signal::SIGTERM);
     let home = stage.snapshotter.root().join("snapshotter");
@@ -433,7 +433,7 @@ fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::migration::bolt::E
 }
 
 #[test]
-fn a_bolt_file_damaged_anywhere_is_read_or_refused_and_never_more() {
+fn damaged_bolt_file_is_read_or_refused_without_panic() {
     let dir = std::env::temp_dir().join(format!("gostate-{}", std::process::id()));
     run(tool("gostate"), ["odd".as_ref(), dir.as_os_str()]).ok();
     let whole = fs::read(dir.join("metadata.db")).unwrap();

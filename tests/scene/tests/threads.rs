@@ -41,7 +41,7 @@ impl Drop for PidsGroup {
 /// A scan whose helper threads could not be started panicked and was never finished: whoever needed the
 /// layer waited for `repository-timeout`, and then its healthy repository was taken for dead.
 #[test]
-fn root_a_scan_does_without_threads_that_cannot_be_started() {
+fn root_scan_succeeds_without_additional_threads() {
     let mut d = Alone::start("threads", "repository-timeout = 4");
     let top = d.repository.layer_dir(&digest(1)).join("layerfs");
     for n in 0..500 {

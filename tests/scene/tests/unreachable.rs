@@ -65,7 +65,7 @@ fn everybody_says_it(stage: &Stage, socket: &Path, url: &str) {
 
 /// A pull waited for one layer after the other, and nobody said why.
 #[test]
-fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_it_once() {
+fn root_unreachable_server_is_reported_everywhere_and_delays_a_pull_once() {
     let socket = PathBuf::from(format!("/run/scene-unreachable-{}.sock", std::process::id()));
     let publisher = |dir: &Path| Repository::mounted_with(dir, Settings::with_client(&["--retry-delay", "300"]));
     let stage = Stage::with("unreachable", &format!("metrics-address = {socket:?}"), publisher);
@@ -122,7 +122,7 @@ fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_
 
 /// The daemon asks for nothing then, and does not meet it.
 #[test]
-fn root_what_only_containers_could_not_read_is_told_by_the_clients_counters() {
+fn root_read_errors_of_containers_are_reported_from_client_counters() {
     let d = Alone::start("counters", "");
     let chain = pull_chain(&d.client);
     d.client.prepare("running", &chain, &[]).expect("the repository answers");
@@ -146,7 +146,7 @@ fn root_what_only_containers_could_not_read_is_told_by_the_clients_counters() {
 
 /// One file may be damaged: that takes nothing from containers on others.
 #[test]
-fn root_a_layer_that_cannot_be_read_keeps_no_container_from_another_one() {
+fn root_unreadable_layer_does_not_block_containers_on_other_layers() {
     let sandbox = Sandbox::enter("damaged");
     // Nothing is answered from the kernel's caches.
     let repository = Repository::mounted_with(&sandbox.path("cvmfs"), Settings::with_client(&["--ttl", "0"]));

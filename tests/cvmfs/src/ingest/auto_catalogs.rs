@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn the_heaviest_and_of_equals_the_first_subdirectory_becomes_a_catalog_until_the_rest_is_light_enough() {
+    fn heaviest_subdirectories_become_catalogs_until_the_rest_is_small_enough() {
         let limits = AutoCatalogs { max_weight: 100, min_weight: 10 };
         let choose = |parts: &[Vec<(PathBuf, bool)>]| limits.choose(Path::new("l"), &parts.concat());
         assert_eq!(choose(&[full("l", 200)]), Vec::<PathBuf>::new(), "nothing but files");

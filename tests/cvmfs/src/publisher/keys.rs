@@ -118,7 +118,7 @@ mod tests {
     use super::timestamp;
 
     #[test]
-    fn timestamps_know_leap_years_and_centuries() {
+    fn timestamps_handle_leap_years_and_centuries() {
         assert_eq!(timestamp(0), "19700101000000");
         assert_eq!(timestamp(951_782_399), "20000228235959");
         assert_eq!(timestamp(951_782_400), "20000229000000");

@@ -183,7 +183,7 @@ fn missing(commands: &[Command]) -> Vec<String> {
 }
 
 #[test]
-fn whoever_is_said_to_run_a_command_elsewhere_does() {
+fn every_command_attributed_to_another_test_is_run_there() {
     let commands = commands();
     for (page, text, by, why) in ELSEWHERE {
         assert!(commands.iter().any(|c| c.page == *page && c.text == *text), "{page} has no command {text} any more");
@@ -227,7 +227,7 @@ const TROUBLE: &str = "docs/troubleshooting.md";
 /// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
 /// that loses nothing.
 #[test]
-fn root_every_command_of_the_documentation_does_what_its_page_says() {
+fn root_every_documented_command_does_what_its_page_says() {
     let Some(node) = go::node("commands", "/etc/systemd/system") else { return };
     let machine = &node.machine;
     let running = node.run_container();

@@ -49,7 +49,7 @@ fn packages() -> Vec<Package> {
 }
 
 #[test]
-fn every_installed_file_has_a_sane_mode_and_belongs_to_root() {
+fn every_packaged_file_belongs_to_root_and_has_a_safe_mode() {
     for Package { path, files, .. } in packages() {
         for (file, (mode, owner)) in &files {
             let program = ["/usr/bin/cvmfs-snapshotter", "/usr/libexec/cvmfs-snapshotter/replace-go-unit"];
@@ -65,7 +65,7 @@ fn every_installed_file_has_a_sane_mode_and_belongs_to_root() {
 }
 
 #[test]
-fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
+fn packages_contain_program_units_configuration_pages_and_licences() {
     for Package { kind, path, files } in packages() {
         let licences = if kind == Kind::Deb { "/usr/share/doc" } else { "/usr/share/licenses" };
         let file_name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -106,7 +106,7 @@ fn packages_hold_the_program_its_units_configuration_pages_and_licences() {
 
 /// An administrator's changes are kept because packages say which files are configuration.
 #[test]
-fn whatever_is_in_etc_is_kept_when_an_administrator_changed_it() {
+fn every_packaged_file_in_etc_is_a_configuration_file() {
     for Package { kind, path, files } in packages() {
         let in_etc = files.iter().filter(|(file, (mode, _))| file.starts_with("/etc/") && mode.starts_with('-'));
         let in_etc: BTreeSet<String> = in_etc.map(|(file, _)| file.clone()).collect();
@@ -125,7 +125,7 @@ fn whatever_is_in_etc_is_kept_when_an_administrator_changed_it() {
 
 /// EL7 has rpm 4.11 of 2013, which refuses what it does not know.
 #[test]
-fn an_rpm_asks_nothing_that_el7_lacks() {
+fn rpm_requires_nothing_that_el7_lacks() {
     for rpm in all(&folder(), ".rpm") {
         let rpm = rpm.display().to_string();
         let query = |what: &str| run("rpm", ["-qp", "--queryformat", what, &rpm]).ok();
@@ -142,7 +142,7 @@ fn an_rpm_asks_nothing_that_el7_lacks() {
 
 /// In one transaction with what they need, rpm orders packages by what their scriptlets require, and by nothing else.
 #[test]
-fn an_rpm_requires_what_its_scriptlets_run() {
+fn rpm_requires_programs_that_its_scriptlets_run() {
     const TOOLS: [(&str, &[&str]); 6] = [
         ("coreutils", &["cut", "head", "mkdir", "mv", "readlink", "rm", "rmdir", "sleep", "sort", "tail", "tr"]),
         ("findutils", &["find", "xargs"]),
@@ -176,7 +176,7 @@ fn an_rpm_requires_what_its_scriptlets_run() {
 
 /// `packaging/lint-exceptions` has a line for each: the program, its name for the finding, and why.
 #[test]
-fn lintian_and_rpmlint_find_nothing_that_is_not_explained() {
+fn lintian_and_rpmlint_report_only_explained_findings() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/lint-exceptions");
     let text = std::fs::read_to_string(file).expect("the exceptions can be read");
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());

@@ -11,7 +11,7 @@ use crate::{DEB, folder, next, one};
 const EXPOSURE: &str = "47";
 
 #[test]
-fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_loses_nothing() {
+fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     let Some(node) = Node::start("deb") else { return };
     let machine = &node.machine;
     let deb = node.give(&one(&folder(), DEB));
@@ -87,7 +87,7 @@ fn root_a_deb_is_installed_upgraded_removed_and_purged_under_a_container_that_lo
 }
 
 #[test]
-fn root_a_deb_is_installed_where_no_systemd_runs() {
+fn root_deb_installs_without_running_systemd() {
     let Some(node) = Node::start("deb-image") else { return };
     let deb = node.give(&one(&folder(), DEB));
     node.assert_installs_without_systemd(|| node.dpkg(&format!("--install {deb}")));

@@ -129,7 +129,7 @@ fn assert_replaced(node: &Node, pid: &str, said: &str) {
 
 /// What the other tests would see if a scriptlet stopped it.
 #[test]
-fn root_the_go_snapshotter_empties_its_snapshots_when_it_is_stopped_normally() {
+fn root_go_snapshotter_empties_its_snapshots_on_normal_stop() {
     for (signal, left) in [(Signal::SIGKILL, 1), (Signal::SIGTERM, 0)] {
         let sandbox = Sandbox::enter("go");
         let [repository, root] = ["repository", "root"].map(|name| sandbox.make_dir(name));
@@ -147,7 +147,7 @@ fn root_the_go_snapshotter_empties_its_snapshots_when_it_is_stopped_normally() {
 }
 
 #[test]
-fn root_a_deb_takes_the_place_of_a_go_snapshotter_whose_unit_lies_in_etc() {
+fn root_deb_replaces_go_snapshotter_whose_unit_is_in_etc() {
     let Some(node) = node("go-deb", "/etc/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
@@ -160,7 +160,7 @@ fn root_a_deb_takes_the_place_of_a_go_snapshotter_whose_unit_lies_in_etc() {
 }
 
 #[test]
-fn root_an_rpm_takes_the_place_of_a_go_snapshotter_whose_unit_it_overwrites() {
+fn root_rpm_replaces_go_snapshotter_whose_unit_it_overwrites() {
     let Some(node) = node("go-rpm", "/usr/lib/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
@@ -170,7 +170,7 @@ fn root_an_rpm_takes_the_place_of_a_go_snapshotter_whose_unit_it_overwrites() {
 }
 
 #[test]
-fn root_a_deb_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter() {
+fn root_deb_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
     let Some(node) = node("go-deb-wrong", "/etc/systemd/system") else { return };
     let install = format!("--force-confold --install {}", node.give(&one(&folder(), DEB)));
     let again = || node.dpkg(&install);
@@ -178,7 +178,7 @@ fn root_a_deb_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter()
 }
 
 #[test]
-fn root_an_rpm_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter() {
+fn root_rpm_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
     let Some(node) = node("go-rpm-wrong", "/usr/lib/systemd/system") else { return };
     let rpm = node.give(&one(&folder(), RPM));
     let next = node.give(&one(&next(&node.sandbox), RPM));
@@ -193,7 +193,7 @@ fn root_an_rpm_with_a_wrong_configuration_says_what_replaces_the_go_snapshotter(
 /// With a drop-in of the Go snapshotter, our unit started that: it never said that it was ready, was stopped normally
 /// for it, and emptied its snapshots.
 #[test]
-fn root_what_would_start_the_go_snapshotter_under_our_unit_is_moved_aside_or_refused() {
+fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshotter() {
     let Some(node) = Node::start("go-drop-in") else { return };
     let machine = &node.machine;
     let elsewhere = "/usr/local/bin/cvmfs_snapshotter";
@@ -238,7 +238,7 @@ fn root_what_would_start_the_go_snapshotter_under_our_unit_is_moved_aside_or_ref
 
 /// The socket unit of ours took the path of the socket away from it.
 #[test]
-fn root_beside_a_go_snapshotter_under_another_unit_nothing_changes_until_it_is_replaced() {
+fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replaced() {
     const OTHER: &str = "containerd-cvmfs-grpc.service";
     let Some(node) = Node::start("go-other") else { return };
     let machine = &node.machine;
@@ -279,7 +279,7 @@ fn root_beside_a_go_snapshotter_under_another_unit_nothing_changes_until_it_is_r
 
 /// All that a supervisor runs was killed with it, and the supervisor disabled.
 #[test]
-fn root_a_go_snapshotter_among_others_under_a_supervisor_is_not_killed_with_them() {
+fn root_replacing_go_snapshotter_under_a_supervisor_spares_other_programs() {
     const OTHER: &str = "supervisor.service";
     let Some(node) = Node::start("go-supervised") else { return };
     let machine = &node.machine;

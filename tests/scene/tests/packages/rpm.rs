@@ -8,7 +8,7 @@ use crate::node::{CONFIG, Node, SOCKET_UNIT};
 use crate::{RPM, folder, next, one};
 
 #[test]
-fn root_an_rpm_is_installed_upgraded_and_erased_under_a_container_that_loses_nothing() {
+fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
     let Some(node) = Node::start("rpm") else { return };
     let machine = &node.machine;
     let rpm = node.give(&one(&folder(), RPM));
@@ -68,7 +68,7 @@ fn root_an_rpm_is_installed_upgraded_and_erased_under_a_container_that_loses_not
 }
 
 #[test]
-fn root_an_rpm_is_installed_where_no_systemd_runs() {
+fn root_rpm_installs_without_running_systemd() {
     let Some(node) = Node::start("rpm-image") else { return };
     let rpm = node.give(&one(&folder(), RPM));
     node.assert_installs_without_systemd(|| node.rpm(&format!("--install --nodeps {rpm}")));

@@ -69,7 +69,7 @@ fn listen(name: &str) -> String {
 /// Any user could keep the package from being installed: the path of a socket is a name in /proc/net/unix, which
 /// whoever makes a mount namespace chooses freely.
 #[test]
-fn root_a_user_who_listens_at_our_path_in_namespaces_of_their_own_holds_up_no_installation() {
+fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
     let sandbox = Sandbox::enter("user-listens");
     let Some(machine) = machine(&sandbox) else { return };
     let line = format!(
@@ -100,7 +100,7 @@ fn root_a_user_who_listens_at_our_path_in_namespaces_of_their_own_holds_up_no_in
 
 /// `systemctl show --property=MainPID -Hroot@…` has ssh called by root.
 #[test]
-fn root_a_control_group_whose_name_is_an_option_is_not_asked_for_as_a_unit() {
+fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
     let sandbox = Sandbox::enter("unit-name");
     let Some(machine) = machine(&sandbox) else { return };
     install(&machine, "/usr/bin/ssh", "#!/bin/sh\necho \"$@\" >>/run/ssh\n");
@@ -119,7 +119,7 @@ fn root_a_control_group_whose_name_is_an_option_is_not_asked_for_as_a_unit() {
 
 /// What the script recommends, `replace-any`, killed whoever had the number of the process by then.
 #[test]
-fn root_a_process_that_has_the_number_of_one_that_ended_is_not_killed() {
+fn root_process_with_reused_pid_is_not_killed() {
     let sandbox = Sandbox::enter("number");
     let Some(machine) = machine(&sandbox) else { return };
     shell(&machine, "mount -o remount,rw,bind /proc/sys").ok();
@@ -158,7 +158,7 @@ done
 
 /// The shell's echo makes control characters of them, on root's terminal.
 #[test]
-fn root_the_name_of_a_process_sends_a_terminal_nothing() {
+fn root_control_characters_in_process_names_are_escaped() {
     let sandbox = Sandbox::enter("terminal");
     let Some(machine) = machine(&sandbox) else { return };
     machine.write("/usr/local/lib/name", "a\\033[2J\x1b[2Jb");

@@ -18,7 +18,7 @@ const EXPOSURE: &str = "26";
 /// What comes up in the host's namespace must come up in that one, above all what the automounter mounts
 /// because the daemon asks for it; and a repository that hangs must not keep it from being made.
 #[test]
-fn root_with_a_namespace_of_its_own_the_service_sees_what_autofs_mounts_and_loses_nothing() {
+fn root_service_with_own_mount_namespace_sees_autofs_mounts_and_loses_nothing() {
     let Some(node) = Node::start("symlink-only") else { return };
     let machine = &node.machine;
     node.dpkg(&format!("--install {}", node.give(&one(&folder(), DEB))));

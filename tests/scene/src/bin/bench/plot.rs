@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_cannot_break_the_drawing() {
+    fn plot_escapes_special_characters_in_names() {
         let one = Series { name: "<a & \"b\">".to_owned(), points: vec![(100.0, 1e-4), (1e5, 2e-4)], peer: true };
         let drawing = svg("t", &[one]);
         assert!(drawing.contains(">&lt;a &amp; &quot;b&quot;&gt;</text>"), "{drawing}");
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn powers_of_ten_have_their_places() {
+    fn plot_axis_positions_powers_of_ten_evenly() {
         let axis = Axis::over([150.0, 90_000.0].into_iter(), 0.0, 300.0);
         assert_eq!([100.0, 1000.0, 100_000.0].map(|value| axis.place(value).round()), [0.0, 100.0, 300.0]);
         assert_eq!(
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_draw_is_drawn() {
+    fn plot_without_series_is_a_complete_svg() {
         assert!(svg("empty", &[]).ends_with("</svg>\n"));
     }
 }

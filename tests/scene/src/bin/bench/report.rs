@@ -203,14 +203,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_short_and_readable() {
+    fn report_formats_numbers_with_few_digits() {
         let shown = [0.0, 0.01234, 1.0, 1.234, 12.34, 123.4, 1234.0, 1_234_567.8, -1234.0].map(number);
         let wanted = ["0", "0.012", "1", "1.23", "12.3", "123", "1,234", "1,234,568", "-1,234"];
         assert_eq!(shown, wanted);
     }
 
     #[test]
-    fn a_table_lines_up_and_compares_with_the_first() {
+    fn report_table_is_aligned_and_compares_with_first_column() {
         let mut group = Group::new("calls", &["ours", "theirs"]);
         group.put_at("Stat", Some(1000), Unit::Micros, "ours", Cell::of(&[1e-6, 2e-6, 3e-6]));
         group.put_at("Stat", Some(1000), Unit::Micros, "theirs", Cell::one(1e-5));

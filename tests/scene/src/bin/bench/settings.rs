@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn root_what_is_wrong_with_a_variable_is_told_before_anything_is_measured() {
+    fn root_invalid_settings_are_refused_before_any_measurement() {
         let refused = |name, value| read(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value} is taken"));
         for (name, value, told) in [
             ("BENCH_PARTS", "cycles,nonsense", "there is no part \"nonsense\"; there are cycles, making,"),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn root_settings_have_defaults_and_no_peer_is_measured_further_than_ours() {
+    fn root_default_settings_measure_no_peer_with_more_snapshots_than_ours() {
         let all = read(&[]).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!((all.up_to, all.peers_up_to, all.cleanup), (100_000, 10_000, 3_000));
         assert!(all.parts.contains(&"cycles") && !all.parts.contains(&"scan"));

@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn few_samples_spread_over_all_and_many_over_their_middle_half() {
+    fn spread_covers_all_of_few_samples_and_middle_half_of_many() {
         let few = Cell::of(&[3.0, 1.0, 2.0]).map(|cell| (cell.median, cell.spread()));
         assert_eq!(few, Some((2.0, [1.0, 3.0])));
         let many: Vec<f64> = (0..101_u8).map(f64::from).collect();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn sampling_ends_with_the_first_failure() {
+    fn sampling_stops_at_the_first_failure() {
         let failed = sample(10, Duration::from_mins(1), |n| if n < 3 { Ok(()) } else { Err(n) });
         assert_eq!(failed, Err(3));
     }
