@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::prerequisite;
 use crate::process::{Server, cache, run, tool};
 use crate::sandbox::{Sandbox, mounts_below};
 
@@ -19,9 +20,11 @@ pub struct Automounter {
 }
 
 impl Automounter {
-    /// None: this kernel has no autofs.
-    pub fn start(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
-        if !fs::read_to_string("/proc/filesystems").expect("it is there").contains("\tautofs\n") {
+    /// The result is None if this kernel has no autofs and skips are allowed.
+    pub fn start_or_skip(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
+        let file_systems = fs::read_to_string("/proc/filesystems").expect("the kernel lists its file systems");
+        let is_missing = !file_systems.contains("\tautofs\n");
+        if !prerequisite::is_met(is_missing.then(|| "this kernel has no autofs: modprobe autofs4".to_owned())) {
             return None;
         }
         let program = tool("automount");

@@ -18,17 +18,18 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod prerequisite;
 pub mod process;
 pub mod publisher;
 pub mod registry;
 pub mod release;
 pub mod remedy;
+pub mod report;
 pub mod rootfs;
 pub mod sandbox;
 pub mod slip;
 pub mod snapshotter;
 pub mod stage;
-pub mod tell;
 pub mod wire;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]

@@ -128,7 +128,10 @@ fn root_status_pages_through_any_number_of_snapshots() {
 /// With `SCENE_SHOW`, what a person sees of it.
 fn show_status(stage: &Stage) {
     if std::env::var_os("SCENE_SHOW").is_some() {
-        scene::tell::tell(format_args!("# cvmfs-snapshotter status\n{}", stage.snapshotter.admin(&["status"]).stdout));
+        scene::report::print(format_args!(
+            "# cvmfs-snapshotter status\n{}",
+            stage.snapshotter.admin(&["status"]).stdout
+        ));
     }
 }
 

@@ -41,7 +41,7 @@ fn show(stage: &Stage) {
     if std::env::var_os("SCENE_SHOW").is_some() {
         let output = doctor(stage, &[]);
         let code = output.status.code().unwrap_or(-1);
-        scene::tell::tell(format_args!(
+        scene::report::print(format_args!(
             "# cvmfs-snapshotter doctor\n{}{}exit code {code}\n",
             output.stdout, output.stderr
         ));

@@ -37,7 +37,7 @@ fn root_containerd_calls_succeed_during_daemon_restart_behind_its_socket() {
         }
     });
     let (made, failed) = (calls.made(), calls.take_failed());
-    scene::tell::tell(format_args!(
+    scene::report::print(format_args!(
         "behind a socket: {RESTARTS} restarts, {made} calls through containerd, {} failed",
         failed.len()
     ));

@@ -231,7 +231,7 @@ fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
         *codes.entry(code).or_insert(0) += count;
     }
     let after = Footprint::of(pid);
-    scene::tell::tell(format_args!(
+    scene::report::print(format_args!(
         "{requests} requests in {:?}: {codes:?}\n{before:?}\n{between:?}\n{after:?}",
         begun.elapsed()
     ));

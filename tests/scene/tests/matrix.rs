@@ -10,9 +10,9 @@ use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::registry::Fetched;
 use scene::release::{Release, Way, read};
+use scene::report;
 use scene::sandbox::{Sandbox, mounts_below};
 use scene::stage::{PAUSE, Stage};
-use scene::tell::tell;
 
 macro_rules! matrix {
     ($($module:ident $release:ident;)*) => {
@@ -55,7 +55,7 @@ macro_rules! matrix {
 scene::for_each_release!(matrix);
 
 fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Release, Way)) {
-    if !release.is_wanted() {
+    if !release.is_selected() {
         return;
     }
     for &way in ways {
@@ -64,7 +64,7 @@ fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Rel
         check(&mut stage, release, way);
         assert_all_is_given_back(&stage);
         let seconds = start.elapsed().as_secs_f64();
-        tell(format_args!("containerd {} ({way:?}), {what}: {seconds:.1} s", release.version()));
+        report::print(format_args!("containerd {} ({way:?}), {what}: {seconds:.1} s", release.version()));
     }
 }
 
@@ -268,7 +268,7 @@ fn root_from_2_2_on_the_default_configuration_includes_the_folder_of_our_package
     let file = read("packaging/containerd-conf.d.toml");
     fs::write("/etc/containerd/conf.d/cvmfs-snapshotter.toml", file).expect("a file can be written");
     for release in [Release::V1_6, Release::V1_7, Release::V2_1, Release::V2_2, Release::V2_3, Release::V2_4] {
-        if !release.is_wanted() {
+        if !release.is_selected() {
             continue;
         }
         let containerd = release.program("containerd");

@@ -67,7 +67,7 @@ fn root_daemon_opens_nothing_in_repository_for_writing() {
             });
         });
         let trace = Trace::of(&text, stage.repository.dir());
-        scene::tell::tell(format_args!(
+        scene::report::print(format_args!(
             "{attach}: {} calls traced, {} opened the repository for reading, none for writing",
             text.lines().count(),
             trace.reads

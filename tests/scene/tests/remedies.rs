@@ -15,9 +15,9 @@ use scene::process::{Output, Server, run};
 use scene::publisher::Repository;
 use scene::release::{Configuration, Release, Way};
 use scene::remedy::follow;
+use scene::report;
 use scene::slip::{BY_CLIENT, CRI_1, CRI_2, OF_CRI, PROXY, SAYS, Slip, TOLD, UNPACK, bare, other_platform, slips};
 use scene::stage::{PAUSE, Stage};
-use scene::tell::tell;
 
 macro_rules! remedies {
     ($($module:ident $release:ident;)*) => {
@@ -42,14 +42,14 @@ macro_rules! remedies {
 scene::for_each_release!(remedies);
 
 fn on(release: Release, what: &str, check: impl Fn(&Stage, Release) -> usize) {
-    if !release.is_wanted() {
+    if !release.is_selected() {
         return;
     }
     let start = Instant::now();
     let stage = Stage::of(what, "", release, release.best_way(), Repository::plain);
     let count = check(&stage, release);
     let seconds = start.elapsed().as_secs_f64();
-    tell(format_args!("containerd {}, {what}: {count} files, {seconds:.1} s", release.version()));
+    report::print(format_args!("containerd {}, {what}: {count} files, {seconds:.1} s", release.version()));
 }
 
 /// What an admin edits: the main file, and one that it may import.

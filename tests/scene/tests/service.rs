@@ -75,7 +75,7 @@ fn root_service_works_under_its_systemd_unit() {
     let builder = Builder::new(&sandbox.path("images"));
     let registry = Registry::start(&sandbox.path("registry"));
     let repository = with_much_to_copy(&sandbox);
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
     check_what_it_runs_with(&machine);
     for attach in ["bind", "symlink"] {
@@ -234,7 +234,7 @@ fn root_service_fails_without_any_one_of_its_capabilities() {
     let sandbox = Sandbox::enter("capabilities");
     let repository = with_much_to_copy(&sandbox);
     publish_odd_layers(&repository);
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     configure(&machine.path(""), "attach = \"bind\"");
     machine.restart(SERVICE);
     assert_eq!(work(&machine), Vec::<String>::new(), "with all of them");
@@ -342,7 +342,7 @@ fn directories(mounts: &[Mount]) -> Vec<String> {
 fn root_systemd_unit_denies_everything_it_does_not_grant() {
     let sandbox = Sandbox::enter("refused");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     let unit = fs::read_to_string(machine.path("/usr/lib/systemd/system/cvmfs-snapshotter.service"));
     let unit = unit.expect("the unit is installed");
     fs::copy(beside("attempts"), machine.path("/usr/bin/attempts")).expect("a program can be installed");
@@ -394,7 +394,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
     const CLIENTS: usize = 4;
     let sandbox = Sandbox::enter("restarts");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
     let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
     // With the service stopped, a call starts it.
@@ -411,7 +411,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
             calls.wait_for_more(20);
         }
         let (made, failed) = (calls.made(), calls.take_failed());
-        scene::tell::tell(format_args!("under systemd: {RESTARTS} restarts, {made} calls, {} failed", failed.len()));
+        scene::report::print(format_args!("under systemd: {RESTARTS} restarts, {made} calls, {} failed", failed.len()));
         assert_eq!(failed, Vec::<String>::new());
         for _ in 0..KILLS {
             let before = pid();
@@ -436,7 +436,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
 fn root_service_is_not_restarted_on_invalid_configuration_and_starts_once_corrected() {
     let sandbox = Sandbox::enter("wrong");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.client().prepare("before", "", &[]).expect("it serves");
     configure(&machine.path(""), "workers = 0");
     let socket = "cvmfs-snapshotter.socket";
@@ -466,7 +466,7 @@ fn beside(name: &str) -> PathBuf {
 fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
     let sandbox = Sandbox::enter("watchdog");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     assert_ne!(machine.property(SERVICE, "WatchdogUSec"), "0", "the unit has a watchdog");
     machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\n");
     machine.restart(SERVICE);
@@ -495,11 +495,11 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     const CONTAINERD: &str = "containerd.service";
     let sandbox = Sandbox::enter("doctor");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
     let (all, code) = diagnosis(&machine, "");
     assert_eq!(code, Some(0), "a node as the packages leave it is good:\n{all}");
-    scene::tell::tell(format_args!("the doctor of a good node:\n{all}"));
+    scene::report::print(format_args!("the doctor of a good node:\n{all}"));
 
     // Of a containerd that does not run, the file that its unit names counts.
     let start = machine.property(CONTAINERD, "ExecStart");
@@ -558,7 +558,7 @@ fn root_doctor_explains_why_the_service_does_not_run() {
 fn root_metrics_are_served_under_the_unit_on_socket_and_address() {
     let sandbox = Sandbox::enter("metrics");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
-    let Some(machine) = Machine::boot(&sandbox, repository.dir()) else { return };
+    let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     let scrape = |mut stream: Box<dyn ReadWrite>| {
         stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").expect("metrics can be asked for");
         let mut answer = String::new();

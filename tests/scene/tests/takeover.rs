@@ -184,7 +184,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
         let is_whole = home.join("metadata.sqlite").exists();
         in_between += usize::from(begun() && !is_whole);
     }
-    scene::tell::tell(format_args!("takeover: killed {in_between} times while it wrote"));
+    scene::report::print(format_args!("takeover: killed {in_between} times while it wrote"));
     let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
     assert_same_records(&snapshotter.client(), &records);
     assert!(records.iter().any(|r| r.name.len() > 32_000) && records.iter().any(|r| r.labels.contains_key("long")));
@@ -460,6 +460,9 @@ fn damaged_bolt_file_is_read_or_refused_without_panic() {
     for length in (0..whole.len()).step_by(97) {
         look(&whole[..length]);
     }
-    scene::tell::tell(format_args!("a bolt file damaged at {} places: {refused} refused, {read} read", refused + read));
+    scene::report::print(format_args!(
+        "a bolt file damaged at {} places: {refused} refused, {read} read",
+        refused + read
+    ));
     assert!(refused > 1000 && read > 1000);
 }

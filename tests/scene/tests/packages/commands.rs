@@ -228,7 +228,7 @@ const TROUBLE: &str = "docs/troubleshooting.md";
 /// that loses nothing.
 #[test]
 fn root_every_documented_command_does_what_its_page_says() {
-    let Some(node) = go::node("commands", "/etc/systemd/system") else { return };
+    let Some(node) = go::boot_node_or_skip("commands", "/etc/systemd/system") else { return };
     let machine = &node.machine;
     let running = node.run_container();
     let mut docs = Reader { node: &node, commands: commands(), substitutions: Vec::new(), wrong: Vec::new() };

@@ -12,7 +12,7 @@ const EXPOSURE: &str = "47";
 
 #[test]
 fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
-    let Some(node) = Node::start("deb") else { return };
+    let Some(node) = Node::boot_or_skip("deb") else { return };
     let machine = &node.machine;
     let deb = node.give(&one(&folder(), DEB));
     let install = format!("--install {deb}");
@@ -35,7 +35,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     let (calls, failed) = node.calls_during(|| {
         node.dpkg(&upgrade);
     });
-    scene::tell::tell(format_args!("DEB: {calls} calls around an upgrade, {} failed", failed.len()));
+    scene::report::print(format_args!("DEB: {calls} calls around an upgrade, {} failed", failed.len()));
     assert_eq!(failed, Vec::<String>::new());
     assert!(node.dpkg("--status cvmfs-snapshotter").contains("-2\n"), "the upgrade did nothing");
     assert_eq!(node.since(SOCKET_UNIT), socket, "calls wait in the socket, so it must stay");
@@ -88,7 +88,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
 
 #[test]
 fn root_deb_installs_without_running_systemd() {
-    let Some(node) = Node::start("deb-image") else { return };
+    let Some(node) = Node::boot_or_skip("deb-image") else { return };
     let deb = node.give(&one(&folder(), DEB));
     node.assert_installs_without_systemd(|| node.dpkg(&format!("--install {deb}")));
 }

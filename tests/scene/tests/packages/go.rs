@@ -34,8 +34,8 @@ const ARGUMENTS: &str = "bind /cvmfs/scene.test /var/lib/containerd-cvmfs-grpc/s
 const UNITS: &str = "/etc/systemd/system";
 
 /// A node that runs the Go snapshotter, whose unit lies in `folder`.
-pub fn node(name: &str, folder: &str) -> Option<Node> {
-    let node = Node::start(name)?;
+pub fn boot_node_or_skip(name: &str, folder: &str) -> Option<Node> {
+    let node = Node::boot_or_skip(name)?;
     install(&node, PROGRAM, &format!("{folder}/{SERVICE}"));
     serve(&node, SERVICE);
     Some(node)
@@ -148,7 +148,7 @@ fn root_go_snapshotter_empties_its_snapshots_on_normal_stop() {
 
 #[test]
 fn root_deb_replaces_go_snapshotter_whose_unit_is_in_etc() {
-    let Some(node) = node("go-deb", "/etc/systemd/system") else { return };
+    let Some(node) = boot_node_or_skip("go-deb", "/etc/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
     // Else dpkg asks whether the file that somebody wrote stays.
@@ -161,7 +161,7 @@ fn root_deb_replaces_go_snapshotter_whose_unit_is_in_etc() {
 
 #[test]
 fn root_rpm_replaces_go_snapshotter_whose_unit_it_overwrites() {
-    let Some(node) = node("go-rpm", "/usr/lib/systemd/system") else { return };
+    let Some(node) = boot_node_or_skip("go-rpm", "/usr/lib/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
     let said = node.rpm(&format!("--install --nodeps {}", node.give(&one(&folder(), RPM))));
@@ -171,7 +171,7 @@ fn root_rpm_replaces_go_snapshotter_whose_unit_it_overwrites() {
 
 #[test]
 fn root_deb_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
-    let Some(node) = node("go-deb-wrong", "/etc/systemd/system") else { return };
+    let Some(node) = boot_node_or_skip("go-deb-wrong", "/etc/systemd/system") else { return };
     let install = format!("--force-confold --install {}", node.give(&one(&folder(), DEB)));
     let again = || node.dpkg(&install);
     assert_replaced_by_what_is_said(&node, again, again, || node.dpkg("--remove cvmfs-snapshotter"));
@@ -179,7 +179,7 @@ fn root_deb_with_invalid_configuration_explains_how_to_replace_go_snapshotter() 
 
 #[test]
 fn root_rpm_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
-    let Some(node) = node("go-rpm-wrong", "/usr/lib/systemd/system") else { return };
+    let Some(node) = boot_node_or_skip("go-rpm-wrong", "/usr/lib/systemd/system") else { return };
     let rpm = node.give(&one(&folder(), RPM));
     let next = node.give(&one(&next(&node.sandbox), RPM));
     assert_replaced_by_what_is_said(
@@ -194,7 +194,7 @@ fn root_rpm_with_invalid_configuration_explains_how_to_replace_go_snapshotter() 
 /// for it, and emptied its snapshots.
 #[test]
 fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshotter() {
-    let Some(node) = Node::start("go-drop-in") else { return };
+    let Some(node) = Node::boot_or_skip("go-drop-in") else { return };
     let machine = &node.machine;
     let elsewhere = "/usr/local/bin/cvmfs_snapshotter";
     let unit = format!("{UNITS}/{SERVICE}");
@@ -240,7 +240,7 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
 #[test]
 fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replaced() {
     const OTHER: &str = "containerd-cvmfs-grpc.service";
-    let Some(node) = Node::start("go-other") else { return };
+    let Some(node) = Node::boot_or_skip("go-other") else { return };
     let machine = &node.machine;
     install(&node, "/usr/bin/go_cvmfs", &format!("{UNITS}/{OTHER}"));
     serve(&node, OTHER);
@@ -281,7 +281,7 @@ fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replace
 #[test]
 fn root_replacing_go_snapshotter_under_a_supervisor_spares_other_programs() {
     const OTHER: &str = "supervisor.service";
-    let Some(node) = Node::start("go-supervised") else { return };
+    let Some(node) = Node::boot_or_skip("go-supervised") else { return };
     let machine = &node.machine;
     let program = "/usr/bin/go_cvmfs";
     let unit = format!("{UNITS}/{OTHER}");

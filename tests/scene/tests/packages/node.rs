@@ -43,12 +43,13 @@ impl Running {
 }
 
 impl Node {
-    pub fn start(name: &str) -> Option<Self> {
+    /// The result is None if this host cannot boot a machine and skips are allowed.
+    pub fn boot_or_skip(name: &str) -> Option<Self> {
         let sandbox = Sandbox::enter(name);
         let builder = Builder::new(&sandbox.path("images"));
         let registry = Registry::start(&sandbox.path("registry"));
         let repository = Repository::mounted(&sandbox.path("cvmfs"));
-        let machine = Machine::boot_without_daemon(&sandbox, repository.dir())?;
+        let machine = Machine::boot_without_daemon_or_skip(&sandbox, repository.dir())?;
         Some(Self { machine, registry, repository, builder, sandbox })
     }
 

@@ -9,7 +9,7 @@ use crate::{RPM, folder, next, one};
 
 #[test]
 fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
-    let Some(node) = Node::start("rpm") else { return };
+    let Some(node) = Node::boot_or_skip("rpm") else { return };
     let machine = &node.machine;
     let rpm = node.give(&one(&folder(), RPM));
     node.rpm(&format!("--install --nodeps {rpm}"));
@@ -25,7 +25,7 @@ fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
     let (calls, failed) = node.calls_during(|| {
         node.rpm(&format!("--upgrade --nodeps {next}"));
     });
-    scene::tell::tell(format_args!("RPM: {calls} calls around an upgrade, {} failed", failed.len()));
+    scene::report::print(format_args!("RPM: {calls} calls around an upgrade, {} failed", failed.len()));
     assert_eq!(failed, Vec::<String>::new());
     assert!(node.rpm("--query cvmfs-snapshotter").contains("-2."), "the upgrade did nothing");
     assert_eq!(node.since(SOCKET_UNIT), socket, "calls wait in the socket, so it must stay");
@@ -69,7 +69,7 @@ fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
 
 #[test]
 fn root_rpm_installs_without_running_systemd() {
-    let Some(node) = Node::start("rpm-image") else { return };
+    let Some(node) = Node::boot_or_skip("rpm-image") else { return };
     let rpm = node.give(&one(&folder(), RPM));
     node.assert_installs_without_systemd(|| node.rpm(&format!("--install --nodeps {rpm}")));
 }

@@ -25,8 +25,8 @@ sleep;
 "#;
 
 /// A machine with the script, our units, and a program that finds every configuration good.
-fn machine(sandbox: &Sandbox) -> Option<Machine> {
-    let machine = Machine::boot_without_daemon(sandbox, &sandbox.make_dir("repository"))?;
+fn boot_machine_or_skip(sandbox: &Sandbox) -> Option<Machine> {
+    let machine = Machine::boot_without_daemon_or_skip(sandbox, &sandbox.make_dir("repository"))?;
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     let read = |name: &str| fs::read_to_string(packaging.join(name)).expect("a file of ours can be read");
     install(&machine, SCRIPT, &read("replace-go-unit"));
@@ -71,7 +71,7 @@ fn listen(name: &str) -> String {
 #[test]
 fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
     let sandbox = Sandbox::enter("user-listens");
-    let Some(machine) = machine(&sandbox) else { return };
+    let Some(machine) = boot_machine_or_skip(&sandbox) else { return };
     let line = format!(
         "exec setpriv --reuid=65534 --regid=65534 --clear-groups unshare --user --map-root-user --mount \
          sh -c \"mount -t tmpfs none /run && {}\"",
@@ -102,7 +102,7 @@ fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
 #[test]
 fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
     let sandbox = Sandbox::enter("unit-name");
-    let Some(machine) = machine(&sandbox) else { return };
+    let Some(machine) = boot_machine_or_skip(&sandbox) else { return };
     install(&machine, "/usr/bin/ssh", "#!/bin/sh\necho \"$@\" >>/run/ssh\n");
     let host = "-Hroot@attacker.example.service";
     let groups = "for d in systemd unified .; do [ -e /sys/fs/cgroup/$d/cgroup.procs ] || continue; \
@@ -121,7 +121,7 @@ fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
 #[test]
 fn root_process_with_reused_pid_is_not_killed() {
     let sandbox = Sandbox::enter("number");
-    let Some(machine) = machine(&sandbox) else { return };
+    let Some(machine) = boot_machine_or_skip(&sandbox) else { return };
     shell(&machine, "mount -o remount,rw,bind /proc/sys").ok();
     let pid = start(&machine, &listen("old"));
     // The configuration is checked between the look at the listener and its end.
@@ -160,7 +160,7 @@ done
 #[test]
 fn root_control_characters_in_process_names_are_escaped() {
     let sandbox = Sandbox::enter("terminal");
-    let Some(machine) = machine(&sandbox) else { return };
+    let Some(machine) = boot_machine_or_skip(&sandbox) else { return };
     machine.write("/usr/local/lib/name", "a\\033[2J\x1b[2Jb");
     let pid = start(&machine, &listen("\"$(cat /usr/local/lib/name)\""));
     let output = shell(&machine, SCRIPT);

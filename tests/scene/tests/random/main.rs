@@ -559,7 +559,7 @@ fn root_random_operations_agree_with_the_model() {
         }
         Err(TestError::Abort(why)) => panic!("{why}"),
     };
-    scene::tell::tell(format_args!(
+    scene::report::print(format_args!(
         "{cases} cases, {operations} operations, {compared} records compared, {:.1} s",
         begun.elapsed().as_secs_f64()
     ));

@@ -128,7 +128,7 @@ fn storm(seed: u64, kills: usize, attach: &str) {
     }
     assert_eq!(complaints(&ours.log()), Vec::<&str>::new());
     let count = |counter: &std::sync::atomic::AtomicUsize| counter.load(Ordering::SeqCst);
-    scene::tell::tell(format_args!(
+    scene::report::print(format_args!(
         "{} kills, {} calls acknowledged, {} by containerd, {} answers lost, {} comparisons, {:.0} s",
         count(&storm.kills),
         count(&storm.acknowledged),
