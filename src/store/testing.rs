@@ -175,7 +175,7 @@ impl Shared {
         if !self.files.get(&inode).ok_or(Errno::ENOENT)?.is_counted {
             return Ok(Verdict::Done);
         }
-        match self.steps.take(call, Path::new("metadata"), kind) {
+        match self.steps.next(call, Path::new("metadata"), kind) {
             Verdict::Failed(errno) => Err(Errno::from_i32(errno as i32)),
             verdict => Ok(verdict),
         }
