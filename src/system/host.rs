@@ -207,7 +207,7 @@ impl Sys for Host {
     }
 
     fn mounted_fuse(&self, path: &Path) -> Result<Option<u64>> {
-        mountinfo::fuse_device_around(path)
+        mountinfo::fuse_device_of(path)
     }
 
     fn mounted(&self, path: &Path) -> Result<Option<u64>> {

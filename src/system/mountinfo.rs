@@ -68,18 +68,18 @@ pub fn mount_points_below(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The device of the FUSE file system that the absolute `path` is on.
-pub fn fuse_device_around(path: &Path) -> Result<Option<u64>> {
+pub fn fuse_device_of(path: &Path) -> Result<Option<u64>> {
     let table = mount_table()?;
     let mounts: Vec<MountInfo> = mounts(&table).collect();
     let path = resolve(path, &mounts, &|link| fs::read_link(link))?;
-    Ok(mount_around(&path, &mounts).filter(|mount| mount.is_fuse).map(|mount| mount.device))
+    Ok(containing_mount(&path, &mounts).filter(|mount| mount.is_fuse).map(|mount| mount.device))
 }
 
-/// The mount that a path without links is on.
-fn mount_around<'m>(path: &Path, mounts: &'m [MountInfo]) -> Option<&'m MountInfo> {
+/// The mount that contains a path without links.
+fn containing_mount<'m>(path: &Path, mounts: &'m [MountInfo]) -> Option<&'m MountInfo> {
     // Of several mounts on one path the last is the uppermost, and `max_by_key` returns the last maximum.
-    let around = mounts.iter().filter(|mount| path.starts_with(&mount.point));
-    around.max_by_key(|mount| mount.point.components().count())
+    let containing = mounts.iter().filter(|mount| path.starts_with(&mount.point));
+    containing.max_by_key(|mount| mount.point.components().count())
 }
 
 /// Resolves the links of `path` without a query to a FUSE file system. A link is read only if the mount table says that
@@ -99,7 +99,7 @@ fn resolve(path: &Path, mounts: &[MountInfo], read_link: &dyn Fn(&Path) -> io::R
         // A mount point and the directories above it are no links. In an autofs, reading a name that is not mounted
         // would start the automounter.
         let is_mounted_below = mounts.iter().any(|mount| mount.point.starts_with(&next));
-        may_hang |= mount_around(&resolved, mounts).is_some_and(|mount| mount.is_fuse || mount.is_autofs);
+        may_hang |= containing_mount(&resolved, mounts).is_some_and(|mount| mount.is_fuse || mount.is_autofs);
         if is_mounted_below || may_hang {
             resolved = next;
             continue;
@@ -126,7 +126,7 @@ fn resolve(path: &Path, mounts: &[MountInfo], read_link: &dyn Fn(&Path) -> io::R
 pub fn mount_point_of(path: &Path) -> Option<PathBuf> {
     let table = mount_table().ok()?;
     let mounts: Vec<MountInfo> = mounts(&table).collect();
-    mount_around(path, &mounts).map(|mount| mount.point.clone())
+    containing_mount(path, &mounts).map(|mount| mount.point.clone())
 }
 
 /// One line of a mountinfo table.

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn mounts_are_read_with_their_escapes() {
+fn mount_points_are_read_with_their_escapes() {
     let table = b"22 1 254:0 / / rw - ext4 /dev/vda rw\n\
         30 22 0:5 / /mnt/two\\040words\\134 rw shared:1 - tmpfs tmpfs rw\n\
         31 22 0:300 /sub /cvmfs/a ro,nosuid - fuse cvmfs2 ro\nbroken\n";
@@ -15,9 +15,9 @@ fn mounts_are_read_with_their_escapes() {
     assert_eq!(mounts(table).collect::<Vec<_>>(), expected);
 }
 
-/// A repository at a path below a mount, or behind a link, was taken for one that is mounted nowhere.
+/// A repository below a mount point or behind a link was taken for one that is not mounted.
 #[test]
-fn a_path_is_on_the_mount_that_it_leads_to_and_no_link_is_read_on_fuse() {
+fn path_is_on_the_mount_that_it_leads_to_and_no_link_is_read_on_fuse() {
     let mount = |point: &str, device, kind: &str| MountInfo {
         point: point.into(),
         device,
@@ -52,8 +52,8 @@ fn a_path_is_on_the_mount_that_it_leads_to_and_no_link_is_read_on_fuse() {
         ("/file/x", None),
     ] {
         let resolved = resolve(Path::new(path), &mounts, &read_link).unwrap();
-        let found = mount_around(&resolved, &mounts).filter(|mount| mount.is_fuse).map(|mount| mount.device);
-        assert_eq!(found, device, "{path} leads to {}", resolved.display());
+        let actual = containing_mount(&resolved, &mounts).filter(|mount| mount.is_fuse).map(|mount| mount.device);
+        assert_eq!(actual, device, "{path} leads to {}", resolved.display());
     }
     assert_eq!(resolve(Path::new("/loop"), &mounts, &read_link).unwrap_err().errno, Errno::ELOOP);
 }

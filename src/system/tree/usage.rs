@@ -1,4 +1,4 @@
-//! Measures what a tree takes on disk, while others may change it.
+//! Measures what a tree takes on disk, while containers may change it.
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -16,17 +16,17 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::Directory;
 
-/// A tree that changes while it is measured is measured so many times.
+/// Maximum number of times that a tree is measured if it changes.
 const MAX_WALKS: usize = 3;
-/// So many of the deepest directories on the way to where the walk is are open.
-const OPEN: usize = 8;
-/// Of so many directories above these, an inode number and a position are kept: 4 MiB. A path can
-/// name 2048.
-const MAX_LEVELS: usize = 1 << 18;
-/// Groups of 64 inode numbers: as many as a table of 2^18 places takes before it grows, 4.5 MiB.
+/// Number of directories that are open: the deepest on the path to the current one.
+const MAX_OPEN: usize = 8;
+/// Maximum number of directories above the open ones. An inode number and a position are kept for each, which makes
+/// 4 MiB. A path can name 2048 levels.
+const MAX_CLOSED: usize = 1 << 18;
+/// Maximum number of groups of 64 inode numbers. A table of 2^18 places, 4.5 MiB, takes this many before it grows.
 const MAX_LINK_GROUPS: usize = 7 << 15;
-/// Names that are read between two questions whether the walk is to go on.
-const NAMES_AT_ONCE: u64 = 256;
+/// Number of entries between two calls of `cancelled`.
+const CANCEL_INTERVAL: u64 = 256;
 
 /// What a tree takes on disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,20 +38,19 @@ pub struct DiskUsage {
     pub is_stable: bool,
 }
 
-/// Allocated bytes and distinct inodes of the tree at `path`, itself included, as `du` counts them.
-/// ECANCELED if `cancelled` says so.
+/// Allocated bytes and distinct inodes of the tree at `path`, itself included, as `du` counts them. If `cancelled` returns
+/// true, the error is ECANCELED.
 ///
-/// All that stays in its place meanwhile is counted, whatever else happens in the tree, and each
-/// bound on memory makes the answer larger, never smaller:
+/// Everything that stays at its path during the walk is counted, whatever else happens in the tree, and each bound on
+/// memory makes the result larger, never smaller:
 ///
-/// - What vanishes or comes meanwhile may be counted or not. What is moved may be counted twice; or not,
-///   if it goes from a directory that was not read yet to one that was. Such a directory shows it by its
-///   time of change, and then the tree is measured anew, at most three times in all. The answer is that of
-///   a walk that nothing disturbed, or else the largest one. (Who moves an entry in every walk, at the very
-///   moment, can hide that entry.)
-/// - Inodes with more than one name are remembered in groups of 64 neighbours, 229,376 of them. An inode that
-///   finds no place there is counted once for each of its names.
-/// - Of a tree that is deeper than 262,152 directories, the answer is what the whole file system has in use.
+/// - Entries that are created or removed during the walk may be counted or not. An entry that is moved may be counted
+///   twice; or not at all, if it moves from a directory that was not read yet to one that was. The change time of that
+///   directory shows it, and the tree is measured again, at most three times in all. The result is that of a walk that
+///   nothing disturbed, or else the largest one. (An entry that is moved at the right moment in each walk is hidden.)
+/// - Inodes with more than one name are remembered in 229,376 groups of 64 neighbours. An inode that finds no room there
+///   is counted once for each of its names.
+/// - If the tree is deeper than 262,152 directories, the result is what the whole file system has in use.
 pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage, Errno> {
     let mut largest = DiskUsage::default();
     for _ in 0..MAX_WALKS {
@@ -66,7 +65,7 @@ pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage
         if !is_whole {
             break;
         }
-        // A change in the tick of this clock in which a walk begins looks as if it came after that.
+        // A change in the same tick of this clock as the beginning of a walk looks like one during that walk.
         let now = change_clock()?;
         while change_clock()? == now {
             thread::sleep(Duration::from_millis(1));
@@ -75,7 +74,7 @@ pub fn disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage
     Ok(largest)
 }
 
-/// The clock that file systems stamp changes with; it ticks 100 to 1000 times in a second.
+/// The clock with which file systems stamp changes. It ticks 100 to 1000 times in a second.
 fn change_clock() -> Result<TimeSpec, Errno> {
     clock_gettime(ClockId::CLOCK_REALTIME_COARSE)
 }
@@ -87,11 +86,11 @@ fn usage_of_file_system(path: &Path) -> Result<DiskUsage, Errno> {
     Ok(DiskUsage { bytes, inodes: status.files().saturating_sub(status.files_free()), is_stable: false })
 }
 
-/// Where the walk is in a directory.
+/// The position of the walk in a directory.
 #[derive(Clone, Copy)]
 struct Position {
     inode: u64,
-    /// The entry after which it goes on, as the file system says it. 0: at the first one.
+    /// Offset of the entry after which the walk continues, in the file system's numbering. 0: it begins.
     offset: i64,
 }
 
@@ -101,7 +100,7 @@ struct OpenDirectory {
 }
 
 impl OpenDirectory {
-    /// Goes on in a directory at the position where the walk was in it.
+    /// Continues in a directory at the position of the walk.
     fn resume(mut directory: Directory, position: Position) -> Result<Self, Errno> {
         directory.seek(position.offset)?;
         Ok(Self { directory, position })
@@ -112,39 +111,39 @@ struct UsageWalk<'a> {
     top: &'a Path,
     cancelled: &'a dyn Fn() -> bool,
     device: u64,
-    /// A change from now on has this time, or a later one.
-    begun: TimeSpec,
-    /// The way from the top to where the walk is: directories that are not open,
+    /// When the walk began. A change during the walk has this time or a later one.
+    start: TimeSpec,
+    /// The path from the top to the current directory: first the directories that are not open any more,
     closed: Vec<Position>,
-    /// and the deepest ones, which are.
+    /// then the deepest ones, which are open.
     open: VecDeque<OpenDirectory>,
     linked: LinkedInodes,
     usage: DiskUsage,
-    names: u64,
+    entries: u64,
 }
 
 impl<'a> UsageWalk<'a> {
     fn begin(top: &'a Path, cancelled: &'a dyn Fn() -> bool) -> Result<Self, Errno> {
-        let begun = change_clock()?;
+        let start = change_clock()?;
         let directory = Directory::open(top)?;
         let status = directory.status()?;
         let mut walk = Self {
             top,
             cancelled,
             device: status.st_dev,
-            begun,
+            start,
             closed: Vec::new(),
-            open: VecDeque::with_capacity(OPEN),
+            open: VecDeque::with_capacity(MAX_OPEN),
             linked: LinkedInodes::default(),
             usage: DiskUsage { is_stable: true, ..DiskUsage::default() },
-            names: 0,
+            entries: 0,
         };
         walk.count(&status);
         walk.open.push_back(OpenDirectory { directory, position: Position { inode: status.st_ino, offset: 0 } });
         Ok(walk)
     }
 
-    /// Whether it came to the end: false if the tree is too deep.
+    /// Walks over the whole tree. Returns false if it is too deep.
     fn run(&mut self) -> Result<bool, Errno> {
         while let Some(current) = self.open.back_mut() {
             let Some(entry) = current.directory.next_entry()? else {
@@ -169,9 +168,9 @@ impl<'a> UsageWalk<'a> {
             } else if status.st_nlink < 2 || self.linked.insert(status.st_ino) {
                 self.count(&status);
             }
-            self.names += 1;
-            if self.names.is_multiple_of(NAMES_AT_ONCE) {
-                self.ask_to_go_on()?;
+            self.entries += 1;
+            if self.entries.is_multiple_of(CANCEL_INTERVAL) {
+                self.check_cancelled()?;
             }
         }
         Ok(true)
@@ -183,17 +182,17 @@ impl<'a> UsageWalk<'a> {
         self.usage.inodes += 1;
     }
 
-    fn ask_to_go_on(&self) -> Result<(), Errno> {
+    fn check_cancelled(&self) -> Result<(), Errno> {
         if (self.cancelled)() { Err(Errno::ECANCELED) } else { Ok(()) }
     }
 
-    /// Goes down into a directory; false if that is too deep.
+    /// Goes down into a directory. Returns false if it is too deep.
     fn enter(&mut self, name: &CStr) -> Result<bool, Errno> {
-        self.ask_to_go_on()?;
+        self.check_cancelled()?;
         let Some(current) = self.open.back() else { return Ok(true) };
         let directory = match current.directory.open_entry(name) {
             Ok(directory) => directory,
-            // It was removed, or made something else, since.
+            // It was removed or replaced since its entry was read.
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(true),
             Err(e) => return Err(e),
         };
@@ -201,10 +200,10 @@ impl<'a> UsageWalk<'a> {
         if status.st_dev != self.device {
             return Ok(true);
         }
-        if self.open.len() == OPEN
+        if self.open.len() == MAX_OPEN
             && let Some(uppermost) = self.open.pop_front()
         {
-            if self.closed.len() == MAX_LEVELS {
+            if self.closed.len() == MAX_CLOSED {
                 return Ok(false);
             }
             self.closed.push(uppermost.position);
@@ -213,32 +212,32 @@ impl<'a> UsageWalk<'a> {
         Ok(true)
     }
 
-    /// Goes up from a directory that was read to its end.
+    /// Goes up from a directory that was read completely.
     fn leave(&mut self) -> Result<(), Errno> {
-        let Some(OpenDirectory { directory: done, .. }) = self.open.pop_back() else { return Ok(()) };
-        self.usage.is_stable &= !self.was_changed(&done.status()?)?;
+        let Some(OpenDirectory { directory: finished, .. }) = self.open.pop_back() else { return Ok(()) };
+        self.usage.is_stable &= !self.was_changed(&finished.status()?)?;
         if self.open.is_empty()
             && let Some(position) = self.closed.pop()
         {
-            let above = match self.is_at(done.open_entry(c".."), position.inode)? {
+            let parent = match self.same_directory(finished.open_entry(c".."), position.inode)? {
                 Some(directory) => OpenDirectory::resume(directory, position)?,
-                // It was moved while the walk was in it, and all in it is counted.
-                None => self.find_again(position)?,
+                // The directory was moved during the walk. Its entries are counted.
+                None => self.find_parent(position)?,
             };
-            self.open.push_back(above);
+            self.open.push_back(parent);
         }
         Ok(())
     }
 
-    /// Whether the directory was changed since the walk has begun.
+    /// Whether the directory was changed during the walk.
     fn was_changed(&self, status: &FileStat) -> Result<bool, Errno> {
         let changed = TimeSpec::new(status.st_ctime, status.st_ctime_nsec);
-        // A time to come is from before the clock was set back.
-        Ok(changed >= self.begun && changed <= clock_gettime(ClockId::CLOCK_REALTIME)?)
+        // A time in the future was stamped before the clock was set back.
+        Ok(changed >= self.start && changed <= clock_gettime(ClockId::CLOCK_REALTIME)?)
     }
 
-    /// The directory, if it could be opened and is the one with this inode.
-    fn is_at(&self, opened: Result<Directory, Errno>, inode: u64) -> Result<Option<Directory>, Errno> {
+    /// Returns the directory if it could be opened and has this inode.
+    fn same_directory(&self, opened: Result<Directory, Errno>, inode: u64) -> Result<Option<Directory>, Errno> {
         match opened {
             Ok(directory) => {
                 let status = directory.status()?;
@@ -249,32 +248,32 @@ impl<'a> UsageWalk<'a> {
         }
     }
 
-    /// Seeks a directory by the inodes on its way, from the top. If a directory on that way was moved,
-    /// the walk goes on in the one above it.
-    fn find_again(&mut self, sought: Position) -> Result<OpenDirectory, Errno> {
-        self.closed.push(sought);
+    /// Finds the parent directory again by the inodes on its path, from the top. If a directory on that path was moved, the
+    /// walk continues in the one above it.
+    fn find_parent(&mut self, parent: Position) -> Result<OpenDirectory, Errno> {
+        self.closed.push(parent);
         let mut directory = Directory::open(self.top)?;
-        let mut found = 1;
-        while let Some(level) = self.closed.get(found)
+        let mut depth = 1;
+        while let Some(level) = self.closed.get(depth)
             && let Some(below) = self.find_entry(&mut directory, level.inode)?
         {
             directory = below;
-            found += 1;
+            depth += 1;
         }
         self.usage.is_stable = false;
-        self.closed.truncate(found);
-        let position = self.closed.pop().unwrap_or(sought);
+        self.closed.truncate(depth);
+        let position = self.closed.pop().unwrap_or(parent);
         OpenDirectory::resume(directory, position)
     }
 
-    /// The directory with this inode among the entries of another one.
+    /// Finds the directory with this inode among the entries of another one.
     fn find_entry(&self, directory: &mut Directory, inode: u64) -> Result<Option<Directory>, Errno> {
-        self.ask_to_go_on()?;
+        self.check_cancelled()?;
         while let Some(entry) = directory.next_entry()? {
             if entry.ino() == inode
-                && let Some(found) = self.is_at(directory.open_entry(entry.file_name()), inode)?
+                && let Some(child) = self.same_directory(directory.open_entry(entry.file_name()), inode)?
             {
-                return Ok(Some(found));
+                return Ok(Some(child));
             }
         }
         Ok(None)
@@ -285,15 +284,15 @@ fn is_directory(status: &FileStat) -> bool {
     status.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits()
 }
 
-/// Inodes that have more than one name, so that each is counted once. File systems give neighbouring
-/// numbers to files that are made one after the other: a group of 64 of them takes one entry.
+/// The inodes with more than one name that were counted. File systems give neighbouring numbers to files that are made
+/// one after the other, so a group of 64 numbers takes one entry.
 #[derive(Default)]
 struct LinkedInodes {
     groups: HashMap<u64, u64>,
 }
 
 impl LinkedInodes {
-    /// Whether the inode is to be counted: it was not inserted before, or there is no place to remember that.
+    /// Whether to count the inode: it was not inserted before, or there is no room to remember it.
     fn insert(&mut self, inode: u64) -> bool {
         let (group, bit) = (inode / 64, 1 << (inode % 64));
         if let Some(seen) = self.groups.get_mut(&group) {

@@ -11,7 +11,7 @@ fn usage(path: &Path) -> DiskUsage {
     disk_usage(path, &|| false).unwrap()
 }
 
-/// Makes a file of a block for each number, in a directory that is made as well.
+/// Makes a directory with a file of one block for each number.
 fn make_files(directory: &Path, numbers: Range<usize>) {
     fs::create_dir_all(directory).unwrap();
     for n in numbers {
@@ -19,11 +19,11 @@ fn make_files(directory: &Path, numbers: Range<usize>) {
     }
 }
 
-/// Calls `act` with the number of each question whether the walk is to go on: before a directory is opened.
+/// A `cancelled` that runs `act` with the number of the call. It is called before a directory is opened.
 fn acting(act: impl Fn(usize)) -> impl Fn() -> bool {
-    let asked = Cell::new(0);
+    let calls = Cell::new(0);
     move || {
-        act(asked.replace(asked.get() + 1));
+        act(calls.replace(calls.get() + 1));
         false
     }
 }
@@ -38,12 +38,12 @@ fn tree_of_any_depth_is_measured() {
     super::super::remove(&dir.path().join("d"), &|| false).unwrap();
 }
 
-/// The walk goes up again and again from below the directories that it keeps open.
+/// The walk goes up many times from below the directories that it keeps open.
 #[test]
 fn each_entry_of_a_wide_and_deep_tree_is_counted_once() {
     let dir = tempfile::tempdir().unwrap();
     let mut at = dir.path().to_owned();
-    for level in 0..3 * OPEN {
+    for level in 0..3 * MAX_OPEN {
         make_files(&at, 0..40);
         for n in 0..20 {
             make_files(&at.join(format!("{level}-{n}/a/b")), 0..2);
@@ -51,7 +51,7 @@ fn each_entry_of_a_wide_and_deep_tree_is_counted_once() {
         at.push("deeper");
     }
     let usage = usage(dir.path());
-    let levels = 3 * OPEN as u64;
+    let levels = 3 * MAX_OPEN as u64;
     assert_eq!(usage.inodes, levels * (1 + 40 + 20 * (3 + 2)));
     assert!(usage.is_stable);
 }
@@ -95,27 +95,27 @@ fn inodes_beyond_what_is_remembered_are_counted_by_name() {
     assert!(linked.insert(beyond) && linked.insert(beyond));
 }
 
-/// A container moved a directory to and fro: the walk found no way back from it and answered what it had
-/// come to by then, a fifth of all or less. Whoever wants to use more than the kubelet allows did that.
+/// A container moved a directory between two places. The walk did not find the way back from it and returned what it had
+/// counted by then, a fifth of the tree or less, so a container could hide disk usage from the kubelet.
 #[test]
 fn nothing_is_missing_while_another_thread_moves_a_directory() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top");
-    // Below the directories that are kept open, so that the way up leads through `..`.
-    let deep: PathBuf = (0..2 * OPEN).map(|n| n.to_string()).collect();
+    // It is deeper than the directories that are kept open, so that the walk goes up through `..`.
+    let deep: PathBuf = (0..2 * MAX_OPEN).map(|n| n.to_string()).collect();
     for n in 0..50 {
         make_files(&top.join(format!("stays-{n}/in/place")), 0..20);
     }
     let (here, there) = (top.join("x/y/a"), top.join("x/y/b"));
-    // Whatever order the file system reads them in, some come after the directory in which the walk was.
+    // In whatever order the file system lists them, some entries come after the directory of the walk.
     for numbers in [0..50, 50..100] {
-        for way in [&top.join("x"), &top.join("x/y"), &here, &there] {
-            make_files(way, numbers.clone());
+        for directory in [&top.join("x"), &top.join("x/y"), &here, &there] {
+            make_files(directory, numbers.clone());
         }
         make_files(&here.join("moving").join(&deep), 0..50);
     }
     let stays = 1 + 50 * (3 + 20) + 4 * 101;
-    assert_eq!(usage(&top).inodes, stays + 1 + 2 * OPEN as u64 + 50);
+    assert_eq!(usage(&top).inodes, stays + 1 + 2 * MAX_OPEN as u64 + 50);
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -135,15 +135,15 @@ fn nothing_is_missing_while_another_thread_moves_a_directory() {
     });
 }
 
-/// What moves away before the walk comes to it, to where the walk has been, was in no sum.
+/// A directory that moved from a place that the walk had not read to one that it had was counted in neither.
 #[test]
-fn directory_that_is_moved_past_the_walk_is_counted_all_the_same() {
+fn directory_that_is_moved_past_the_walk_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top");
     for n in 0..20 {
         fs::create_dir_all(top.join(n.to_string())).unwrap();
     }
-    // In the order of the walk: the question with number n is asked before the directory with number n.
+    // The directories in the order of the walk: call number n is made before directory number n is opened.
     let order: Vec<PathBuf> = fs::read_dir(&top).unwrap().map(|entry| entry.unwrap().path()).collect();
     let (first, last) = (order[0].join("moving"), order[19].join("moving"));
     make_files(&last, 0..100);
@@ -162,13 +162,13 @@ fn directory_that_is_moved_past_the_walk_is_counted_all_the_same() {
     assert!(!disturbed.is_stable && disturbed.inodes > 20, "{disturbed:?}");
 }
 
-/// Of the way back from a directory that was moved, a part was moved as well.
+/// The walk looks for the parent of a moved directory, and a part of the parent's path was moved as well.
 #[test]
-fn walk_goes_on_where_the_tree_stayed_in_its_place() {
+fn walk_continues_in_the_deepest_directory_that_was_not_moved() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top");
     let level = |n: usize| (0..n).fold(top.clone(), |path, n| path.join(format!("level-{n}")));
-    let depth = 3 * OPEN;
+    let depth = 3 * MAX_OPEN;
     for (n, numbers) in (0..depth).map(|n| (n, 0..50)).chain((0..depth).map(|n| (n, 50..100))) {
         make_files(&level(n), numbers);
         make_files(&level(n).join("dir"), 0..1);
@@ -176,7 +176,7 @@ fn walk_goes_on_where_the_tree_stayed_in_its_place() {
     let elsewhere = dir.path().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     let is_moved = Cell::new(false);
-    // When the walk is in the deepest directory, two of those above it leave their paths.
+    // When the walk is in the deepest directory, two of those above it are moved.
     let act = acting(|_| {
         let mut open = fs::read_dir("/proc/self/fd").unwrap().flatten().map(|fd| fs::read_link(fd.path()));
         if !is_moved.get() && open.any(|path| path.is_ok_and(|path| path == level(depth - 1))) {
@@ -188,18 +188,18 @@ fn walk_goes_on_where_the_tree_stayed_in_its_place() {
     let mut walk = UsageWalk::begin(&top, &act).unwrap();
     assert_eq!(walk.run(), Ok(true));
     assert!(is_moved.get() && !walk.usage.is_stable);
-    // All but the rest of these two: what is below them was counted by then.
+    // The entries below the two moved directories were counted before, and only the rest of these two is missing.
     let others = (depth as u64 - 2) * (1 + 100 + 2);
     assert!(walk.usage.inodes >= others, "{:?}", walk.usage);
 }
 
 #[test]
-fn tree_is_too_deep_where_its_levels_are_not_remembered() {
+fn tree_with_more_levels_than_are_remembered_is_too_deep() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir_all(dir.path().join("1/2/3/4/5/6/7/8/9/10/11")).unwrap();
     let go_on = || false;
     let mut walk = UsageWalk::begin(dir.path(), &go_on).unwrap();
-    walk.closed = vec![Position { inode: 0, offset: 0 }; MAX_LEVELS - 2];
+    walk.closed = vec![Position { inode: 0, offset: 0 }; MAX_CLOSED - 2];
     assert_eq!(walk.run(), Ok(false));
     let whole = usage_of_file_system(dir.path()).unwrap();
     assert!(whole.bytes > usage(dir.path()).bytes && !whole.is_stable);
