@@ -2,21 +2,21 @@ use super::*;
 
 const SIZE: usize = 512;
 
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    bytes[at..at + value.len()].copy_from_slice(value);
+fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
+    bytes[offset..offset + value.len()].copy_from_slice(value);
 }
 
 fn meta(bytes: &mut [u8], page: usize, root: u64, transaction: u64) {
     let pages = (bytes.len() / SIZE) as u64;
-    let at = page * SIZE + PAGE_HEADER;
+    let offset = page * SIZE + PAGE_HEADER;
     for (n, value) in [MAGIC, VERSION, 512, 0].into_iter().enumerate() {
-        put(bytes, at + 4 * n, &value.to_ne_bytes());
+        put(bytes, offset + 4 * n, &value.to_ne_bytes());
     }
     for (n, value) in [root, 0, 0, pages, transaction].into_iter().enumerate() {
-        put(bytes, at + 16 + 8 * n, &value.to_ne_bytes());
+        put(bytes, offset + 16 + 8 * n, &value.to_ne_bytes());
     }
-    let sum = fnv_64a(&bytes[at..at + META_SUMMED]);
-    put(bytes, at + META_SUMMED, &sum.to_ne_bytes());
+    let sum = fnv_64a(&bytes[offset..offset + META_CHECKSUMMED]);
+    put(bytes, offset + META_CHECKSUMMED, &sum.to_ne_bytes());
 }
 
 fn header(bytes: &mut [u8], page: usize, kind: u16, count: u16) {
@@ -54,13 +54,13 @@ fn file() -> Vec<u8> {
 }
 
 fn keys(bytes: &[u8]) -> Result<Vec<String>> {
-    let bolt = Database::parse(bytes)?;
-    let entries = bolt.read(&bolt.root())?;
+    let database = Database::parse(bytes)?;
+    let entries = database.read(&database.root())?;
     Ok(entries.into_keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect())
 }
 
 #[test]
-fn the_newest_valid_meta_page_counts() {
+fn newest_valid_meta_page_is_used() {
     let mut bytes = file();
     assert_eq!(keys(&bytes).unwrap(), ["a", "b"]);
     meta(&mut bytes, 1, 2, 3);
@@ -72,13 +72,13 @@ fn the_newest_valid_meta_page_counts() {
     assert_eq!(keys(&bytes).unwrap(), ["a"], "the first is damaged, with the page size");
     bytes[SIZE + 40] ^= 1;
     let message = keys(&bytes).unwrap_err().to_string();
-    assert!(message.contains("of 3072 bytes, neither meta page is valid; the first: its checksum is"), "{message}");
+    assert!(message.contains("of 3072 bytes: neither meta page is valid; the first: its checksum is"), "{message}");
 }
 
 #[test]
-fn what_is_no_bolt_file_is_said_to_be_none() {
+fn file_that_is_not_bbolt_is_refused_with_the_reason() {
     for (bytes, why) in [
-        (&b""[..], "of 0 bytes, neither meta page is valid; the first: it is too short"),
+        (&b""[..], "of 0 bytes: neither meta page is valid; the first: it is too short"),
         (&[0; 8192], "it begins with 0x00000000 instead of 0xed0cdaed"),
         (&b"SQLite format 3".repeat(100), "it begins with"),
     ] {
@@ -88,23 +88,23 @@ fn what_is_no_bolt_file_is_said_to_be_none() {
     let mut old = file();
     put(&mut old, PAGE_HEADER + 4, &1_u32.to_ne_bytes());
     old.truncate(SIZE);
-    assert!(keys(&old).unwrap_err().to_string().contains("its format has version 1"));
+    assert!(keys(&old).unwrap_err().to_string().contains("its format version is 1"));
     let short = &file()[..5 * SIZE];
     assert_eq!(keys(short), Err(Error::Truncated { bytes: 5 * SIZE, needs: 6 * SIZE as u64 }));
 }
 
 #[test]
-fn a_damaged_page_is_named_with_its_flaw() {
+fn damaged_page_is_named_with_its_corruption() {
     let corruption = |damage: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = file();
         damage(&mut bytes);
         keys(&bytes).unwrap_err()
     };
     let page = |page, corruption| Error::Page { page, corruption };
-    assert_eq!(corruption(&|b| branch(b, 4, &[2, 99])), page(99, Corruption::Outside { pages: 6 }));
-    assert_eq!(corruption(&|b| branch(b, 4, &[0])), page(0, Corruption::Outside { pages: 6 }));
-    assert_eq!(corruption(&|b| branch(b, 4, &[2, 2])), page(2, Corruption::Twice));
-    assert_eq!(corruption(&|b| branch(b, 4, &[4])), page(4, Corruption::Twice));
+    assert_eq!(corruption(&|b| branch(b, 4, &[2, 99])), page(99, Corruption::OutOfRange { pages: 6 }));
+    assert_eq!(corruption(&|b| branch(b, 4, &[0])), page(0, Corruption::OutOfRange { pages: 6 }));
+    assert_eq!(corruption(&|b| branch(b, 4, &[2, 2])), page(2, Corruption::Shared));
+    assert_eq!(corruption(&|b| branch(b, 4, &[4])), page(4, Corruption::Shared));
     assert_eq!(corruption(&|b| branch(b, 4, &[3, 2])), page(2, Corruption::Order { number: 0 }));
     assert_eq!(corruption(&|b| header(b, 3, 0x10, 1)), page(3, Corruption::Type(0x10)));
     assert_eq!(corruption(&|b| put(b, 3 * SIZE, &7_u64.to_ne_bytes())), page(3, Corruption::Number(7)));
@@ -112,8 +112,8 @@ fn a_damaged_page_is_named_with_its_flaw() {
     assert_eq!(corruption(&|b| header(b, 3, LEAF, 65535)), page(3, Corruption::Order { number: 1 }));
     assert_eq!(corruption(&|b| header(b, 4, BRANCH, 65535)), page(4, Corruption::Entry { number: 31 }));
     for field in 1..4 {
-        let at = 3 * SIZE + PAGE_HEADER + 4 * field;
-        assert_eq!(corruption(&|b| put(b, at, &u32::MAX.to_ne_bytes())), page(3, Corruption::Entry { number: 0 }));
+        let offset = 3 * SIZE + PAGE_HEADER + 4 * field;
+        assert_eq!(corruption(&|b| put(b, offset, &u32::MAX.to_ne_bytes())), page(3, Corruption::Entry { number: 0 }));
     }
     let to_bucket = |b: &mut Vec<u8>| put(b, 3 * SIZE + PAGE_HEADER, &IS_BUCKET.to_ne_bytes());
     assert_eq!(corruption(&to_bucket), page(3, Corruption::Entry { number: 0 }), "a bucket of one byte");

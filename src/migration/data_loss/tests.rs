@@ -22,14 +22,14 @@ fn lost(snapshots: &[Snapshot], there: &[u64]) -> Vec<String> {
 }
 
 #[test]
-fn every_image_that_has_a_lost_layer_is_named_with_its_repair() {
+fn each_image_with_a_lost_layer_is_named_with_its_repair() {
     use Kind::{Active, Committed};
     let digest = Digest::parse(&format!("sha256:{}", "0".repeat(64))).unwrap();
     let remote = Layer { digest, repository: String::new() };
     let all = [
         Snapshot { layer: Some(remote), ..snapshot(1, "sha256:c1", "", Committed, Some("r/a:1")) },
         snapshot(2, "k8s.io/2/sha256:c2", "sha256:c1", Committed, Some("r/a:1")),
-        // Another image on the same layer, which carries the name of the first that was pulled.
+        // Another image with the same lower layers, which have the name of the image that was pulled first.
         snapshot(3, "k8s.io/3/sha256:c3", "k8s.io/2/sha256:c2", Committed, Some("r/b:1")),
         snapshot(4, "default/4/sha256:d1", "", Committed, None),
         snapshot(5, "default/5/sha256:d2", "default/4/sha256:d1", Committed, None),
@@ -38,13 +38,13 @@ fn every_image_that_has_a_lost_layer_is_named_with_its_repair() {
         snapshot(8, "default/8/fine", "", Active, None),
     ];
     let lines = lost(&all, &[3, 5, 8]);
-    let [a, b, chain, alone] = &lines[..] else { panic!("{lines:#?}") };
+    let [a, b, top_layer, container] = &lines[..] else { panic!("{lines:#?}") };
     assert!(a.starts_with("image \"r/a:1\": the files of 1 of its 1 downloaded layers and of 0 containers"), "{a}");
     assert!(a.contains("\"crictl rmi r/a:1\" or \"ctr -n k8s.io images rm --sync r/a:1\""), "{a}");
     assert!(b.starts_with("image \"r/b:1\": the files of 1 of its 2 downloaded layers and of 1 containers"), "{b}");
-    assert!(chain.starts_with("the image with the uppermost layer \"default/5/sha256:d2\""), "{chain}");
-    assert!(chain.contains("ctr -n default images rm --sync"), "{chain}");
-    assert!(alone.starts_with("the files of \"default/7/empty\" are gone"), "{alone}");
+    assert!(top_layer.starts_with("the image with the uppermost layer \"default/5/sha256:d2\""), "{top_layer}");
+    assert!(top_layer.contains("ctr -n default images rm --sync"), "{top_layer}");
+    assert!(container.starts_with("the files of \"default/7/empty\" are gone"), "{container}");
     assert_eq!(lost(&all, &[2, 3, 4, 5, 6, 7, 8]), Vec::<String>::new());
     let [only] = &lost(&all, &[2, 3, 4, 5, 7, 8])[..] else { panic!("one loss") };
     assert!(only.ends_with("remove these containers (namespace k8s.io)"), "{only}");

@@ -1,8 +1,8 @@
 use super::*;
 use crate::model::{LABEL_IMAGE_REF, LABEL_REMOTE, LABEL_SNAPSHOT_REF, Labels, Timestamp};
 
-fn known(namespace: &str, key: &str, name: &str, parent: &str, labels: &[(&str, &str)]) -> KnownSnapshot {
-    KnownSnapshot {
+fn known(namespace: &str, key: &str, name: &str, parent: &str, labels: &[(&str, &str)]) -> ContainerdSnapshot {
+    ContainerdSnapshot {
         namespace: namespace.to_owned(),
         key: key.to_owned(),
         name: name.to_owned(),
@@ -21,35 +21,35 @@ fn snapshot(key: &str, kind: Kind) -> Snapshot {
         kind,
         created: Timestamp(1),
         updated: Timestamp(1),
-        labels: Labels::from([("of".to_owned(), key.to_owned())]),
+        labels: Labels::from([("key".to_owned(), key.to_owned())]),
         layer: None,
         usage: None,
     }
 }
 
 #[test]
-fn containerd_says_whether_a_commit_that_was_begun_holds() {
-    let made = || snapshot("ns/1/extract", Kind::Active);
-    let begun = || Sidecar { prepared: made(), committed: Some(snapshot("ns/2/layer", Kind::Committed)) };
-    let decided = |sidecar, known: &[KnownSnapshot]| {
+fn commit_that_was_begun_holds_if_containerd_knows_it() {
+    let prepared = || snapshot("ns/1/extract", Kind::Active);
+    let begun = || Sidecar { prepared: prepared(), committed: Some(snapshot("ns/2/layer", Kind::Committed)) };
+    let resolved = |sidecar, known: &[ContainerdSnapshot]| {
         let names = known.iter().map(|known| (known.name.as_str(), known)).collect();
         let record = resolve_sidecar(sidecar, &names).record.unwrap();
         (record.kind, record.labels)
     };
-    let of = |key: &str| Labels::from([("of".to_owned(), key.to_owned())]);
+    let own_labels = |key: &str| Labels::from([("key".to_owned(), key.to_owned())]);
     let inherited = [("containerd.io/snapshot/a", "1"), ("containerd.io/gc.root", "x"), (LABEL_SNAPSHOT_REF, "r")];
-    let kept = Labels::from([inherited[0], inherited[2]].map(|(k, v)| (k.to_owned(), v.to_owned())));
-    let only_made = [known("ns", "extract", "ns/1/extract", "", &inherited)];
+    let inherited_labels = Labels::from([inherited[0], inherited[2]].map(|(k, v)| (k.to_owned(), v.to_owned())));
+    let only_prepared = [known("ns", "extract", "ns/1/extract", "", &inherited)];
     let only_layer = [known("ns", "sha256:c", "ns/2/layer", "", &inherited)];
-    assert_eq!(decided(begun(), &only_made), (Kind::Active, kept.clone()));
-    assert_eq!(decided(begun(), &only_layer), (Kind::Committed, kept));
-    assert_eq!(decided(begun(), &[]), (Kind::Committed, of("ns/2/layer")));
-    let plain = Sidecar { prepared: made(), committed: None };
-    assert_eq!(decided(plain, &[]), (Kind::Active, of("ns/1/extract")));
+    assert_eq!(resolved(begun(), &only_prepared), (Kind::Active, inherited_labels.clone()));
+    assert_eq!(resolved(begun(), &only_layer), (Kind::Committed, inherited_labels));
+    assert_eq!(resolved(begun(), &[]), (Kind::Committed, own_labels("ns/2/layer")));
+    let plain = Sidecar { prepared: prepared(), committed: None };
+    assert_eq!(resolved(plain, &[]), (Kind::Active, own_labels("ns/1/extract")));
 }
 
 #[test]
-fn published_layers_come_from_labels_once_for_all_namespaces() {
+fn published_layer_is_restored_from_labels_once_for_all_namespaces() {
     let digest = format!("sha256:{}", "1".repeat(64));
     let labels = [(LABEL_REMOTE.0, LABEL_REMOTE.1), (LABEL_LAYER_DIGEST, digest.as_str())];
     let all = [
@@ -64,14 +64,15 @@ fn published_layers_come_from_labels_once_for_all_namespaces() {
     ];
     let highest = highest_used_id(&[SnapshotId(12)], &all);
     assert_eq!(highest, SnapshotId(90));
-    let present = HashSet::from(["a/1/local".to_owned()]);
-    let kept = chain_validation::validate(remote_candidates(&all, &present, highest, "r"));
-    let names: Vec<_> = kept.snapshots.iter().map(|s| (s.key.as_str(), s.parent.as_ref().map(Key::as_str))).collect();
+    let local = HashSet::from(["a/1/local".to_owned()]);
+    let accepted = chain_validation::validate(remote_candidates(&all, &local, highest, "r"));
+    let names: Vec<_> =
+        accepted.snapshots.iter().map(|s| (s.key.as_str(), s.parent.as_ref().map(Key::as_str))).collect();
     assert_eq!(names, [("cvmfs/0/c1", None), ("cvmfs/90/c2", Some("cvmfs/0/c1"))]);
-    assert!(kept.snapshots.iter().all(|s| s.id > highest && s.layer.as_ref().unwrap().repository == "r"));
-    let whys: Vec<&RejectReason> = kept.left_out.iter().map(|one| &one.why).collect();
+    assert!(accepted.snapshots.iter().all(|s| s.id > highest && s.layer.as_ref().unwrap().repository == "r"));
+    let reasons: Vec<&RejectReason> = accepted.rejected.iter().map(|one| &one.reason).collect();
     assert!(matches!(
-        whys[..],
+        reasons[..],
         [
             RejectReason::OnlyInContainerd,
             RejectReason::Digest { .. },
@@ -79,17 +80,17 @@ fn published_layers_come_from_labels_once_for_all_namespaces() {
             RejectReason::ParentMissing(_)
         ]
     ));
-    // Two that say different things of one name.
+    // Two namespaces disagree on the snapshot of one name.
     let other = [(LABEL_REMOTE.0, LABEL_REMOTE.1), (LABEL_LAYER_DIGEST, digest.as_str())];
-    let torn =
+    let contradictory =
         [known("a", "x", "same", "", &other), known("b", "p", "p", "", &other), known("b", "x", "same", "p", &other)];
-    let kept = chain_validation::validate(remote_candidates(&torn, &HashSet::new(), SnapshotId(0), "r"));
-    assert_eq!(kept.snapshots.len(), 1);
-    assert!(kept.left_out.iter().all(|one| one.why == RejectReason::SameKey));
+    let accepted = chain_validation::validate(remote_candidates(&contradictory, &HashSet::new(), SnapshotId(0), "r"));
+    assert_eq!(accepted.snapshots.len(), 1);
+    assert!(accepted.rejected.iter().all(|one| one.reason == RejectReason::SameKey));
 }
 
 #[test]
-fn what_is_lost_is_repaired_by_image_and_the_rest_by_snapshot() {
+fn lost_snapshots_are_repaired_by_image_or_alone() {
     let image = |reference| [(LABEL_IMAGE_REF, reference)];
     let all = [
         known("k8s.io", "c1", "1", "", &image("r/a:1")),
