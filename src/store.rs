@@ -35,7 +35,7 @@ const RESERVE_BYTES: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub enum Error {
     /// Another version of this program wrote the file.
-    Schema { path: PathBuf, found: i64 },
+    Schema { path: PathBuf, version: i64 },
     /// The file is no store, is incomplete, or has a row that this program did not write.
     Damaged { path: PathBuf, damage: String },
     /// The file could not be read or written.
@@ -52,9 +52,9 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Schema { path, found } => write!(
+            Self::Schema { path, version } => write!(
                 f,
-                "the metadata {} has schema version {found}, this program knows {}: install the version that wrote it",
+                "the metadata {} has schema version {version}, this program knows {}: install the version that wrote it",
                 path.display(),
                 file::SCHEMA_VERSION
             ),
@@ -131,10 +131,7 @@ impl Store {
             }
             Self::open_checked(path, occupied)
         };
-        let store = match open() {
-            Err(e) if e.is_full_disk() && use_reserve(path) => open()?,
-            result => result?,
-        };
+        let store = with_reserve(path, open)?;
         store.restore_reserve();
         Ok(store)
     }
@@ -165,15 +162,12 @@ impl Store {
         reserve_of(path).exists()
     }
 
-    /// Writes something that frees space. If the disk is full, the reserve is deleted and the write is tried again.
+    /// Does the same as `write` for changes that free space. They may use the reserve.
     pub fn write_using_reserve<T, E: From<Error>>(
         &self,
         body: impl Fn(&WriteTxn) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        match self.try_write(&body) {
-            Err(e) if e.is_full_disk() && use_reserve(&self.path) => self.try_write(&body)?,
-            result => result?,
-        }
+        with_reserve(&self.path, || self.try_write(&body))?
     }
 
     /// Creates the reserve if it is missing and there is room.
@@ -232,15 +226,17 @@ fn reserve_of(path: &Path) -> PathBuf {
     path.with_extension("reserve")
 }
 
-/// Deletes the reserve. Returns false if there is none.
-fn use_reserve(path: &Path) -> bool {
-    let is_deleted = fs::remove_file(reserve_of(path)).is_ok();
-    if is_deleted {
-        log::warn!(
-            event = "reserve_used",
-            path:% = path.display();
-            "the disk of the metadata is full, using the space reserved for removals"
-        );
+/// Runs `attempt`. If the disk is full, deletes the reserve, if there is one, and runs it again.
+fn with_reserve<T>(path: &Path, attempt: impl Fn() -> Result<T>) -> Result<T> {
+    match attempt() {
+        Err(e) if e.is_full_disk() && fs::remove_file(reserve_of(path)).is_ok() => {
+            log::warn!(
+                event = "reserve_used",
+                path:% = path.display();
+                "the disk of the metadata is full, using the space reserved for removals"
+            );
+            attempt()
+        }
+        result => result,
     }
-    is_deleted
 }

@@ -14,7 +14,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::transaction::{ReadTxn, WriteTxn};
-use super::{Error, Result, Store, use_reserve};
+use super::{Error, Result, Store, with_reserve};
 use crate::model::{Snapshot, SnapshotId};
 
 /// SQLite's application id, "cvms".
@@ -73,11 +73,7 @@ impl Store {
         snapshots: &[Snapshot],
         leftovers: &[SnapshotId],
     ) -> Result<()> {
-        let create = || create_and_rename(path, occupied, snapshots, leftovers);
-        match create() {
-            Err(e) if e.is_full_disk() && use_reserve(path) => create(),
-            result => result,
-        }
+        with_reserve(path, || create_and_rename(path, occupied, snapshots, leftovers))
     }
 }
 
@@ -143,7 +139,7 @@ fn check_content(path: &Path) -> Result<()> {
     }
     let version = number("PRAGMA user_version").map_err(failed)?;
     if version != i64::from(SCHEMA_VERSION) {
-        return Err(Error::Schema { path: path.to_owned(), found: version });
+        return Err(Error::Schema { path: path.to_owned(), version });
     }
     if statements(&connection).map_err(failed)? != expected_statements().map_err(failed)? {
         return Err(Error::damaged(path, FOREIGN));
@@ -156,12 +152,8 @@ fn check_content(path: &Path) -> Result<()> {
     if !strings(&connection, "PRAGMA foreign_key_check").map_err(failed)?.is_empty() {
         return Err(Error::damaged(path, "a snapshot's parent is missing"));
     }
-    check_rows(path, &connection)
-}
-
-/// Decodes each row that a start reads, because SQLite has no checksums over the content of rows.
-fn check_rows(path: &Path, connection: &Connection) -> Result<()> {
-    let read = ReadTxn::new(connection, path);
+    // Each row that a start reads is decoded, because SQLite has no checksums over the content of rows.
+    let read = ReadTxn::new(&connection, path);
     read.id_counters().and_then(|_| read.for_each(|_| {}))
 }
 
