@@ -21,6 +21,14 @@ pub mod overlay;
 pub mod repository;
 #[cfg(feature = "server")]
 pub mod server;
+// Without gRPC there are only the parsers of the server, for the fuzzers.
+#[cfg(not(feature = "server"))]
+#[allow(dead_code)]
+mod server {
+    pub mod convert;
+    pub mod field_count;
+    pub mod filters;
+}
 pub mod sidecar;
 pub mod snapshotter;
 pub mod store;

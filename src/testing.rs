@@ -1,6 +1,6 @@
-//! Faults on demand, for tests: one numbered step of many fails, or the process or the whole
-//! machine dies at it. Steps of the system-call double (`system/testing.rs`) and of the store's
-//! double (`store/disk.rs`) are counted together, in the order in which they happen.
+//! Faults on demand for tests: one of the numbered steps of an operation fails, or the process or the whole machine dies
+//! at it. The double of the system calls (`system/testing.rs`) and that of the store's disk (`store/testing.rs`) count
+//! their steps together, in the order in which they happen.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ pub enum Fault {
     None,
     /// The step with this number, counted from 0, fails; the machine works again afterwards.
     Fails(usize, Errno),
-    /// Nothing works any more from this step on, which has no effect at all, or half of it.
+    /// The step with this number has no effect, or half of it, and all later ones fail.
     Dies(usize, Effect),
 }
 
@@ -24,7 +24,7 @@ pub enum Effect {
     Half,
 }
 
-/// What shall become of a step.
+/// How much of a step is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Done,
@@ -32,6 +32,7 @@ pub enum Verdict {
     Failed(Errno),
 }
 
+/// Whether a step changes something or only reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Change,
@@ -47,37 +48,39 @@ pub struct Step {
 
 pub struct Steps {
     fault: Fault,
-    /// Steps before do not count.
-    armed: AtomicBool,
-    taken: AtomicUsize,
-    dead: AtomicBool,
+    /// Whether steps are counted.
+    is_armed: AtomicBool,
+    count: AtomicUsize,
+    /// Whether the process has died.
+    is_dead: AtomicBool,
     recorded: Mutex<Vec<Step>>,
 }
 
 impl Steps {
     pub fn with(fault: Fault) -> Self {
-        let (taken, recorded) = (AtomicUsize::default(), Mutex::default());
-        Self { fault, armed: AtomicBool::default(), taken, dead: AtomicBool::default(), recorded }
+        let (is_armed, is_dead) = (AtomicBool::default(), AtomicBool::default());
+        Self { fault, is_armed, count: AtomicUsize::default(), is_dead, recorded: Mutex::default() }
     }
 
-    /// Steps count from here on.
+    /// Counts steps from now on.
     pub fn arm(&self) {
-        self.armed.store(true, Ordering::SeqCst);
+        self.is_armed.store(true, Ordering::SeqCst);
     }
 
-    pub fn take(&self, call: &'static str, path: &Path, kind: Kind) -> Verdict {
-        if self.dead.load(Ordering::SeqCst) {
+    /// Records a step and decides about it.
+    pub fn next(&self, call: &'static str, path: &Path, kind: Kind) -> Verdict {
+        if self.is_dead.load(Ordering::SeqCst) {
             return Verdict::Failed(Errno::EIO);
         }
-        if !self.armed.load(Ordering::SeqCst) {
+        if !self.is_armed.load(Ordering::SeqCst) {
             return Verdict::Done;
         }
         self.recorded.lock().push(Step { call, path: path.to_owned(), kind });
-        let number = self.taken.fetch_add(1, Ordering::SeqCst);
+        let number = self.count.fetch_add(1, Ordering::SeqCst);
         match self.fault {
-            Fault::Fails(at, errno) if at == number => Verdict::Failed(errno),
-            Fault::Dies(at, effect) if at == number => {
-                self.dead.store(true, Ordering::SeqCst);
+            Fault::Fails(failing, errno) if failing == number => Verdict::Failed(errno),
+            Fault::Dies(last, effect) if last == number => {
+                self.is_dead.store(true, Ordering::SeqCst);
                 match effect {
                     Effect::Nothing => Verdict::Failed(Errno::EIO),
                     Effect::Half => Verdict::HalfDone,
@@ -91,7 +94,7 @@ impl Steps {
         self.recorded.lock().clone()
     }
 
-    /// Of those recorded, the ones that change something.
+    /// The recorded steps that change something.
     pub fn changes(&self) -> Vec<Step> {
         self.recorded().into_iter().filter(|step| step.kind == Kind::Change).collect()
     }

@@ -1,5 +1,5 @@
-//! Throws the corpus, every input that ever crashed a target, and random changes of both at the
-//! targets, for a bounded time. `FUZZ_SECONDS` for each target and `FUZZ_SEED` change the run.
+//! Runs the targets for a bounded time with the corpus, with all inputs that ever made a target fail, and with random
+//! mutations of both. `FUZZ_SECONDS` sets the time for each target and `FUZZ_SEED` the seed.
 
 use std::fs;
 use std::io::{self, Write};
@@ -7,10 +7,12 @@ use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
+
 use super::{TARGETS, Target};
 
-const SECONDS: u64 = 2;
-const LONGEST: usize = 4096;
+const DEFAULT_SECONDS: u64 = 2;
+const MAX_INPUT_BYTES: usize = 4096;
 
 fn folder(kind: &str, target: &Target) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz").join(kind).join(target.name)
@@ -23,90 +25,70 @@ fn inputs(folder: &Path) -> Vec<Vec<u8>> {
     files.iter().map(|file| fs::read(file).unwrap()).collect()
 }
 
-fn number(variable: &str, otherwise: u64) -> u64 {
-    std::env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
+fn env_number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// A small generator of numbers; the same seed gives the same run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % limit.max(1) as u64).unwrap()
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.next().to_le_bytes()[0]
-    }
-}
-
-/// One random change, or a few, of an input.
-fn mutated(random: &mut Random, seeds: &[Vec<u8>], words: &[&str]) -> Vec<u8> {
-    let mut input = seeds[random.below(seeds.len())].clone();
-    for _ in 0..=random.below(6) {
-        let at = random.below(input.len() + 1);
-        let end = at + random.below((input.len() - at).min(32) + 1);
-        match random.below(8) {
-            0 if at < input.len() => input[at] ^= 1 << random.below(8),
-            1 if at < input.len() => input[at] = random.byte(),
-            2 => input.insert(at, random.byte()),
-            3 => drop(input.drain(at..end)),
-            4 => drop(input.splice(at..at, input[at..end].to_vec().repeat(1 + random.below(8)))),
-            5 => drop(input.splice(at..end, words[random.below(words.len())].bytes())),
+/// A copy of a random input with up to six random changes.
+fn mutate(random: &mut Rng, inputs: &[Vec<u8>], words: &[&str]) -> Vec<u8> {
+    let mut input = inputs[random.usize(..inputs.len())].clone();
+    for _ in 0..random.usize(1..=6) {
+        let start = random.usize(..=input.len());
+        let end = start + random.usize(..=(input.len() - start).min(32));
+        let word = words[random.usize(..words.len())];
+        match random.u8(..8) {
+            0 if start < input.len() => input[start] ^= 1 << random.u8(..8),
+            1 if start < input.len() => input[start] = random.u8(..),
+            2 => input.insert(start, random.u8(..)),
+            3 => drop(input.drain(start..end)),
+            4 => drop(input.splice(start..start, input[start..end].to_vec().repeat(random.usize(1..=8)))),
+            5 => drop(input.splice(start..end, word.bytes())),
             6 => {
-                let other = &seeds[random.below(seeds.len())];
-                let from = random.below(other.len() + 1);
-                input.truncate(at);
-                input.extend_from_slice(&other[from..]);
+                let other = &inputs[random.usize(..inputs.len())];
+                input.truncate(start);
+                input.extend_from_slice(&other[random.usize(..=other.len())..]);
             }
-            _ => drop(input.splice(at..at, words[random.below(words.len())].bytes())),
+            _ => drop(input.splice(start..start, word.bytes())),
         }
     }
-    input.truncate(LONGEST);
+    input.truncate(MAX_INPUT_BYTES);
     input
 }
 
-fn try_on(target: &Target, input: &[u8]) {
+fn run(target: &Target, input: &[u8]) {
     if catch_unwind(|| (target.run)(input)).is_err() {
         let file = std::env::temp_dir().join(format!("fuzz-{}-{}", target.name, std::process::id()));
         fs::write(&file, input).unwrap();
         let (file, crashes) = (file.display(), folder("crashes", target));
-        panic!("{} broke a promise on {file}: mend it, and move that file to {}", target.name, crashes.display());
+        panic!("target {} failed on {file}: fix it, and move that file to {}", target.name, crashes.display());
     }
 }
 
 fn drive(name: &str) {
     let target = TARGETS.iter().find(|target| target.name == name).unwrap();
-    let mut seeds = inputs(&folder("corpus", target));
-    assert!(!seeds.is_empty(), "{name} has no corpus");
-    seeds.extend(inputs(&folder("crashes", target)));
-    for seed in &seeds {
-        try_on(target, seed);
+    let words: Vec<&str> = target.dictionary.split(' ').collect();
+    let mut known = inputs(&folder("corpus", target));
+    assert!(!known.is_empty(), "{name} has no corpus");
+    known.extend(inputs(&folder("crashes", target)));
+    for input in &known {
+        run(target, input);
     }
-    let seed = number("FUZZ_SEED", 1);
-    let mut random = Random(seed);
-    let until = Instant::now() + Duration::from_secs(number("FUZZ_SECONDS", SECONDS));
-    let mut count = seeds.len();
-    while Instant::now() < until {
+    let seed = env_number("FUZZ_SEED", 1);
+    let mut random = Rng::with_seed(seed);
+    let deadline = Instant::now() + Duration::from_secs(env_number("FUZZ_SECONDS", DEFAULT_SECONDS));
+    let mut count = known.len();
+    while Instant::now() < deadline {
         for _ in 0..64 {
-            try_on(target, &mutated(&mut random, &seeds, target.words));
+            run(target, &mutate(&mut random, &known, &words));
         }
         count += 64;
     }
-    // Past the harness, which keeps to itself what a test that succeeds prints.
-    let known = seeds.len();
+    // It writes to stderr itself, because the test harness hides what a successful test prints.
+    let known = known.len();
     writeln!(io::stderr(), "fuzz: {name}: {count} inputs, {known} of them known, seed {seed}").unwrap();
 }
 
-macro_rules! fuzzed {
+macro_rules! fuzz_tests {
     ($($test:ident: $target:literal;)*) => {
         $(#[test]
         fn $test() {
@@ -114,19 +96,19 @@ macro_rules! fuzzed {
         })*
 
         #[test]
-        fn every_target_is_driven() {
+        fn each_target_has_a_test() {
             assert_eq!(TARGETS.map(|target| target.name), [$($target),*]);
         }
     };
 }
 
-fuzzed! {
-    no_filter_breaks_the_filter_language: "filters";
-    no_request_breaks_the_decoding: "requests";
-    no_text_passes_for_a_digest_that_is_none: "digest";
-    no_reference_becomes_a_path_that_leads_elsewhere: "reference";
-    no_manifest_breaks_the_parser: "manifest";
-    no_row_breaks_the_records: "records";
-    no_file_breaks_the_configuration: "config";
-    no_text_breaks_a_message: "quoted";
+fuzz_tests! {
+    filters_match_what_they_quote: "filters";
+    decoded_requests_keep_their_limits: "requests";
+    parsed_digests_are_valid: "digest";
+    image_references_lead_below_the_repository: "reference";
+    parsed_manifests_keep_their_limits: "manifest";
+    decoded_records_are_encoded_to_the_same: "records";
+    loaded_configurations_keep_their_limits: "config";
+    quoted_texts_are_short_and_printable: "quoted";
 }

@@ -1,9 +1,8 @@
-//! Reads files of bbolt, the embedded store of Go programs: the Go snapshotter's metadata and
-//! containerd's own.
+//! Reads files of bbolt, the embedded store of Go programs: the Go snapshotter's metadata and containerd's own.
 //!
-//! Works on bytes and knows nothing of what they mean to anybody. A file is input: whatever is
-//! in it, nothing here panics, recurses or goes round in circles, and no more is kept than
-//! references into the bytes. Each page belongs to one bucket and is read once.
+//! It turns bytes into buckets and does not know what is in them. A file is input: whatever its content, nothing here
+//! panics, recurses or loops for ever, and memory is taken only for references into the bytes. A page belongs to one
+//! bucket and is read once.
 #![forbid(unsafe_code)]
 
 pub mod file;
@@ -18,18 +17,18 @@ const PAGE_HEADER: usize = 16;
 const ELEMENT: usize = 16;
 const BUCKET_HEADER: usize = 16;
 const META: usize = 64;
-/// Up to where the checksum of a meta page goes.
-const META_SUMMED: usize = 56;
+/// Number of bytes of a meta page that its checksum covers.
+const META_CHECKSUMMED: usize = 56;
 const BRANCH: u16 = 1;
 const LEAF: u16 = 2;
-/// In a leaf: the value is a bucket.
+/// Flag of an element of a leaf whose value is a bucket.
 const IS_BUCKET: u32 = 1;
-/// Page sizes of the machines that bbolt runs on.
+/// Page sizes of the machines on which bbolt runs.
 const PAGE_SIZES: [usize; 8] = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// Neither of the two meta pages is one; what is wrong with the first.
+    /// Neither meta page is valid.
     NoMeta {
         bytes: usize,
         first: InvalidMeta,
@@ -54,21 +53,21 @@ pub enum InvalidMeta {
     Checksum { stored: u64, computed: u64 },
 }
 
-/// What is wrong with a page.
+/// The damage of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Corruption {
-    /// The number is that of a meta page, or above the last one.
-    Outside { pages: u64 },
-    /// It says that it is another one.
+    /// The number belongs to a meta page, or is above the last one.
+    OutOfRange { pages: u64 },
+    /// The page has another number than its position.
     Number(u64),
-    /// Neither branch nor leaf.
+    /// It is neither a branch nor a leaf.
     Type(u16),
-    /// It has more overflow pages than there are.
+    /// Its overflow pages go beyond the last page.
     Overflow(u32),
-    /// An entry lies outside of the page.
+    /// An entry lies outside the page.
     Entry { number: usize },
-    /// Two places name the page: a loop, or a page of two buckets.
-    Twice,
+    /// The page is referred to twice: the pages form a circle, or two buckets share it.
+    Shared,
     /// The keys do not ascend.
     Order { number: usize },
 }
@@ -77,11 +76,11 @@ impl fmt::Display for InvalidMeta {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooShort => f.write_str("it is too short"),
-            Self::Magic(found) => write!(f, "it begins with {found:#010x} instead of {MAGIC:#010x}"),
-            Self::Version(found) => write!(f, "its format has version {found}, known is {VERSION}"),
-            Self::PageSize(found) => write!(f, "its page size is {found}"),
+            Self::Magic(magic) => write!(f, "it begins with {magic:#010x} instead of {MAGIC:#010x}"),
+            Self::Version(version) => write!(f, "its format version is {version} instead of {VERSION}"),
+            Self::PageSize(size) => write!(f, "its page size is {size}"),
             Self::Checksum { stored, computed } => {
-                write!(f, "its checksum is {stored:#018x} and should be {computed:#018x}")
+                write!(f, "its checksum is {stored:#018x} instead of {computed:#018x}")
             }
         }
     }
@@ -90,12 +89,12 @@ impl fmt::Display for InvalidMeta {
 impl fmt::Display for Corruption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Outside { pages } => write!(f, "there is no such page among {pages}"),
-            Self::Number(found) => write!(f, "it says that it is page {found}"),
-            Self::Type(found) => write!(f, "it is of type {found:#x}, neither branch nor leaf"),
-            Self::Overflow(found) => write!(f, "its {found} overflow pages go beyond the last page"),
+            Self::OutOfRange { pages } => write!(f, "there is no such page among {pages}"),
+            Self::Number(number) => write!(f, "it has the number {number}"),
+            Self::Type(kind) => write!(f, "its type {kind:#x} is neither branch nor leaf"),
+            Self::Overflow(count) => write!(f, "its {count} overflow pages go beyond the last page"),
             Self::Entry { number } => write!(f, "entry {number} lies outside of it"),
-            Self::Twice => f.write_str("more than one place names it"),
+            Self::Shared => f.write_str("it is referred to more than once"),
             Self::Order { number } => write!(f, "entry {number} is out of order"),
         }
     }
@@ -105,7 +104,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoMeta { bytes, first } => {
-                write!(f, "no bbolt file: of {bytes} bytes, neither meta page is valid; the first: {first}")
+                write!(f, "no bbolt file of {bytes} bytes: neither meta page is valid; the first: {first}")
             }
             Self::Truncated { bytes, needs } => write!(f, "the file has {bytes} bytes, its pages need {needs}"),
             Self::Page { page, corruption } => write!(f, "page {page} is damaged: {corruption}"),
@@ -117,31 +116,32 @@ impl std::error::Error for Error {}
 
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The bytes of a file, and where its newest transaction begins.
+/// The content of a file as of its newest transaction.
 pub struct Database<'b> {
     bytes: &'b [u8],
     page_size: usize,
-    /// So many pages are in use or were.
+    /// Number of pages, free ones included.
     pages: u64,
+    /// The page of the root bucket.
     root: u64,
-    read: RefCell<HashSet<u64>>,
+    pages_read: RefCell<HashSet<u64>>,
 }
 
-/// A bucket that was not looked into yet. It can be read once.
+/// A bucket that was not read yet. It can be read once.
 #[derive(Debug)]
 pub struct Bucket<'b> {
     root: BucketRoot<'b>,
-    /// The last number that the bucket gave out.
+    /// The last number of the bucket's sequence.
     pub sequence: u64,
 }
 
 #[derive(Debug)]
 enum BucketRoot<'b> {
     Page(u64),
-    /// A small bucket lies in a value of the one that it is in, in this page.
+    /// A small bucket is stored in a value of its parent, which is in this page.
     Inline {
         bytes: &'b [u8],
-        within: u64,
+        page: u64,
     },
 }
 
@@ -151,7 +151,7 @@ pub enum Entry<'b> {
     Bucket(Bucket<'b>),
 }
 
-/// What is in a bucket, by key.
+/// The content of a bucket by key.
 pub type Entries<'b> = BTreeMap<&'b [u8], Entry<'b>>;
 
 struct Meta {
@@ -164,8 +164,8 @@ struct Meta {
 impl<'b> Database<'b> {
     pub fn parse(bytes: &'b [u8]) -> Result<Self> {
         let first = meta_at(bytes, 0);
-        // Where the second page begins, the first one says. If it is damaged, bbolt tries what
-        // there can be.
+        // The first meta page holds the page size and so the position of the second. If it is damaged, bbolt tries all
+        // page sizes.
         let second = match &first {
             Ok(meta) => meta_at(bytes, meta.page_size).ok(),
             Err(_) => {
@@ -183,10 +183,10 @@ impl<'b> Database<'b> {
             return Err(Error::Truncated { bytes: bytes.len(), needs });
         }
         let Meta { page_size, pages, root, .. } = meta;
-        Ok(Self { bytes, page_size, pages, root, read: RefCell::default() })
+        Ok(Self { bytes, page_size, pages, root, pages_read: RefCell::default() })
     }
 
-    /// The bucket that all others are in.
+    /// The bucket that contains all others.
     pub fn root(&self) -> Bucket<'b> {
         Bucket { root: BucketRoot::Page(self.root), sequence: 0 }
     }
@@ -194,8 +194,8 @@ impl<'b> Database<'b> {
     pub fn read(&self, bucket: &Bucket<'b>) -> Result<Entries<'b>> {
         let mut entries = Entries::new();
         let mut unread = match bucket.root {
-            BucketRoot::Inline { bytes, within } => {
-                let page = Page { number: within, bytes };
+            BucketRoot::Inline { bytes, page } => {
+                let page = Page { number: page, bytes };
                 if page.kind()? != LEAF {
                     return Err(page.corruption(Corruption::Type(page.kind()?)));
                 }
@@ -208,10 +208,10 @@ impl<'b> Database<'b> {
             let page = self.page(number)?;
             match page.kind()? {
                 BRANCH => {
-                    // Read from the last to the first, so pushed from the first: keys ascend.
-                    let at = unread.len();
+                    // The last page is popped first, so the children are reversed: their keys ascend.
+                    let first_child = unread.len();
                     page.branch(&mut unread)?;
-                    unread[at..].reverse();
+                    unread[first_child..].reverse();
                 }
                 LEAF => page.leaf(&mut entries)?,
                 other => return Err(page.corruption(Corruption::Type(other))),
@@ -220,29 +220,29 @@ impl<'b> Database<'b> {
         Ok(entries)
     }
 
-    /// Reads the bucket `name` in `entries`; nothing is in one that is not there.
-    pub fn read_in(&self, entries: &mut Entries<'b>, name: &[u8]) -> Result<Entries<'b>> {
+    /// Removes the bucket `name` from `entries` and reads it. A missing bucket is empty.
+    pub fn read_child(&self, entries: &mut Entries<'b>, name: &[u8]) -> Result<Entries<'b>> {
         match entries.remove(name) {
             Some(Entry::Bucket(bucket)) => self.read(&bucket),
             _ => Ok(Entries::new()),
         }
     }
 
-    /// A page with its overflow.
+    /// A page with its overflow pages.
     fn page(&self, number: u64) -> Result<Page<'b>> {
         let corruption = |corruption| Error::Page { page: number, corruption };
-        let outside = corruption(Corruption::Outside { pages: self.pages });
+        let out_of_range = corruption(Corruption::OutOfRange { pages: self.pages });
         if number < 2 || number >= self.pages {
-            return Err(outside);
+            return Err(out_of_range);
         }
-        if !self.read.borrow_mut().insert(number) {
-            return Err(corruption(Corruption::Twice));
+        if !self.pages_read.borrow_mut().insert(number) {
+            return Err(corruption(Corruption::Shared));
         }
-        let at = usize::try_from(number).ok().and_then(|n| n.checked_mul(self.page_size));
-        let Some(bytes) = at.and_then(|at| self.bytes.get(at..)) else { return Err(outside) };
-        let (Some(own), Some(overflow)) = (u64_at(bytes, 0), u32_at(bytes, 12)) else { return Err(outside) };
-        if own != number {
-            return Err(corruption(Corruption::Number(own)));
+        let offset = usize::try_from(number).ok().and_then(|n| n.checked_mul(self.page_size));
+        let Some(bytes) = offset.and_then(|offset| self.bytes.get(offset..)) else { return Err(out_of_range) };
+        let (Some(stored), Some(overflow)) = (u64_at(bytes, 0), u32_at(bytes, 12)) else { return Err(out_of_range) };
+        if stored != number {
+            return Err(corruption(Corruption::Number(stored)));
         }
         if u64::from(overflow) >= self.pages - number {
             return Err(corruption(Corruption::Overflow(overflow)));
@@ -267,32 +267,33 @@ impl<'b> Page<'b> {
         u16_at(self.bytes, 8).ok_or_else(|| self.corruption(Corruption::Entry { number: 0 }))
     }
 
-    /// The offset of every element of the page.
+    /// The number and the offset of each element of the page.
     fn elements(&self) -> Result<impl Iterator<Item = (usize, usize)> + use<>> {
         let count = u16_at(self.bytes, 10).ok_or_else(|| self.corruption(Corruption::Entry { number: 0 }))?;
         Ok((0..usize::from(count)).map(|number| (number, PAGE_HEADER + number * ELEMENT)))
     }
 
     fn branch(&self, children: &mut Vec<u64>) -> Result<()> {
-        for (number, at) in self.elements()? {
-            let child = u64_at(self.bytes, at + 8).ok_or_else(|| self.corruption(Corruption::Entry { number }))?;
+        for (number, offset) in self.elements()? {
+            let child = u64_at(self.bytes, offset + 8).ok_or_else(|| self.corruption(Corruption::Entry { number }))?;
             children.push(child);
         }
         Ok(())
     }
 
     fn leaf(&self, entries: &mut Entries<'b>) -> Result<()> {
-        for (number, at) in self.elements()? {
-            let bad = || self.corruption(Corruption::Entry { number });
-            let field = |n: usize| u32_at(self.bytes, at + 4 * n);
+        for (number, offset) in self.elements()? {
+            let invalid = || self.corruption(Corruption::Entry { number });
+            let field = |n: usize| u32_at(self.bytes, offset + 4 * n);
             let (Some(flags), Some(position), Some(key), Some(value)) = (field(0), field(1), field(2), field(3)) else {
-                return Err(bad());
+                return Err(invalid());
             };
-            let rest = at.checked_add(position as usize).and_then(|from| self.bytes.get(from..)).ok_or_else(bad)?;
-            let (key, rest) = rest.split_at_checked(key as usize).ok_or_else(bad)?;
-            let value = rest.get(..value as usize).ok_or_else(bad)?;
+            let rest =
+                offset.checked_add(position as usize).and_then(|start| self.bytes.get(start..)).ok_or_else(invalid)?;
+            let (key, rest) = rest.split_at_checked(key as usize).ok_or_else(invalid)?;
+            let value = rest.get(..value as usize).ok_or_else(invalid)?;
             let entry =
-                if flags & IS_BUCKET == 0 { Entry::Value(value) } else { self.bucket(value).ok_or_else(bad)? };
+                if flags & IS_BUCKET == 0 { Entry::Value(value) } else { self.bucket(value).ok_or_else(invalid)? };
             if entries.last_key_value().is_some_and(|(last, _)| *last >= key) {
                 return Err(self.corruption(Corruption::Order { number }));
             }
@@ -304,7 +305,7 @@ impl<'b> Page<'b> {
     fn bucket(&self, value: &'b [u8]) -> Option<Entry<'b>> {
         let (root, sequence) = (u64_at(value, 0)?, u64_at(value, 8)?);
         let root = match root {
-            0 => BucketRoot::Inline { bytes: value.get(BUCKET_HEADER..)?, within: self.number },
+            0 => BucketRoot::Inline { bytes: value.get(BUCKET_HEADER..)?, page: self.number },
             page => BucketRoot::Page(page),
         };
         Some(Entry::Bucket(Bucket { root, sequence }))
@@ -312,167 +313,47 @@ impl<'b> Page<'b> {
 }
 
 fn meta_at(bytes: &[u8], page: usize) -> std::result::Result<Meta, InvalidMeta> {
-    let bytes = page.checked_add(PAGE_HEADER).and_then(|from| bytes.get(from..)?.get(..META));
+    let bytes = page.checked_add(PAGE_HEADER).and_then(|start| bytes.get(start..)?.get(..META));
     let bytes = bytes.ok_or(InvalidMeta::TooShort)?;
-    let short = |at| u32_at(bytes, at).ok_or(InvalidMeta::TooShort);
-    let long = |at| u64_at(bytes, at).ok_or(InvalidMeta::TooShort);
-    let (magic, version, page_size) = (short(0)?, short(4)?, short(8)?);
+    let u32_field = |offset| u32_at(bytes, offset).ok_or(InvalidMeta::TooShort);
+    let u64_field = |offset| u64_at(bytes, offset).ok_or(InvalidMeta::TooShort);
+    let (magic, version, page_size) = (u32_field(0)?, u32_field(4)?, u32_field(8)?);
     if magic != MAGIC {
         return Err(InvalidMeta::Magic(magic));
     }
     if version != VERSION {
         return Err(InvalidMeta::Version(version));
     }
-    let (stored, computed) = (long(META_SUMMED)?, fnv_64a(&bytes[..META_SUMMED]));
+    let (stored, computed) = (u64_field(META_CHECKSUMMED)?, fnv_64a(&bytes[..META_CHECKSUMMED]));
     if stored != computed {
         return Err(InvalidMeta::Checksum { stored, computed });
     }
     let size = PAGE_SIZES.into_iter().find(|size| *size == page_size as usize);
     let page_size = size.ok_or(InvalidMeta::PageSize(page_size))?;
-    Ok(Meta { page_size, root: long(16)?, pages: long(40)?, transaction: long(48)? })
+    Ok(Meta { page_size, root: u64_field(16)?, pages: u64_field(40)?, transaction: u64_field(48)? })
 }
 
 fn fnv_64a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Numbers are in the byte order of the machine that wrote the file, which is this one.
-fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..)?.first_chunk().copied()
+// Numbers are in the byte order of the machine that wrote the file, which is this one.
+
+fn array_at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
+    bytes.get(offset..)?.first_chunk().copied()
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    array_at(bytes, at).map(u16::from_ne_bytes)
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    array_at(bytes, offset).map(u16::from_ne_bytes)
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    array_at(bytes, at).map(u32::from_ne_bytes)
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    array_at(bytes, offset).map(u32::from_ne_bytes)
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    array_at(bytes, at).map(u64::from_ne_bytes)
+fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    array_at(bytes, offset).map(u64::from_ne_bytes)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SIZE: usize = 512;
-
-    fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-        bytes[at..at + value.len()].copy_from_slice(value);
-    }
-
-    fn meta(bytes: &mut [u8], page: usize, root: u64, transaction: u64) {
-        let pages = (bytes.len() / SIZE) as u64;
-        let at = page * SIZE + PAGE_HEADER;
-        for (n, value) in [MAGIC, VERSION, 512, 0].into_iter().enumerate() {
-            put(bytes, at + 4 * n, &value.to_ne_bytes());
-        }
-        for (n, value) in [root, 0, 0, pages, transaction].into_iter().enumerate() {
-            put(bytes, at + 16 + 8 * n, &value.to_ne_bytes());
-        }
-        let sum = fnv_64a(&bytes[at..at + META_SUMMED]);
-        put(bytes, at + META_SUMMED, &sum.to_ne_bytes());
-    }
-
-    fn header(bytes: &mut [u8], page: usize, kind: u16, count: u16) {
-        put(bytes, page * SIZE, &(page as u64).to_ne_bytes());
-        put(bytes, page * SIZE + 8, &kind.to_ne_bytes());
-        put(bytes, page * SIZE + 10, &count.to_ne_bytes());
-    }
-
-    /// Leaves of one entry each, whose value is the key.
-    fn leaf(bytes: &mut [u8], page: usize, key: &[u8]) {
-        header(bytes, page, LEAF, 1);
-        let length = u32::try_from(key.len()).unwrap();
-        for (n, value) in [0, 16, length, length].into_iter().enumerate() {
-            put(bytes, page * SIZE + PAGE_HEADER + 4 * n, &value.to_ne_bytes());
-        }
-        put(bytes, page * SIZE + 32, &[key, key].concat());
-    }
-
-    fn branch(bytes: &mut [u8], page: usize, children: &[u64]) {
-        header(bytes, page, BRANCH, u16::try_from(children.len()).unwrap());
-        for (n, child) in children.iter().enumerate() {
-            put(bytes, page * SIZE + PAGE_HEADER + 16 * n + 8, &child.to_ne_bytes());
-        }
-    }
-
-    /// A branch on page 4 over two leaves, 2 and 3.
-    fn file() -> Vec<u8> {
-        let mut bytes = vec![0; 6 * SIZE];
-        meta(&mut bytes, 0, 4, 2);
-        meta(&mut bytes, 1, 2, 1);
-        leaf(&mut bytes, 2, b"a");
-        leaf(&mut bytes, 3, b"b");
-        branch(&mut bytes, 4, &[2, 3]);
-        bytes
-    }
-
-    fn keys(bytes: &[u8]) -> Result<Vec<String>> {
-        let bolt = Database::parse(bytes)?;
-        let entries = bolt.read(&bolt.root())?;
-        Ok(entries.into_keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect())
-    }
-
-    #[test]
-    fn the_newest_valid_meta_page_counts() {
-        let mut bytes = file();
-        assert_eq!(keys(&bytes).unwrap(), ["a", "b"]);
-        meta(&mut bytes, 1, 2, 3);
-        assert_eq!(keys(&bytes).unwrap(), ["a"], "the second is newer");
-        bytes[SIZE + 40] ^= 1;
-        assert_eq!(keys(&bytes).unwrap(), ["a", "b"], "the newer one is damaged");
-        let mut bytes = file();
-        bytes[40] ^= 1;
-        assert_eq!(keys(&bytes).unwrap(), ["a"], "the first is damaged, with the page size");
-        bytes[SIZE + 40] ^= 1;
-        let message = keys(&bytes).unwrap_err().to_string();
-        assert!(message.contains("of 3072 bytes, neither meta page is valid; the first: its checksum is"), "{message}");
-    }
-
-    #[test]
-    fn what_is_no_bolt_file_is_said_to_be_none() {
-        for (bytes, why) in [
-            (&b""[..], "of 0 bytes, neither meta page is valid; the first: it is too short"),
-            (&[0; 8192], "it begins with 0x00000000 instead of 0xed0cdaed"),
-            (&b"SQLite format 3".repeat(100), "it begins with"),
-        ] {
-            let message = keys(bytes).unwrap_err().to_string();
-            assert!(message.contains(why), "{message}");
-        }
-        let mut old = file();
-        put(&mut old, PAGE_HEADER + 4, &1_u32.to_ne_bytes());
-        old.truncate(SIZE);
-        assert!(keys(&old).unwrap_err().to_string().contains("its format has version 1"));
-        let short = &file()[..5 * SIZE];
-        assert_eq!(keys(short), Err(Error::Truncated { bytes: 5 * SIZE, needs: 6 * SIZE as u64 }));
-    }
-
-    #[test]
-    fn a_damaged_page_is_named_with_its_flaw() {
-        let corruption = |damage: &dyn Fn(&mut Vec<u8>)| {
-            let mut bytes = file();
-            damage(&mut bytes);
-            keys(&bytes).unwrap_err()
-        };
-        let page = |page, corruption| Error::Page { page, corruption };
-        assert_eq!(corruption(&|b| branch(b, 4, &[2, 99])), page(99, Corruption::Outside { pages: 6 }));
-        assert_eq!(corruption(&|b| branch(b, 4, &[0])), page(0, Corruption::Outside { pages: 6 }));
-        assert_eq!(corruption(&|b| branch(b, 4, &[2, 2])), page(2, Corruption::Twice));
-        assert_eq!(corruption(&|b| branch(b, 4, &[4])), page(4, Corruption::Twice));
-        assert_eq!(corruption(&|b| branch(b, 4, &[3, 2])), page(2, Corruption::Order { number: 0 }));
-        assert_eq!(corruption(&|b| header(b, 3, 0x10, 1)), page(3, Corruption::Type(0x10)));
-        assert_eq!(corruption(&|b| put(b, 3 * SIZE, &7_u64.to_ne_bytes())), page(3, Corruption::Number(7)));
-        assert_eq!(corruption(&|b| put(b, 3 * SIZE + 12, &3_u32.to_ne_bytes())), page(3, Corruption::Overflow(3)));
-        assert_eq!(corruption(&|b| header(b, 3, LEAF, 65535)), page(3, Corruption::Order { number: 1 }));
-        assert_eq!(corruption(&|b| header(b, 4, BRANCH, 65535)), page(4, Corruption::Entry { number: 31 }));
-        for field in 1..4 {
-            let at = 3 * SIZE + PAGE_HEADER + 4 * field;
-            assert_eq!(corruption(&|b| put(b, at, &u32::MAX.to_ne_bytes())), page(3, Corruption::Entry { number: 0 }));
-        }
-        let to_bucket = |b: &mut Vec<u8>| put(b, 3 * SIZE + PAGE_HEADER, &IS_BUCKET.to_ne_bytes());
-        assert_eq!(corruption(&to_bucket), page(3, Corruption::Entry { number: 0 }), "a bucket of one byte");
-    }
-}
+mod tests;

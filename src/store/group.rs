@@ -1,9 +1,9 @@
-//! Group commit: writes that wait together become durable together.
+//! Group commit: writes that wait at the same time become durable with one sync.
 //!
-//! Each write runs its body on its own thread, when it has the lock, in a savepoint of the open transaction: one that
-//! fails takes back its own rows. If others wait for the lock by then, the transaction stays open for the next of them,
-//! and the last one in the line commits it for all. So one alone waits for nobody, and many share one wait for the
-//! disk. Nobody gets an answer before the transaction that made it true is on disk.
+//! Each write runs its body on its own thread while it has the lock, in a savepoint of the open transaction, so a write
+//! that fails undoes only its own changes. If other writes wait for the lock at its end, the transaction stays open for
+//! the next of them, and the last one commits it for all. A write that is alone waits for nobody, and nobody gets a result
+//! before the transaction on which it depends is on disk.
 #![forbid(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -20,26 +20,25 @@ use crate::metrics::METRICS;
 
 pub(super) struct Writer {
     waiting: AtomicUsize,
-    /// None: it is closed.
+    /// None: the store is closed.
     open: Mutex<Option<OpenWriter>>,
 }
 
 /// The connection that writes.
 struct OpenWriter {
     connection: Connection,
-    /// The open transaction, which waits for the next write.
+    /// The open transaction, to which the next write belongs.
     group: Option<Group>,
-    /// A commit failed. Its pages may be in the write-ahead log all the same, and a recovery after a crash would apply
-    /// them.
+    /// A commit failed, but its pages may be in the write-ahead log, and a recovery after a crash would apply them.
     wal_may_hold_failed_commit: bool,
 }
 
-/// Writes in one transaction.
+/// The writes in one transaction.
 #[derive(Default)]
 struct Group {
-    /// Those that wait for its commit: the first one that changed something, and all after it.
-    members: usize,
-    /// The result of the commit, shared by the members.
+    /// Number of writes that wait for its commit: the first that changed something, and all after it.
+    writes: usize,
+    /// The result of the commit, shared by these writes.
     commit: Arc<OnceLock<Result<()>>>,
 }
 
@@ -58,8 +57,8 @@ impl Writer {
 }
 
 impl Store {
-    /// Does all of `body` or nothing of it, possibly in one transaction with other writes. `body` must not call the
-    /// store: it would wait for itself.
+    /// Makes all changes of `body` or none, possibly in one transaction with other writes. `body` must not call the store,
+    /// because it would wait for itself.
     pub fn write<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
@@ -67,7 +66,7 @@ impl Store {
         self.try_write(body)?
     }
 
-    /// Does the same as `write`, and returns a failure of the store apart from the result of `body`.
+    /// Does the same as `write`, but separates a failure of the store from the result of `body`.
     pub(super) fn try_write<T, E>(
         &self,
         body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
@@ -88,26 +87,26 @@ impl Store {
             }
         };
         let has_changed = matches!(result, Ok(Ok(_))) && writer.connection.total_changes() > before;
-        // If no write of this transaction has changed anything yet, the result depends on nothing that is not durable.
-        let waits = has_changed || group.members > 0;
-        group.members += usize::from(waits);
+        // If no write of this transaction has changed anything yet, this result depends on durable data only.
+        let needs_commit = has_changed || group.writes > 0;
+        group.writes += usize::from(needs_commit);
         let commit = Arc::clone(&group.commit);
-        // A write that waits for the lock now will commit this transaction, or leave it to one that waits then.
+        // A write that waits for the lock now commits this transaction, or leaves it to one that waits then.
         if self.writer.waiting.load(Ordering::SeqCst) > 0 {
             writer.group = Some(group);
         } else {
-            self.finish(writer, &group);
+            self.commit(writer, &group);
         }
         drop(open);
         let result = result.unwrap_or_else(|panic| resume_unwind(panic));
-        if waits {
+        if needs_commit {
             commit.wait().clone()?;
         }
         Ok(result)
     }
 
-    /// Reads in a write transaction. A failed commit that may still be in the write-ahead log is overwritten first, so
-    /// that no crash can bring it back, and what `body` sees stays true.
+    /// Reads in a write transaction. It first overwrites a failed commit that may still be in the write-ahead log, so what
+    /// `body` sees stays true after a crash.
     pub fn read_durable<T, E: From<Error>>(
         &self,
         body: impl FnOnce(&ReadTxn) -> std::result::Result<T, E>,
@@ -115,31 +114,31 @@ impl Store {
         self.write(|write| body(write))
     }
 
-    /// The error is one after which the whole transaction has to be rolled back; the result is what `body` said, or its
-    /// panic, and without its rows if it failed.
+    /// Runs `body` and returns its result or its panic; if it fails, its changes are undone. After an error of this
+    /// function itself, the whole transaction has to be rolled back.
     fn in_savepoint<T, E>(
         &self,
         connection: &Connection,
         body: impl FnOnce(&WriteTxn) -> std::result::Result<T, E>,
     ) -> Result<std::thread::Result<std::result::Result<T, E>>> {
-        self.run(connection, "SAVEPOINT one")?;
+        self.run(connection, "SAVEPOINT body")?;
         let write = WriteTxn::new(connection, &self.path);
-        // A panic must not leave the transaction with half of a write.
+        // A panic must not leave half of a write in the transaction.
         let result = catch_unwind(AssertUnwindSafe(|| body(&write)));
         match write.into_failure() {
-            // SQLite rolls back the whole transaction after an error of the disk or of memory. After a page that could
-            // not be read it does not, but nothing else that it has in memory is relied on then.
+            // SQLite rolls back the whole transaction after an error of the disk or of memory. It does not do so if a
+            // page could not be read, but its other pages in memory are not relied on then.
             Some(cause) if connection.is_autocommit() || cause.is_disk_error() => return Err(cause),
-            _ if !matches!(result, Ok(Ok(_))) => self.run(connection, "ROLLBACK TO one")?,
+            _ if !matches!(result, Ok(Ok(_))) => self.run(connection, "ROLLBACK TO body")?,
             _ => {}
         }
-        self.run(connection, "RELEASE one")?;
+        self.run(connection, "RELEASE body")?;
         Ok(result)
     }
 
     fn begin(&self, writer: &mut OpenWriter) -> Result<Group> {
         let connection = &writer.connection;
-        // The last one may have failed to roll back.
+        // The last transaction may still be open, if its rollback failed.
         self.roll_back(connection);
         if writer.wal_may_hold_failed_commit {
             self.overwrite_failed_commit(connection)?;
@@ -149,64 +148,64 @@ impl Store {
         Ok(Group::default())
     }
 
-    /// Commits the transaction, and tells all of its members.
-    fn finish(&self, writer: &mut OpenWriter, group: &Group) {
+    /// Commits the transaction and publishes the result to all its writes.
+    fn commit(&self, writer: &mut OpenWriter, group: &Group) {
         let since = Instant::now();
         let result = self.run(&writer.connection, "COMMIT");
         if result.is_err() {
             writer.wal_may_hold_failed_commit = self.overwrite_failed_commit(&writer.connection).is_err();
-        } else if group.members > 0 {
-            METRICS.record_commit(group.members as u64, since);
+        } else if group.writes > 0 {
+            METRICS.record_commit(group.writes as u64, since);
         }
         let _ = group.commit.set(result);
     }
 
-    /// Frees the pages that the writer has in memory, unless somebody writes.
+    /// Frees the cached pages of the writer, unless a write runs.
     pub(super) fn shrink_writer(&self) {
         if let Some(writer) = self.writer.open.try_lock().as_ref().and_then(|open| open.as_ref())
             && let Err(e) = self.run(&writer.connection, "PRAGMA shrink_memory")
         {
-            log::warn!("{e}");
+            log::warn!(event = "metadata_memory_not_freed"; "{e}");
         }
     }
 
-    /// Ends the open transaction without effect, if there is one.
+    /// Rolls back the open transaction, if there is one.
     fn roll_back(&self, connection: &Connection) {
         if !connection.is_autocommit()
             && let Err(e) = self.run(connection, "ROLLBACK")
         {
-            log::error!("{e}");
+            log::error!(event = "metadata_rollback_failed"; "{e}");
         }
     }
 
-    /// Ends a transaction whose commit failed, and overwrites what it may have left in the write-ahead log.
+    /// Rolls back a transaction whose commit failed, and overwrites its pages in the write-ahead log.
     fn overwrite_failed_commit(&self, connection: &Connection) -> Result<()> {
         self.roll_back(connection);
-        // The version is the same, but its page is written, and so the log goes on after the failed commit.
+        // The version does not change, but SQLite writes its page to the log in place of the failed commit.
         self.run(connection, &format!("PRAGMA user_version = {SCHEMA_VERSION}"))
     }
 
     /// Writes the write-ahead log into the file and closes all connections. Every later call fails.
     pub fn close_for_good(&self) {
         let Some(mut writer) = self.writer.lock().take() else { return };
-        // A write may have left its transaction to whoever waits for the lock.
+        // A write may have left its transaction to this call, which was waiting for the lock.
         if let Some(group) = writer.group.take() {
-            self.finish(&mut writer, &group);
+            self.commit(&mut writer, &group);
         }
         self.readers.close();
         let pages = |row: &rusqlite::Row<'_>| Ok::<(i64, i64), _>((row.get(1)?, row.get(2)?));
-        let written = writer.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
+        let checkpoint = writer.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], pages);
         drop(writer);
-        if written.is_ok_and(|(in_log, written)| in_log == written) {
-            // If the log cannot be emptied, the next start reads it, and finds the pages that the file has.
+        if checkpoint.is_ok_and(|(in_log, written)| in_log == written) {
+            // If this fails, the next start reads the log, whose pages are the same as those in the file.
             let _ = clear_wal(&self.path);
         }
     }
 
     /// Executes a statement that returns no rows.
     pub(super) fn run(&self, connection: &Connection, sql: &str) -> Result<()> {
-        let done = connection.prepare_cached(sql).and_then(|mut statement| statement.execute([]));
-        done.map(drop).map_err(|e| Error::from_sqlite(&self.path, connection, &e))
+        let result = connection.prepare_cached(sql).and_then(|mut statement| statement.execute([]));
+        result.map(drop).map_err(|e| Error::from_sqlite(&self.path, connection, &e))
     }
 }
 

@@ -1,5 +1,5 @@
-//! A disk under the store, for tests: a file system in memory that can fail at any step, and lose power. It is mounted,
-//! so what SQLite meets is what it meets on a real disk.
+//! A disk for tests of the store: a FUSE file system in memory that can fail at any step and lose power. It is mounted, so
+//! SQLite uses it like a real disk.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use fastrand::Rng;
 use fuser::{
     BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry,
@@ -19,22 +20,22 @@ use parking_lot::Mutex;
 
 use crate::testing::{Fault, Kind, Steps, Verdict};
 
-/// What a disk writes at once.
+/// Number of bytes that a disk writes atomically.
 const SECTOR: usize = 512;
-/// How long the kernel may believe an answer. Nothing changes behind its back.
+/// How long the kernel may cache metadata, which only changes through it.
 const TTL: Duration = Duration::from_secs(3600);
 const ROOT: u64 = 1;
 
-/// What a process, or a machine, that died leaves on the disk.
+/// What is left on the disk when the process or the machine dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerLoss {
-    /// Everything that was written: only the process died.
+    /// Everything that was written, because only the process died.
     Written,
-    /// What was synced, and a part of the rest that this number chooses: power was lost.
+    /// What was synced, and a part of the rest that this seed selects, because power was lost.
     Synced(u64),
 }
 
-/// What the disk holds, mounted as long as this lives.
+/// The disk. It is mounted as long as this exists.
 pub struct FaultyDisk {
     shared: Arc<Mutex<Shared>>,
     _session: BackgroundSession,
@@ -45,20 +46,21 @@ struct Shared {
     steps: Arc<Steps>,
     names: BTreeMap<OsString, u64>,
     files: BTreeMap<u64, File>,
-    opened: usize,
-    /// Every read of the store is asked here, and not answered by the kernel's memory.
+    open_files: usize,
+    /// Whether the kernel passes on every read instead of using its cache.
     is_uncached: bool,
 }
 
 #[derive(Clone, Default)]
 struct File {
+    /// Whether its writes and reads are steps.
     is_counted: bool,
-    /// As every process sees it.
-    now: Vec<u8>,
-    /// What a loss of power leaves for certain,
+    /// The content that processes see.
+    current: Vec<u8>,
+    /// The content that survives a loss of power,
     synced: Vec<u8>,
-    /// and what it leaves, or does not, of what was written since.
-    pending: Vec<UnsyncedWrite>,
+    /// and the later writes, each of which survives by chance.
+    unsynced: Vec<UnsyncedWrite>,
 }
 
 #[derive(Clone)]
@@ -89,32 +91,32 @@ impl File {
     }
 
     fn change(&mut self, change: UnsyncedWrite) {
-        change.apply(&mut self.now);
-        self.pending.push(change);
+        change.apply(&mut self.current);
+        self.unsynced.push(change);
     }
 
-    fn after(&self, left: PowerLoss) -> Self {
-        let mut bytes = self.now.clone();
-        if let PowerLoss::Synced(seed) = left {
-            let mut random = seed;
-            let mut is_lucky = || {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                random >> 63 == 0
-            };
-            bytes.clone_from(&self.synced);
-            for pending in &self.pending {
-                match pending {
-                    UnsyncedWrite::Length(_) if is_lucky() => pending.apply(&mut bytes),
-                    UnsyncedWrite::Length(_) => {}
-                    UnsyncedWrite::Write(offset, data) => {
-                        for (n, sector) in data.chunks(SECTOR).enumerate().filter(|_| is_lucky()) {
-                            UnsyncedWrite::Write(offset + n * SECTOR, sector.to_owned()).apply(&mut bytes);
-                        }
+    fn after(&self, loss: PowerLoss) -> Self {
+        let bytes = match loss {
+            PowerLoss::Written => self.current.clone(),
+            PowerLoss::Synced(seed) => self.after_power_loss(&mut Rng::with_seed(seed)),
+        };
+        Self { is_counted: self.is_counted, synced: bytes.clone(), current: bytes, unsynced: Vec::new() }
+    }
+
+    fn after_power_loss(&self, random: &mut Rng) -> Vec<u8> {
+        let mut bytes = self.synced.clone();
+        for write in &self.unsynced {
+            match write {
+                UnsyncedWrite::Length(_) if random.bool() => write.apply(&mut bytes),
+                UnsyncedWrite::Length(_) => {}
+                UnsyncedWrite::Write(offset, data) => {
+                    for (n, sector) in data.chunks(SECTOR).enumerate().filter(|_| random.bool()) {
+                        UnsyncedWrite::Write(offset + n * SECTOR, sector.to_owned()).apply(&mut bytes);
                     }
                 }
             }
         }
-        Self { is_counted: self.is_counted, synced: bytes.clone(), now: bytes, pending: Vec::new() }
+        bytes
     }
 }
 
@@ -128,37 +130,37 @@ impl FaultyDisk {
     fn with(names: BTreeMap<OsString, u64>, files: BTreeMap<u64, File>) -> Self {
         let mountpoint = tempfile::tempdir().unwrap();
         let steps = Arc::new(Steps::with(Fault::None));
-        let shared = Arc::new(Mutex::new(Shared { steps, names, files, opened: 0, is_uncached: false }));
+        let shared = Arc::new(Mutex::new(Shared { steps, names, files, open_files: 0, is_uncached: false }));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("disk".to_owned()), MountOption::DefaultPermissions];
-        let session = Session::new(Mounted(Arc::clone(&shared)), mountpoint.path(), &config).unwrap();
+        let session = Session::new(DiskFilesystem(Arc::clone(&shared)), mountpoint.path(), &config).unwrap();
         let session = session.spawn().unwrap();
         Self { shared, _session: session, mountpoint }
     }
 
-    /// Where the metadata is on it.
+    /// The path of the metadata on it.
     pub fn metadata(&self) -> PathBuf {
         self.mountpoint.path().join("metadata.sqlite")
     }
 
-    /// For files that are opened from here on, each read is a step of its own.
+    /// Makes each read of the files that are opened later a step.
     pub fn without_cache(&self) {
         self.shared.lock().is_uncached = true;
     }
 
-    /// What happens from here on are these steps. Waits until the process before has closed its files.
+    /// Counts the following calls as these steps. Waits until the previous store has closed its files.
     pub fn count(&self, steps: &Arc<Steps>) {
-        while self.shared.lock().opened > 0 {
+        while self.shared.lock().open_files > 0 {
             std::thread::sleep(Duration::from_micros(50));
         }
         self.shared.lock().steps = Arc::clone(steps);
     }
 
-    /// A copy of what is left, for another process.
+    /// A new disk with what is left, for another process.
     #[must_use]
-    pub fn after(&self, left: PowerLoss) -> Self {
+    pub fn after(&self, loss: PowerLoss) -> Self {
         let shared = self.shared.lock();
-        let files = shared.files.iter().map(|(inode, file)| (*inode, file.after(left))).collect();
+        let files = shared.files.iter().map(|(inode, file)| (*inode, file.after(loss))).collect();
         Self::with(shared.names.clone(), files)
     }
 }
@@ -171,11 +173,11 @@ impl Drop for FaultyDisk {
 }
 
 impl Shared {
-    fn take(&self, inode: u64, call: &'static str, kind: Kind) -> Result<Verdict, Errno> {
+    fn next_step(&self, inode: u64, call: &'static str, kind: Kind) -> Result<Verdict, Errno> {
         if !self.files.get(&inode).ok_or(Errno::ENOENT)?.is_counted {
             return Ok(Verdict::Done);
         }
-        match self.steps.take(call, Path::new("metadata"), kind) {
+        match self.steps.next(call, Path::new("metadata"), kind) {
             Verdict::Failed(errno) => Err(Errno::from_i32(errno as i32)),
             verdict => Ok(verdict),
         }
@@ -190,11 +192,11 @@ impl Shared {
             return Ok(attributes(ROOT, FileType::Directory, 0));
         }
         let file = self.files.get(&inode).ok_or(Errno::ENOENT)?;
-        Ok(attributes(inode, FileType::RegularFile, file.now.len() as u64))
+        Ok(attributes(inode, FileType::RegularFile, file.current.len() as u64))
     }
 
     fn write(&mut self, inode: u64, offset: u64, data: &[u8]) -> Result<u32, Errno> {
-        let verdict = self.take(inode, "write", Kind::Change)?;
+        let verdict = self.next_step(inode, "write", Kind::Change)?;
         let length = if verdict == Verdict::Done { data.len() } else { data.len() / 2 };
         let change = UnsyncedWrite::Write(usize::try_from(offset).unwrap(), data[..length].to_owned());
         self.file(inode).change(change);
@@ -202,7 +204,7 @@ impl Shared {
     }
 
     fn set_length(&mut self, inode: u64, length: u64) -> Result<(), Errno> {
-        if self.take(inode, "set_len", Kind::Change)? != Verdict::Done {
+        if self.next_step(inode, "set_len", Kind::Change)? != Verdict::Done {
             return Err(Errno::EIO);
         }
         self.file(inode).change(UnsyncedWrite::Length(usize::try_from(length).unwrap()));
@@ -210,12 +212,12 @@ impl Shared {
     }
 
     fn sync(&mut self, inode: u64) -> Result<(), Errno> {
-        if self.take(inode, "sync", Kind::Change)? != Verdict::Done {
+        if self.next_step(inode, "sync", Kind::Change)? != Verdict::Done {
             return Err(Errno::EIO);
         }
         let file = self.file(inode);
-        file.synced.clone_from(&file.now);
-        file.pending.clear();
+        file.synced.clone_from(&file.current);
+        file.unsynced.clear();
         Ok(())
     }
 }
@@ -240,10 +242,10 @@ fn attributes(inode: u64, kind: FileType, size: u64) -> FileAttr {
     }
 }
 
-/// What `fuser` calls.
-struct Mounted(Arc<Mutex<Shared>>);
+/// The file system as `fuser` calls it.
+struct DiskFilesystem(Arc<Mutex<Shared>>);
 
-impl Filesystem for Mounted {
+impl Filesystem for DiskFilesystem {
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let shared = self.0.lock();
         match shared.names.get(name).ok_or(Errno::ENOENT).and_then(|inode| shared.attributes(*inode)) {
@@ -311,7 +313,7 @@ impl Filesystem for Mounted {
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         let mut shared = self.0.lock();
-        shared.opened += 1;
+        shared.open_files += 1;
         let flags = if shared.is_uncached { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
         reply.opened(FileHandle(0), flags);
     }
@@ -321,7 +323,7 @@ impl Filesystem for Mounted {
         let inode = shared.files.keys().max().unwrap_or(&ROOT) + 1;
         shared.names.insert(name.to_owned(), inode);
         shared.files.insert(inode, File::named(name));
-        shared.opened += 1;
+        shared.open_files += 1;
         let attributes = attributes(inode, FileType::RegularFile, 0);
         reply.created(&TTL, &attributes, Generation(0), FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }
@@ -336,7 +338,7 @@ impl Filesystem for Mounted {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.0.lock().opened -= 1;
+        self.0.lock().open_files -= 1;
         reply.ok();
     }
 
@@ -352,13 +354,13 @@ impl Filesystem for Mounted {
         reply: ReplyData,
     ) {
         let mut shared = self.0.lock();
-        if let Err(errno) = shared.take(inode.0, "read", Kind::Question) {
+        if let Err(errno) = shared.next_step(inode.0, "read", Kind::Question) {
             return reply.error(errno);
         }
-        let bytes = &shared.file(inode.0).now;
-        let from = usize::try_from(offset).unwrap().min(bytes.len());
-        let to = from.saturating_add(size as usize).min(bytes.len());
-        reply.data(&bytes[from..to]);
+        let bytes = &shared.file(inode.0).current;
+        let start = usize::try_from(offset).unwrap().min(bytes.len());
+        let end = start.saturating_add(size as usize).min(bytes.len());
+        reply.data(&bytes[start..end]);
     }
 
     fn write(

@@ -1,4 +1,4 @@
-//! The store on a disk that has no room, and the look at its file before it is trusted.
+//! The store on a full disk, and the check of its file before it is trusted.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use crate::model::{Key, Kind, Labels, Snapshot, Timestamp};
 use crate::store::testing::FaultyDisk;
 use crate::testing::{Fault, Steps};
 
-/// A project quota answers EDQUOT. That was no full disk: the reserve was never used, and nothing could be removed.
+/// A project quota answers EDQUOT. The reserve was used for ENOSPC only, so nothing could be removed at a quota.
 #[test]
 fn root_removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
     for errno in [Errno::ENOSPC, Errno::EDQUOT] {
@@ -55,14 +55,14 @@ fn rows(path: &Path) -> Result<Vec<Snapshot>> {
     Ok(rows)
 }
 
-/// Whoever finds a file changed has to find it again as it was, and a start never ends in a panic or a wrong schema.
+/// A damaged file must not be changed by the check, and never lead to a panic or a store with fewer rows.
 #[test]
-fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
+fn file_changed_anywhere_is_refused_unchanged_or_can_be_read() {
     let (_dir, path) = filled();
     let whole = fs::read(&path).unwrap();
     assert_eq!(rows(&path).unwrap(), snapshots());
     let (mut refused, mut read) = (0, 0);
-    // The head byte by byte, and something of every page.
+    // Each byte of the header, and some bytes of each page.
     for at in (0..256).chain((256..whole.len()).step_by(whole.len() / 300)) {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x11;
@@ -72,7 +72,7 @@ fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
             assert!(matches!(e, Error::Damaged { .. } | Error::Schema { .. }), "byte {at}: {e}");
             assert!(fs::read(&path).unwrap() == bytes, "byte {at}: the file was changed");
         } else {
-            // SQLite does not notice a changed text within a row, so that row may be refused or differ; none is missing.
+            // SQLite does not notice a changed text in a row. The row may be refused or differ, but is not missing.
             match rows(&path) {
                 Ok(rows) => assert_eq!(rows.len(), snapshots().len(), "byte {at}"),
                 Err(e) => assert!(matches!(e, Error::Damaged { .. }), "byte {at}: {e}"),
@@ -84,7 +84,7 @@ fn a_file_that_was_changed_anywhere_is_refused_as_it_is_or_can_be_read() {
 }
 
 #[test]
-fn a_file_that_is_cut_or_of_something_else_is_refused() {
+fn truncated_or_foreign_file_is_refused() {
     let (_dir, path) = filled();
     let whole = fs::read(&path).unwrap();
     let check = |bytes: &[u8]| {
@@ -102,13 +102,13 @@ fn a_file_that_is_cut_or_of_something_else_is_refused() {
     assert!(Store::check(&path).unwrap_err().to_string().contains("not the metadata"));
 }
 
-/// The check was made after SQLite had made an empty log, and a log was taken for a reason why the file may be cut.
+/// The check came after SQLite had created an empty log, and a log was taken for a reason why the file may be truncated.
 #[test]
-fn a_file_that_is_cut_beside_an_empty_log_is_refused() {
+fn truncated_file_beside_an_empty_log_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("metadata.sqlite");
     Store::open(&path, None).unwrap().close_for_good();
-    // The last page is that of an empty index, and ends with zeros.
+    // The last page belongs to an empty index and ends with zeros.
     let whole = fs::read(&path).unwrap();
     fs::write(&path, &whole[..whole.len() - 1]).unwrap();
     for has_log in [true, false] {
@@ -119,9 +119,9 @@ fn a_file_that_is_cut_beside_an_empty_log_is_refused() {
     }
 }
 
-/// SQLite's own check passes over it, and the snapshot was taken for one without a parent.
+/// SQLite's integrity check does not notice it, and the snapshot was taken for one without a parent.
 #[test]
-fn a_file_in_which_a_parent_is_missing_is_refused() {
+fn file_with_a_missing_parent_is_refused() {
     let (_dir, path) = filled();
     let admin = Connection::open(&path).unwrap();
     admin.execute_batch("PRAGMA foreign_keys = OFF; DELETE FROM snapshots WHERE id = 7").unwrap();
@@ -130,9 +130,9 @@ fn a_file_in_which_a_parent_is_missing_is_refused() {
     assert!(refused.to_string().ends_with("is damaged: a snapshot's parent is missing"), "{refused}");
 }
 
-/// A process that was killed while it wrote the reserve left a part of it, and that passed for a whole one.
+/// A killed process left a part of the reserve, which was taken for a complete one.
 #[test]
-fn a_reserve_that_was_cut_is_made_anew() {
+fn truncated_reserve_is_replaced() {
     let (_dir, path) = filled();
     let reserve = reserve_of(&path);
     fs::write(&reserve, [0xff; 10]).unwrap();
@@ -140,9 +140,9 @@ fn a_reserve_that_was_cut_is_made_anew() {
     assert_eq!(fs::metadata(&reserve).unwrap().len(), RESERVE_BYTES as u64);
 }
 
-/// The log was removed at a stop, and could not be made again on a disk that somebody had filled meanwhile.
+/// The log was removed at a stop, and could not be created again on a disk that was full by then.
 #[test]
-fn a_stop_leaves_the_log_its_blocks_and_the_file_whole() {
+fn stop_keeps_the_blocks_of_the_log_and_completes_the_file() {
     let (_dir, path) = filled();
     let store = Store::open(&path, None).unwrap();
     let length = || fs::metadata(Store::wal_of(&path)).unwrap().len();
@@ -151,7 +151,7 @@ fn a_stop_leaves_the_log_its_blocks_and_the_file_whole() {
     assert_eq!(length(), file::WAL_BYTES);
     store.close_for_good();
     assert_eq!(length(), file::WAL_BYTES);
-    // Without its log, and beside the log of another file.
+    // The copy has the log of another file instead of its own.
     let copy = path.with_file_name("copy.sqlite");
     fs::copy(&path, &copy).unwrap();
     let other = Store::open(&path, None).unwrap();
@@ -161,9 +161,9 @@ fn a_stop_leaves_the_log_its_blocks_and_the_file_whole() {
     assert!(Store::open(&copy, None).unwrap().read(|tx| tx.is_scheduled(SnapshotId(1))).unwrap());
 }
 
-/// As docs/format.md says how to copy it.
+/// docs/format.md describes this way to copy it.
 #[test]
-fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
+fn copy_made_by_vacuum_is_opened_with_a_log() {
     let (_dir, path) = filled();
     let copy = path.with_file_name("copy.sqlite");
     let vacuum = format!("VACUUM INTO '{}'", copy.display());
@@ -173,17 +173,17 @@ fn a_copy_that_sqlite_made_is_taken_and_has_a_log_again() {
     assert_eq!(mode, "wal");
 }
 
-/// What an administrator may do to it.
+/// An administrator may run ANALYZE.
 #[test]
-fn a_file_with_statistics_of_sqlite_is_taken() {
+fn file_with_statistics_of_analyze_is_opened() {
     let (_dir, path) = filled();
     Connection::open(&path).unwrap().execute_batch("ANALYZE").unwrap();
     assert_eq!(rows(&path).unwrap(), snapshots());
 }
 
-/// The look at it wrote the log into the file, and removed the log.
+/// The check wrote the log into the file and removed the log.
 #[test]
-fn a_file_with_a_damaged_schema_keeps_its_log() {
+fn file_with_a_damaged_schema_keeps_its_log() {
     let (_dir, path) = filled();
     let store = Store::open(&path, None).unwrap();
     store.write(|tx| tx.schedule_cleanup(&[SnapshotId(1)])).unwrap();

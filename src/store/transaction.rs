@@ -1,6 +1,4 @@
-//! What can be asked and changed inside a transaction.
-//!
-//! The invariants of the module above are kept here, by each operation for itself.
+//! Queries and changes inside a transaction. Each operation keeps the invariants of the store by itself.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
@@ -19,18 +17,26 @@ use crate::repository::scan::{Limit, Scan, ScanKey};
 pub struct ReadTxn<'s> {
     connection: &'s Connection,
     path: &'s Path,
-    /// The last error of SQLite, even if `body` passed over it: some end the whole transaction.
+    /// The last error of SQLite, also if the caller ignored it: some errors end the whole transaction.
     failure: RefCell<Option<Error>>,
 }
 
-/// The stored scan of a layer, as it was found. A record that is too long is not read.
+/// The result of looking up the stored scan of a layer.
 pub enum ScanLookup {
     Absent,
     Read(StoredScan),
+    /// The record is longer than the caller allows, and was not read.
     TooLong,
 }
 
-/// Changes that happen together; what it wrote, it reads.
+pub(super) struct IdCounters {
+    /// The first id that this store handed out.
+    pub first: SnapshotId,
+    /// The first id that is not reserved.
+    pub next: SnapshotId,
+}
+
+/// Changes that happen together or not at all. Its queries see its own changes.
 pub struct WriteTxn<'s>(ReadTxn<'s>);
 
 impl<'s> Deref for WriteTxn<'s> {
@@ -41,20 +47,19 @@ impl<'s> Deref for WriteTxn<'s> {
     }
 }
 
-/// Snapshots as rows for `decode`, those that `$which` names. The second form is for `CHAIN`, which leaves the labels
-/// out.
+/// A query for the rows that `decode` reads. The second form is for `CHAIN`, which omits the labels.
 macro_rules! select {
-    ($which:literal) => {
-        select!("s.labels", "FROM snapshots s", $which)
+    ($condition:literal) => {
+        select!("s.labels", "FROM snapshots s", $condition)
     };
-    ($labels:literal, $from:literal, $which:literal) => {
+    ($labels:literal, $from:literal, $condition:literal) => {
         concat!(
             "SELECT s.id, s.key, p.key, s.kind, s.created, s.updated, ",
             $labels,
             ", s.digest, s.repository, s.size, s.inodes ",
             $from,
             " LEFT JOIN snapshots p ON p.id = s.parent ",
-            $which
+            $condition
         )
     };
 }
@@ -62,11 +67,12 @@ macro_rules! select {
 const BY_KEY: &str = select!("WHERE s.key = ?1");
 const BY_ID: &str = select!("WHERE s.id = ?1");
 const BY_IDS: &str = select!("WHERE s.id BETWEEN ?1 AND ?2 ORDER BY s.id");
-// The order is that of an index, so SQLite reads only the rows that are taken.
+// This is the order of an index, so SQLite reads only the rows that the caller visits.
 const BY_REF_ON_PARENT: &str =
     select!("WHERE s.ref = ?1 AND s.parent = (SELECT id FROM snapshots WHERE key = ?2) ORDER BY s.key");
 const BY_REF_ALONE: &str = select!("WHERE s.ref = ?1 AND s.parent IS NULL ORDER BY s.key");
-// The nearest comes first, because a recursion is in this order. Sorting would read all of the chain at once.
+// A recursive query returns its rows in the order of the recursion, which is nearest first. Sorting would read the whole
+// chain at once.
 const CHAIN: &str = concat!(
     "WITH RECURSIVE chain (id) AS (SELECT id FROM snapshots WHERE key = ?1 UNION ",
     "SELECT parent FROM chain CROSS JOIN snapshots USING (id) WHERE parent IS NOT NULL) ",
@@ -78,86 +84,95 @@ impl<'s> ReadTxn<'s> {
         Self { connection, path, failure: RefCell::default() }
     }
 
-    fn failed(&self, cause: &rusqlite::Error) -> Error {
-        let failure = Error::from_sqlite(self.path, self.connection, cause);
-        self.failure.replace(Some(failure.clone()));
-        failure
-    }
-
-    /// Gives `take` the rows, until it breaks off with a result.
-    fn rows<T>(
-        &self,
-        sql: &str,
-        parameters: impl Params,
-        mut take: impl FnMut(&Row<'_>) -> Result<Option<T>>,
-    ) -> Result<Option<T>> {
-        let mut statement = self.connection.prepare_cached(sql).map_err(|e| self.failed(&e))?;
-        let mut rows = statement.query(parameters).map_err(|e| self.failed(&e))?;
-        while let Some(row) = rows.next().map_err(|e| self.failed(&e))? {
-            if let Some(result) = take(row)? {
-                return Ok(Some(result));
-            }
-        }
-        Ok(None)
-    }
-
-    fn snapshots<T>(
-        &self,
-        sql: &str,
-        parameters: impl Params,
-        mut take: impl FnMut(Snapshot) -> Option<T>,
-    ) -> Result<Option<T>> {
-        self.rows(sql, parameters, |row| {
-            let id: i64 = self.column(row, 0)?;
-            Ok(take(decode(row).ok_or_else(|| self.bad_row("snapshots", &id.to_string()))?))
+    /// Runs statements. Errors of SQLite are recorded for the end of the transaction.
+    fn run<T>(&self, statements: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+        statements(self.connection).map_err(|cause| {
+            let failure = Error::from_sqlite(self.path, self.connection, &cause);
+            self.failure.replace(Some(failure.clone()));
+            failure
         })
     }
 
-    /// The first column of the one row. None: there is no row, or it is NULL.
+    /// Calls `visitor` with each row until it returns a result.
+    fn visit_rows<T>(
+        &self,
+        sql: &str,
+        parameters: impl Params,
+        mut visitor: impl FnMut(&Row<'_>) -> rusqlite::Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        self.run(|connection| {
+            let mut statement = connection.prepare_cached(sql)?;
+            let mut rows = statement.query(parameters)?;
+            while let Some(row) = rows.next()? {
+                if let Some(result) = visitor(row)? {
+                    return Ok(Some(result));
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn visit_snapshots<T>(
+        &self,
+        sql: &str,
+        parameters: impl Params,
+        mut visitor: impl FnMut(Snapshot) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let result = self.visit_rows(sql, parameters, |row| match decode(row) {
+            Some(snapshot) => Ok(visitor(snapshot).map(Ok)),
+            None => Ok(Some(Err(self.bad_row("snapshots", &row.get::<_, i64>(0)?.to_string())))),
+        })?;
+        result.transpose()
+    }
+
+    /// Decodes the first row of a result. None: there is no row.
+    fn first<T>(
+        &self,
+        sql: &str,
+        parameters: impl Params,
+        decode: impl FnOnce(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Option<T>> {
+        self.run(|connection| connection.prepare_cached(sql)?.query_row(parameters, decode).optional())
+    }
+
+    /// The first column of the first row. None: there is no row, or the value is NULL.
     fn value<T: FromSql>(&self, sql: &str, parameters: impl Params) -> Result<Option<T>> {
-        let mut statement = self.connection.prepare_cached(sql).map_err(|e| self.failed(&e))?;
-        let value = statement.query_row(parameters, |row| row.get(0)).optional();
-        Ok(value.map_err(|e| self.failed(&e))?.flatten())
+        Ok(self.first(sql, parameters, |row| row.get(0))?.flatten())
     }
 
-    fn column<T: FromSql>(&self, row: &Row<'_>, column: usize) -> Result<T> {
-        row.get(column).map_err(|e| self.failed(&e))
-    }
-
-    fn is(&self, sql: &str, parameters: impl Params) -> Result<bool> {
+    fn is_true(&self, sql: &str, parameters: impl Params) -> Result<bool> {
         Ok(self.value(sql, parameters)?.unwrap_or(false))
     }
 
-    /// The first id that this store handed out, and the first that is not reserved.
-    pub(super) fn numbers(&self) -> Result<(SnapshotId, SnapshotId)> {
-        let both = |row: &Row<'_>| Ok(Some((self.column(row, 0)?, self.column(row, 1)?)));
-        self.rows("SELECT first_id, next_id FROM numbers", [], both)?.ok_or_else(|| self.bad_row("numbers", ""))
+    pub(super) fn id_counters(&self) -> Result<IdCounters> {
+        let decode = |row: &Row<'_>| Ok(IdCounters { first: row.get(0)?, next: row.get(1)? });
+        self.first("SELECT first_id, next_id FROM numbers", [], decode)?.ok_or_else(|| self.bad_row("numbers", ""))
     }
 
     fn bad_row(&self, table: &str, key: &str) -> Error {
         Error::damaged(
             self.path,
-            &format!("a row of table {table} was not written by this program, key {}", Quoted(key)),
+            format!("a row of table {table} was not written by this program, key {}", Quoted(key)),
         )
     }
 
     pub fn get(&self, key: &str) -> Result<Option<Snapshot>> {
-        self.snapshots(BY_KEY, [key], Some)
+        self.visit_snapshots(BY_KEY, [key], Some)
     }
 
-    /// The snapshot `key` and its ancestors, nearest first and no further than the first that is `last`, without their
-    /// labels, of which each may have 1 MiB. Empty when there is no such snapshot.
-    pub fn chain(&self, key: &Key, mut last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
+    /// The snapshot `key` and its ancestors, nearest first, up to the first for which `is_last` is true. Labels are
+    /// omitted, because those of one snapshot can have 1 MiB. The chain is empty if there is no such snapshot.
+    pub fn chain(&self, key: &Key, mut is_last: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>> {
         let mut chain: Vec<Snapshot> = Vec::new();
-        self.snapshots(CHAIN, [key.as_str()], |snapshot| {
-            let is_last = last(&snapshot);
+        self.visit_snapshots(CHAIN, [key.as_str()], |snapshot| {
+            let is_last = is_last(&snapshot);
             chain.push(snapshot);
             is_last.then_some(())
         })?;
         Ok(chain)
     }
 
-    /// How many snapshots the chain of this one has, with itself. None: there is no such snapshot.
+    /// Number of snapshots in the chain of this one, itself included. None: there is no such snapshot.
     pub fn depth(&self, id: SnapshotId) -> Result<Option<usize>> {
         let depth: Option<u32> = self.value("SELECT depth FROM snapshots WHERE id = ?1", [id])?;
         Ok(depth.map(|depth| depth as usize))
@@ -166,8 +181,8 @@ impl<'s> ReadTxn<'s> {
     /// The snapshot `key` and its parent, without their labels.
     pub fn with_parent(&self, key: &Key) -> Result<Option<(Snapshot, Option<Snapshot>)>> {
         let mut is_second = false;
-        let mut both = self.chain(key, |_| std::mem::replace(&mut is_second, true))?.into_iter();
-        Ok(both.next().map(|snapshot| (snapshot, both.next())))
+        let mut chain = self.chain(key, |_| std::mem::replace(&mut is_second, true))?.into_iter();
+        Ok(chain.next().map(|snapshot| (snapshot, chain.next())))
     }
 
     pub fn id_of(&self, key: &Key) -> Result<Option<SnapshotId>> {
@@ -175,61 +190,66 @@ impl<'s> ReadTxn<'s> {
     }
 
     pub fn has_children(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [id])
+        self.is_true("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1)", [id])
     }
 
     /// Whether a descendant of this one is active or a view.
     pub fn is_in_use(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [id])
+        self.is_true("SELECT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1)", [id])
     }
 
     pub fn exists(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?1)", [id])
+        self.is_true("SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?1)", [id])
     }
 
     pub fn by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
-        self.snapshots(BY_ID, [id], Some)
+        self.visit_snapshots(BY_ID, [id], Some)
     }
 
-    /// The snapshots with this `snapshot.ref` label and this parent ("" for none), one after the other, as long as
-    /// `take` takes them. The result says whether it took all.
-    pub fn visit_by_ref(&self, reference: &str, parent: &str, mut take: impl FnMut(Snapshot) -> bool) -> Result<bool> {
-        let take = |one| (!take(one)).then_some(());
-        let refused = match parent {
-            "" => self.snapshots(BY_REF_ALONE, [reference], take)?,
-            parent => self.snapshots(BY_REF_ON_PARENT, [reference, parent], take)?,
+    /// Calls `visitor` with each snapshot that has this `snapshot.ref` label and this parent ("": none), as long as it
+    /// returns true. Returns whether it visited all.
+    pub fn visit_by_ref(
+        &self,
+        reference: &str,
+        parent: &str,
+        mut visitor: impl FnMut(Snapshot) -> bool,
+    ) -> Result<bool> {
+        let stop = |snapshot| (!visitor(snapshot)).then_some(());
+        let stopped = match parent {
+            "" => self.visit_snapshots(BY_REF_ALONE, [reference], stop)?,
+            parent => self.visit_snapshots(BY_REF_ON_PARENT, [reference, parent], stop)?,
         };
-        Ok(refused.is_none())
+        Ok(stopped.is_none())
     }
 
-    /// The highest id that a snapshot has.
+    /// The highest id of a snapshot.
     pub fn last_id(&self) -> Result<Option<SnapshotId>> {
         self.value("SELECT max(id) FROM snapshots", [])
     }
 
-    /// The snapshots with these ids, in their order, as long as `take` takes them, and no more
-    /// than `most`. The result is the first id that is left; None: there is none.
+    /// Calls `visitor` with at most `limit` snapshots with these ids, in their order, as long as it returns true. Returns
+    /// the first id that was not visited. None: all were visited.
     pub fn visit_range(
         &self,
         ids: RangeInclusive<SnapshotId>,
-        most: usize,
-        mut take: impl FnMut(Snapshot) -> bool,
+        limit: usize,
+        mut visitor: impl FnMut(Snapshot) -> bool,
     ) -> Result<Option<SnapshotId>> {
-        let mut taken = 0;
-        self.snapshots(BY_IDS, [ids.start(), ids.end()], |snapshot| {
+        let mut visited = 0;
+        self.visit_snapshots(BY_IDS, [ids.start(), ids.end()], |snapshot| {
             let id = snapshot.id;
-            if taken == most || !take(snapshot) {
+            if visited == limit || !visitor(snapshot) {
                 return Some(id);
             }
-            taken += 1;
+            visited += 1;
             None
         })
     }
 
-    /// Calls `each` for every snapshot.
-    pub fn for_each(&self, mut each: impl FnMut(Snapshot)) -> Result<()> {
-        self.snapshots(BY_IDS, (0, i64::MAX), |snapshot| {
-            each(snapshot);
+    /// Calls `visitor` with each snapshot.
+    pub fn for_each(&self, mut visitor: impl FnMut(Snapshot)) -> Result<()> {
+        self.visit_snapshots(BY_IDS, (0, i64::MAX), |snapshot| {
+            visitor(snapshot);
             None::<()>
         })?;
         Ok(())
@@ -240,21 +260,21 @@ impl<'s> ReadTxn<'s> {
         self.value("SELECT max(id) FROM cleanup", [])
     }
 
-    /// Ids on the list for cleanup from `next` on, so many at most, and the first that is left.
-    pub fn scheduled(&self, next: SnapshotId, most: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
+    /// At most `limit` ids on the list for cleanup, from `first` on, and the next one after them.
+    pub fn scheduled(&self, first: SnapshotId, limit: usize) -> Result<(Vec<SnapshotId>, Option<SnapshotId>)> {
         let mut ids = Vec::new();
-        let left = self.rows("SELECT id FROM cleanup WHERE id >= ?1 ORDER BY id", [next], |row| {
-            let id = self.column(row, 0)?;
-            if ids.len() == most {
+        let next = self.visit_rows("SELECT id FROM cleanup WHERE id >= ?1 ORDER BY id", [first], |row| {
+            let id = row.get(0)?;
+            if ids.len() == limit {
                 return Ok(Some(id));
             }
             ids.push(id);
             Ok(None)
         })?;
-        Ok((ids, left))
+        Ok((ids, next))
     }
 
-    /// How many snapshots there are, and ids on the list for cleanup.
+    /// Number of snapshots, and of ids on the list for cleanup.
     pub fn counts(&self) -> Result<(u64, u64)> {
         let count = |sql| Ok(self.value::<u32>(sql, [])?.map_or(0, u64::from));
         Ok((count("SELECT count(*) FROM snapshots")?, count("SELECT count(*) FROM cleanup")?))
@@ -262,23 +282,21 @@ impl<'s> ReadTxn<'s> {
 
     /// Whether `id` is on the list for cleanup.
     pub fn is_scheduled(&self, id: SnapshotId) -> Result<bool> {
-        self.is("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [id])
+        self.is_true("SELECT EXISTS (SELECT 1 FROM cleanup WHERE id = ?1)", [id])
     }
 
-    /// Looks up the stored scan of a layer, and reads it if its record has fewer than `bytes`.
-    pub fn scan(&self, key: &ScanKey, bytes: usize) -> Result<ScanLookup> {
+    /// Looks up the stored scan of a layer, and reads it if its record has fewer than `limit` bytes.
+    pub fn scan(&self, key: &ScanKey, limit: usize) -> Result<ScanLookup> {
         const SQL: &str =
             "SELECT iif(length(result) < ?3, result, NULL) FROM scans WHERE digest = ?1 AND repository = ?2";
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        let row = self.rows(SQL, params![key.digest.as_str(), key.repository, bytes], |row| {
-            self.column::<Option<Vec<u8>>>(row, 0).map(Some)
-        })?;
-        Ok(match row {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let parameters = params![key.digest.as_str(), key.repository, limit];
+        Ok(match self.first(SQL, parameters, |row| row.get::<_, Option<Vec<u8>>>(0))? {
             None => ScanLookup::Absent,
             Some(None) => ScanLookup::TooLong,
             Some(Some(record)) => {
-                let bad = |_| self.bad_row("scans", &format!("{} {}", key.digest, key.repository));
-                record::decode(&record).map_err(bad)?.map_or(ScanLookup::Absent, ScanLookup::Read)
+                let bad_row = |_| self.bad_row("scans", &format!("{} {}", key.digest, key.repository));
+                record::decode(&record).map_err(bad_row)?.map_or(ScanLookup::Absent, ScanLookup::Read)
             }
         })
     }
@@ -289,26 +307,24 @@ impl<'s> WriteTxn<'s> {
         Self(ReadTxn::new(connection, path))
     }
 
-    /// What failed last.
+    /// The last error of SQLite.
     pub(super) fn into_failure(self) -> Option<Error> {
         self.0.failure.into_inner()
     }
 
-    /// The result is how many rows were changed.
-    fn change(&self, sql: &str, parameters: impl Params) -> Result<usize> {
-        let changed = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
-        changed.map_err(|e| self.failed(&e))
+    fn execute(&self, sql: &str, parameters: impl Params) -> Result<()> {
+        self.run(|connection| connection.prepare_cached(sql)?.execute(parameters).map(drop))
     }
 
-    /// Reserves `count` ids; the result is the first.
+    /// Reserves `count` ids and returns the first.
     pub(super) fn reserve_ids(&self, count: u32) -> Result<SnapshotId> {
         let first = self.value("UPDATE numbers SET next_id = next_id + ?1 RETURNING next_id - ?1", [count])?;
         first.ok_or_else(|| self.bad_row("numbers", ""))
     }
 
-    /// Hands out no id below `next`.
+    /// Makes `next` the lowest id that can be reserved.
     pub(super) fn skip_ids(&self, next: SnapshotId) -> Result<()> {
-        self.change("UPDATE numbers SET next_id = max(next_id, ?1)", [next]).map(drop)
+        self.execute("UPDATE numbers SET next_id = max(next_id, ?1)", [next])
     }
 
     /// Adds a snapshot that has no children. Its key and its id must be free.
@@ -321,7 +337,7 @@ impl<'s> WriteTxn<'s> {
         let parent = snapshot.parent.as_ref().map(id_of).transpose()?;
         let (layer, usage) = (snapshot.layer.as_ref(), snapshot.usage);
         let is_live = snapshot.kind != Kind::Committed;
-        self.change(
+        self.execute(
             SQL,
             params![
                 snapshot.id,
@@ -340,28 +356,29 @@ impl<'s> WriteTxn<'s> {
             ],
         )?;
         let mut next = parent.filter(|_| is_live);
-        // The first ancestor that is live already has told those below it.
+        // The ancestors of one that is live already are live, too.
         while let Some(parent) = next {
             next = self.value("UPDATE snapshots SET live = 1 WHERE id = ?1 AND live = 0 RETURNING parent", [parent])?;
         }
         Ok(())
     }
 
-    /// Removes a snapshot that has no children. An ancestor that has no live descendant any more is put on the list for
-    /// cleanup, if it is a published layer.
+    /// Removes a snapshot that has no children. Published layers among its ancestors that have no live descendant any
+    /// more are put on the list for cleanup.
     pub fn remove(&self, snapshot: &Snapshot) -> Result<()> {
-        const END: &str = "UPDATE snapshots SET live = 0 WHERE id = ?1 AND live = 1 AND kind = 'committed' \
+        const END_USE: &str = "UPDATE snapshots SET live = 0 WHERE id = ?1 AND live = 1 AND kind = 'committed' \
             AND NOT EXISTS (SELECT 1 FROM snapshots WHERE parent = ?1 AND live = 1) RETURNING digest IS NOT NULL, parent";
         let mut next =
             self.value::<SnapshotId>("DELETE FROM snapshots WHERE id = ?1 RETURNING parent", [snapshot.id])?;
-        while let Some(parent) = next.take() {
-            self.rows(END, [parent], |row| {
-                if self.column(row, 0)? {
-                    self.schedule_cleanup(&[parent])?;
-                }
-                next = self.column(row, 1)?;
-                Ok(None::<()>)
-            })?;
+        while let Some(parent) = next {
+            let Some((is_published, ancestor)) = self.first(END_USE, [parent], |row| Ok((row.get(0)?, row.get(1)?)))?
+            else {
+                break;
+            };
+            if is_published {
+                self.schedule_cleanup(&[parent])?;
+            }
+            next = ancestor;
         }
         Ok(())
     }
@@ -370,7 +387,7 @@ impl<'s> WriteTxn<'s> {
     pub fn update(&self, snapshot: &Snapshot) -> Result<()> {
         const SQL: &str = "UPDATE snapshots SET created = ?2, updated = ?3, labels = ?4, ref = ?5, size = ?6, inodes = ?7 \
             WHERE id = ?1";
-        self.change(
+        self.execute(
             SQL,
             params![
                 snapshot.id,
@@ -381,55 +398,53 @@ impl<'s> WriteTxn<'s> {
                 snapshot.usage.map(|usage| usage.size),
                 snapshot.usage.map(|usage| usage.inodes),
             ],
-        )?;
-        Ok(())
+        )
     }
 
     pub fn schedule_cleanup(&self, ids: &[SnapshotId]) -> Result<()> {
         const SQL: &str = "INSERT INTO cleanup (id, begun) VALUES (?1, 0) ON CONFLICT (id) DO UPDATE SET begun = 0";
-        ids.iter().try_for_each(|id| self.change(SQL, [*id]).map(drop))
+        ids.iter().try_for_each(|id| self.execute(SQL, [*id]))
     }
 
-    /// Up to `limit` of these ids that are on the list, in their order. They stay on it, so that a crash does not lose
-    /// them, and are marked as begun until they are put on it again.
+    /// Marks at most `limit` of these ids that are on the list for cleanup as begun, and returns them in their order. They
+    /// stay on the list, so that a crash does not lose them.
     pub fn mark_cleanup_started(&self, ids: RangeInclusive<SnapshotId>, limit: usize) -> Result<Vec<SnapshotId>> {
         const SQL: &str = "UPDATE cleanup SET begun = 1 WHERE id IN \
             (SELECT id FROM cleanup WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3) RETURNING id";
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let mut begun = Vec::new();
-        self.rows(SQL, params![ids.start(), ids.end(), limit], |row| {
-            begun.push(self.column(row, 0)?);
+        self.visit_rows(SQL, params![ids.start(), ids.end(), limit], |row| {
+            begun.push(row.get(0)?);
             Ok(None::<()>)
         })?;
         begun.sort();
         Ok(begun)
     }
 
-    /// Takes ids off the list with which a cleanup is through, unless they were put on it
-    /// again meanwhile.
+    /// Takes ids whose cleanup is finished off the list, unless they were put on it again meanwhile.
     pub fn finish_cleanup(&self, ids: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
         let mut ids = ids.into_iter();
-        ids.try_for_each(|id| self.change("DELETE FROM cleanup WHERE id = ?1 AND begun = 1", [id]).map(drop))
+        ids.try_for_each(|id| self.execute("DELETE FROM cleanup WHERE id = ?1 AND begun = 1", [id]))
     }
 
-    /// Stores what a scan found, or the bound that the layer exceeds.
+    /// Stores the result of a scan, or the limit that the layer exceeds.
     pub fn put_scan(&self, key: &ScanKey, scan: std::result::Result<&Scan, Limit>) -> Result<()> {
         const SQL: &str = "INSERT INTO scans (digest, repository, result) VALUES (?1, ?2, ?3) \
             ON CONFLICT (digest, repository) DO UPDATE SET result = excluded.result";
-        self.change(SQL, params![key.digest.as_str(), key.repository, record::encode(scan)]).map(drop)
+        self.execute(SQL, params![key.digest.as_str(), key.repository, record::encode(scan)])
     }
 
-    /// Forgets what was found in layers that no snapshot has any more.
+    /// Deletes the scans of layers that no snapshot has any more.
     pub fn forget_unneeded_scans(&self) -> Result<()> {
         const SQL: &str =
             "DELETE FROM scans WHERE digest NOT IN (SELECT digest FROM snapshots WHERE digest IS NOT NULL)";
-        self.change(SQL, []).map(drop)
+        self.execute(SQL, [])
     }
 }
 
 impl ToSql for SnapshotId {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        // No id is that large (`SnapshotId::MAX`), but the end of a range may be.
+        // Ids are smaller (`SnapshotId::MAX`), but the end of a range need not be.
         Ok(i64::try_from(self.0).unwrap_or(i64::MAX).into())
     }
 }
@@ -442,10 +457,10 @@ impl FromSql for SnapshotId {
 }
 
 fn labels(snapshot: &Snapshot) -> String {
-    serde_json::to_string(&snapshot.labels).expect("strings have a form in JSON")
+    serde_json::to_string(&snapshot.labels).expect("a map of strings can be written as JSON")
 }
 
-/// None: this program did not write it.
+/// Decodes a row of `select!`. None: this program did not write it.
 fn decode(row: &Row<'_>) -> Option<Snapshot> {
     let text = |column| row.get_ref(column).ok()?.as_str_or_null().ok();
     let integer = |column| row.get::<_, Option<i64>>(column).ok();
@@ -474,17 +489,5 @@ fn decode(row: &Row<'_>) -> Option<Snapshot> {
     })
 }
 
-/// For the tests of the snapshotter.
 #[cfg(test)]
-impl ReadTxn<'_> {
-    pub fn scans(&self) -> Result<i64> {
-        Ok(self.value("SELECT count(*) FROM scans", [])?.unwrap_or_default())
-    }
-}
-
-#[cfg(test)]
-impl WriteTxn<'_> {
-    pub fn forget_scans_but(&self, digest: &Digest) -> Result<()> {
-        self.change("DELETE FROM scans WHERE digest <> ?1", [digest.as_str()]).map(drop)
-    }
-}
+mod testing;

@@ -1,10 +1,10 @@
-//! Memory that several threads take, and that is bounded together.
+//! A count of memory that is shared by several threads, for a common bound.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes of one user of memory, which are part of a sum over all users until this is dropped.
+/// The bytes that one user of memory has added to a common sum. Dropping it subtracts them.
 pub struct CountedMemory {
     bytes: usize,
     sum: Arc<AtomicUsize>,
@@ -15,7 +15,7 @@ impl CountedMemory {
         Self { bytes: 0, sum: Arc::clone(sum) }
     }
 
-    /// Counts `bytes` more, and returns the sum.
+    /// Adds `bytes` and returns the new sum over all users.
     pub fn add(&mut self, bytes: usize) -> usize {
         self.bytes += bytes;
         self.sum.fetch_add(bytes, Ordering::Relaxed) + bytes

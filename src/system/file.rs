@@ -1,4 +1,5 @@
-//! Files that others made or named: only a regular one is read, and reading it never waits for anybody.
+//! Reads files that somebody else made or named. Only regular files are read, so that no FIFO or device can make the
+//! daemon wait.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -10,7 +11,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
-/// What is done if the last part of a path is a link.
+/// What to do if the last component of a path is a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkPolicy {
     Followed,
@@ -28,7 +29,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreadable(cause) => cause.fmt(f),
-            Self::NotRegular { is } => write!(f, "it is {is} and no regular file"),
+            Self::NotRegular { is } => write!(f, "it is {is}, not a regular file"),
             Self::TooLong { limit } => write!(f, "it has more than {limit} bytes"),
         }
     }
@@ -36,8 +37,8 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Opens a regular file for reading. A FIFO would let it wait for a writer, and a device can do anything when
-/// it is opened as a terminal, or never end.
+/// Opens a regular file for reading. Opening a FIFO would wait for a writer, a terminal could become the controlling one,
+/// and other devices never end.
 pub fn open(path: &Path, links: LinkPolicy) -> Result<File, Error> {
     let mut flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     if links == LinkPolicy::Refused {
@@ -50,19 +51,23 @@ pub fn open(path: &Path, links: LinkPolicy) -> Result<File, Error> {
         _ => Error::Unreadable(e),
     })?;
     let file_type = file.metadata().map_err(Error::Unreadable)?.file_type();
-    if file_type.is_file() { Ok(file) } else { Err(Error::NotRegular { is: kind_of(file_type) }) }
+    if file_type.is_file() { Ok(file) } else { Err(Error::NotRegular { is: describe(file_type) }) }
 }
 
 /// The content of a regular file that has no more than `limit` bytes.
 pub fn read(path: &Path, links: LinkPolicy, limit: u64) -> Result<Vec<u8>, Error> {
-    let file = open(path, links)?;
+    read_open(&open(path, links)?, limit)
+}
+
+/// The content of an open file that has no more than `limit` bytes.
+pub fn read_open(file: &File, limit: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
-    // Its size is not asked: a file in /proc has none, and one that is written to has another one by now.
+    // The size in its status is not used, because files in /proc show 0, and another process may be writing.
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::Unreadable)?;
     if bytes.len() as u64 > limit { Err(Error::TooLong { limit }) } else { Ok(bytes) }
 }
 
-fn kind_of(file_type: FileType) -> &'static str {
+fn describe(file_type: FileType) -> &'static str {
     if file_type.is_dir() {
         "a directory"
     } else if file_type.is_fifo() {
@@ -83,7 +88,7 @@ mod tests {
     use nix::unistd::mkfifo;
 
     #[test]
-    fn only_regular_files_are_read_and_none_is_waited_for() {
+    fn only_regular_files_are_read_and_nothing_blocks() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         fs::write(at("file"), "12345").unwrap();
@@ -105,12 +110,12 @@ mod tests {
                 (at("socket"), "a socket or a device"),
                 ("/dev/zero".into(), "a device"),
             ] {
-                assert_eq!(read(&path, links, 4), format!("it is {is} and no regular file"));
+                assert_eq!(read(&path, links, 4), format!("it is {is}, not a regular file"));
             }
         }
         assert_eq!(read(&at("link"), LinkPolicy::Followed, 5), "12345");
         for link in ["link", "dangling"] {
-            assert_eq!(read(&at(link), LinkPolicy::Refused, 5), "it is a link and no regular file");
+            assert_eq!(read(&at(link), LinkPolicy::Refused, 5), "it is a link, not a regular file");
         }
         assert!(read(&at("dangling"), LinkPolicy::Followed, 5).starts_with("No such file"));
     }

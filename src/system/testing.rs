@@ -1,12 +1,16 @@
-//! The host, but one step of many fails, or something happens in the world between two.
+//! A double of the host, in which a chosen call fails, or something happens before each call.
+#![forbid(unsafe_code)]
 
+use std::ffi::{OsStr, OsString};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{
-    Attributes, ControlFlow, DirHandle, DiskUsage, Errno, Error, FileSystem, FileType, Host, OsStr, OsString, Path,
-    PathBuf, Result, Status, Sys, Unmount,
-};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+
+use super::{Attributes, DirHandle, DiskUsage, Error, FileSystem, FileType, Host, Result, Status, Sys, Unmount};
 use crate::testing::{Fault, Kind, Steps, Verdict};
 
 /// Passes every call to the host and records it.
@@ -14,11 +18,11 @@ pub struct FaultySys {
     host: Host,
     steps: Arc<Steps>,
     before_call: Option<BeforeCall>,
-    /// So many directories are in each directory.
-    endless: Option<usize>,
-    /// Of these, names that somebody has read.
+    /// Number of directories that each directory pretends to contain.
+    fake_entries: Option<usize>,
+    /// Number of pretended entries that were read.
     names_read: AtomicUsize,
-    /// A directory whose owner has no number here.
+    /// A directory whose owner is shown as nobody.
     without_owner: Option<PathBuf>,
 }
 
@@ -28,89 +32,89 @@ type BeforeCall = Box<dyn Fn(&str, &Path, Kind) -> Option<Errno> + Send + Sync>;
 impl FaultySys {
     pub fn with(steps: Arc<Steps>) -> Self {
         let names_read = AtomicUsize::default();
-        Self { host: Host, steps, before_call: None, endless: None, names_read, without_owner: None }
+        Self { host: Host, steps, before_call: None, fake_entries: None, names_read, without_owner: None }
     }
 
-    /// Fails nothing, but lets something happen before each call.
-    pub fn before_call(happens: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
-        let happens = move |call: &str, path: &Path, _: Kind| {
-            happens(call, path);
+    /// Fails nothing, and runs `action` before each call.
+    pub fn before_call(action: impl Fn(&str, &Path) + Send + Sync + 'static) -> Self {
+        let action = move |call: &str, path: &Path, _: Kind| {
+            action(call, path);
             None
         };
-        Self { before_call: Some(Box::new(happens)), ..Self::never() }
+        Self { before_call: Some(Box::new(action)), ..Self::faultless() }
     }
 
-    /// Fails every question about `path`.
+    /// Fails every call that only reads `path`.
     pub fn refusing(path: PathBuf, errno: Errno) -> Self {
         let refuse =
-            move |_: &str, asked: &Path, kind: Kind| (asked == path && kind == Kind::Question).then_some(errno);
-        Self { before_call: Some(Box::new(refuse)), ..Self::never() }
+            move |_: &str, argument: &Path, kind: Kind| (argument == path && kind == Kind::Question).then_some(errno);
+        Self { before_call: Some(Box::new(refuse)), ..Self::faultless() }
     }
 
-    /// Fails this question about `path`.
+    /// Fails this call on `path`.
     pub fn refusing_call(call: &'static str, path: PathBuf, errno: Errno) -> Self {
-        let refuse = move |asked: &str, at: &Path, _: Kind| (asked == call && at == path).then_some(errno);
-        Self { before_call: Some(Box::new(refuse)), ..Self::never() }
+        let refuse = move |name: &str, argument: &Path, _: Kind| (name == call && argument == path).then_some(errno);
+        Self { before_call: Some(Box::new(refuse)), ..Self::faultless() }
     }
 
-    /// Every directory has so many directories with long names in it.
+    /// Every directory pretends to contain this number of directories with long names.
     pub fn endless(entries: usize) -> Self {
-        Self { endless: Some(entries), ..Self::never() }
+        Self { fake_entries: Some(entries), ..Self::faultless() }
     }
 
     pub fn names_read(&self) -> usize {
         self.names_read.load(Ordering::SeqCst)
     }
 
-    /// The directory at `path` belongs to nobody.
+    /// The directory at `path` is shown as owned by nobody.
     pub fn without_owner(path: PathBuf) -> Self {
-        Self { without_owner: Some(path), ..Self::never() }
+        Self { without_owner: Some(path), ..Self::faultless() }
     }
 
-    fn never() -> Self {
+    fn faultless() -> Self {
         Self::with(Arc::new(Steps::with(Fault::None)))
     }
 
-    fn read_endless(&self, entries: usize, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) {
+    fn visit_fake_entries(&self, entries: usize, visitor: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) {
         for n in 0..entries {
             self.names_read.fetch_add(1, Ordering::SeqCst);
-            if each(OsStr::new(&format!("{n:0200}")), FileType::Directory).is_break() {
+            if visitor(OsStr::new(&format!("{n:0200}")), FileType::Directory).is_break() {
                 break;
             }
         }
     }
 
-    /// Whether the call is to be made, or half of it.
-    fn take(&self, call: &'static str, path: &Path, kind: Kind) -> Result<Budget> {
+    /// Records the call, and says how much of it is to be done.
+    fn next_step(&self, call: &'static str, path: &Path, kind: Kind) -> Result<Extent> {
         if let Some(errno) = self.before_call.as_ref().and_then(|before| before(call, path, kind)) {
             return Err(Error::new(call, path, errno));
         }
-        match self.steps.take(call, path, kind) {
-            Verdict::Done => Ok(Budget::All),
-            Verdict::HalfDone => Ok(Budget::Half),
+        match self.steps.next(call, path, kind) {
+            Verdict::Done => Ok(Extent::All),
+            Verdict::HalfDone => Ok(Extent::Half),
             Verdict::Failed(errno) => Err(Error::new(call, path, errno)),
         }
     }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Budget {
+enum Extent {
     All,
     Half,
 }
 
-/// What the process would have heard if it had lived.
+/// The error of a call at which the process died. Nobody sees it.
 fn died(call: &'static str, path: &Path) -> Error {
     Error::new(call, path, Errno::EIO)
 }
 
-macro_rules! pass_on {
-    ($($kind:ident $name:ident($($arg:ident: $type:ty),*) -> $result:ty, at $path:ident $(, half $half:expr)?;)*) => {
+macro_rules! delegate {
+    ($($kind:ident $name:ident($($arg:ident: $type:ty),*) -> $result:ty, path $path:ident $(, half $half:expr)?;)*) => {
         $(fn $name(&self, $($arg: $type),*) -> Result<$result> {
             const CALL: &str = stringify!($name);
-            match self.take(CALL, $path, Kind::$kind)? {
-                Budget::All => self.host.$name($($arg),*),
-                Budget::Half => {
+            match self.next_step(CALL, $path, Kind::$kind)? {
+                Extent::All => self.host.$name($($arg),*),
+                Extent::Half => {
                     $($half;)?
                     Err(died(CALL, $path))
                 }
@@ -120,58 +124,58 @@ macro_rules! pass_on {
 }
 
 impl Sys for FaultySys {
-    pass_on! {
-        Change create_dir(path: &Path, mode: u32) -> (), at path, half drop(std::fs::create_dir(path));
-        Change chown(path: &Path, uid: u32, gid: u32) -> (), at path;
-        Change set_attributes(path: &Path, attributes: &Attributes) -> (), at path,
+    delegate! {
+        Change create_dir(path: &Path, mode: u32) -> (), path path, half drop(std::fs::create_dir(path));
+        Change chown(path: &Path, uid: u32, gid: u32) -> (), path path;
+        Change set_attributes(path: &Path, attributes: &Attributes) -> (), path path,
             half drop(Host.chown(path, attributes.uid, attributes.gid));
-        Change create_whiteout(path: &Path) -> (), at path;
-        Change write_file(path: &Path, content: &[u8]) -> (), at path,
+        Change create_whiteout(path: &Path) -> (), path path;
+        Change write_file(path: &Path, content: &[u8]) -> (), path path,
             half drop(Host.write_file(path, &content[..content.len() / 2]));
-        Change make_opaque(path: &Path) -> (), at path;
-        Change rename(from: &Path, to: &Path) -> (), at to;
-        Change remove_file(path: &Path) -> (), at path;
-        Change remove_dir(path: &Path) -> (), at path;
-        Change remove_tree(path: &Path, cancelled: &dyn Fn() -> bool) -> (), at path, half remove_something(path);
-        Change unmount(target: &Path, how: Unmount) -> (), at target;
-        Change symlink(target: &Path, link: &Path) -> (), at link;
-        Change bind_read_only(source: &DirHandle, target: &Path) -> (), at target, half bind_writable(source, target);
-        Question stat(path: &Path) -> Status, at path;
-        Question lstat(path: &Path) -> Status, at path;
-        Question read_link(path: &Path) -> PathBuf, at path;
-        Question read_file(path: &Path, limit: u64) -> Vec<u8>, at path;
-        Question attribute(path: &Path, name: &str) -> Option<Vec<u8>>, at path;
-        Question attribute_names(path: &Path) -> Vec<OsString>, at path;
-        Question open_dir(path: &Path) -> DirHandle, at path;
-        Question statfs(path: &Path) -> FileSystem, at path;
-        Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> DiskUsage, at path;
-        Question mounted_fuse(path: &Path) -> Option<u64>, at path;
-        Question mounted(path: &Path) -> Option<u64>, at path;
-        Question mounts_below(path: &Path) -> Vec<PathBuf>, at path;
+        Change make_opaque(path: &Path) -> (), path path;
+        Change rename(from: &Path, to: &Path) -> (), path to;
+        Change remove_file(path: &Path) -> (), path path;
+        Change remove_dir(path: &Path) -> (), path path;
+        Change remove_tree(path: &Path, cancelled: &dyn Fn() -> bool) -> (), path path, half remove_one_entry(path);
+        Change unmount(target: &Path, how: Unmount) -> (), path target;
+        Change symlink(target: &Path, link: &Path) -> (), path link;
+        Change bind_read_only(source: &DirHandle, target: &Path) -> (), path target, half bind_writable(source, target);
+        Question stat(path: &Path) -> Status, path path;
+        Question lstat(path: &Path) -> Status, path path;
+        Question read_link(path: &Path) -> PathBuf, path path;
+        Question read_file(path: &Path, limit: u64) -> Vec<u8>, path path;
+        Question attribute(path: &Path, name: &str) -> Option<Vec<u8>>, path path;
+        Question attribute_names(path: &Path) -> Vec<OsString>, path path;
+        Question open_dir(path: &Path) -> DirHandle, path path;
+        Question statfs(path: &Path) -> FileSystem, path path;
+        Question disk_usage(path: &Path, cancelled: &dyn Fn() -> bool) -> DiskUsage, path path;
+        Question mounted_fuse(path: &Path) -> Option<u64>, path path;
+        Question mounted(path: &Path) -> Option<u64>, path path;
+        Question mounts_below(path: &Path) -> Vec<PathBuf>, path path;
     }
 
     fn open_below(&self, dir: &DirHandle, below: &Path) -> Result<DirHandle> {
-        self.take("open_below", &dir.path().join(below), Kind::Question)?;
+        self.next_step("open_below", &dir.path().join(below), Kind::Question)?;
         self.host.open_below(dir, below)
     }
 
     fn dir_status(&self, dir: &DirHandle) -> Result<Status> {
-        self.take("dir_status", dir.path(), Kind::Question)?;
+        self.next_step("dir_status", dir.path(), Kind::Question)?;
         self.host.dir_status(dir)
     }
 
     fn dir_statfs(&self, dir: &DirHandle) -> Result<FileSystem> {
-        self.take("statfs", dir.path(), Kind::Question)?;
+        self.next_step("statfs", dir.path(), Kind::Question)?;
         self.host.dir_statfs(dir)
     }
 
     fn dir_attribute_names(&self, dir: &DirHandle) -> Result<Vec<OsString>> {
-        self.take("attribute_names", dir.path(), Kind::Question)?;
+        self.next_step("attribute_names", dir.path(), Kind::Question)?;
         self.host.dir_attribute_names(dir)
     }
 
     fn attributes_below(&self, dir: &DirHandle, below: &Path, ignored: &[OsString]) -> Result<Attributes> {
-        self.take("attributes", &dir.path().join(below), Kind::Question)?;
+        self.next_step("attributes", &dir.path().join(below), Kind::Question)?;
         self.host.attributes_below(dir, below, ignored)
     }
 
@@ -179,14 +183,14 @@ impl Sys for FaultySys {
         &self,
         dir: &DirHandle,
         below: &Path,
-        each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
+        visitor: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>,
     ) -> Result<Status> {
         let path = dir.path().join(below);
-        self.take("for_each_entry", &path, Kind::Question)?;
-        let mut status = match self.endless {
-            None => self.host.for_each_entry_below(dir, below, each)?,
+        self.next_step("for_each_entry", &path, Kind::Question)?;
+        let mut status = match self.fake_entries {
+            None => self.host.for_each_entry_below(dir, below, visitor)?,
             Some(entries) => {
-                self.read_endless(entries, each);
+                self.visit_fake_entries(entries, visitor);
                 self.host.dir_status(dir)?
             }
         };
@@ -196,23 +200,23 @@ impl Sys for FaultySys {
         Ok(status)
     }
 
-    fn for_each_entry(&self, path: &Path, each: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) -> Result<()> {
-        self.take("for_each_entry", path, Kind::Question)?;
-        let Some(entries) = self.endless else { return self.host.for_each_entry(path, each) };
-        self.read_endless(entries, each);
+    fn for_each_entry(&self, path: &Path, visitor: &mut dyn FnMut(&OsStr, FileType) -> ControlFlow<()>) -> Result<()> {
+        self.next_step("for_each_entry", path, Kind::Question)?;
+        let Some(entries) = self.fake_entries else { return self.host.for_each_entry(path, visitor) };
+        self.visit_fake_entries(entries, visitor);
         Ok(())
     }
 }
 
-/// A removal that was cut short has taken some entries.
-fn remove_something(path: &Path) {
+/// Removes a part of a tree.
+fn remove_one_entry(path: &Path) {
     if let Some(Ok(entry)) = std::fs::read_dir(path).ok().and_then(|mut entries| entries.next()) {
         let _ = std::fs::remove_file(entry.path()).or_else(|_| std::fs::remove_dir_all(entry.path()));
     }
 }
 
-/// The mount is made, and not read-only yet.
+/// Does the first half of a read-only bind mount, after which it is still writable.
 fn bind_writable(source: &DirHandle, target: &Path) {
-    const NOTHING: Option<&str> = None;
-    let _ = nix::mount::mount(Some(&source.proc_path()), target, NOTHING, nix::mount::MsFlags::MS_BIND, NOTHING);
+    const NONE: Option<&str> = None;
+    let _ = mount(Some(&source.proc_path()), target, NONE, MsFlags::MS_BIND, NONE);
 }

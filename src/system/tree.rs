@@ -1,7 +1,6 @@
-//! Walks over trees that a container made: as wide, as deep and as odd as it likes, and changing
-//! while they are walked. What a walk keeps in memory, and how many descriptors it has open, has a
-//! bound that does not depend on the tree. A walk never follows a link, names entries relative to
-//! an open directory, and never enters another file system.
+//! Walks over trees that a container made. They can have any width and depth, and change during the walk. The memory and
+//! the open descriptors of a walk have bounds that do not depend on the tree. A walk follows no link, names entries
+//! relative to an open directory, and does not enter other file systems.
 #![forbid(unsafe_code)]
 
 mod removal;
@@ -21,7 +20,7 @@ pub use self::usage::{DiskUsage, disk_usage};
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
-/// An open directory, of which at most 48 KiB of entries are in memory at a time.
+/// An open directory. At most 48 KiB of its entries are in memory.
 struct Directory(Dir);
 
 impl Directory {
@@ -60,7 +59,7 @@ impl Directory {
         self.0.rewind();
     }
 
-    /// Goes on behind the entry that said this offset.
+    /// Continues after the entry that has this offset.
     fn seek(&mut self, offset: i64) -> Result<(), Errno> {
         self.0.seek(offset).map_err(errno)
     }
@@ -70,8 +69,8 @@ fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error())
 }
 
-/// Whether the file system says of what type the entries of a directory are. overlayfs needs
-/// that to hide its whiteouts. Asks about the entries of `path`, of which there must be one.
+/// Whether the file system stores the types of entries, which overlayfs needs to hide its whiteouts. The directory `path`
+/// must have an entry to read it from.
 pub fn supports_d_type(path: &Path) -> Result<bool, Errno> {
     let entry = Directory::open(path)?.next_entry()?;
     Ok(entry.is_none_or(|entry| entry.file_type() != FileType::Unknown))
@@ -92,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn types_of_entries_are_told_here() {
+    fn d_type_is_supported_here() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(supports_d_type(dir.path()), Ok(true), "without an entry");
         fs::write(dir.path().join("file"), "").unwrap();

@@ -1,9 +1,9 @@
-//! A bbolt file of somebody else: read as a whole, and locked meanwhile against who writes it.
+//! Reads a bbolt file of another program as a whole, and keeps it locked so that nobody writes it meanwhile.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -11,18 +11,16 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::system::file::{self, LinkPolicy};
 
-/// More than this is no node's metadata.
+/// Maximum size of a file. The metadata of a node is far smaller.
 const MAX_BYTES: u64 = 1 << 30;
 
 #[derive(Debug)]
 pub enum Error {
-    /// bbolt locks its file as long as it is open.
+    /// A running program has the file open. bbolt locks it as long.
     Locked,
     Unreadable(io::Error),
     NotRegular,
-    TooLarge {
-        bytes: u64,
-    },
+    TooLarge,
     Damaged(super::Error),
 }
 
@@ -32,7 +30,7 @@ impl fmt::Display for Error {
             Self::Locked => f.write_str("it is locked"),
             Self::Unreadable(cause) => cause.fmt(f),
             Self::NotRegular => f.write_str("it is not a regular file"),
-            Self::TooLarge { bytes } => write!(f, "it has {bytes} bytes, the limit is {MAX_BYTES}"),
+            Self::TooLarge => write!(f, "it has more than {MAX_BYTES} bytes"),
             Self::Damaged(cause) => cause.fmt(f),
         }
     }
@@ -46,32 +44,36 @@ impl From<super::Error> for Error {
     }
 }
 
-/// The content of a file that nobody writes while this lives.
+impl From<file::Error> for Error {
+    fn from(cause: file::Error) -> Self {
+        match cause {
+            file::Error::Unreadable(cause) => Self::Unreadable(cause),
+            file::Error::NotRegular { .. } => Self::NotRegular,
+            file::Error::TooLong { .. } => Self::TooLarge,
+        }
+    }
+}
+
+/// The content of a file that is locked as long as this exists.
 pub struct LockedFile {
     pub bytes: Vec<u8>,
     _lock: Flock<File>,
 }
 
-/// None: there is no such file.
+/// Reads and locks a file. None: there is no such file.
 pub fn read(path: &Path) -> Result<Option<LockedFile>, Error> {
     let file = match file::open(path, LinkPolicy::Followed) {
         Ok(file) => file,
-        // A link to nothing is not nothing.
+        // A link to a missing file is not a missing file.
         Err(file::Error::Unreadable(e)) if e.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() => {
             return Ok(None);
         }
-        Err(file::Error::Unreadable(e)) => return Err(Error::Unreadable(e)),
-        Err(_) => return Err(Error::NotRegular),
+        Err(cause) => return Err(cause.into()),
     };
-    let bytes = file.metadata().map_err(Error::Unreadable)?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::TooLarge { bytes });
-    }
     let lock = Flock::lock(file, FlockArg::LockSharedNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Error::Locked,
         errno => Error::Unreadable(errno.into()),
     })?;
-    let mut bytes = Vec::new();
-    (&*lock).take(MAX_BYTES).read_to_end(&mut bytes).map_err(Error::Unreadable)?;
+    let bytes = file::read_open(&lock, MAX_BYTES)?;
     Ok(Some(LockedFile { bytes, _lock: lock }))
 }

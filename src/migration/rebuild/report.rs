@@ -1,41 +1,60 @@
-//! What a rebuild tells the admin, as a table or as JSON.
+//! The result of a rebuild, as a table or as JSON.
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::containerd::Repair;
+use super::containerd::{self, ContainerdSnapshot, Repair};
+use crate::migration::chain_validation::{Accepted, Counts};
 use crate::model::{printable, shell_quote, shell_quote_all};
 
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub metadata: PathBuf,
-    /// What containerd calls us.
+    /// The name of this snapshotter in containerd's configuration.
     pub snapshotter: String,
-    pub published: usize,
-    pub committed: usize,
-    pub active: usize,
-    pub views: usize,
-    /// Of all these, those that containerd does not know.
+    pub counts: Counts,
+    /// Number of restored snapshots that containerd does not know.
     pub unknown: usize,
-    /// Name and reason.
-    pub left_out: Vec<(String, String)>,
+    pub rejected: Vec<RejectedRecord>,
     pub repairs: Vec<Repair>,
-    /// Where the old file is now.
+    /// The new name of the old file.
     pub old: Option<PathBuf>,
-    /// None: it was gone without.
+    /// None: containerd's metadata was not read.
     pub containerd: Option<PathBuf>,
 }
 
+#[derive(Clone, Debug)]
+pub struct RejectedRecord {
+    pub name: String,
+    pub reason: String,
+}
+
 impl Report {
+    pub(super) fn new(containerd: Option<PathBuf>, accepted: &Accepted, known: &[ContainerdSnapshot]) -> Self {
+        let names: HashSet<&str> = known.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        let keys: HashSet<&str> = accepted.snapshots.iter().map(|snapshot| snapshot.key.as_str()).collect();
+        let rejected = accepted.rejected.iter();
+        let rejected = rejected.map(|one| RejectedRecord { name: one.name.clone(), reason: one.reason.to_string() });
+        Self {
+            counts: accepted.counts(),
+            unknown: if containerd.is_some() { keys.difference(&names).count() } else { 0 },
+            rejected: rejected.collect(),
+            repairs: containerd::repairs(known, &|name| keys.contains(name)),
+            containerd,
+            ..Self::default()
+        }
+    }
+
     pub fn text(&self, json: bool) -> String {
         if json { self.json() } else { self.table() }
     }
 
     fn json(&self) -> String {
-        let left_out: Vec<_> = self.left_out.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
+        let rejected = self.rejected.iter().map(|rejected| json!({"name": rejected.name, "reason": rejected.reason}));
         let repairs = self.repairs.iter().map(|repair| match repair {
             Repair::Image { namespace, reference } => json!({"namespace": namespace, "image": reference}),
             Repair::Snapshot { namespace, key } => json!({"namespace": namespace, "snapshot": key}),
@@ -45,13 +64,13 @@ impl Report {
             "old": self.old,
             "containerd": self.containerd,
             "rebuilt": {
-                "published": self.published,
-                "committed": self.committed,
-                "active": self.active,
-                "views": self.views,
+                "published": self.counts.published,
+                "committed": self.counts.committed,
+                "active": self.counts.active,
+                "views": self.counts.views,
             },
             "unknown_to_containerd": self.unknown,
-            "left_out": left_out,
+            "left_out": rejected.collect::<Vec<_>>(),
             "repairs": repairs.collect::<Vec<_>>(),
         });
         format!("{report:#}\n")
@@ -59,61 +78,60 @@ impl Report {
 
     fn table(&self) -> String {
         let mut text = format!("rebuilt {}\n", self.metadata.display());
-        // Writing into memory cannot fail.
-        for (what, count) in [
-            ("published layers", self.published),
-            ("other committed snapshots", self.committed),
-            ("active snapshots", self.active),
-            ("views", self.views),
-            ("left out", self.left_out.len()),
+        // Writing to a string cannot fail.
+        for (name, count) in [
+            ("published layers", self.counts.published),
+            ("other committed snapshots", self.counts.committed),
+            ("active snapshots", self.counts.active),
+            ("views", self.counts.views),
+            ("left out", self.rejected.len()),
         ] {
-            let _ = writeln!(text, "  {what:<26} {count:>6}");
+            let _ = writeln!(text, "  {name:<26} {count:>6}");
         }
-        match &self.containerd {
-            Some(_) if self.unknown > 0 => {
-                let _ = writeln!(
-                    text,
-                    "{} of them containerd does not know: its next garbage collection removes them",
-                    self.unknown
-                );
-            }
-            Some(_) => {}
-            None => text.push_str(
-                "without containerd's metadata: published layers do not come back, remove those images and pull them again\n",
-            ),
+        if self.containerd.is_none() {
+            text.push_str(
+                "without containerd's metadata: published layers are not restored; remove those images and pull them again\n",
+            );
         }
-        if !self.left_out.is_empty() {
-            text.push_str("left out, with directories left alone:\n");
+        if self.unknown > 0 {
+            let _ = writeln!(
+                text,
+                "containerd does not know {} of them: its next garbage collection removes them",
+                self.unknown
+            );
         }
-        for (name, why) in &self.left_out {
-            let _ = writeln!(text, "  {}: {}", printable(name), printable(why));
+        if !self.rejected.is_empty() {
+            text.push_str("left out (their directories were not touched):\n");
+        }
+        for rejected in &self.rejected {
+            let _ = writeln!(text, "  {}: {}", printable(&rejected.name), printable(&rejected.reason));
         }
         if !self.repairs.is_empty() {
             text.push_str(
-                "to repair, once containerd runs (remove containers first, and pull images again after it):\n",
+                "to repair when containerd runs (first remove the containers; pull the images again afterwards):\n",
             );
         }
         for repair in &self.repairs {
-            let command = match repair {
-                Repair::Image { namespace, reference } => {
-                    format!(
-                        "ctr -n {} images rm --sync {}",
-                        shell_quote(namespace),
-                        shell_quote_all([reference.as_str()])
-                    )
-                }
-                Repair::Snapshot { namespace, key } => {
-                    let (namespace, snapshotter) = (shell_quote(namespace), shell_quote(&self.snapshotter));
-                    let key = shell_quote_all([key.as_str()]);
-                    format!("ctr -n {namespace} snapshots --snapshotter {snapshotter} rm {key}")
-                }
-            };
-            let _ = writeln!(text, "  {}", printable(&command));
+            let _ = writeln!(text, "  {}", printable(&self.repair_command(repair)));
         }
         if let Some(old) = &self.old {
             let _ = writeln!(text, "the old file is kept as {}", old.display());
         }
         text
+    }
+
+    fn repair_command(&self, repair: &Repair) -> String {
+        match repair {
+            Repair::Image { namespace, reference } => {
+                let reference = shell_quote_all([reference.as_str()]);
+                format!("ctr -n {} images rm --sync {reference}", shell_quote(namespace))
+            }
+            Repair::Snapshot { namespace, key } => {
+                let (namespace, snapshotter) = (shell_quote(namespace), shell_quote(&self.snapshotter));
+                let key = shell_quote_all([key.as_str()]);
+                format!("ctr -n {namespace} snapshots --snapshotter {snapshotter} rm {key}")
+            }
+        }
     }
 }
 
@@ -122,10 +140,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_clients_chose_send_a_terminal_nothing_and_are_no_options() {
+    fn names_of_clients_are_printed_without_control_characters_and_not_as_options() {
         let text = |name: &str| name.to_owned();
         let report = Report {
-            left_out: vec![(text("k8s.io/1/\x1b[2J"), text("why\r"))],
+            rejected: vec![RejectedRecord { name: text("k8s.io/1/\x1b[2J"), reason: text("why\r") }],
             repairs: vec![
                 Repair::Image { namespace: text("k8s.io"), reference: text("--all") },
                 Repair::Snapshot { namespace: text("k8s.io"), key: text("a\x1b]0;x\x07b") },

@@ -1,5 +1,4 @@
-//! Removes a tree, entry by entry as they are read. Each removed entry is progress that a kill does not
-//! undo.
+//! Removes a tree. Entries are removed as they are read, so a process that is killed has made progress.
 #![forbid(unsafe_code)]
 
 use std::ffi::{CStr, CString};
@@ -12,9 +11,9 @@ use rustix::fs::{DirEntry, FileType};
 
 use super::Directory;
 
-/// Removes the tree at `path`. An entry that cannot be removed keeps only itself and those above it; a
-/// mount point is one, with EBUSY. ECANCELED if `cancelled` says so. It is asked before each entry, so
-/// a caller can also tell others by it that the removal goes on.
+/// Removes the tree at `path`. If an entry cannot be removed, such as a mount point (EBUSY), it stays with the directories
+/// above it, and everything else is removed. `cancelled` is called before each entry, so it also shows the progress; if
+/// it returns true, the error is ECANCELED.
 pub fn remove(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(), Errno> {
     let mut top = match Directory::open(path) {
         Ok(top) => top,
@@ -25,14 +24,13 @@ pub fn remove(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(), Errno> {
     let mut removal = Removal { cancelled, moved: 0, done: 0 };
     loop {
         let before = removal.done;
-        let refused = removal.remove_entries(&mut top)?;
+        let first_error = removal.remove_entries(&mut top)?;
         let has_progress = removal.done > before;
-        match refused {
-            Some(refused) if !has_progress => return Err(refused),
+        match first_error {
+            Some(error) if !has_progress => return Err(error),
             Some(_) => {}
             None => match unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir) {
-                // A removal meanwhile can make the file system pass over an entry, and somebody can
-                // add one.
+                // The removal of an entry can make the file system skip another one, and a container can add one.
                 Err(Errno::ENOTEMPTY | Errno::EEXIST) if has_progress => {}
                 Err(Errno::ENOENT) => return Ok(()),
                 result => return result,
@@ -44,39 +42,38 @@ pub fn remove(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<(), Errno> {
 
 struct Removal<'a> {
     cancelled: &'a dyn Fn() -> bool,
-    /// The number in the name of the next directory that is moved to the top.
+    /// Number of directories that were moved to the top. It makes their names unique.
     moved: u64,
-    /// Counts entries that were removed or moved to the top.
+    /// Number of entries that were removed or moved to the top.
     done: u64,
 }
 
 impl Removal<'_> {
-    /// Removes what is in `top`, except what cannot be removed; the result says why the first of these
-    /// cannot.
+    /// Removes the entries of `top`. Returns the first error; entries that fail are passed over.
     fn remove_entries(&mut self, top: &mut Directory) -> Result<Option<Errno>, Errno> {
-        let mut refused = None;
+        let mut first_error = None;
         while let Some(entry) = top.next_entry()? {
             match self.remove_entry(top, &entry) {
                 Err(Errno::ECANCELED) => return Err(Errno::ECANCELED),
-                result => refused = refused.or(result.err()),
+                result => first_error = first_error.or(result.err()),
             }
         }
-        Ok(refused)
+        Ok(first_error)
     }
 
-    /// Removes an entry of `top`. The directories in it are first moved up into `top`, where they
-    /// are read later, so that depth costs neither memory nor descriptors.
+    /// Removes an entry of `top`. Directories in it are first moved up into `top`, where they are read later, so that a
+    /// deep tree needs neither memory nor descriptors for its levels.
     fn remove_entry(&mut self, top: &Directory, entry: &DirEntry) -> Result<(), Errno> {
         if self.unlink_or_rmdir(top, entry)? {
             return Ok(());
         }
         let name = entry.file_name();
-        // The kernel has just said ENOTEMPTY and not EBUSY: nothing is mounted here.
+        // The kernel has answered ENOTEMPTY instead of EBUSY, so nothing is mounted here.
         let mut directory = top.open_entry(name)?;
         if directory.status()?.st_dev != top.status()?.st_dev {
             return Err(Errno::EBUSY);
         }
-        let mut refused = None;
+        let mut first_error = None;
         while let Some(entry) = directory.next_entry()? {
             let result = match self.unlink_or_rmdir(&directory, &entry) {
                 Ok(false) => self.move_to_top(&directory, entry.file_name(), top),
@@ -84,10 +81,10 @@ impl Removal<'_> {
             };
             match result {
                 Err(Errno::ECANCELED) => return Err(Errno::ECANCELED),
-                result => refused = refused.or(result.err()),
+                result => first_error = first_error.or(result.err()),
             }
         }
-        unlinkat(top.fd()?, name, UnlinkatFlags::RemoveDir).map_err(|e| refused.unwrap_or(e))?;
+        unlinkat(top.fd()?, name, UnlinkatFlags::RemoveDir).map_err(|e| first_error.unwrap_or(e))?;
         self.done += 1;
         Ok(())
     }
@@ -99,7 +96,7 @@ impl Removal<'_> {
         }
         let parent = parent.fd()?;
         let unlink = |flag| unlinkat(parent, entry.file_name(), flag);
-        // The type is that of the time when the entry was read, and not every file system says it.
+        // The type may have changed since the entry was read, and not every file system stores it.
         let mut result = Err(Errno::EISDIR);
         if entry.file_type() != FileType::Directory {
             result = unlink(UnlinkatFlags::NoRemoveDir);
@@ -112,7 +109,7 @@ impl Removal<'_> {
         }
         match result {
             Ok(()) => self.done += 1,
-            // It is no progress, because a damaged directory can name for ever what is not there.
+            // This is no progress: a damaged directory can list an entry for ever that does not exist.
             Err(Errno::ENOENT) => {}
             Err(Errno::ENOTEMPTY | Errno::EEXIST) => return Ok(false),
             Err(e) => return Err(e),
@@ -123,10 +120,10 @@ impl Removal<'_> {
     /// Moves the directory `name` up into `top`.
     fn move_to_top(&mut self, directory: &Directory, name: &CStr, top: &Directory) -> Result<(), Errno> {
         while !(self.cancelled)() {
-            let up = CString::new(format!(".hoisted-{}", self.moved)).unwrap_or_default();
+            let new_name = CString::new(format!(".hoisted-{}", self.moved)).unwrap_or_default();
             self.moved += 1;
-            match renameat(directory.fd()?, name, top.fd()?, up.as_c_str()) {
-                // An entry of that very name is the container's, or a removal left it that was killed.
+            match renameat(directory.fd()?, name, top.fd()?, new_name.as_c_str()) {
+                // The container made an entry of this name, or a killed removal left it.
                 Err(Errno::EEXIST | Errno::ENOTEMPTY | Errno::ENOTDIR) => {}
                 result => {
                     self.done += u64::from(result.is_ok());
@@ -139,100 +136,4 @@ impl Removal<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::make_chain;
-    use super::super::usage::disk_usage;
-    use super::*;
-    use std::cell::Cell;
-    use std::fs;
-    use std::os::unix::fs::symlink;
-
-    fn remove(path: &Path) -> Result<(), Errno> {
-        super::remove(path, &|| false)
-    }
-
-    fn inodes(path: &Path) -> u64 {
-        disk_usage(path, &|| false).unwrap().inodes
-    }
-
-    /// A container can make a tree this deep. The walk of the standard library recurses once
-    /// for each level: it ran out of stack, and so did every start after that.
-    #[test]
-    fn tree_of_any_depth_is_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let top = dir.path().join("top");
-        fs::create_dir(&top).unwrap();
-        make_chain(&top, 20_000);
-        fs::create_dir_all(top.join(".hoisted-0/x/y")).unwrap();
-        fs::write(top.join(".hoisted-1"), "").unwrap();
-        remove(&top).unwrap();
-        assert!(!top.exists());
-        remove(&top).unwrap();
-    }
-
-    /// All names of a directory were read before the first one was removed: a kill found all of them again.
-    #[test]
-    fn removal_that_is_broken_off_has_removed_what_it_came_to() {
-        let dir = tempfile::tempdir().unwrap();
-        let top = dir.path().join("top");
-        fs::create_dir_all(top.join("a/b")).unwrap();
-        for n in 0..3_000 {
-            fs::write(top.join(format!("a/b/{n}")), "").unwrap();
-        }
-        let mut before = inodes(&top);
-        let mut rounds = 0;
-        while top.exists() {
-            let asked = Cell::new(0);
-            let result = super::remove(&top, &|| asked.replace(asked.get() + 1) == 1_000);
-            rounds += 1;
-            if result == Ok(()) {
-                break;
-            }
-            assert_eq!(result, Err(Errno::ECANCELED));
-            let now = inodes(&top);
-            assert!(now + 900 < before, "{before} entries before, {now} now");
-            before = now;
-        }
-        assert!(!top.exists());
-        assert_eq!(rounds, 4);
-    }
-
-    #[test]
-    fn one_entry_that_cannot_be_removed_keeps_only_itself() {
-        let dir = tempfile::tempdir().unwrap();
-        let top = dir.path().join("top");
-        for n in 0..50 {
-            fs::create_dir_all(top.join(format!("{n}/deep"))).unwrap();
-            fs::write(top.join(format!("{n}/deep/file")), "").unwrap();
-        }
-        let immutable = |flag: &str, path: &Path| {
-            std::process::Command::new("chattr").arg(flag).arg(path).status().is_ok_and(|status| status.success())
-        };
-        if !immutable("+i", &top.join("7/deep/file")) {
-            let is_skip_allowed = std::env::var_os("ALLOW_SKIP").is_some_and(|value| value == "1");
-            assert!(is_skip_allowed, "chattr +i does not work below {}; ALLOW_SKIP=1 skips this test", top.display());
-            eprintln!("SKIPPED: chattr +i does not work below {}", top.display());
-            return;
-        }
-        assert_eq!(remove(&top), Err(Errno::EPERM));
-        assert_eq!(inodes(&top), 3, "the top, one directory and the file");
-        let directory = fs::read_dir(&top).unwrap().next().unwrap().unwrap().path();
-        assert!(immutable("-i", &directory.join("file")));
-        remove(&top).unwrap();
-    }
-
-    #[test]
-    fn links_are_removed_and_not_followed() {
-        let dir = tempfile::tempdir().unwrap();
-        let (top, other) = (dir.path().join("top"), dir.path().join("other"));
-        fs::create_dir_all(top.join("a/b")).unwrap();
-        fs::create_dir(&other).unwrap();
-        fs::write(other.join("precious"), "").unwrap();
-        symlink(&other, top.join("a/b/link")).unwrap();
-        symlink(&other, top.join("link")).unwrap();
-        remove(&top).unwrap();
-        symlink(&other, &top).unwrap();
-        remove(&top).unwrap();
-        assert!(other.join("precious").exists());
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! Gives the target that `FUZZ_TARGET` names to LLVM's fuzzer. See `make fuzz`.
+//! Runs LLVM's fuzzer on the target that `FUZZ_TARGET` names. See `make fuzz`.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -8,8 +8,8 @@ use libfuzzer_sys::fuzz_target;
 
 static TARGET: LazyLock<&Target> = LazyLock::new(|| {
     let names = TARGETS.map(|target| target.name).join(", ");
-    let wanted = std::env::var("FUZZ_TARGET").unwrap_or_default();
-    TARGETS.iter().find(|target| target.name == wanted).unwrap_or_else(|| panic!("FUZZ_TARGET is one of {names}"))
+    let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
+    TARGETS.iter().find(|target| target.name == name).unwrap_or_else(|| panic!("FUZZ_TARGET must be one of {names}"))
 });
 
 fuzz_target!(|input: &[u8]| (TARGET.run)(input));

@@ -118,7 +118,7 @@ fn root_start_refuses_metadata_that_is_not_a_regular_file() {
     nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let output = d.snapshotter.command().output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(message.contains("it is no regular file") && message.contains("--rebuild-metadata"), "{message}");
+    assert!(message.contains("it is not a regular file") && message.contains("--rebuild-metadata"), "{message}");
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn root_rebuild_restores_metadata_from_snapshot_directories() {
         "left out                        2",
         &format!("\"on-remote\": its parent {chain:?} is missing"),
         "\"remote-box\": its parent \"on-remote\" is left out",
-        "without containerd's metadata: published layers do not come back",
+        "without containerd's metadata: published layers are not restored",
         "the old file is kept as",
     ] {
         assert!(table.contains(part), "{part} is missing in\n{table}");
@@ -303,9 +303,9 @@ fn root_rebuild_omits_contradictory_records() {
         .map(|one| (one["name"].as_str().unwrap(), one["reason"].as_str().unwrap()))
         .collect();
     let reason = |path: &Path| left_out.get(format!("{:?}", path.display().to_string()).as_str()).copied();
-    assert_eq!(reason(&two), Some("the record beside its files is of number 1"));
-    assert_eq!(reason(&three), Some("there is no whole record beside its files"));
-    assert_eq!(reason(&five), Some("there is no whole record beside its files"));
+    assert_eq!(reason(&two), Some("the record beside its files has the id 1"));
+    assert_eq!(reason(&three), Some("the record beside its files is missing or incomplete"));
+    assert_eq!(reason(&five), Some("the record beside its files is missing or incomplete"));
     assert_eq!(left_out.get("\"four\""), Some(&"its files are missing"));
     assert_eq!(left_out.len(), 4, "{left_out:?}");
     d.snapshotter.start_again();

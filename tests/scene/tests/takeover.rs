@@ -27,6 +27,12 @@ use scene::sandbox::{Sandbox, mounts_below};
 use scene::snapshotter::{Snapshotter, binary};
 use scene::stage::Stage;
 
+/// The lines of a log in JSON that have this event.
+fn events(log: &str, event: &str) -> Vec<serde_json::Value> {
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    lines.filter(|line| line["event"] == event).collect()
+}
+
 /// Everything that is in a tree, by path: what it is and what is in it.
 fn tree(top: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
     let mut found = BTreeMap::new();
@@ -126,13 +132,18 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
         assert_eq!(after.get(path), Some(content), "{}", path.display());
     }
     let log = d.snapshotter.log();
-    assert!(
-        log.contains("took over 11 snapshots of the Go snapshotter")
-            && log.contains(
-                "3 published layers, 3 other committed ones, 4 active ones, 1 views; 0 were left out, 0 have"
-            ),
-        "{log}"
-    );
+    let [finished] = &events(&log, "takeover_finished")[..] else { panic!("{log}") };
+    for (count, expected) in [
+        ("snapshots", "11"),
+        ("published", "3"),
+        ("committed", "3"),
+        ("active", "4"),
+        ("views", "1"),
+        ("rejected", "0"),
+        ("lost_files", "0"),
+    ] {
+        assert_eq!(finished[count], expected, "{count}: {finished}");
+    }
     assert!(log.contains("2 entries of another snapshotter"), "{log}");
     // Ids go on above the last one, directories that nobody knows included.
     let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
@@ -148,7 +159,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     let c = d.snapshotter.client();
     assert_eq!(c.list(&[]).unwrap().len(), records.len() + 1 - 2);
     refused(c.stat("k8s.io/9/sha256:d2"), Code::NOT_FOUND);
-    assert_eq!(d.snapshotter.log().matches("took over").count(), 1);
+    assert_eq!(events(&d.snapshotter.log(), "takeover_finished").len(), 1);
     // The same image, pulled by another namespace, finds its layers.
     let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::alone::digest(2));
     assert_eq!(again, "sha256:c2");
@@ -191,7 +202,8 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     assert!(fs::read(&file).unwrap() == before, "the old file was changed");
     let log = fs::read_to_string(sandbox.path("log")).unwrap() + &snapshotter.log();
     // Once, and a kill may have been faster than the log.
-    assert!(log.matches("took over 2000 snapshots").count() <= 1);
+    let finished = events(&log, "takeover_finished");
+    assert!(finished.len() <= 1 && finished.iter().all(|line| line["snapshots"] == "2000"), "{finished:?}");
     assert!(!sandbox.path("s/root/snapshotter/metadata.new").exists());
 }
 
@@ -240,8 +252,8 @@ fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
     for (name, content, why) in [
         ("truncated", &whole[..whole.len() / 8], "its pages need"),
         ("zeroed", &zeros, "no bbolt file"),
-        ("empty", b"", "no bbolt file: of 0 bytes"),
-        ("other", b"theirs", "no bbolt file: of 6 bytes"),
+        ("empty", b"", "no bbolt file of 0 bytes"),
+        ("other", b"theirs", "no bbolt file of 6 bytes"),
     ] {
         fs::write(&file, content).unwrap();
         let message = refusal(&d.snapshotter);
@@ -273,19 +285,24 @@ fn root_takeover_reports_lost_files_by_image_with_repair() {
         fs::create_dir_all(snapshots.join("4/work")).unwrap();
     });
     let log = d.snapshotter.log();
-    for claim in [
-        // Beside the two layers, the container on it.
-        r#"image \"example.org/mixed:2\": the files of 2 of its 2 downloaded layers and of 1 containers are gone"#,
-        "crictl rmi example.org/mixed:2",
-        "ctr -n k8s.io images rm --sync example.org/mixed:2",
-        r#"image \"example.org/published:1\": the files of 0 of its 0 downloaded layers and of 2 containers are gone"#,
-        r#"the image with the uppermost layer \"default/20/sha256:e1\": the files of 1 of its 1 downloaded layers and of 1"#,
-        r#"the files of \"default/21/alone\" are gone"#,
-        "11 snapshots of the Go snapshotter",
-        "0 were left out, 8 have lost their files",
+    let losses = events(&log, "takeover_files_lost");
+    for (object, layers, lost_layers, lost_containers) in [
+        ("example.org/mixed:2", "2", "2", "1"),
+        ("example.org/published:1", "0", "0", "2"),
+        ("default/20/sha256:e1", "1", "1", "1"),
+        ("default/21/alone", "0", "0", "1"),
     ] {
-        assert!(log.contains(claim), "{claim} is missing in\n{log}");
+        let loss = losses.iter().find(|loss| loss["object"] == object);
+        let loss = loss.unwrap_or_else(|| panic!("{object} is missing in\n{log}"));
+        let counts = ["layers", "lost_layers", "lost_containers"].map(|count| loss[count].as_str().unwrap());
+        assert_eq!(counts, [layers, lost_layers, lost_containers], "{loss}");
     }
+    for command in ["crictl rmi example.org/mixed:2", "ctr -n k8s.io images rm --sync example.org/mixed:2"] {
+        assert!(log.contains(command), "{command} is missing in\n{log}");
+    }
+    let [finished] = &events(&log, "takeover_finished")[..] else { panic!("{log}") };
+    let counts = ["snapshots", "rejected", "lost_files"].map(|count| finished[count].as_str().unwrap());
+    assert_eq!(counts, ["11", "0", "8"]);
     // What is published needs no directory; the rest says what is wrong, and can be removed.
     d.client.prepare("new", "sha256:c3", &[]).unwrap();
     let message = refused(d.client.prepare("other", "k8s.io/9/sha256:d2", &[]), Code::UNAVAILABLE);
@@ -305,25 +322,38 @@ fn root_takeover_omits_invalid_records_and_names_them() {
     let d = Alone::start_on("odd", "", |root, _| records = gostate::write("odd", root));
     assert_same_records(&d.client, &records);
     let log = d.snapshotter.log();
-    for (name, why) in [
-        ("no-id", "it has no number"),
-        ("no-kind", "it does not say of which kind it is"),
-        ("strange-kind", "it is of the unknown kind 9"),
-        ("orphan", r#"its parent \"gone\" is missing"#),
-        ("twin-1", "another one has the same number 103"),
-        ("twin-2", "another one has the same number 103"),
-        ("child-of-twin", r#"its parent \"twin-1\" is left out"#),
-        ("on-active", r#"its parent \"default/21/alone\" is not committed"#),
-        ("circle-1", r#"its parent \"circle-2\" is left out"#),
-        ("circle-2", r#"its parent \"circle-1\" is left out"#),
-        ("not-\u{fffd}-text", "are not UTF-8"),
-        ("bad-digest", "it is a published layer"),
-        ("no-bucket", "it is no record"),
+    let rejected = events(&log, "takeover_record_rejected");
+    for (name, reason) in [
+        ("no-id", "NoId"),
+        ("no-kind", "Kind(None)"),
+        ("strange-kind", "Kind(Some(9))"),
+        ("orphan", "ParentMissing"),
+        ("twin-1", "SameId(SnapshotId(103))"),
+        ("twin-2", "SameId(SnapshotId(103))"),
+        ("child-of-twin", "ParentRejected"),
+        ("on-active", "ParentNotCommitted"),
+        ("circle-1", "ParentRejected"),
+        ("circle-2", "ParentRejected"),
+        ("not-\u{fffd}-text", "NotText"),
+        ("bad-digest", "Digest"),
+        ("no-bucket", "NoRecord"),
     ] {
-        let line = log.lines().find(|line| line.contains(&format!(r#"\"{name}\" of"#)));
-        assert!(line.is_some_and(|line| line.contains(why)), "{name}: {line:?}\n{log}");
+        let line = rejected.iter().find(|line| line["name"] == format!("\"{name}\""));
+        let line = line.unwrap_or_else(|| panic!("{name} is missing in\n{log}"));
+        assert!(line["reason"].as_str().unwrap().starts_with(reason), "{name}: {line}");
     }
-    assert!(log.contains("13 were left out"), "{log}");
+    for (name, parent) in [
+        ("orphan", "gone"),
+        ("child-of-twin", "twin-1"),
+        ("on-active", "default/21/alone"),
+        ("circle-1", "circle-2"),
+        ("circle-2", "circle-1"),
+    ] {
+        let line = rejected.iter().find(|line| line["name"] == format!("\"{name}\"")).unwrap();
+        assert!(line["reason"].as_str().unwrap().contains(&format!("\"{parent}\"")), "{name}: {line}");
+    }
+    assert_eq!(rejected.len(), 13, "{log}");
+    assert_eq!(events(&log, "takeover_finished")[0]["rejected"], "13");
 }
 
 /// The Go one binds layers read-write, and a kill leaves the mounts: what a container then

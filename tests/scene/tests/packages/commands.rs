@@ -324,7 +324,7 @@ fn by_hand(docs: &mut Reader) {
     }
     node.assert_serves();
     let journal = node.machine.journal(SERVICE);
-    assert!(journal.contains("took over") && journal.contains("0 have lost their files"), "{journal}");
+    assert!(journal.contains("takeover_finished") && journal.contains(r#""lost_files":"0""#), "{journal}");
 }
 
 /// What an administrator does with one that serves, on which `image` was pulled.

@@ -123,7 +123,7 @@ fn assert_replaced(node: &Node, pid: &str, said: &str) {
     assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), CONFIGURATION);
     assert!(machine.property(SERVICE, "FragmentPath").ends_with(&format!("/lib/systemd/system/{SERVICE}")));
     let journal = machine.journal(SERVICE);
-    assert!(journal.contains("took over") && journal.contains("0 have lost their files"), "{journal}");
+    assert!(journal.contains("takeover_finished") && journal.contains(r#""lost_files":"0""#), "{journal}");
     assert_eq!(node.shell("cat /proc/[0-9]*/comm | grep cvmfs_ || true").stdout, "");
 }
 
