@@ -9,9 +9,9 @@
 pub mod explored;
 
 #[cfg(all(test, feature = "shuttle"))]
-pub use explored::{Condvar, Mutex, OnceLock, now, thread};
+pub use explored::{Condvar, Mutex, MutexGuard, OnceLock, now, thread};
 #[cfg(not(all(test, feature = "shuttle")))]
-pub use parking_lot::{Condvar, Mutex};
+pub use parking_lot::{Condvar, Mutex, MutexGuard};
 #[cfg(all(test, feature = "shuttle"))]
 pub use shuttle::{sync::atomic, thread_local};
 #[cfg(not(all(test, feature = "shuttle")))]
