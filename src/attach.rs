@@ -11,17 +11,18 @@
 #![forbid(unsafe_code)]
 
 mod mounts;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 mod skeleton;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
 
 use self::mounts::SupersededMount;
 pub use self::skeleton::skeletons_needed;
@@ -30,6 +31,8 @@ use crate::model::SnapshotId;
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::system::{DirHandle, Error, FileType, Result, Sys};
 
 /// Where `snapshots/<id>/fs` of a published layer leads.
@@ -125,7 +128,7 @@ pub struct Attacher {
     /// not find a new one there.
     next_point: AtomicU64,
     /// Bytes that plans of skeletons take.
-    planned: Arc<AtomicUsize>,
+    planned: Arc<std::sync::atomic::AtomicUsize>,
 }
 
 #[derive(Default)]
@@ -326,7 +329,12 @@ impl Attacher {
         decide: impl FnOnce() -> std::result::Result<ReleaseDecision, E>,
     ) -> std::result::Result<ReleaseOutcome, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let Some(_guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::NotYet) };
+        let Some(guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::NotYet) };
+        if !self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+            // Another release ended meanwhile. Pins are counted in the slot that is on the map now.
+            drop(guard);
+            return self.release(id, cancelled, decide);
+        }
         if slot.pins.load(Ordering::SeqCst) > 0 {
             return Ok(ReleaseOutcome::NotYet);
         }

@@ -32,6 +32,7 @@ mod server {
 pub mod sidecar;
 pub mod snapshotter;
 pub mod store;
+mod sync;
 pub mod system;
 #[cfg(test)]
 mod testing;

@@ -134,7 +134,7 @@ impl Snapshotter {
     /// Asks each repository whether it is there, without waiting, and says so where it is not.
     pub fn log_repository_availability(&self) {
         let state = self.device();
-        self.sources.repositories.iter().for_each(|repository| Repository::log_availability(repository, state));
+        self.sources.repositories.iter().for_each(|repository| repository.log_availability(state));
     }
 
     /// That of the state root.

@@ -13,7 +13,7 @@ use super::layer_provider::Deadlines;
 use crate::attach::{Attacher, LayerPin};
 use crate::model::{Digest, SnapshotId};
 use crate::overlay::{LowerDirectories, SourceVariant};
-use crate::repository::{PendingCall, Repository, RepositoryState, Unavailable};
+use crate::repository::{JobHandle, MountGeneration, Repository, RepositoryState};
 
 /// All known chains are dropped before they would have more snapshots than this together. A chain of 40 layers takes
 /// about 8 KiB.
@@ -54,22 +54,18 @@ impl RepositoryInUse {
     /// Asks, on a thread of the repository, whether its state is what it was when the layers were attached, and whether
     /// each of them still is. Where the state says that nothing was published, opening one layer is enough, which proves
     /// that layers can be read; otherwise each is opened.
-    fn ask(
-        &self,
-        attacher: &Arc<Attacher>,
-        since: Instant,
-    ) -> Result<PendingCall<Result<bool, Unavailable>>, Unavailable> {
-        let (repository, attacher) = (Arc::clone(&self.repository), Arc::clone(attacher));
+    fn ask(&self, attacher: &Arc<Attacher>, since: Instant) -> JobHandle<bool> {
+        let attacher = Arc::clone(attacher);
         let (before, layers) = (self.state.clone(), Arc::clone(&self.layers));
-        let job = move || {
-            let state = repository.state(since)?;
+        let job = move |generation: &Arc<MountGeneration>| {
+            let state = generation.state(since)?;
             if before.as_ref() != Some(&state) {
                 return Ok(false);
             }
             let tells_changes = state.tells_changes();
             let looked_up = if tells_changes { &layers[..1] } else { &layers[..] };
             let digests: Vec<Digest> = looked_up.iter().map(|layer| layer.digest.clone()).collect();
-            let is_there = repository.inodes(&digests)?.iter().zip(looked_up).all(|(inode, layer)| {
+            let is_there = generation.inodes(&digests)?.iter().zip(looked_up).all(|(inode, layer)| {
                 // A client may give a directory another inode number, so only plain directories are compared by it.
                 tells_changes || *inode == layer.inode
             });
@@ -78,7 +74,7 @@ impl RepositoryInUse {
             };
             Ok(is_there && layers.iter().all(is_in_place))
         };
-        Repository::spawn(&self.repository, job, drop)
+        self.repository.spawn(job, drop)
     }
 }
 
@@ -104,8 +100,7 @@ impl AttachedChain {
         // All are asked before the first one is waited for, and all are waited for, so that the call does not wait once
         // more for each of those that hang.
         let pending: Vec<_> = self.repositories.iter().map(|one| one.ask(attacher, since)).collect();
-        let answers: Vec<_> =
-            pending.into_iter().map(|pending| pending.and_then(|asked| asked.wait(limits.all)).flatten()).collect();
+        let answers: Vec<_> = pending.into_iter().map(|pending| pending.wait(limits.all)).collect();
         answers.into_iter().all(|answer| answer == Ok(true))
     }
 }

@@ -12,7 +12,7 @@ use super::{Error, RecoveryReport, Result, Snapshotter};
 use crate::attach::AttachMode;
 use crate::model::{Digest, Snapshot, SnapshotId};
 use crate::repository::scan::ScanKey;
-use crate::repository::{Remedy, Repository, RepositoryStatus, Unavailable};
+use crate::repository::{MountGeneration, Remedy, Repository, RepositoryStatus, Unavailable};
 
 /// Of the list for cleanup, so many at a time.
 const LEFTOVERS: usize = 1_000;
@@ -78,8 +78,8 @@ impl Snapshotter {
     /// Each repository, and how it is: they are asked. Of a cache is told if it is on the file system of the state root.
     pub fn conditions(&self) -> Vec<(Arc<Repository>, std::result::Result<RepositoryStatus, Unavailable>)> {
         let state = self.device();
-        let condition = |repository| {
-            let found = Repository::status(repository);
+        let condition = |repository: &Repository| {
+            let found = repository.status();
             found.map(|one| RepositoryStatus { cache: one.cache.filter(|cache| Some(cache.device) == state), ..one })
         };
         self.sources.repositories.iter().map(|one| (Arc::clone(one), condition(one))).collect()
@@ -87,11 +87,7 @@ impl Snapshotter {
 
     /// The name of each repository, and whether it can be used, as far as that is known. Nobody waits.
     pub fn health(&self) -> Vec<(String, bool)> {
-        self.sources
-            .repositories
-            .iter()
-            .map(|one| (one.name().to_owned(), Repository::is_healthy_cached(one)))
-            .collect()
+        self.sources.repositories.iter().map(|one| (one.name().to_owned(), one.is_healthy_cached())).collect()
     }
 
     /// How many snapshots there are, and how much waits for a cleanup.
@@ -180,26 +176,26 @@ impl Snapshotter {
 
 /// Whether the repository has each of the layers `digests`: all are asked with one question.
 fn query(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::result::Result<(), Unavailable>> {
-    let (asked, count) = (Arc::clone(repository), digests.len());
+    let count = digests.len();
     if count == 0 {
         return Vec::new();
     }
-    let look = move || {
+    let look = move |generation: &Arc<MountGeneration>| {
         let begun = Instant::now();
         let mut unreachable: Option<Unavailable> = None;
         let mut answers = Vec::with_capacity(digests.len());
         for digest in &digests {
             let answer = match &unreachable {
                 // Each layer that is not cached takes seconds, and there may be hundreds.
-                Some(missing) if begun.elapsed() > asked.timeout() => Err(missing.clone()),
-                _ => asked.layer(digest).map(drop),
+                Some(missing) if begun.elapsed() > generation.timeout() => Err(missing.clone()),
+                _ => generation.layer(digest).map(drop),
             };
             if let Err(missing @ Unavailable::ServerUnreachable(_)) = &answer {
                 unreachable = Some(missing.clone());
             }
             answers.push(answer);
         }
-        answers
+        Ok(answers)
     };
-    Repository::call(repository, look).unwrap_or_else(|missing| vec![Err(missing); count])
+    repository.call(look).unwrap_or_else(|missing| vec![Err(missing); count])
 }

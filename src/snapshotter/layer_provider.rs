@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::attached::{AttachedChain, AttachedChains, AttachedLayer, RepositoryInUse};
-use super::scans::ScanScheduler;
+use super::scans::{ScanHandle, ScanScheduler};
 use super::{Error, Result, cleanup};
 use crate::attach::{
     self, AttachError, AttachOutcome, AttachRequest, Attacher, LayerPin, LayerSurvey, ReleaseDecision, ReleaseOutcome,
@@ -18,7 +18,7 @@ use crate::model::{
 use crate::overlay::{self, ChainEntry, LayerUse, SnapshotPaths, SourceVariant};
 use crate::repository::executor::Priority;
 use crate::repository::scan::{Scan, ScanKey};
-use crate::repository::{PendingCall, Repository, RepositoryState, Unavailable};
+use crate::repository::{JobHandle, MountGeneration, Repository, RepositoryState, Unavailable};
 use crate::store::Store;
 
 /// Why the layer of a pull is downloaded after all.
@@ -187,8 +187,6 @@ impl Deadlines {
 }
 
 type TryAttachResult = std::result::Result<AttachedEntry, LayerError>;
-type PendingState = std::result::Result<PendingCall<std::result::Result<RepositoryState, Unavailable>>, Unavailable>;
-type StartedSurvey = std::result::Result<PendingCall<Vec<SurveyResult>>, Unavailable>;
 
 /// What a repository said about a layer.
 type SurveyResult = std::result::Result<LayerSurvey, LayerError>;
@@ -224,8 +222,8 @@ impl LayerProvider {
                 reasons.push((repository.name().to_owned(), missing));
                 continue;
             }
-            let (asked, wanted) = (Arc::clone(repository), digest.clone());
-            match Repository::call(repository, move || asked.layer(&wanted)).and_then(|top| top) {
+            let wanted = digest.clone();
+            match repository.call(move |generation| generation.layer(&wanted)) {
                 Ok(_) => return Ok(Arc::clone(repository)),
                 Err(missing) => reasons.push((repository.name().to_owned(), missing)),
             }
@@ -262,7 +260,7 @@ impl LayerProvider {
         // All are begun before the first one is waited for.
         let begun = layers.iter().map(|one| self.scans.start(&one.scan_key(), &one.repository, Priority::Next));
         let begun = begun.collect::<Result<Vec<_>>>()?;
-        let scans: Vec<_> = begun.into_iter().map(|scan| scan.and_then(|scan| scan.wait(limits.scans))).collect();
+        let scans: Vec<_> = begun.into_iter().map(|scan| scan.wait(limits.scans)).collect();
         // No other repository would help, and what is held keeps others out.
         let too_much = layers.iter().zip(&scans).find_map(|(one, scan)| match scan {
             Err(why @ Unavailable::ScansTakeMemory { .. }) => Some(unavailable(one.layer, why.clone())),
@@ -272,10 +270,8 @@ impl LayerProvider {
             return Err(e);
         }
         // The states are known before the layers are looked at, so a later change makes the next start look again.
-        let states: Vec<_> = states
-            .into_iter()
-            .map(|(repository, asked)| (repository, asked.and_then(|asked| asked.wait(limits.all)).flatten().ok()))
-            .collect();
+        let states: Vec<_> =
+            states.into_iter().map(|(repository, asked)| (repository, asked.wait(limits.all).ok())).collect();
         let masked = layers_needing_mask(
             chain,
             &lower_dirs(chain, scans.iter().map(|scan| Some((scan.as_deref().ok()?, SourceVariant(0))))),
@@ -345,8 +341,7 @@ impl LayerProvider {
             }
         }
         // The time of the repository is over before that of the local disk begins.
-        let surveyed: Vec<_> =
-            begun.into_iter().map(|(begun, count)| (begun.and_then(|asked| asked.wait(limits.all)), count)).collect();
+        let surveyed: Vec<_> = begun.into_iter().map(|(begun, count)| (begun.wait(limits.all), count)).collect();
         let attached_until = Instant::now() + timeout;
         let mut to_attach = to_survey.into_iter();
         for (surveyed, count) in surveyed {
@@ -368,13 +363,17 @@ impl LayerProvider {
     /// Has layers surveyed on a thread of their repository, one after the other; the result says how
     /// many. What the repository answered after `since` says that it is there. Whoever waits holds the
     /// pins: a thread that hangs must keep nobody from taking the layers away.
-    fn start_survey(self: &Arc<Self>, targets: Vec<Arc<AttachTarget>>, since: Instant) -> (StartedSurvey, usize) {
+    fn start_survey(
+        self: &Arc<Self>,
+        targets: Vec<Arc<AttachTarget>>,
+        since: Instant,
+    ) -> (JobHandle<Vec<SurveyResult>>, usize) {
         let count = targets.len();
         let ids: Vec<SnapshotId> = targets.iter().map(|target| target.request.id).collect();
         let repository = Arc::clone(&targets[0].repository);
         let job = {
             let sources = Arc::clone(self);
-            move || sources.survey_all(&targets, since)
+            move |generation: &Arc<MountGeneration>| Ok(sources.survey_all(generation, &targets, since))
         };
         let late = {
             let sources = Arc::clone(self);
@@ -387,19 +386,24 @@ impl LayerProvider {
                 sources.detach_unused(&ids);
             }
         };
-        (Repository::spawn(&repository, job, late), count)
+        (repository.spawn(job, late), count)
     }
 
     /// On a thread of the repository. Where its server cannot be reached, the client takes seconds for each
     /// layer to say so: it is asked for no more of them.
-    fn survey_all(&self, targets: &[Arc<AttachTarget>], since: Instant) -> Vec<SurveyResult> {
+    fn survey_all(
+        &self,
+        generation: &Arc<MountGeneration>,
+        targets: &[Arc<AttachTarget>],
+        since: Instant,
+    ) -> Vec<SurveyResult> {
         let mut surveyed: Vec<SurveyResult> = Vec::with_capacity(targets.len());
         for target in targets {
             let next = match surveyed.last() {
                 Some(Err(LayerError::Missing(missing @ Unavailable::ServerUnreachable(_)))) => {
                     Err(missing.clone().into())
                 }
-                _ => self.survey(target, since),
+                _ => self.survey(generation, target, since),
             };
             surveyed.push(next);
         }
@@ -407,20 +411,20 @@ impl LayerProvider {
     }
 
     /// On a thread of the repository.
-    fn survey(&self, target: &AttachTarget, since: Instant) -> std::result::Result<LayerSurvey, LayerError> {
-        let AttachTarget { request, digest, repository } = target;
-        let layer = repository.layer_since(digest, since)?;
-        let ignored = repository.client_attributes()?;
+    fn survey(&self, generation: &Arc<MountGeneration>, target: &AttachTarget, since: Instant) -> SurveyResult {
+        let AttachTarget { request, digest, .. } = target;
+        let layer = generation.layer_since(digest, since)?;
+        let ignored = generation.client_attributes()?;
         let survey = self.attacher.survey(request, &layer, &ignored).map_err(|e| {
             METRICS.record_attach("failed");
             if self.attacher.is_local(&e) {
                 LayerError::Own(Error::System(e))
             } else {
-                LayerError::Missing(repository.unreadable(e))
+                LayerError::Missing(generation.unreadable(e))
             }
         })?;
         if request.is_lowest && !survey.is_begun {
-            Repository::sample_layers(repository);
+            generation.sample_layers();
         }
         Ok(survey)
     }
@@ -481,17 +485,19 @@ impl LayerProvider {
     /// Attaches one layer with its mask, scanned before if need be.
     fn attach(self: &Arc<Self>, one: &ChainLayer<'_>, limits: Deadlines) -> TryAttachResult {
         let scan = self.scans.start(&one.scan_key(), &one.repository, Priority::Next).map_err(LayerError::Own)?;
-        let scan = scan?.wait(limits.scans)?;
+        let scan = scan.wait(limits.scans)?;
         self.attach_targets(vec![Ok(one.target(scan, true))], limits).swap_remove(0)
     }
 
     /// Begins to scan a layer that was just pulled, for the first container that will need it. Waits for
     /// nothing.
     pub fn prefetch_scan(&self, scan_key: &ScanKey, repository: &Arc<Repository>) {
-        let begun = self.scans.start(scan_key, repository, Priority::Last);
-        if let Err(why) = begun.map_err(|e| e.to_string()).and_then(|begun| begun.map_err(|why| why.to_string())) {
-            log::debug!("{} will be scanned when a container needs it: {why}", scan_key.digest);
-        }
+        let why = match self.scans.start(scan_key, repository, Priority::Last) {
+            Err(e) => e.to_string(),
+            Ok(ScanHandle::Finished(Err(why))) => why.to_string(),
+            Ok(_) => return,
+        };
+        log::debug!("{} will be scanned when a container needs it: {why}", scan_key.digest);
     }
 
     /// Takes away what `id` has on disk, unless it is needed.
@@ -539,13 +545,12 @@ fn lower_dirs<'s>(
 }
 
 /// Asks the repositories of `layers` for their states, in the order of their uppermost layers.
-fn query_states(layers: &[ChainLayer<'_>]) -> Vec<(Arc<Repository>, PendingState)> {
+fn query_states(layers: &[ChainLayer<'_>]) -> Vec<(Arc<Repository>, JobHandle<RepositoryState>)> {
     let since = Instant::now();
-    let mut states: Vec<(Arc<Repository>, PendingState)> = Vec::new();
+    let mut states: Vec<(Arc<Repository>, JobHandle<RepositoryState>)> = Vec::new();
     for ChainLayer { repository, .. } in layers {
         if !states.iter().any(|(known, _)| Arc::ptr_eq(known, repository)) {
-            let asked = Arc::clone(repository);
-            states.push((Arc::clone(repository), Repository::spawn(repository, move || asked.state(since), drop)));
+            states.push((Arc::clone(repository), repository.spawn(move |generation| generation.state(since), drop)));
         }
     }
     states

@@ -162,7 +162,7 @@ fn scan_layer(s: &Snapshotter, n: u8) -> usize {
     let repository = &s.sources.repositories[0];
     let scan_key = ScanKey { digest: digest(n), repository: repository.name().to_owned() };
     let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let scan = s.sources.scans.start(&scan_key, repository, Priority::Next).unwrap().unwrap();
+    let scan = s.sources.scans.start(&scan_key, repository, Priority::Next).unwrap();
     scan.wait(soon).unwrap().directories.len()
 }
 
@@ -321,10 +321,10 @@ fn root_a_scan_that_panics_fails_once_and_the_next_one_works() {
     });
     let s = place.open(Arc::new(sys));
     let scan_key = ScanKey { digest: digest(2), repository: "r".to_owned() };
-    let start = || s.sources.scans.start(&scan_key, &s.sources.repositories[0], Priority::Next).unwrap().unwrap();
+    let start = || s.sources.scans.start(&scan_key, &s.sources.repositories[0], Priority::Next).unwrap();
     let soon = || std::time::Instant::now() + std::time::Duration::from_secs(10);
     let begun = std::time::Instant::now();
-    assert_eq!(start().wait(soon()), Err(Unavailable::Unscannable(scan::Error::Panicked)));
+    assert_eq!(start().wait(soon()), Err(Unavailable::ScanFailed(scan::Error::Panicked)));
     assert_eq!(start().wait(soon()).unwrap().directories.len(), 2);
     assert!(begun.elapsed() < std::time::Duration::from_secs(10), "it was waited for until the repository was blamed");
     assert_eq!(s.health(), [("r".to_owned(), true)]);

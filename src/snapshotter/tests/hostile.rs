@@ -19,6 +19,7 @@ use super::super::*;
 use super::{list_all, lower};
 use crate::model::LABEL_IMAGE_REF;
 use crate::repository::Unavailable;
+use crate::repository::executor::ThreadBudget;
 use crate::repository::manifest::ImageRef;
 use crate::repository::scan::{self, Progress};
 use crate::system::{Attributes, DirHandle, DiskUsage, FileSystem, FileType, Host, Status, Unmount};
@@ -480,7 +481,7 @@ fn root_a_file_that_is_no_manifest_is_passed_over() {
     let repository = Repository::new("r".into(), place.repository(), Duration::from_secs(10), Arc::new(Host));
     for (what, make) in cases {
         make(&place.manifest());
-        let manifest = repository.manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
+        let manifest = repository.generation().manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
         assert_eq!(manifest, None, "{what}");
         let at = place.manifest();
         if at.is_dir() && !at.is_symlink() { fs::remove_dir(at).unwrap() } else { fs::remove_file(at).unwrap() }
@@ -504,7 +505,8 @@ fn a_million_entries_are_walked_and_a_million_markers_are_too_many() {
         let sys = Watched::default();
         let entries = (0..names.count).map(|n| ((names.name)(n).into(), names.file_type)).collect();
         sys.entries.lock().insert(dir.path().to_owned(), entries);
-        let found = scan::scan(&sys, &Host.open_dir(dir.path()).unwrap(), &Progress::default());
+        let found =
+            scan::scan(&sys, &Host.open_dir(dir.path()).unwrap(), &Progress::default(), &ThreadBudget::new(3, 0));
         match expected {
             Some(markers) => assert_eq!(found.unwrap().directories[0].hidden.len(), markers),
             None => assert_eq!(found, Err(scan::Error::Exceeds(scan::Limit::Memory))),
@@ -523,7 +525,7 @@ fn a_tree_that_is_deeper_than_paths_are_long_is_refused() {
         nix::sys::stat::mkdirat(&at, name.as_c_str(), FileMode::S_IRWXU).unwrap();
         at = nix::fcntl::openat(&at, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
     }
-    let found = scan::scan(&Host, &Host.open_dir(dir.path()).unwrap(), &Progress::default());
+    let found = scan::scan(&Host, &Host.open_dir(dir.path()).unwrap(), &Progress::default(), &ThreadBudget::new(3, 0));
     assert_eq!(found, Err(scan::Error::Exceeds(scan::Limit::Path)));
     drop(at);
     Host.remove_tree(&dir.path().join(name.to_str().unwrap()), &|| false).unwrap();
@@ -566,7 +568,7 @@ fn root_a_layer_that_exceeds_a_bound_is_refused_once_and_then_downloaded() {
         let Err(Error::LayerUnavailable { why, .. }) = s.prepare(wanted(name, &chain, &[])) else {
             panic!("a container stands on it")
         };
-        assert_eq!(why, Unavailable::Unscannable(scan::Error::Exceeds(scan::Limit::Path)));
+        assert_eq!(why, Unavailable::ScanFailed(scan::Error::Exceeds(scan::Limit::Path)));
         let is_scanned = place.sys.asked.lock().iter().any(|(call, _)| *call == "for_each_entry_below");
         assert!(name == "first" || !is_scanned, "the refusal is remembered");
     }
