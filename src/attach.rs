@@ -20,6 +20,7 @@ mod skeleton;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -31,13 +32,13 @@ use parking_lot::Mutex;
 use self::mounts::{MountPoint, SupersededMount};
 pub use self::skeleton::skeleton_needs;
 use self::skeleton::{SkeletonKind, SkeletonPlan};
-use crate::model::SnapshotId;
+use crate::model::{Quoted, SnapshotId};
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
 use crate::system::{DirHandle, Error, Result, Sys};
 
-/// What `snapshots/<id>/fs` of a published layer is a link to.
+/// The target of the link `snapshots/<id>/fs` of a published layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMode {
     /// A read-only bind mount of the layer.
@@ -68,7 +69,7 @@ impl AttachRequest {
     }
 }
 
-/// What the repository said about a layer that is to be attached.
+/// The answers of the repository about a layer that is to be attached.
 pub struct LayerSurvey {
     variant: SourceVariant,
     /// The inode of the layer's directory in the repository.
@@ -91,6 +92,21 @@ pub struct RefusedAttributes {
     /// Name of the largest attribute, and size of its value in bytes.
     pub largest: (OsString, usize),
     pub errno: Errno,
+}
+
+impl fmt::Display for RefusedAttributes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { directory, bytes, largest: (name, size), errno } = self;
+        let (directory, name) = (directory.to_string_lossy(), name.to_string_lossy());
+        write!(
+            f,
+            "the file system of the state root does not take the extended attributes of its directory {} ({bytes} bytes, \
+             {size} of them in {}, {errno:?}); use another file system for the state root (ext4 without ea_inode takes \
+             4 KiB), or have the publisher drop the attribute",
+            Quoted(&directory),
+            Quoted(&name)
+        )
+    }
 }
 
 /// Why a layer could not be attached.
@@ -160,7 +176,7 @@ pub enum AttachOutcome {
     Busy,
 }
 
-/// What a caller of `release` wants done.
+/// Whether `release` removes the directory of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReleaseDecision {
     /// Somebody needs the snapshot's directory.

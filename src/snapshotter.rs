@@ -59,7 +59,7 @@ pub struct Snapshotter {
     cleanup_lock: parking_lot::Mutex<()>,
     /// Whether another cleanup waits for `cleanup_lock`.
     cleanup_queued: AtomicBool,
-    /// What the start found, once it is over.
+    /// The report of the recovery, once the start is over.
     recovery: OnceLock<RecoveryReport>,
 }
 

@@ -51,7 +51,7 @@ impl SkeletonKind {
     }
 }
 
-/// What is to be done for a skeleton.
+/// The work that a skeleton needs.
 pub(super) enum SkeletonPlan {
     Nothing,
     Build { directories: Vec<PlannedDirectory>, _memory: CountedMemory },

@@ -33,7 +33,7 @@ impl Key {
         }
     }
 
-    /// As `parse`, but an empty text means that there is no key, as it does on the wire.
+    /// Like `parse`, but an empty text means that there is no key, as it does on the wire.
     pub fn parse_optional(text: &str) -> Result<Option<Self>, InvalidKey> {
         if text.is_empty() { Ok(None) } else { Self::parse(text).map(Some) }
     }

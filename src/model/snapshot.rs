@@ -36,7 +36,7 @@ impl fmt::Display for SnapshotId {
     }
 }
 
-/// What a snapshot is, in containerd's words.
+/// The kind of a snapshot, in containerd's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -73,7 +73,7 @@ impl Timestamp {
     }
 }
 
-/// What a snapshot itself takes on disk, without its parents.
+/// The disk usage of a snapshot itself, without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Allocated bytes.
@@ -111,7 +111,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// About how many bytes the snapshot takes in memory.
     pub fn approximate_size(&self) -> usize {
-        /// What a string, or a node of a map, costs besides its bytes.
+        /// The cost of a string, or of a node of a map, besides its bytes.
         const LABEL_OVERHEAD: usize = 64;
         let keys: usize = [Some(&self.key), self.parent.as_ref()]
             .into_iter()

@@ -101,11 +101,8 @@ impl fmt::Display for Error {
             }
             Self::AlreadyExists(key) => write!(f, "snapshot {key} already exists"),
             Self::RemoteCommitted { reference } => {
-                write!(
-                    f,
-                    "remote snapshot {} already exists: its layer is published and need not be fetched",
-                    Quoted(reference)
-                )
+                let reference = Quoted(reference);
+                write!(f, "remote snapshot {reference} already exists: its layer is published and need not be fetched")
             }
             Self::WrongKind { key, kind, needs } => write!(f, "snapshot {key} is {}, {needs}", kind.as_str()),
             Self::HasChildren(key) => write!(f, "cannot remove snapshot {key}: it has children, remove them first"),
@@ -140,17 +137,7 @@ impl fmt::Display for Error {
                 f,
                 "layer {digest} is being attached or removed by another call, and the local disk is slow; try again later"
             ),
-            Self::AttributesRefused { digest, refused: RefusedAttributes { directory, bytes, largest, errno } } => {
-                let (directory, name, size) = (directory.to_string_lossy(), largest.0.to_string_lossy(), largest.1);
-                write!(
-                    f,
-                    "cannot attach layer {digest}: the file system of the state root does not take the extended attributes \
-                     of its directory {} ({bytes} bytes, {size} of them in {}, {errno:?}); use another file system for the \
-                     state root (ext4 without ea_inode takes 4 KiB), or have the publisher drop the attribute",
-                    Quoted(&directory),
-                    Quoted(&name)
-                )
-            }
+            Self::AttributesRefused { digest, refused } => write!(f, "cannot attach layer {digest}: {refused}"),
             Self::FilesMissing { key, id } => write!(
                 f,
                 "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \

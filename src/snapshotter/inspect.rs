@@ -1,4 +1,4 @@
-//! What administrators ask and containerd does not: where the files of a snapshot are, whether they are available, how
+//! The questions of administrators, which containerd does not ask: where the files of a snapshot are, whether they are available, how
 //! the repositories are, and what the next cleanup would remove.
 #![forbid(unsafe_code)]
 
@@ -47,7 +47,7 @@ pub struct Leftover {
     pub kind: LeftoverKind,
 }
 
-/// What a directory was that nobody needs any more.
+/// The former purpose of a directory that nobody needs any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeftoverKind {
     /// A snapshot that was removed, or never finished.
@@ -172,7 +172,7 @@ impl Snapshotter {
         })
     }
 
-    /// What the next cleanup would remove, from id `next` on, and the id at which the next page begins.
+    /// The directories that the next cleanup would remove, from id `next` on, and the id at which the next page begins.
     pub fn leftovers(&self, next: SnapshotId) -> Result<(Vec<Leftover>, Option<SnapshotId>)> {
         self.store.read(|tx| {
             let (ids, next_page) = tx.scheduled(next, MAX_LEFTOVERS)?;

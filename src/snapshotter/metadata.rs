@@ -7,7 +7,7 @@ use super::{Error, Result, Snapshotter, check_labels};
 use crate::model::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
 use crate::system::DiskUsage;
 
-/// What an Update does to the labels.
+/// The change that an Update makes to the labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LabelChange {
     Replace(Labels),
@@ -42,7 +42,7 @@ impl Snapshotter {
         })
     }
 
-    /// What the snapshot itself takes on disk, without its parents. The files of an active snapshot are measured each
+    /// The disk usage of the snapshot itself, without its parents. The files of an active snapshot are measured each
     /// time, those of a committed one once, because nobody changes them. Layers in a repository take nothing on this
     /// disk, and are never read for it. Fails if `cancelled` becomes true.
     pub fn usage(&self, key: &Key, cancelled: &dyn Fn() -> bool) -> Result<Usage> {

@@ -13,7 +13,7 @@ use super::{Error, Result, Snapshotter};
 use crate::model::SnapshotId;
 use crate::system::FileType;
 
-/// What a start found.
+/// The findings of a start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecoveryReport {
     pub snapshots: usize,

@@ -136,7 +136,7 @@ struct SurveyedBatch {
     surveys: Result<Vec<SurveyResult>, Unavailable>,
 }
 
-/// What is known about a layer when the lower directories are laid out.
+/// The properties of a layer that decide which lower directories it has.
 #[derive(Clone, Copy)]
 struct LayoutInput<'s> {
     /// None if the layer has no scan, because its repository cannot provide it.
@@ -480,7 +480,7 @@ fn layout_inputs(attached: &[AttachedEntry]) -> Vec<LayoutInput<'_>> {
     attached.iter().map(|entry| LayoutInput { scan: Some(&entry.scan), variant: entry.variant }).collect()
 }
 
-/// What overlayfs is to see of `chain`. `layers` describes its published layers, in their order.
+/// The entries of `chain`, as overlayfs is to see them. `layers` describes its published layers, in their order.
 fn chain_entries(chain: &[Snapshot], layers: &[LayoutInput<'_>]) -> Vec<ChainEntry> {
     let mut layers = layers.iter();
     let mut entries = Vec::with_capacity(chain.len());

@@ -257,7 +257,7 @@ fn records(s: &Snapshotter) -> BTreeMap<String, Snapshot> {
     list_all(s).into_iter().map(|one| (one.key.as_str().to_owned(), one)).collect()
 }
 
-/// What the caller of the operation knows.
+/// How the operation ended, as far as its caller knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Acknowledged,

@@ -1,4 +1,4 @@
-//! What the tests share: a state root with a repository, requests as containerd sends them, and checks of what is left.
+//! Shared by the tests: a state root with a repository, requests as containerd sends them, and checks of what is left.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

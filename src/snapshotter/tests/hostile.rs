@@ -227,11 +227,9 @@ fn check_names(call: &str, below: &Path) {
     assert!(!bytes.windows(EVIL.len()).any(|part| part == EVIL.as_bytes()), "{call} of {below:?}");
 }
 
-/// Malicious texts in every field of every request. Only digests and references of images become part of a path, and only
-/// after they were parsed.
-#[test]
-fn root_no_client_string_reaches_a_path() {
-    let texts = [
+/// Texts that would lead a path elsewhere, or add a line or a name to it.
+fn malicious_texts() -> Vec<String> {
+    let mut texts: Vec<String> = [
         "evil",
         "../evil",
         "../../../../etc/evil",
@@ -242,37 +240,62 @@ fn root_no_client_string_reaches_a_path() {
         ".wh.evil",
         ".wh..wh..opq/evil",
         "sha256:../evil",
-        &format!("sha256:{}/../evil", "0".repeat(57)),
         "good.org/../evil:1",
         "good.org/evil:../1",
         "good.org/image:1/../evil",
         "../evil/image:1@sha256:evil",
         "labels.evil",
-        &"evil/".repeat(2_000),
-    ];
+    ]
+    .map(str::to_owned)
+    .into();
+    texts.push(format!("sha256:{}/../evil", "0".repeat(57)));
+    texts.push("evil/".repeat(2_000));
+    texts
+}
+
+/// Counts for each call how often it succeeded, which shows that the texts were not just refused.
+#[derive(Default)]
+struct SuccessCount(BTreeMap<&'static str, usize>);
+
+impl SuccessCount {
+    fn count(&mut self, call: &'static str, has_succeeded: bool) {
+        *self.0.entry(call).or_default() += usize::from(has_succeeded);
+    }
+}
+
+/// Pulls: one of the labels is malicious, or none is.
+fn pull_with_texts(s: &Snapshotter, chain: &str, text: &str, other: &str, successes: &mut SuccessCount) {
+    let good = digest(1);
+    for malicious in 0..4 {
+        let labels = [
+            (LABEL_SNAPSHOT_REF, [text, "sha256:chain", chain, "sha256:chain"][malicious]),
+            (LABEL_LAYER_DIGEST, if malicious == 1 { text } else { good.as_str() }),
+            (LABEL_IMAGE_REF, if malicious == 2 { text } else { IMAGE }),
+            (text, other),
+        ];
+        let pulled = s.prepare(request(&format!("{text}{malicious}"), "", &labels));
+        successes.count("pull", matches!(pulled, Err(Error::RemoteCommitted { .. })));
+    }
+}
+
+/// Malicious texts in every field of every request. Only digests and references of images become part of a path, and only
+/// after they were parsed.
+#[test]
+fn root_no_client_string_reaches_a_path() {
+    let texts = malicious_texts();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let fixture = RecordedFixture::new();
     for n in [1, 2] {
         fs::create_dir_all(fixture.layer(n)).unwrap();
         fs::write(fixture.layer(n).join(".wh.gone"), "").unwrap();
     }
     let s = fixture.open();
-    let mut succeeded = BTreeMap::<&str, usize>::new();
-    let mut count = |call, ok: bool| *succeeded.entry(call).or_default() += usize::from(ok);
-    let good = digest(1);
-    for (n, text) in texts.into_iter().enumerate() {
+    let mut successes = SuccessCount::default();
+    for (n, &text) in texts.iter().enumerate() {
         let other = texts[(n + 5) % texts.len()];
-        // Pulls: one of the labels is malicious, or none is.
         let chain = format!("sha256:chain-{n}");
-        for malicious in 0..4 {
-            let labels = [
-                (LABEL_SNAPSHOT_REF, [text, "sha256:chain", &chain, "sha256:chain"][malicious]),
-                (LABEL_LAYER_DIGEST, if malicious == 1 { text } else { good.as_str() }),
-                (LABEL_IMAGE_REF, if malicious == 2 { text } else { IMAGE }),
-                (text, other),
-            ];
-            let pulled = s.prepare(request(&format!("{text}{malicious}"), "", &labels));
-            count("pull", matches!(pulled, Err(Error::RemoteCommitted { .. })));
-        }
+        pull_with_texts(&s, &chain, text, other, &mut successes);
+        let mut count = |call, has_succeeded| successes.count(call, has_succeeded);
         for parent in ["", "cvmfs/0/sha256:chain", &format!("cvmfs/0/{text}"), &format!("cvmfs/0/{chain}")] {
             let labels = [(text, other), (LABEL_IMAGE_REF, other), (LABEL_UID_MAPPING, "0:0:1")];
             let name = format!("{text} on {parent}");
@@ -290,11 +313,12 @@ fn root_no_client_string_reaches_a_path() {
     }
     let all: Vec<Key> = list_all(&s).into_iter().map(|snapshot| snapshot.key).collect();
     while all.iter().any(|key| s.remove(key).is_ok()) {}
-    count("remove", list_all(&s).is_empty());
-    count("cleanup", s.cleanup(&|| false).unwrap().remaining == 0);
-    assert_eq!(succeeded.len(), 11, "{succeeded:?}");
-    for (call, count) in &succeeded {
-        assert!(*count >= if matches!(*call, "remove" | "cleanup") { 1 } else { texts.len() }, "{call}: {succeeded:?}");
+    successes.count("remove", list_all(&s).is_empty());
+    successes.count("cleanup", s.cleanup(&|| false).unwrap().remaining == 0);
+    let SuccessCount(successes) = successes;
+    assert_eq!(successes.len(), 11, "{successes:?}");
+    for (call, count) in &successes {
+        assert!(*count >= if matches!(*call, "remove" | "cleanup") { 1 } else { texts.len() }, "{call}: {successes:?}");
     }
     drop(s);
     fixture.check_paths();
