@@ -39,7 +39,7 @@ cargo_deny := "$(tools)/cargo/bin/cargo-deny" --locked
 package_targets := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu
 
 .PHONY: help build demo bench bench-plot test test-matrix storm random package test-packages manual \
-	test-unit test-testbed test-suite test-scene fuzz lint advisories
+	test-unit test-schedules test-testbed test-suite test-scene fuzz lint advisories
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +74,11 @@ test: build
 
 test-unit:
 	cargo test --locked --package cvmfs-snapshotter --package pages
+	$(MAKE) test-schedules
+
+# The protocols of several threads under schedules that the crate shuttle chooses, see src/sync.rs.
+test-schedules:
+	cargo test --locked --package cvmfs-snapshotter --lib --features shuttle schedules::
 
 # The publisher and the FUSE clients that the other tests stand on, against the source trees.
 test-testbed:

@@ -16,6 +16,8 @@
 #![forbid(unsafe_code)]
 
 mod mounts;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 mod skeleton;
 
 use std::collections::HashMap;
@@ -23,11 +25,10 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
 
 use self::mounts::{MountPoint, SupersededMount};
 pub use self::skeleton::skeleton_needs;
@@ -36,6 +37,8 @@ use crate::model::{Quoted, SnapshotId};
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::system::{DirHandle, Error, Result, Sys};
 
 /// The target of the link `snapshots/<id>/fs` of a published layer.
@@ -138,7 +141,7 @@ pub struct Attacher {
     /// must not find a new one there.
     next_mount_point: AtomicU64,
     /// Bytes that the plans of all skeletons take together.
-    planned: Arc<AtomicUsize>,
+    planned: Arc<std::sync::atomic::AtomicUsize>,
 }
 
 /// Serialises the work on one layer's directory. A slot is
@@ -351,7 +354,12 @@ impl Attacher {
         decide: impl FnOnce() -> std::result::Result<ReleaseDecision, E>,
     ) -> std::result::Result<ReleaseOutcome, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let Some(_guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::Busy) };
+        let Some(guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::Busy) };
+        if !self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+            // Another release has retired the slot meanwhile. Pins are counted in the slot that is in the map now.
+            drop(guard);
+            return self.release(id, cancelled, decide);
+        }
         if slot.pins.load(Ordering::SeqCst) > 0 {
             return Ok(ReleaseOutcome::Busy);
         }

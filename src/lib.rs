@@ -24,6 +24,7 @@ pub mod server;
 pub mod sidecar;
 pub mod snapshotter;
 pub mod store;
+mod sync;
 pub mod system;
 #[cfg(test)]
 mod testing;

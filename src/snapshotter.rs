@@ -125,7 +125,7 @@ impl Snapshotter {
     pub fn log_repository_availability(&self) {
         let state_root = self.state_root_device();
         for repository in &self.layer_provider.repositories {
-            Repository::log_availability(repository, state_root);
+            repository.log_availability(state_root);
         }
     }
 

@@ -38,8 +38,8 @@ const LISTS: &str = "lists-own-attributes";
 /// What the other process says: that it is good, or why it cannot be used; then what is known of the owners, the
 /// attributes, what its client answered with errors, and where it keeps what it has fetched.
 pub fn probe(path: &Path) -> String {
-    let repository = Arc::new(Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host)));
-    match Repository::status(&repository) {
+    let repository = Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host));
+    match repository.status() {
         Ok(RepositoryStatus { sample, cache, io_errors }) => {
             let sampled = convert::sampled_owners(sample);
             let owner =

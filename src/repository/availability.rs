@@ -1,49 +1,67 @@
-//! Whether a repository can be used, for those who ask and must not wait: what was seen last, and a
-//! look that goes on in the background.
+//! Whether a mount can be used, for callers that must not wait: the result of the last probe, which a new probe replaces
+//! in the background.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use crate::sync::{Mutex, now};
 
-/// A look is not older than this, if somebody asked before.
+/// A result that is older is still returned, and a new probe is begun.
 const CACHE_TTL: Duration = Duration::from_secs(15);
 
-/// What is known.
-#[derive(Debug, Default)]
-pub struct AvailabilityCache(Mutex<Availability>);
+#[derive(Clone, Default)]
+pub struct AvailabilityCache(Arc<Mutex<Availability>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Availability {
-    /// None: nobody has looked yet.
-    can_be_used: Option<bool>,
+    /// None: no probe has ended yet.
+    is_available: Option<bool>,
     probed: Option<Instant>,
-    /// A look is under way.
+    /// When the probe that runs was begun.
     probe_started: Option<Instant>,
 }
 
+/// The probe that runs. If it ends without a result, because it panicked or no thread could run it, the mount counts as
+/// unavailable until the next probe.
+pub struct AvailabilityProbe {
+    cache: AvailabilityCache,
+    is_available: bool,
+}
+
+impl AvailabilityProbe {
+    pub fn record(mut self, is_available: bool) {
+        self.is_available = is_available;
+    }
+}
+
+impl Drop for AvailabilityProbe {
+    fn drop(&mut self) {
+        self.cache.record(self.is_available);
+    }
+}
+
 impl AvailabilityCache {
-    /// Somebody has found out.
-    pub fn record(&self, can_be_used: bool) {
-        let mut known = self.0.lock();
-        *known = Availability { can_be_used: Some(can_be_used), probed: Some(Instant::now()), probe_started: None };
+    pub fn record(&self, is_available: bool) {
+        let (is_available, probed) = (Some(is_available), Some(now()));
+        *self.0.lock() = Availability { is_available, probed, probe_started: None };
     }
 
-    /// What was seen last; one look that is not back after `patience` says no.
-    pub fn can_be_used(&self, patience: Duration) -> bool {
+    /// The result of the last probe. False if the probe that runs has taken longer than `timeout`.
+    pub fn is_available(&self, timeout: Duration) -> bool {
         let known = self.0.lock();
-        let hangs = known.probe_started.is_some_and(|since| since.elapsed() > patience);
-        !hangs && known.can_be_used.unwrap_or(true)
+        let hangs = known.probe_started.is_some_and(|since| now() - since > timeout);
+        !hangs && known.is_available.unwrap_or(true)
     }
 
-    /// Whether it is time for another look, which the caller then begins.
-    pub fn try_begin_probe(&self) -> bool {
+    /// A new probe, which the caller then runs. None: one runs, or the last result is recent.
+    pub fn try_begin_probe(&self) -> Option<AvailabilityProbe> {
         let mut known = self.0.lock();
-        if known.probe_started.is_some() || known.probed.is_some_and(|looked| looked.elapsed() < CACHE_TTL) {
-            return false;
+        if known.probe_started.is_some() || known.probed.is_some_and(|probed| now() - probed < CACHE_TTL) {
+            return None;
         }
-        known.probe_started = Some(Instant::now());
-        true
+        known.probe_started = Some(now());
+        Some(AvailabilityProbe { cache: self.clone(), is_available: false })
     }
 }
 
@@ -52,16 +70,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_look_at_a_time_is_begun_and_one_that_hangs_says_no() {
-        let watch = AvailabilityCache::default();
-        assert!(watch.can_be_used(Duration::ZERO), "nobody has looked: nothing speaks against it");
-        assert!(watch.try_begin_probe() && !watch.try_begin_probe());
-        assert!(watch.can_be_used(Duration::from_secs(60)));
+    fn one_probe_runs_at_a_time_and_one_that_hangs_means_unavailable() {
+        let cache = AvailabilityCache::default();
+        assert!(cache.is_available(Duration::ZERO), "no probe has ended: nothing speaks against it");
+        let probe = cache.try_begin_probe().unwrap();
+        assert!(cache.try_begin_probe().is_none());
+        assert!(cache.is_available(Duration::from_secs(60)));
         std::thread::sleep(Duration::from_millis(5));
-        assert!(!watch.can_be_used(Duration::from_millis(1)));
-        watch.record(false);
-        assert!(!watch.can_be_used(Duration::from_secs(60)) && !watch.try_begin_probe(), "it was looked at just now");
-        watch.record(true);
-        assert!(watch.can_be_used(Duration::ZERO));
+        assert!(!cache.is_available(Duration::from_millis(1)));
+        probe.record(true);
+        assert!(cache.is_available(Duration::ZERO) && cache.try_begin_probe().is_none(), "it was probed just now");
+        cache.record(false);
+        assert!(!cache.is_available(Duration::from_secs(60)));
+    }
+
+    /// A probe whose thread could not be started left the repository unavailable for ever.
+    #[test]
+    fn probe_that_never_ran_means_unavailable_until_the_next_one() {
+        let cache = AvailabilityCache::default();
+        drop(cache.try_begin_probe());
+        assert!(!cache.is_available(Duration::from_secs(60)));
+        let known = cache.0.lock();
+        assert_eq!((known.is_available, known.probe_started), (Some(false), None));
     }
 }

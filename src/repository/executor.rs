@@ -1,118 +1,137 @@
-//! Threads on which a repository is asked, so that nobody else gets stuck there.
+//! Threads that make system calls on a repository, so that no other thread blocks there.
 //!
-//! A system call on a FUSE mount that hangs can neither be given a deadline nor be ended, so
-//! whoever needs an answer waits beside it and walks away in time. Knows jobs, not what they
-//! do: a job calls `alive` whenever it got an answer, and is stuck when it has not for long.
-//! Invariants: `width` jobs run at once beside those that are stuck, never more than `most`
-//! threads exist, what a job brings after its caller has left goes to `late`, and whoever waits for
-//! a job that is dropped without having run is told so at once.
+//! A system call on a FUSE mount that hangs can neither be given a deadline nor be ended. So a caller waits beside the
+//! thread and gives up in time. The pool knows jobs and not what they do: a job calls `record_progress` whenever the
+//! repository has answered, and counts as stuck when it has not for long.
+//! Invariants: `target` jobs run at once beside those that are stuck; there are never more than `max` threads, and never
+//! more than the budget of the repository allows; a job that no thread can ever take is dropped, not kept.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, now, thread};
 
-/// A thread that has nothing to do for so long ends.
+/// A thread that has had no job for this time ends.
 const IDLE_THREAD_LIFETIME: Duration = Duration::from_secs(30);
-
-/// So often whoever waits looks whether there is still hope.
-pub const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// When something last got on. None: it does not wait for the repository at the moment.
+/// When a job last had an answer. None: it does not wait for the repository at the moment.
 #[derive(Clone, Debug)]
 pub struct Heartbeat(Arc<Mutex<Option<Instant>>>);
 
 impl Default for Heartbeat {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Some(Instant::now()))))
+        Self(Arc::new(Mutex::new(Some(now()))))
     }
 }
 
 impl Heartbeat {
     pub fn record(&self) {
-        *self.0.lock() = Some(Instant::now());
+        *self.0.lock() = Some(now());
     }
 
-    /// From here on the job works on the local disk: however long that takes, the repository is not
-    /// to blame.
+    /// From here on the job works on the local disk. The repository is not blamed for the time that takes.
     pub fn pause(&self) {
         *self.0.lock() = None;
     }
 
-    pub fn silence(&self) -> Duration {
-        self.0.lock().map_or(Duration::ZERO, |since| since.elapsed())
+    /// The time since the last answer; zero while the job works on the local disk.
+    pub fn idle_for(&self) -> Duration {
+        self.0.lock().map_or(Duration::ZERO, |since| now() - since)
     }
 }
 
-thread_local! {
-    /// Of the job that runs on this thread.
-    static JOB: RefCell<Option<Heartbeat>> = const { RefCell::new(None) };
+crate::sync::thread_local! {
+    /// The heartbeat of the job that runs on this thread.
+    static CURRENT_JOB: RefCell<Option<Heartbeat>> = const { RefCell::new(None) };
 }
 
-/// The job on this thread got an answer. Does nothing on other threads.
+/// Tells that the repository has answered the job on this thread. Does nothing on other threads.
 pub fn record_progress() {
-    JOB.with_borrow(|heartbeat| heartbeat.iter().for_each(Heartbeat::record));
+    CURRENT_JOB.with(|job| job.borrow().iter().for_each(Heartbeat::record));
 }
 
-/// Does `work` that is on the local disk: however long it takes, the repository is not to blame.
+/// Runs `work`, which uses the local disk only. The repository is not blamed for the time that takes.
 pub fn without_repository<T>(work: impl FnOnce() -> T) -> T {
-    JOB.with_borrow(|heartbeat| heartbeat.iter().for_each(Heartbeat::pause));
-    let done = work();
+    CURRENT_JOB.with(|job| job.borrow().iter().for_each(Heartbeat::pause));
+    let result = work();
     record_progress();
-    done
+    result
 }
 
-#[derive(Clone, Debug)]
+/// How many threads a pool has.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolSize {
+    /// Jobs that run at once while none is stuck.
+    pub target: usize,
+    /// Threads at most, those included that are stuck.
+    pub max: usize,
+}
+
+#[derive(Clone)]
 pub struct HangTolerantPool {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     repository: String,
-    name: String,
-    width: usize,
-    most: usize,
-    /// A job that gets no answer for longer counts as stuck.
+    /// What the names of the threads begin with.
+    name: &'static str,
+    size: PoolSize,
+    /// A job that has had no answer for longer counts as stuck.
     stuck_after: Duration,
     budget: ThreadBudget,
     state: Mutex<State>,
-    work: Condvar,
+    job_queued: Condvar,
 }
 
-/// How many threads several lanes may have together: those of one repository, over all its mounts. What
-/// hangs in a mount that was replaced keeps its threads until the old client ends.
-#[derive(Clone, Debug)]
+/// The number of threads that all pools and probes of a repository may have together, over all its mounts. A thread that
+/// hangs in a mount which was replaced is counted until that mount's client ends.
+#[derive(Clone)]
 pub struct ThreadBudget {
     used: Arc<AtomicUsize>,
     max: usize,
+    /// Further threads, for probes only: without a probe nobody would learn that the repository is back.
+    max_probes: usize,
+    used_by_probes: Arc<AtomicUsize>,
 }
 
 impl ThreadBudget {
-    pub fn new(max: usize) -> Self {
-        Self { used: Arc::default(), max }
+    pub fn new(max: usize, max_probes: usize) -> Self {
+        Self { used: Arc::default(), max, max_probes, used_by_probes: Arc::default() }
     }
 
-    /// None: the budget is used up. The thread gives its part back when it drops the guard.
-    pub fn take(&self) -> Option<ThreadPermit> {
-        let below_max = |used: usize| (used < self.max).then_some(used + 1);
-        self.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, below_max).ok()?;
-        Some(ThreadPermit(Arc::clone(&self.used)))
+    /// None: the budget is used up. The thread gives its part back when it drops the permit.
+    pub fn acquire(&self) -> Option<ThreadPermit> {
+        ThreadPermit::acquire(&self.used, self.max)
+    }
+
+    pub fn acquire_for_probe(&self) -> Option<ThreadPermit> {
+        ThreadPermit::acquire(&self.used_by_probes, self.max_probes)
+    }
+
+    #[cfg(test)]
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::SeqCst) + self.used_by_probes.load(Ordering::SeqCst)
     }
 }
 
 /// A thread's part of a budget.
-#[derive(Debug)]
 pub struct ThreadPermit(Arc<AtomicUsize>);
+
+impl ThreadPermit {
+    fn acquire(used: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
+        let if_below_max = |used: usize| (used < max).then_some(used + 1);
+        used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, if_below_max).ok()?;
+        Some(Self(Arc::clone(used)))
+    }
+}
 
 impl Drop for ThreadPermit {
     fn drop(&mut self) {
@@ -124,17 +143,11 @@ impl Drop for ThreadPermit {
 struct State {
     jobs: VecDeque<(Heartbeat, Job)>,
     idle: usize,
-    /// Nobody asks any more.
-    closed: bool,
-    /// Threads that work, by a number, with the pulses of their jobs.
+    /// Idle threads end at once.
+    is_closed: bool,
+    /// The heartbeats of the jobs that run, by the numbers of their threads.
     running: HashMap<u64, Heartbeat>,
     next_number: u64,
-}
-
-impl fmt::Debug for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} jobs wait, {} run, {} threads are idle", self.jobs.len(), self.running.len(), self.idle)
-    }
 }
 
 /// Where a job stands in the queue.
@@ -150,272 +163,125 @@ pub struct PoolExhausted {
     pub threads: usize,
 }
 
-/// Why there is no result.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WaitError {
-    /// The job gets no answers, or those before it get none.
-    Silent,
-    /// The time is over; the job gets on.
-    Late,
-    Panicked,
-    /// The job was dropped before it ran: no thread could be started for it.
-    Dropped,
-}
-
-/// How long a result is waited for.
-#[derive(Clone, Copy, Debug)]
-pub struct WaitLimits {
-    /// Without a sign of life.
-    pub silence: Duration,
-    /// In all.
-    pub until: Instant,
-}
-
-/// The result of a job, once it is there. Dropped, it gives the job up.
-#[derive(Debug)]
-pub struct JobHandle<T> {
-    cell: Arc<OneShot<T>>,
-    executor: HangTolerantPool,
-}
-
-#[derive(Debug)]
-struct OneShot<T> {
-    answer: Mutex<JobState<T>>,
-    changed: Condvar,
-    begun: AtomicBool,
-    heartbeat: Heartbeat,
-}
-
-#[derive(Debug)]
-enum JobState<T> {
-    Awaited,
-    Here(T),
-    Panicked,
-    Dropped,
-    /// Nobody waits any more.
-    Unwanted,
-}
-
-/// Held by a job. When the job goes without an answer, whoever waits for it is told.
-struct Promise<T> {
-    cell: Arc<OneShot<T>>,
-}
-
-impl<T> Promise<T> {
-    fn is_unwanted(&self) -> bool {
-        matches!(*self.cell.answer.lock(), JobState::Unwanted)
-    }
-
-    /// The value, if nobody waits for it any more.
-    fn settle(&self, answer: JobState<T>) -> Option<T> {
-        let mut current = self.cell.answer.lock();
-        if let JobState::Unwanted = *current {
-            return if let JobState::Here(value) = answer { Some(value) } else { None };
-        }
-        *current = answer;
-        self.cell.changed.notify_all();
-        None
-    }
-}
-
-impl<T> Drop for Promise<T> {
-    fn drop(&mut self) {
-        let mut answer = self.cell.answer.lock();
-        if matches!(*answer, JobState::Awaited) {
-            *answer = JobState::Dropped;
-            self.cell.changed.notify_all();
-        }
-    }
-}
-
 impl HangTolerantPool {
-    /// Asks `repository` on `width` threads whose names begin with `name`, and on further ones in place of those that
-    /// are stuck: `most` in all, as far as `budget` goes.
     pub fn new(
         repository: &str,
-        name: &str,
-        (width, most): (usize, usize),
+        name: &'static str,
+        size: PoolSize,
         stuck_after: Duration,
         budget: &ThreadBudget,
     ) -> Self {
-        let (repository, name) = (repository.to_owned(), name.to_owned());
-        let (budget, state, work) = (budget.clone(), Mutex::default(), Condvar::new());
-        Self { shared: Arc::new(Shared { repository, name, width, most, stuck_after, budget, state, work }) }
+        let (repository, budget) = (repository.to_owned(), budget.clone());
+        let (state, job_queued) = (Mutex::default(), Condvar::new());
+        Self { shared: Arc::new(Shared { repository, name, size, stuck_after, budget, state, job_queued }) }
     }
 
-    /// Queues `job`. What it returns when its ticket is gone is handed to `late`, on the
-    /// thread of the job. A job whose ticket is gone before its turn does not run.
-    pub fn start<T: Send + 'static>(
-        &self,
-        job: impl FnOnce() -> T + Send + 'static,
-        late: impl FnOnce(T) + Send + 'static,
-    ) -> Result<JobHandle<T>, PoolExhausted> {
-        let heartbeat = Heartbeat::default();
-        let cell = Arc::new(OneShot {
-            answer: Mutex::new(JobState::Awaited),
-            changed: Condvar::new(),
-            begun: AtomicBool::new(false),
-            heartbeat: heartbeat.clone(),
-        });
-        let ticket = JobHandle { cell: Arc::clone(&cell), executor: self.clone() };
-        let promise = Promise { cell };
-        let work: Job = Box::new(move || {
-            promise.cell.begun.store(true, Ordering::SeqCst);
-            if promise.is_unwanted() {
-                return;
-            }
-            let answer = catch_unwind(AssertUnwindSafe(job)).map_or(JobState::Panicked, JobState::Here);
-            if let Some(unwanted) = promise.settle(answer) {
-                late(unwanted);
-            }
-        });
-        self.run(Priority::Last, heartbeat, work)?;
-        Ok(ticket)
-    }
-
-    /// Queues a job that nobody waits for; `heartbeat` is its sign of life.
-    pub fn run(&self, turn: Priority, heartbeat: Heartbeat, job: Job) -> Result<(), PoolExhausted> {
+    /// Queues a job, whose progress `heartbeat` shows. On an error the job is dropped.
+    pub fn run(&self, priority: Priority, heartbeat: Heartbeat, job: Job) -> Result<(), PoolExhausted> {
+        let PoolSize { target, max } = self.shared.size;
         let mut state = self.shared.state.lock();
-        let stuck = self.shared.stuck(&state);
+        let stuck = self.shared.stuck_threads(&state);
         let threads = state.running.len() + state.idle;
-        if stuck >= self.shared.most {
+        if stuck >= max {
+            drop(state);
             return Err(PoolExhausted { threads });
         }
-        match turn {
+        match priority {
             Priority::Next => state.jobs.push_front((heartbeat, job)),
             Priority::Last => state.jobs.push_back((heartbeat, job)),
         }
-        if state.idle >= state.jobs.len() || threads - stuck >= self.shared.width || threads >= self.shared.most {
-            self.shared.work.notify_one();
+        if state.idle >= state.jobs.len() || threads - stuck >= target || threads >= max {
+            self.shared.job_queued.notify_one();
             return Ok(());
         }
-        if self.spawn(&mut state) || threads > stuck {
+        if self.start_thread(&mut state) || threads > stuck {
             return Ok(());
         }
-        // Nobody would ever take these jobs. Dropped, they tell whoever waits for them; that is done
-        // without the lock, because it runs other people's code.
+        // No thread will ever take these jobs, so they are dropped, which tells whoever waits for them. That runs their
+        // code, and so it is done without the lock.
         let jobs = std::mem::take(&mut state.jobs);
         drop(state);
         drop(jobs);
         Err(PoolExhausted { threads })
     }
 
-    /// Whether another thread was started.
-    fn spawn(&self, state: &mut State) -> bool {
-        let Some(budget) = self.shared.budget.take() else {
-            log::error!(repository = self.shared.repository.as_str();
-                "repository {}: no thread can be started to ask it: all {} are in use, most of them in mounts that \
-                 were replaced; end the client processes of those mounts", self.shared.repository, self.shared.budget.max);
+    /// Returns whether another thread was started.
+    fn start_thread(&self, state: &mut State) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let repository = self.shared.repository.as_str();
+        let Some(permit) = shared.budget.acquire() else {
+            log::error!(event = "repository_threads_exhausted", repository = repository;
+                "repository {repository}: cannot start a thread: all {} are in use, most of them in mounts that were \
+                 replaced; end the client processes of those mounts", shared.budget.max);
             return false;
         };
-        // Counted before it runs, so that the next caller does not start one as well.
+        // The thread is counted before it runs, so that the next caller does not start one as well.
         let number = state.next_number;
         state.next_number += 1;
         state.running.insert(number, Heartbeat::default());
-        let shared = Arc::clone(&self.shared);
-        let name = format!("{}-{number}", shared.name);
-        let work = move || {
-            shared.work(number);
-            drop(budget);
+        let run = move || {
+            shared.run_jobs(number);
+            drop(permit);
         };
-        if let Err(e) = thread::Builder::new().name(name).spawn(work) {
+        let name = format!("{}-{number}", self.shared.name);
+        if let Err(e) = thread::Builder::new().name(name).spawn(run) {
             state.running.remove(&number);
-            log::error!(repository = self.shared.repository.as_str();
-                "repository {}: no thread can be started to ask it: {e}", self.shared.repository);
+            log::error!(event = "repository_thread_failed", repository = repository;
+                "repository {repository}: cannot start a thread: {e}");
             return false;
         }
         true
     }
 
-    /// Threads without a job end.
+    /// Ends the threads that have no job. Jobs that are queued are still run.
     pub fn close(&self) {
-        self.shared.state.lock().closed = true;
-        self.shared.work.notify_all();
+        self.shared.state.lock().is_closed = true;
+        self.shared.job_queued.notify_all();
     }
 
-    /// For how long no job has got an answer; zero when none runs.
-    fn silence(&self) -> Duration {
-        self.shared.state.lock().running.values().map(Heartbeat::silence).min().unwrap_or_default()
+    /// The time since any job has had an answer; zero when none runs.
+    pub fn idle_for(&self) -> Duration {
+        self.shared.state.lock().running.values().map(Heartbeat::idle_for).min().unwrap_or_default()
     }
 }
 
 impl Shared {
-    fn stuck(&self, state: &State) -> usize {
-        state.running.values().filter(|heartbeat| heartbeat.silence() > self.stuck_after).count()
+    fn stuck_threads(&self, state: &State) -> usize {
+        state.running.values().filter(|heartbeat| heartbeat.idle_for() > self.stuck_after).count()
     }
 
-    fn work(&self, number: u64) {
-        loop {
-            let job = {
-                let mut state = self.state.lock();
-                state.running.remove(&number);
-                let others = state.running.len() + state.idle - self.stuck(&state);
-                // It was stuck, and others work in its place by now.
-                if others >= self.width && state.jobs.is_empty() {
-                    return;
-                }
-                state.idle += 1;
-                let mut is_idle_for_long = false;
-                while state.jobs.is_empty() && !is_idle_for_long && !state.closed {
-                    is_idle_for_long = self.work.wait_for(&mut state, IDLE_THREAD_LIFETIME).timed_out();
-                }
-                state.idle -= 1;
-                let Some((heartbeat, job)) = state.jobs.pop_front() else { return };
-                heartbeat.record();
-                state.running.insert(number, heartbeat.clone());
-                JOB.set(Some(heartbeat));
-                job
-            };
-            // Jobs fence themselves; this fence is for a panic in `late`.
+    fn run_jobs(&self, number: u64) {
+        while let Some((heartbeat, job)) = self.next_job(number) {
+            CURRENT_JOB.with(|current| *current.borrow_mut() = Some(heartbeat));
+            // A job catches its own panics; this is for a panic in what is called for an abandoned result.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                log::error!(repository = self.repository.as_str();
-                    "repository {}: a question to it panicked; its thread goes on", self.repository);
+                log::error!(event = "repository_job_panicked", repository = self.repository.as_str();
+                    "repository {}: a job panicked; its thread goes on", self.repository);
             }
-            JOB.set(None);
+            CURRENT_JOB.with(|current| *current.borrow_mut() = None);
         }
     }
-}
 
-impl<T> JobHandle<T> {
-    /// The result, if it comes in time and before it is known to be `hopeless`.
-    pub fn wait(self, patience: WaitLimits, hopeless: impl Fn() -> bool) -> Result<T, WaitError> {
-        let mut lost = WaitError::Late;
-        let mut answer = self.cell.answer.lock();
-        while matches!(*answer, JobState::Awaited) {
-            let now = Instant::now();
-            let silence = if self.cell.begun.load(Ordering::SeqCst) {
-                self.cell.heartbeat.silence()
-            } else {
-                self.executor.silence()
-            };
-            if silence >= patience.silence || hopeless() {
-                lost = WaitError::Silent;
+    /// None: the thread `number` has to end.
+    fn next_job(&self, number: u64) -> Option<(Heartbeat, Job)> {
+        let mut state = self.state.lock();
+        state.running.remove(&number);
+        let others = state.running.len() + state.idle - self.stuck_threads(&state);
+        // While this thread was stuck, another one was started in its place.
+        if others >= self.size.target && state.jobs.is_empty() {
+            return None;
+        }
+        state.idle += 1;
+        let until = now() + IDLE_THREAD_LIFETIME;
+        while state.jobs.is_empty() && !state.is_closed {
+            if self.job_queued.wait_until(&mut state, until).timed_out() {
                 break;
             }
-            if now >= patience.until {
-                break;
-            }
-            let step =
-                patience.silence.saturating_sub(silence).min(patience.until.duration_since(now)).min(POLL_INTERVAL);
-            self.cell.changed.wait_for(&mut answer, step);
         }
-        match std::mem::replace(&mut *answer, JobState::Unwanted) {
-            JobState::Here(value) => Ok(value),
-            JobState::Panicked => Err(WaitError::Panicked),
-            JobState::Dropped => Err(WaitError::Dropped),
-            JobState::Awaited | JobState::Unwanted => Err(lost),
-        }
+        state.idle -= 1;
+        let (heartbeat, job) = state.jobs.pop_front()?;
+        heartbeat.record();
+        state.running.insert(number, heartbeat.clone());
+        Some((heartbeat, job))
     }
 }
-
-impl<T> Drop for JobHandle<T> {
-    fn drop(&mut self) {
-        let mut answer = self.cell.answer.lock();
-        if matches!(*answer, JobState::Awaited) {
-            *answer = JobState::Unwanted;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

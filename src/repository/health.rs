@@ -1,31 +1,37 @@
-//! Whether a repository answers.
+//! Whether one mount of a repository answers, and whether another mount has taken its place.
 //!
-//! Once somebody waited in vain, or was told that the server is dead, everybody else is told
-//! so at once, until a probe succeeds. A probe may hang as well, so it has a thread of its
-//! own, and another one is tried beside it: the mount that it hangs on may be an old one.
+//! Once a caller has waited in vain, or a call has failed because the FUSE server is dead, every other call fails at once
+//! until a probe succeeds. A probe may hang as well, so it has a thread of its own, and when it hangs another one is
+//! started beside it. If a probe succeeds because another file system is mounted by then, this mount is replaced: it
+//! never answers again, and what hangs in it is no news of the next one.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
+use super::executor::ThreadBudget;
 use crate::metrics::METRICS;
+use crate::sync::{Condvar, Mutex, now, thread};
 
-/// Between two probes that failed.
+/// The time between two probes that failed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// So long a call lets a probe try, before it is told that the repository does not answer.
+/// How long a call waits for a probe before it fails.
 const RECOVERY_WAIT: Duration = Duration::from_millis(200);
-/// Probes that hang, at most.
+/// Probes of one mount that may hang.
 const MAX_HUNG_PROBES: usize = 4;
 
-/// Asks the repository something that only its server can answer; the error says why not.
-pub type Probe = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// What a probe asks.
+pub trait MountProbe: Send + Sync {
+    /// Asks something that only the FUSE server can answer. The error says why it has not.
+    fn probe(&self) -> Result<(), String>;
 
-/// Since when a repository does not answer, and what is known about it.
+    /// The device of the FUSE file system that is mounted now, without a question to its server. None: there is none.
+    fn device(&self) -> Option<u64>;
+}
+
+/// Since when a mount has not answered, and why that is believed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {
     pub since: Instant,
@@ -34,11 +40,11 @@ pub struct Outage {
 
 impl fmt::Display for Outage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "it has not answered for {}: {}", Seconds(self.since.elapsed()), self.why)
+        write!(f, "it has not answered for {}: {}", Seconds(now() - self.since), self.why)
     }
 }
 
-/// Whole seconds, as people are told; none would read as if nothing had been waited for.
+/// A duration in whole seconds. Zero would read as if nothing had been waited for.
 pub(super) struct Seconds(pub Duration);
 
 impl fmt::Display for Seconds {
@@ -58,221 +64,230 @@ pub struct Health {
 struct Shared {
     repository: String,
     /// A probe that takes longer hangs.
-    patience: Duration,
-    probe: Probe,
+    timeout: Duration,
+    threads: ThreadBudget,
+    mount: Arc<dyn MountProbe>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    outage: Option<Outage>,
-    /// Threads that probe, by a number, and since when they ask; None: it pauses.
-    probes: HashMap<u64, Option<Instant>>,
+    condition: Condition,
+    probes: HashMap<u64, Probe>,
     next_number: u64,
-    /// Somebody wants a probe now.
-    wanted: bool,
-    /// Probes that came back.
+    /// A caller waits for a probe, so that the next one is due.
+    is_probe_requested: bool,
+    /// Probes that ended.
     finished: u64,
-    /// Nobody asks any more.
-    closed: bool,
+    /// Nobody uses the repository any more.
+    is_closed: bool,
+}
+
+/// How a mount is. `docs/design.md` has the diagram.
+enum Condition {
+    /// `device` was mounted when the mount last answered a probe. None: that is not known.
+    Up { device: Option<u64> },
+    /// `device` was mounted before the outage, as far as that is known, or when it was noticed.
+    Down { outage: Outage, device: Option<u64> },
+    /// Another file system is mounted in its place, after this outage.
+    Replaced { outage: Outage },
+}
+
+impl Default for Condition {
+    fn default() -> Self {
+        Self::Up { device: None }
+    }
+}
+
+impl Condition {
+    fn outage(&self) -> Option<&Outage> {
+        match self {
+            Self::Up { .. } => None,
+            Self::Down { outage, .. } | Self::Replaced { outage } => Some(outage),
+        }
+    }
+
+    fn is_down(&self) -> bool {
+        matches!(self, Self::Down { .. })
+    }
+}
+
+/// A thread that probes.
+#[derive(Clone, Copy)]
+enum Probe {
+    Running { since: Instant },
+    Pausing,
 }
 
 impl State {
-    /// A probe pauses, or has asked for less than `limit`.
-    fn has_probe_within(&self, limit: Duration) -> bool {
-        self.probes.values().any(|asking| asking.is_none_or(|since| since.elapsed() <= limit))
+    /// Whether a probe may answer soon: it pauses, or has run for less than `limit`.
+    fn has_live_probe(&self, limit: Duration) -> bool {
+        self.probes.values().any(|probe| match probe {
+            Probe::Running { since } => now() - *since <= limit,
+            Probe::Pausing => true,
+        })
     }
 }
 
 impl Health {
-    pub fn new(repository: &str, patience: Duration, probe: Probe) -> Self {
+    pub fn new(repository: &str, timeout: Duration, threads: &ThreadBudget, mount: Arc<dyn MountProbe>) -> Self {
+        let (repository, threads) = (repository.to_owned(), threads.clone());
         let (state, changed) = (Mutex::default(), Condvar::new());
-        Self { shared: Arc::new(Shared { repository: repository.to_owned(), patience, probe, state, changed }) }
+        Self { shared: Arc::new(Shared { repository, timeout, threads, mount, state, changed }) }
     }
 
-    /// Fails if the repository does not answer. Waits for a moment where it may just have come
-    /// back, and not for one that hangs.
+    /// Fails if the mount does not answer. Waits a moment for a probe, because the repository may just have come back,
+    /// and does not wait for a probe that hangs.
     pub fn check(&self) -> Result<(), Outage> {
         let mut state = self.shared.state.lock();
-        let Some(outage) = state.outage.clone() else { return Ok(()) };
+        let Some(outage) = state.condition.outage().cloned() else { return Ok(()) };
         self.ensure_probe(&mut state);
-        if !state.has_probe_within(RECOVERY_WAIT) {
+        if !state.condition.is_down() || !state.has_live_probe(RECOVERY_WAIT) {
             return Err(outage);
         }
-        state.wanted = true;
+        state.is_probe_requested = true;
         self.shared.changed.notify_all();
-        let (until, before) = (Instant::now() + RECOVERY_WAIT, state.finished);
-        while state.outage.is_some() && state.finished == before {
+        let (until, finished_before) = (now() + RECOVERY_WAIT, state.finished);
+        while state.condition.is_down() && state.finished == finished_before {
             if self.shared.changed.wait_until(&mut state, until).timed_out() {
                 break;
             }
         }
-        state.outage.clone().map_or(Ok(()), Err)
+        state.condition.outage().cloned().map_or(Ok(()), Err)
     }
 
-    /// Somebody waited in vain, or was told that the server is dead.
-    pub fn mark_unhealthy(&self, why: String) {
+    /// Begins an outage, unless there is one. Does nothing for a mount that was replaced: a caller that still waits for
+    /// it says nothing about the mount in its place.
+    pub fn mark_down(&self, why: String) {
         let mut state = self.shared.state.lock();
-        if state.outage.is_none() {
-            log::warn!(repository = self.shared.repository.as_str();
-                "repository {} does not answer: {why}; layers are downloaded and containers on its layers do not \
-                 start until it does", self.shared.repository);
-            METRICS.record_outage(&self.shared.repository);
-            state.outage = Some(Outage { since: Instant::now(), why });
+        if let Condition::Up { device } = state.condition {
+            let device = device.or_else(|| self.shared.mount.device());
+            let name = self.shared.repository.as_str();
+            log::warn!(event = "repository_down", repository = name;
+                "repository {name} does not answer: {why}; layers are downloaded and containers on its layers do not \
+                 start until it does");
+            METRICS.record_outage(name);
+            state.condition = Condition::Down { outage: Outage { since: now(), why }, device };
         }
         self.ensure_probe(&mut state);
     }
 
-    /// It does not answer, and the first probe has not helped.
+    /// Remembers what is mounted, after the mount has answered: when an outage is noticed, another file system may be
+    /// mounted already.
+    pub fn record_device(&self) {
+        let mounted = self.shared.mount.device();
+        if let Condition::Up { device } = &mut self.shared.state.lock().condition {
+            *device = mounted;
+        }
+    }
+
+    /// Whether it is pointless to wait for an answer: the first probe has not helped, or the mount was replaced.
     pub fn is_confirmed_down(&self) -> bool {
-        self.shared.state.lock().outage.as_ref().is_some_and(|outage| outage.since.elapsed() > RECOVERY_WAIT)
+        match &self.shared.state.lock().condition {
+            Condition::Up { .. } => false,
+            Condition::Down { outage, .. } => now() - outage.since > RECOVERY_WAIT,
+            Condition::Replaced { .. } => true,
+        }
     }
 
     pub fn outage(&self) -> Option<Outage> {
-        self.shared.state.lock().outage.clone()
+        self.shared.state.lock().condition.outage().cloned()
     }
 
-    /// Probing ends.
+    /// Whether another mount has taken the place of this one, as the mount table says if this one does not answer.
+    pub fn is_replaced(&self) -> bool {
+        let is_down = self.shared.state.lock().condition.is_down();
+        let device = if is_down { self.shared.mount.device() } else { None };
+        let mut state = self.shared.state.lock();
+        if let Some(device) = device {
+            self.shared.replace_if_another_is_mounted(&mut state, device);
+        }
+        matches!(state.condition, Condition::Replaced { .. })
+    }
+
+    /// Ends probing.
     pub fn close(&self) {
-        self.shared.state.lock().closed = true;
+        self.shared.state.lock().is_closed = true;
         self.shared.changed.notify_all();
     }
 
-    /// There is a probe that does not hang, unless too many do.
+    /// Starts a probe if an outage has none that may answer, unless too many hang.
     fn ensure_probe(&self, state: &mut State) {
-        if state.has_probe_within(self.shared.patience) || state.probes.len() >= MAX_HUNG_PROBES {
+        let shared = &self.shared;
+        let has_enough = state.has_live_probe(shared.timeout) || state.probes.len() >= MAX_HUNG_PROBES;
+        if !state.condition.is_down() || state.is_closed || has_enough {
             return;
         }
-        let (shared, number) = (Arc::clone(&self.shared), state.next_number);
+        let Some(permit) = shared.threads.acquire_for_probe() else { return };
+        let number = state.next_number;
         state.next_number += 1;
-        match thread::Builder::new().name("probe".to_owned()).spawn(move || shared.probe(number)) {
-            Ok(_) => drop(state.probes.insert(number, Some(Instant::now()))),
-            Err(e) => log::error!("cannot start a thread that probes {}: {e}", self.shared.repository),
+        let probing = Arc::clone(shared);
+        let run = move || {
+            probing.probe_until_up(number);
+            drop(permit);
+        };
+        match thread::Builder::new().name("probe".to_owned()).spawn(run) {
+            Ok(_) => drop(state.probes.insert(number, Probe::Running { since: now() })),
+            Err(e) => log::error!(event = "probe_thread_failed", repository = shared.repository.as_str();
+                "repository {}: cannot start a thread for probes: {e}", shared.repository),
         }
     }
 }
 
 impl Shared {
-    fn probe(&self, number: u64) {
+    fn probe_until_up(&self, number: u64) {
         loop {
-            let result = (self.probe)();
+            let result = self.mount.probe();
+            let device = if result.is_ok() { self.mount.device() } else { None };
             let mut state = self.state.lock();
-            state.probes.insert(number, None);
-            match (result, &mut state.outage) {
-                (Ok(()), outage) => {
-                    if let Some(outage) = outage.take() {
-                        log::info!(repository = self.repository.as_str();
-                            "repository {} answers again, after {}", self.repository, Seconds(outage.since.elapsed()));
-                    }
-                }
-                (Err(why), Some(outage)) => outage.why = why,
-                (Err(_), None) => {}
+            state.probes.insert(number, Probe::Pausing);
+            if let Some(device) = device {
+                self.replace_if_another_is_mounted(&mut state, device);
             }
-            state.finished += 1;
-            self.changed.notify_all();
-            let until = Instant::now() + PROBE_INTERVAL;
-            while state.outage.is_some() && !state.wanted && !state.closed {
+            self.record_probe(&mut state, result);
+            let until = now() + PROBE_INTERVAL;
+            while state.condition.is_down() && !state.is_probe_requested && !state.is_closed {
                 if self.changed.wait_until(&mut state, until).timed_out() {
                     break;
                 }
             }
-            if state.outage.is_none() || state.closed {
+            if !state.condition.is_down() || state.is_closed {
                 state.probes.remove(&number);
                 return;
             }
-            state.wanted = false;
-            state.probes.insert(number, Some(Instant::now()));
+            state.is_probe_requested = false;
+            state.probes.insert(number, Probe::Running { since: now() });
+        }
+    }
+
+    fn record_probe(&self, state: &mut State, result: Result<(), String>) {
+        if let Condition::Down { outage, .. } = &mut state.condition {
+            match result {
+                Ok(()) => {
+                    let name = self.repository.as_str();
+                    log::info!(event = "repository_up", repository = name;
+                        "repository {name} answers again, after {}", Seconds(now() - outage.since));
+                    state.condition = Condition::default();
+                }
+                Err(why) => outage.why = why,
+            }
+        }
+        state.finished += 1;
+        self.changed.notify_all();
+    }
+
+    fn replace_if_another_is_mounted(&self, state: &mut State, mounted: u64) {
+        if let Condition::Down { outage, device } = &state.condition
+            && *device != Some(mounted)
+        {
+            let name = self.repository.as_str();
+            log::info!(event = "repository_remounted", repository = name; "repository {name} was mounted anew");
+            state.condition = Condition::Replaced { outage: outage.clone() };
+            self.changed.notify_all();
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-
-    const FINE: u8 = 0;
-    const DEAD: u8 = 1;
-    const HANGING: u8 = 2;
-
-    struct FakeRepository {
-        health: Health,
-        mood: Arc<AtomicU8>,
-        asked: Arc<AtomicUsize>,
-    }
-
-    fn fake_repository(patience: Duration) -> FakeRepository {
-        let (mood, asked) = (Arc::new(AtomicU8::new(FINE)), Arc::new(AtomicUsize::new(0)));
-        let (now, count) = (Arc::clone(&mood), Arc::clone(&asked));
-        let probe = move || {
-            count.fetch_add(1, Ordering::SeqCst);
-            // What hangs goes on hanging, whatever is mounted in its place.
-            let hangs = now.load(Ordering::SeqCst) == HANGING;
-            while hangs && now.load(Ordering::SeqCst) != DEAD {
-                thread::sleep(Duration::from_millis(5));
-            }
-            if now.load(Ordering::SeqCst) == FINE { Ok(()) } else { Err("it is dead".to_owned()) }
-        };
-        FakeRepository { health: Health::new("r", patience, Box::new(probe)), mood, asked }
-    }
-
-    /// One call is enough, unless this machine is so busy that no thread has its turn.
-    fn settled(p: &FakeRepository) -> Result<(), Outage> {
-        (0..20).map(|_| p.health.check()).find(Result::is_ok).unwrap_or_else(|| p.health.check())
-    }
-
-    #[test]
-    fn a_dead_repository_fails_fast_until_a_probe_succeeds() {
-        let p = fake_repository(Duration::from_secs(10));
-        assert_eq!(p.health.check(), Ok(()));
-        p.mood.store(DEAD, Ordering::SeqCst);
-        p.health.mark_unhealthy("first".to_owned());
-        let until = Instant::now() + Duration::from_secs(10);
-        while p.health.check().map_err(|outage| outage.why) != Err("it is dead".to_owned()) {
-            assert!(Instant::now() < until, "what the probe said is passed on");
-        }
-        p.mood.store(FINE, Ordering::SeqCst);
-        assert_eq!(settled(&p), Ok(()), "a call after it came back finds it");
-        assert_eq!(p.health.outage(), None);
-    }
-
-    #[test]
-    fn less_than_a_second_is_not_said_to_be_none() {
-        // Not yet begun, however slow this machine is.
-        let outage = Outage { since: Instant::now() + Duration::from_hours(1), why: "it is dead".to_owned() };
-        assert_eq!(outage.to_string(), "it has not answered for less than 1 s: it is dead");
-        for (milliseconds, said) in [(0, "less than 1 s"), (999, "less than 1 s"), (1_000, "1 s"), (61_500, "61 s")] {
-            assert_eq!(Seconds(Duration::from_millis(milliseconds)).to_string(), said);
-        }
-    }
-
-    #[test]
-    fn a_suspicion_that_is_wrong_costs_nobody_anything() {
-        let p = fake_repository(Duration::from_secs(10));
-        p.health.mark_unhealthy("slow".to_owned());
-        assert_eq!(settled(&p), Ok(()));
-    }
-
-    #[test]
-    fn a_probe_that_hangs_on_an_old_mount_is_not_the_last_one() {
-        let p = fake_repository(Duration::from_millis(300));
-        p.mood.store(HANGING, Ordering::SeqCst);
-        p.health.mark_unhealthy("hangs".to_owned());
-        assert!(p.health.check().is_err());
-        let begun = Instant::now();
-        for _ in 0..50 {
-            assert!(p.health.check().is_err());
-        }
-        assert!(begun.elapsed() < 25 * RECOVERY_WAIT, "a probe that hangs is waited for once");
-        thread::sleep(Duration::from_millis(400));
-        assert_eq!(p.asked.load(Ordering::SeqCst), 1);
-        // The old mount goes on hanging, another one is in its place.
-        p.mood.store(FINE, Ordering::SeqCst);
-        let until = Instant::now() + Duration::from_secs(10);
-        while p.health.check().is_err() {
-            assert!(Instant::now() < until, "it was never probed again");
-        }
-        p.mood.store(DEAD, Ordering::SeqCst);
-    }
-}
+mod tests;

@@ -1,27 +1,31 @@
-use std::sync::atomic::Ordering;
+use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nix::errno::Errno;
+
+use super::manifest::ImageRef;
 use super::*;
 use crate::system::Host;
-use std::fs;
+use crate::system::testing::FaultySys;
 
 fn digest(digit: char) -> Digest {
     Digest::parse(&format!("sha256:{}", digit.to_string().repeat(64))).unwrap()
 }
 
-fn path_of(repository: &Repository, digit: char) -> Result<PathBuf, Unavailable> {
-    repository.layer(&digest(digit)).map(|layer| layer.path().to_owned())
+fn layer_dir(repository: &Repository, digit: char) -> Result<PathBuf, Unavailable> {
+    repository.generation().layer(&digest(digit)).map(|layer| layer.path().to_owned())
 }
 
 #[test]
-fn absent_means_not_published_only_where_a_repository_is() {
+fn absent_layer_is_not_published_only_where_a_repository_is_mounted() {
     let dir = tempfile::tempdir().unwrap();
     let timeout = Duration::from_secs(10);
     let repository = Repository::new("r".into(), dir.path().join("cvmfs"), timeout, Arc::new(Host));
-    let layer = |digit| path_of(&repository, digit);
-    let nowhere = Unavailable::NotMounted { repository: dir.path().join("cvmfs") };
-    assert_eq!(layer('a'), Err(nowhere.clone()));
+    let layer = |digit| layer_dir(&repository, digit);
+    let not_mounted = Unavailable::NotMounted { repository: dir.path().join("cvmfs") };
+    assert_eq!(layer('a'), Err(not_mounted.clone()));
     fs::create_dir(dir.path().join("cvmfs")).unwrap();
-    assert_eq!(layer('a'), Err(nowhere));
+    assert_eq!(layer('a'), Err(not_mounted));
     fs::create_dir(dir.path().join("cvmfs/.layers")).unwrap();
     assert_eq!(layer('a'), Err(Unavailable::NotPublished));
     let top = dir.path().join(format!("cvmfs/.layers/aa/{}/layerfs", "a".repeat(64)));
@@ -38,84 +42,84 @@ fn absent_means_not_published_only_where_a_repository_is() {
 }
 
 #[test]
-fn manifests_are_read_where_a_repository_is_and_links_are_not_followed() {
+fn manifests_are_read_only_where_a_repository_is_mounted_and_never_through_links() {
     let dir = tempfile::tempdir().unwrap();
     let cvmfs = dir.path().join("cvmfs");
     fs::create_dir(&cvmfs).unwrap();
     let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(Host));
     let image = ImageRef::parse("a.org/x:1").unwrap();
-    // It was taken for "there is none", and kept.
-    assert_eq!(repository.manifest(&image), Err(Unavailable::NotMounted { repository: cvmfs.clone() }));
+    // This was taken for an image without a manifest, and remembered.
+    assert_eq!(repository.generation().manifest(&image), Err(Unavailable::NotMounted { repository: cvmfs.clone() }));
     fs::create_dir(cvmfs.join(".layers")).unwrap();
-    assert_eq!(repository.manifest(&image), Ok(None));
-    // It was taken for a repository that cannot be read, and asked for with each container.
+    assert_eq!(repository.generation().manifest(&image), Ok(None));
+    // This was taken for a repository that cannot be read.
     let long = format!("a.org/{}:{}", "x".repeat(200), "t".repeat(100));
-    assert_eq!(repository.manifest(&ImageRef::parse(&long).unwrap()), Ok(None));
+    assert_eq!(repository.generation().manifest(&ImageRef::parse(&long).unwrap()), Ok(None));
     let good = format!(r#"{{"Config":{{"Digest":"{}"}},"Layers":[]}}"#, digest('a'));
-    let at = cvmfs.join(".metadata/a.org/x:1/manifest.json");
-    fs::create_dir_all(at.parent().unwrap()).unwrap();
+    let file = cvmfs.join(".metadata/a.org/x:1/manifest.json");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
     fs::write(dir.path().join("elsewhere"), &good).unwrap();
-    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &at).unwrap();
-    assert_eq!(repository.manifest(&image), Ok(None));
-    fs::remove_file(&at).unwrap();
-    fs::create_dir(&at).unwrap();
-    assert_eq!(repository.manifest(&image), Ok(None));
-    fs::remove_dir(&at).unwrap();
-    nix::unistd::mkfifo(&at, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    assert_eq!(repository.manifest(&image), Ok(None));
-    fs::remove_file(&at).unwrap();
-    fs::write(&at, vec![b' '; usize::try_from(manifest::MAX_BYTES).unwrap() + 1]).unwrap();
-    assert_eq!(repository.manifest(&image), Ok(None));
-    fs::write(&at, good).unwrap();
-    assert_eq!(repository.manifest(&image).unwrap().map(|found| found.config), Some(digest('a')));
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &file).unwrap();
+    assert_eq!(repository.generation().manifest(&image), Ok(None));
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert_eq!(repository.generation().manifest(&image), Ok(None));
+    fs::remove_dir(&file).unwrap();
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert_eq!(repository.generation().manifest(&image), Ok(None));
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, vec![b' '; usize::try_from(manifest::MAX_BYTES).unwrap() + 1]).unwrap();
+    assert_eq!(repository.generation().manifest(&image), Ok(None));
+    fs::write(&file, good).unwrap();
+    assert_eq!(repository.generation().manifest(&image).unwrap().map(|manifest| manifest.config), Some(digest('a')));
 }
 
-/// It was mounted between the two questions, and the answer was "not published".
+/// The repository was mounted between the two system calls, and the layer was reported as not published.
 #[test]
-fn a_repository_that_is_mounted_in_the_middle_of_a_question_is_asked_again() {
+fn layer_is_looked_up_again_if_the_repository_was_mounted_meanwhile() {
     let dir = tempfile::tempdir().unwrap();
-    let (cvmfs, away) = (dir.path().join("cvmfs"), dir.path().join("away"));
+    let (cvmfs, elsewhere) = (dir.path().join("cvmfs"), dir.path().join("elsewhere"));
     let path = format!(".layers/aa/{}/layerfs", "a".repeat(64));
-    fs::create_dir_all(away.join(&path)).unwrap();
-    let (from, to) = (away, cvmfs.clone());
-    let sys = crate::system::testing::FaultySys::before_call(move |_, asked| {
-        if asked == to.join(LAYERS) {
+    fs::create_dir_all(elsewhere.join(&path)).unwrap();
+    let (from, to) = (elsewhere, cvmfs.clone());
+    let sys = FaultySys::before_call(move |_, path| {
+        if path == to.join(LAYERS) {
             let _ = fs::rename(&from, &to);
         }
     });
     let repository = Repository::new("r".into(), cvmfs.clone(), Duration::from_secs(10), Arc::new(sys));
-    assert_eq!(path_of(&repository, 'a'), Ok(cvmfs.join(path)));
+    assert_eq!(layer_dir(&repository, 'a'), Ok(cvmfs.join(path)));
 }
 
 /// `lstat` goes on answering from the kernel's caches.
 #[test]
-fn a_server_is_asked_once_for_one_call_and_anew_for_the_next() {
+fn mount_is_checked_once_for_each_call() {
     let dir = tempfile::tempdir().unwrap();
     for digit in ['a', 'b'] {
         let hex = digit.to_string().repeat(64);
         fs::create_dir_all(dir.path().join(format!(".layers/{}/{hex}/layerfs", &hex[..2]))).unwrap();
     }
-    let asked = Arc::new(std::sync::atomic::AtomicUsize::default());
-    let counted = Arc::clone(&asked);
-    let sys = crate::system::testing::FaultySys::before_call(move |call, _| {
-        counted.fetch_add(usize::from(call == "statfs"), Ordering::SeqCst);
+    let checks = Arc::new(AtomicUsize::default());
+    let counter = Arc::clone(&checks);
+    let sys = FaultySys::before_call(move |call, _| {
+        counter.fetch_add(usize::from(call == "statfs"), Ordering::SeqCst);
     });
     let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
     for call in 1..4 {
         let since = Instant::now();
         for digit in ['a', 'b', 'a'] {
-            repository.layer_since(&digest(digit), since).unwrap();
-            assert_eq!(asked.load(Ordering::SeqCst), call);
+            repository.generation().layer_since(&digest(digit), since).unwrap();
+            assert_eq!(checks.load(Ordering::SeqCst), call);
         }
     }
-    repository.layer(&digest('a')).unwrap();
-    repository.layer(&digest('a')).unwrap();
-    assert_eq!(asked.load(Ordering::SeqCst), 5);
+    repository.generation().layer(&digest('a')).unwrap();
+    repository.generation().layer(&digest('a')).unwrap();
+    assert_eq!(checks.load(Ordering::SeqCst), 5);
 }
 
-/// It was told as any other failure of a call, by nobody but the call that met it.
+/// The error was reported like any other, and only by the call that met it.
 #[test]
-fn an_input_output_error_is_the_servers_where_a_client_names_one_and_others_are_asked_all_the_same() {
+fn io_error_is_a_server_outage_only_if_a_client_names_its_server_and_other_layers_are_still_tried() {
     let dir = tempfile::tempdir().unwrap();
     for digit in ['a', 'b'] {
         fs::create_dir_all(dir.path().join(layer_path(&digest(digit)))).unwrap();
@@ -124,30 +128,29 @@ fn an_input_output_error_is_the_servers_where_a_client_names_one_and_others_are_
         if names_server {
             xattr::set(dir.path(), "user.host", b"http://s1.example.org").unwrap();
         }
-        let sys = crate::system::testing::FaultySys::refusing(dir.path().join(layer_path(&digest('a'))), Errno::EIO);
+        let sys = FaultySys::refusing(dir.path().join(layer_path(&digest('a'))), Errno::EIO);
         let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(sys));
-        let repository = Arc::new(repository);
-        assert!(Repository::is_healthy_cached(&repository));
-        let missing = path_of(&repository, 'a').unwrap_err();
+        assert!(repository.is_healthy_cached());
+        let missing = layer_dir(&repository, 'a').unwrap_err();
         assert_eq!(matches!(missing, Unavailable::ServerUnreachable(_)), names_server, "{missing}");
         assert_eq!(repository.refusal_of_pulls().is_some(), names_server);
-        assert_eq!(Repository::is_healthy_cached(&repository), !names_server);
-        path_of(&repository, 'b').unwrap();
+        assert_eq!(repository.is_healthy_cached(), !names_server);
+        layer_dir(&repository, 'b').unwrap();
     }
 }
 
 #[test]
-fn a_new_repository_without_layers_is_mounted() {
+fn repository_without_layers_counts_as_mounted() {
     let dir = tempfile::tempdir().unwrap();
     xattr::set(dir.path(), FQRN_XATTR, b"a.test").unwrap();
     let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
-    assert_eq!(path_of(&repository, 'a'), Err(Unavailable::NotPublished));
+    assert_eq!(layer_dir(&repository, 'a'), Err(Unavailable::NotPublished));
 }
 
-/// The setting can be changed while the repository stays mounted. What a layer itself has is not asked: an image may have
-/// such an attribute.
+/// The setting can be changed while the repository stays mounted. A layer's own attributes do not count, because an image
+/// may have the same one.
 #[test]
-fn layers_are_refused_as_long_as_the_client_lists_attributes_below_its_root() {
+fn layers_are_refused_while_the_client_lists_attributes_below_its_root() {
     let dir = tempfile::tempdir().unwrap();
     let layer = dir.path().join(layer_path(&digest('a')));
     fs::create_dir_all(&layer).unwrap();
@@ -157,23 +160,23 @@ fn layers_are_refused_as_long_as_the_client_lists_attributes_below_its_root() {
         xattr::set(dir.path().join(LAYERS), FQRN_XATTR, b"a.test").unwrap();
         let since = Instant::now();
         for _ in 0..2 {
-            let refused = repository.layer_since(&digest('a'), since).map(drop);
+            let refused = repository.generation().layer_since(&digest('a'), since).map(drop);
             assert_eq!(refused, Err(Unavailable::OwnAttributes));
         }
-        assert_eq!(repository.check_layers_directory(), Err(Unavailable::OwnAttributes));
+        assert_eq!(repository.generation().check_layers_directory(), Err(Unavailable::OwnAttributes));
         xattr::remove(dir.path().join(LAYERS), FQRN_XATTR).unwrap();
-        repository.layer_since(&digest('a'), since).unwrap();
-        assert_eq!(repository.check_layers_directory(), Ok(()));
+        repository.generation().layer_since(&digest('a'), since).unwrap();
+        assert_eq!(repository.generation().check_layers_directory(), Ok(()));
     }
 }
 
-/// Attributes of a directory on a disk were taken for those of a client, and were missing in masks.
+/// Attributes of a plain directory were taken for those of a client, and were missing in masks.
 #[test]
-fn only_a_client_has_attributes_that_are_left_out() {
+fn only_attributes_of_a_client_are_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let names = || {
         let repository = Repository::new("r".into(), dir.path().into(), Duration::from_secs(10), Arc::new(Host));
-        repository.client_attributes().unwrap().len()
+        repository.generation().client_attributes().unwrap().len()
     };
     xattr::set(dir.path(), "user.mine", b"1").unwrap();
     assert_eq!(names(), 0);

@@ -16,51 +16,53 @@ use crate::system;
 /// Why something cannot be had from a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unavailable {
-    /// The repository is there and does not have it.
+    /// The repository does not publish it.
     NotPublished,
     /// The repository's directory is there, but no repository is in it.
     NotMounted {
         repository: PathBuf,
     },
     Unreadable(system::Error),
-    /// Its client is there and cannot fetch what is not cached.
+    /// Its client cannot reach its server, and so has only what is cached.
     ServerUnreachable(Box<Unreachable>),
     /// Its client lists attributes of its own on every file.
     OwnAttributes,
     NotADirectory {
         path: PathBuf,
     },
-    /// Nothing came back in time.
+    /// The repository did not answer for this time.
     NoAnswer {
         limit: Duration,
     },
-    /// It answers, but one question after the other took longer than anybody waits.
+    /// The repository answers, but the whole call took longer than a caller waits.
     Slow {
         limit: Duration,
     },
-    /// Something on the way is no directory but leads elsewhere, perhaps to files of the host.
+    /// A part of the path is a link, perhaps to files of the host.
     LeadsOut {
         path: PathBuf,
     },
-    /// It did not answer others, and is not asked until a probe succeeds.
-    Sick(Outage),
-    /// All its threads wait for it.
-    Stuck {
+    /// The repository did not answer other calls, and gets no more until a probe succeeds.
+    KnownDown(Outage),
+    /// All threads of the repository are stuck in it.
+    ThreadsExhausted {
         threads: usize,
     },
-    /// No thread could be started to ask it.
+    /// No thread could be started for the call.
     NoThread,
+    /// The call hit a bug of ours.
+    JobPanicked,
     /// The scan of the layer is not finished; it goes on.
     BeingScanned {
         directories: usize,
     },
-    /// Other scans are in memory, and with this one there would be too much.
+    /// The scans of other layers take all the memory that scans may have.
     ScansTakeMemory {
         limit: usize,
     },
-    Unscannable(scan::Error),
-    /// The configuration names no such repository any more, and no other one has it: what the
-    /// first of them said.
+    ScanFailed(scan::Error),
+    /// The configuration does not name the repository any more, and no other repository has it; `instead` is why the
+    /// first of them does not.
     NotConfigured {
         instead: Option<(String, Box<Unavailable>)>,
     },
@@ -75,29 +77,30 @@ impl Unavailable {
             Self::OwnAttributes => DownloadCause::OwnAttributes,
             Self::NoAnswer { .. }
             | Self::Slow { .. }
-            | Self::Sick(_)
-            | Self::Stuck { .. }
+            | Self::KnownDown(_)
+            | Self::ThreadsExhausted { .. }
             | Self::NoThread
             | Self::BeingScanned { .. }
             | Self::ScansTakeMemory { .. } => DownloadCause::NoAnswer,
-            Self::Unreadable(_) | Self::NotADirectory { .. } | Self::LeadsOut { .. } | Self::Unscannable(_) => {
-                DownloadCause::Unreadable
-            }
+            Self::Unreadable(_)
+            | Self::NotADirectory { .. }
+            | Self::LeadsOut { .. }
+            | Self::JobPanicked
+            | Self::ScanFailed(_) => DownloadCause::Unreadable,
             Self::NotConfigured { instead } => {
                 instead.as_ref().map_or(DownloadCause::NotPublished, |(_, missing)| missing.reason())
             }
         }
     }
 
-    /// What a caller can do about it.
     pub fn remedy(&self) -> Remedy {
         match self {
             Self::BeingScanned { .. } | Self::Slow { .. } | Self::ScansTakeMemory { .. } => Remedy::Wait,
-            Self::Unscannable(scan::Error::Exceeds(_)) => Remedy::Download,
-            Self::Unscannable(scan::Error::Panicked) => Remedy::Report,
-            // Attributes of layers that others attach take their share of memory.
+            Self::ScanFailed(scan::Error::Exceeds(_)) => Remedy::Download,
+            Self::ScanFailed(scan::Error::Panicked) | Self::JobPanicked => Remedy::Report,
+            // Attributes of other layers that are being attached use memory.
             Self::Unreadable(cause) if cause.errno == Errno::ENOMEM => Remedy::Wait,
-            // The bound of attributes, and the kernel's own.
+            // The attributes exceed our limit, or the kernel's.
             Self::Unreadable(cause) if cause.errno == Errno::E2BIG => Remedy::Republish,
             Self::OwnAttributes => Remedy::ConfigureClient,
             Self::NotConfigured { instead: Some((_, why)) } => why.remedy(),
@@ -108,15 +111,15 @@ impl Unavailable {
             | Self::NotADirectory { .. }
             | Self::NoAnswer { .. }
             | Self::LeadsOut { .. }
-            | Self::Sick(_)
-            | Self::Stuck { .. }
+            | Self::KnownDown(_)
+            | Self::ThreadsExhausted { .. }
             | Self::NoThread
-            | Self::Unscannable(scan::Error::System(_))
+            | Self::ScanFailed(scan::Error::System(_))
             | Self::NotConfigured { instead: None } => Remedy::MakeAvailable,
         }
     }
 
-    /// That its server cannot be reached, if that is why.
+    /// The outage of the server, if that is the reason.
     pub fn server_outage(&self) -> Option<&Unreachable> {
         match self {
             Self::ServerUnreachable(unreachable) => Some(unreachable),
@@ -124,7 +127,7 @@ impl Unavailable {
         }
     }
 
-    /// It is not there, as opposed to: it cannot be had right now.
+    /// Whether it does not exist, rather than being unavailable for a time.
     pub fn is_gone(&self) -> bool {
         match self {
             Self::NotPublished => true,
@@ -134,16 +137,16 @@ impl Unavailable {
     }
 }
 
-/// What helps where something cannot be had.
+/// What an admin or a user can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remedy {
     Wait,
     MakeAvailable,
-    /// To hide the attributes that the client of CernVM-FS makes up.
+    /// Hide the attributes that the client of CernVM-FS makes up.
     ConfigureClient,
     /// The refusal is remembered, so a new pull downloads the layer.
     Download,
-    /// The files themselves are the reason.
+    /// The files themselves have to be changed by the publisher.
     Republish,
     Report,
 }
@@ -183,21 +186,22 @@ impl fmt::Display for Unavailable {
                 write!(f, "the repository did not answer within {} s (repository-timeout)", limit.as_secs())
             }
             Self::Slow { limit } => {
-                write!(f, "the repository answers slowly, and was not done after {} s", limit.as_secs())
+                write!(f, "the repository answers slowly: the call took longer than {} s", limit.as_secs())
             }
             Self::LeadsOut { path } => write!(f, "{} is a link, which is not followed", path.display()),
-            Self::Sick(outage) => outage.fmt(f),
-            Self::Stuck { threads } => write!(f, "{threads} threads wait for the repository in vain"),
+            Self::KnownDown(outage) => outage.fmt(f),
+            Self::ThreadsExhausted { threads } => write!(f, "{threads} threads are blocked in the repository"),
             Self::NoThread => f.write_str("no thread can be started to ask the repository (see the log)"),
+            Self::JobPanicked => f.write_str("a call to the repository hit a bug in the snapshotter (see the log)"),
             Self::BeingScanned { directories } => {
                 write!(f, "its scan is not finished ({directories} directories so far)")
             }
             Self::ScansTakeMemory { limit } => write!(
                 f,
-                "the scans of layers that are being attached take {} MiB of memory, that is the limit",
+                "the scans of layers that are being attached take {} MiB of memory, which is the limit",
                 limit >> 20
             ),
-            Self::Unscannable(cause) => cause.fmt(f),
+            Self::ScanFailed(cause) => cause.fmt(f),
             Self::NotConfigured { instead } => {
                 f.write_str("the configuration does not name the repository any more")?;
                 instead.iter().try_for_each(|(name, why)| write!(f, "; {name}: {why}"))
@@ -210,11 +214,11 @@ impl fmt::Display for Unavailable {
 mod tests {
     use super::*;
 
-    /// A layer that exceeds a bound was said to need a retry, a look at the repository and a new pull.
+    /// Users of a layer that exceeds a limit were told to retry.
     #[test]
-    fn remedy_of_what_a_retry_cannot_help_is_no_retry() {
+    fn remedy_for_a_permanent_failure_is_not_a_retry() {
         let unreadable = |errno| Unavailable::Unreadable(system::Error { call: "read", path: "/r".into(), errno });
-        let exceeds = Unavailable::Unscannable(scan::Error::Exceeds(scan::Limit::Marked));
+        let exceeds = Unavailable::ScanFailed(scan::Error::Exceeds(scan::Limit::Marked));
         let elsewhere = |why| Unavailable::NotConfigured { instead: Some(("r".to_owned(), Box::new(why))) };
         for (missing, remedy) in [
             (Unavailable::BeingScanned { directories: 1 }, Remedy::Wait),
@@ -228,7 +232,7 @@ mod tests {
             (elsewhere(exceeds), Remedy::Download),
             (elsewhere(Unavailable::NotPublished), Remedy::MakeAvailable),
             (Unavailable::NotConfigured { instead: None }, Remedy::MakeAvailable),
-            (Unavailable::Unscannable(scan::Error::Panicked), Remedy::Report),
+            (Unavailable::ScanFailed(scan::Error::Panicked), Remedy::Report),
         ] {
             assert_eq!(missing.remedy(), remedy, "{missing:?}");
         }

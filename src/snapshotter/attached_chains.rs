@@ -13,7 +13,7 @@ use super::layer_provider::Deadlines;
 use crate::attach::{Attacher, LayerPin};
 use crate::model::{Digest, SnapshotId};
 use crate::overlay::{LowerDirectories, SourceVariant};
-use crate::repository::{PendingCall, Repository, RepositoryState, Unavailable};
+use crate::repository::{JobHandle, MountGeneration, Repository, RepositoryState};
 
 /// Maximum number of snapshots in all cached chains together. Before it would be exceeded, all chains are dropped. A
 /// chain of 40 layers takes about 8 KiB.
@@ -50,28 +50,26 @@ pub struct AttachedLayer {
     pub inode: u64,
 }
 
-type PendingCheck = Result<PendingCall<Result<bool, Unavailable>>, Unavailable>;
-
 impl RepositoryInUse {
     /// Asks, on a thread of the repository, whether its state is still that before the layers were attached, and whether
     /// all layers are in place.
-    fn start_check(&self, attacher: &Arc<Attacher>, since: Instant) -> PendingCheck {
-        let (repository, attacher) = (Arc::clone(&self.repository), Arc::clone(attacher));
+    fn start_check(&self, attacher: &Arc<Attacher>, since: Instant) -> JobHandle<bool> {
+        let attacher = Arc::clone(attacher);
         let (old_state, layers) = (self.state.clone(), Arc::clone(&self.layers));
-        let job = move || {
-            let state = repository.state(since)?;
+        let job = move |generation: &Arc<MountGeneration>| {
+            let state = generation.state(since)?;
             if old_state.as_ref() != Some(&state) {
                 return Ok(false);
             }
             if state.tells_changes() {
                 // Nothing was published since. Opening one layer proves that layers can be read.
-                repository.inodes(&[layers[0].digest.clone()])?;
+                generation.inodes(&[layers[0].digest.clone()])?;
                 return Ok(layers
                     .iter()
                     .all(|layer| attacher.is_in_place(layer.id, layer.variant, state.device, None)));
             }
             let digests: Vec<Digest> = layers.iter().map(|layer| layer.digest.clone()).collect();
-            let inodes = repository.inodes(&digests)?;
+            let inodes = generation.inodes(&digests)?;
             // Only directories without a client are compared by their inodes: a client may give a directory a new one.
             let is_unchanged = layers.iter().zip(inodes).all(|(layer, inode)| layer.inode == inode);
             Ok(is_unchanged
@@ -79,7 +77,7 @@ impl RepositoryInUse {
                     .iter()
                     .all(|layer| attacher.is_in_place(layer.id, layer.variant, state.device, Some(layer.inode))))
         };
-        Repository::spawn(&self.repository, job, drop)
+        self.repository.spawn(job, drop)
     }
 }
 
@@ -104,12 +102,11 @@ impl AttachedChain {
     fn is_current(&self, attacher: &Arc<Attacher>, deadlines: Deadlines) -> bool {
         let since = Instant::now();
         // All repositories are asked before the first answer is awaited, so that several that hang take the time of one.
-        let pending: Vec<PendingCheck> =
+        let pending: Vec<JobHandle<bool>> =
             self.repositories.iter().map(|in_use| in_use.start_check(attacher, since)).collect();
         let mut is_current = true;
         for check in pending {
-            let answer = check.and_then(|check| check.wait(deadlines.total)).flatten();
-            is_current &= answer == Ok(true);
+            is_current &= check.wait(deadlines.total) == Ok(true);
         }
         is_current
     }

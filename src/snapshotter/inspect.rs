@@ -12,7 +12,7 @@ use super::{Error, RecoveryReport, Result, Snapshotter};
 use crate::attach::AttachMode;
 use crate::model::{Digest, Snapshot, SnapshotId};
 use crate::repository::scan::ScanKey;
-use crate::repository::{Remedy, Repository, RepositoryStatus, Unavailable};
+use crate::repository::{MountGeneration, Remedy, Repository, RepositoryStatus, Unavailable};
 
 /// Maximum number of scheduled ids that are read for one page of leftovers.
 const MAX_LEFTOVERS: usize = 1_000;
@@ -81,7 +81,7 @@ impl Snapshotter {
         let state_root = self.state_root_device();
         let mut statuses = Vec::new();
         for repository in &self.layer_provider.repositories {
-            let status = Repository::status(repository).map(|status| RepositoryStatus {
+            let status = repository.status().map(|status| RepositoryStatus {
                 cache: status.cache.filter(|cache| Some(cache.device) == state_root),
                 ..status
             });
@@ -93,9 +93,7 @@ impl Snapshotter {
     /// The name of each repository, and whether it is usable as far as that is known. Does not wait for repositories.
     pub fn health(&self) -> Vec<(String, bool)> {
         let repositories = self.layer_provider.repositories.iter();
-        repositories
-            .map(|repository| (repository.name().to_owned(), Repository::is_healthy_cached(repository)))
-            .collect()
+        repositories.map(|repository| (repository.name().to_owned(), repository.is_healthy_cached())).collect()
     }
 
     /// The number of snapshots, and the number of ids that are scheduled for cleanup.
@@ -189,28 +187,27 @@ impl Snapshotter {
 }
 
 /// Whether the repository has each of the layers. All are asked for by one job.
-fn query_layers(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::result::Result<(), Unavailable>> {
+fn query_layers(repository: &Repository, digests: Vec<Digest>) -> Vec<std::result::Result<(), Unavailable>> {
     let count = digests.len();
     if count == 0 {
         return Vec::new();
     }
-    let provider = Arc::clone(repository);
-    let job = move || {
+    let job = move |generation: &Arc<MountGeneration>| {
         let started = Instant::now();
         let mut unreachable: Option<Unavailable> = None;
         let mut answers = Vec::with_capacity(digests.len());
         for digest in &digests {
             let answer = match &unreachable {
                 // The client takes seconds for each layer that is not cached, and there may be hundreds.
-                Some(reason) if started.elapsed() > provider.timeout() => Err(reason.clone()),
-                _ => provider.layer(digest).map(drop),
+                Some(reason) if started.elapsed() > generation.timeout() => Err(reason.clone()),
+                _ => generation.layer(digest).map(drop),
             };
             if let Err(reason @ Unavailable::ServerUnreachable(_)) = &answer {
                 unreachable = Some(reason.clone());
             }
             answers.push(answer);
         }
-        answers
+        Ok(answers)
     };
-    Repository::call(repository, job).unwrap_or_else(|reason| vec![Err(reason); count])
+    repository.call(job).unwrap_or_else(|reason| vec![Err(reason); count])
 }

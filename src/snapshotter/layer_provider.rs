@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::Error;
 use super::attached_chains::AttachedChains;
 use super::cleanup::needs_directory;
-use super::scans::ScanScheduler;
+use super::scans::{ScanHandle, ScanScheduler};
 use crate::attach::{Attacher, ReleaseDecision, ReleaseOutcome};
 use crate::model::{Digest, SnapshotId};
 use crate::overlay::SnapshotPaths;
@@ -96,9 +96,9 @@ impl LayerProvider {
     /// Queues a scan of a layer that was just pulled, so that the first container need not wait for it. Does not wait.
     pub fn prefetch_scan(&self, scan_key: &ScanKey, repository: &Arc<Repository>) {
         let reason = match self.scans.start(scan_key, repository, Priority::Last) {
-            Ok(Ok(_)) => return,
-            Ok(Err(unavailable)) => unavailable.to_string(),
             Err(e) => e.to_string(),
+            Ok(ScanHandle::Finished(Err(unavailable))) => unavailable.to_string(),
+            Ok(_) => return,
         };
         log::debug!("cannot scan layer {} ahead, the first container waits for the scan: {reason}", scan_key.digest);
     }
@@ -133,7 +133,7 @@ impl LayerProvider {
 }
 
 /// Opens the layer once, on a thread of the repository, which proves that the repository can provide it.
-fn open_layer(repository: &Arc<Repository>, digest: &Digest) -> Result<(), Unavailable> {
-    let (provider, digest) = (Arc::clone(repository), digest.clone());
-    Repository::call(repository, move || provider.layer(&digest).map(drop)).flatten()
+fn open_layer(repository: &Repository, digest: &Digest) -> Result<(), Unavailable> {
+    let digest = digest.clone();
+    repository.call(move |generation| generation.layer(&digest).map(drop))
 }

@@ -7,16 +7,16 @@
 #![forbid(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::{Mutex, MutexGuard};
 use rusqlite::Connection;
 
 use super::file::{SCHEMA_VERSION, clear_wal};
 use super::{Error, ReadTxn, Result, Store, WriteTxn};
 use crate::metrics::METRICS;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Mutex, MutexGuard, OnceLock};
 
 pub(super) struct Writer {
     waiting: AtomicUsize,
@@ -210,5 +210,7 @@ impl Store {
     }
 }
 
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 #[cfg(test)]
 mod tests;

@@ -14,18 +14,18 @@ fn to_bytes(names: &[OsString]) -> Vec<Vec<u8>> {
     names.iter().map(|n| n.as_bytes().to_vec()).collect()
 }
 
-/// None: one of them is no name of an entry.
+/// None: one of them is not the name of an entry.
 fn to_names(names: Vec<Vec<u8>>) -> Option<Vec<OsString>> {
     names.into_iter().map(to_name).collect()
 }
 
-/// None: it is no name of an entry, and may lead out of the directory that it is to be in.
+/// None: it is not the name of an entry, and may lead out of the directory.
 fn to_name(bytes: Vec<u8>) -> Option<OsString> {
     let is_name = !matches!(bytes.as_slice(), b"" | b"." | b"..") && !bytes.iter().any(|b| matches!(b, b'/' | 0));
     is_name.then(|| OsString::from_vec(bytes))
 }
 
-/// What is stored of a layer: what its scan found, or the bound that it exceeds.
+/// The stored result of a scan: the markers, or the limit that the layer exceeds.
 pub type StoredScan = Result<Scan, Limit>;
 
 const REFUSALS: [(Limit, Refusal); 5] = [
@@ -41,17 +41,18 @@ pub fn encode(scan: Result<&Scan, Limit>) -> Vec<u8> {
     match scan {
         Ok(scan) => record.directories = scan.directories.iter().map(encode_directory).collect(),
         Err(limit) => {
-            let refusal = REFUSALS.iter().find(|(one, _)| *one == limit).map_or(Refusal::NONE, |(_, refusal)| *refusal);
+            let refusal =
+                REFUSALS.iter().find(|(stored, _)| *stored == limit).map_or(Refusal::NONE, |(_, refusal)| *refusal);
             record.refusal = EnumOrUnknown::new(refusal);
         }
     }
-    // Into memory, and no field of ours is required.
+    // Writing into memory does not fail, because no field of the message is required.
     record.write_to_bytes().unwrap_or_default()
 }
 
 fn encode_directory(d: &Directory) -> ScannedDirectory {
     ScannedDirectory {
-        // A scan has fewer directories.
+        // A scan has fewer directories than that.
         parent: u32::try_from(d.parent).unwrap_or(0),
         name: d.name.as_bytes().to_vec(),
         deleted: to_bytes(&d.deleted),
@@ -62,11 +63,11 @@ fn encode_directory(d: &Directory) -> ScannedDirectory {
     }
 }
 
-/// No such record.
+/// The bytes are not a record of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadRecord;
 
-/// None: made by other rules than today's.
+/// None: the record was made by another version of the rules.
 pub fn decode(bytes: &[u8]) -> Result<Option<StoredScan>, BadRecord> {
     let record = LayerScan::parse_from_bytes(bytes).map_err(|_| BadRecord)?;
     if record.version != SCAN_FORMAT_VERSION {
@@ -74,20 +75,21 @@ pub fn decode(bytes: &[u8]) -> Result<Option<StoredScan>, BadRecord> {
     }
     match record.refusal.enum_value() {
         Ok(Refusal::NONE) => {}
-        Ok(refusal) => return Ok(REFUSALS.iter().find(|(_, one)| *one == refusal).map(|(limit, _)| Err(*limit))),
+        Ok(refusal) => return Ok(REFUSALS.iter().find(|(_, stored)| *stored == refusal).map(|(limit, _)| Err(*limit))),
         Err(_) => return Err(BadRecord),
     }
-    let directories = record.directories.into_iter().enumerate().map(|(place, d)| decode_directory(place, d));
-    let directories = directories.collect::<Option<Vec<_>>>().filter(|all| !all.is_empty()).ok_or(BadRecord)?;
+    let directories = record.directories.into_iter().enumerate().map(|(index, d)| decode_directory(index, d));
+    let directories =
+        directories.collect::<Option<Vec<_>>>().filter(|directories| !directories.is_empty()).ok_or(BadRecord)?;
     Ok(Some(Ok(Scan { directories })))
 }
 
-/// None: it is not what a scan finds. Whiteouts are made under these names.
-fn decode_directory(place: usize, d: ScannedDirectory) -> Option<Directory> {
+/// None: no scan has such a result, and whiteouts would be made under its names.
+fn decode_directory(index: usize, d: ScannedDirectory) -> Option<Directory> {
     let parent = usize::try_from(d.parent).ok()?;
-    let name = if place == 0 { d.name.is_empty().then(OsString::new)? } else { to_name(d.name)? };
-    let is_below = if place == 0 { parent == 0 } else { parent < place };
-    is_below.then_some(Directory {
+    let name = if index == 0 { d.name.is_empty().then(OsString::new)? } else { to_name(d.name)? };
+    let follows_parent = if index == 0 { parent == 0 } else { parent < index };
+    follows_parent.then_some(Directory {
         parent,
         name,
         deleted: to_names(d.deleted)?,

@@ -17,7 +17,7 @@ use crate::model::{Digest, Layer, Snapshot, SnapshotId};
 use crate::overlay::{ChainEntry, LayerUse, LowerDirectories, SkeletonNeeds, SourceVariant, layer_uses};
 use crate::repository::executor::Priority;
 use crate::repository::scan::{Scan, ScanKey};
-use crate::repository::{PendingCall, Repository, RepositoryState, Unavailable};
+use crate::repository::{JobHandle, MountGeneration, Repository, RepositoryState, Unavailable};
 use crate::snapshotter::Error;
 use crate::snapshotter::attached_chains::{AttachedChain, AttachedLayer, RepositoryInUse};
 
@@ -107,7 +107,7 @@ type SurveyResult = Result<LayerSurvey, LayerError>;
 /// A repository of a chain that was asked for its state.
 struct StateQuery {
     repository: Arc<Repository>,
-    pending: Result<PendingCall<Result<RepositoryState, Unavailable>>, Unavailable>,
+    pending: JobHandle<RepositoryState>,
 }
 
 /// A repository of a chain, with its state before any of the layers was surveyed.
@@ -127,7 +127,7 @@ struct PinnedTarget {
 /// Layers of one repository that are surveyed by one job.
 struct SurveyBatch {
     targets: Vec<PinnedTarget>,
-    pending: Result<PendingCall<Vec<SurveyResult>>, Unavailable>,
+    pending: JobHandle<Vec<SurveyResult>>,
 }
 
 /// Layers whose survey is over.
@@ -187,8 +187,7 @@ impl LayerProvider {
         for layer in layers {
             handles.push(self.scans.start(&layer.scan_key(), &layer.repository, Priority::Next)?);
         }
-        let scans: Vec<ScanResult> =
-            handles.into_iter().map(|handle| handle.and_then(|handle| handle.wait(deadlines.scan))).collect();
+        let scans: Vec<ScanResult> = handles.into_iter().map(|handle| handle.wait(deadlines.scan)).collect();
         for (layer, scan) in layers.iter().zip(&scans) {
             // No other repository would help, and the scans that this call holds keep other calls waiting.
             if let Err(why @ Unavailable::ScansTakeMemory { .. }) = scan {
@@ -298,8 +297,7 @@ impl LayerProvider {
         }
         let mut surveyed = Vec::with_capacity(batches.len());
         for SurveyBatch { targets, pending } in batches {
-            let surveys = pending.and_then(|pending| pending.wait(deadlines.total));
-            surveyed.push(SurveyedBatch { targets, surveys });
+            surveyed.push(SurveyedBatch { targets, surveys: pending.wait(deadlines.total) });
         }
         surveyed
     }
@@ -313,7 +311,7 @@ impl LayerProvider {
         let repository = Arc::clone(&targets[0].repository);
         let job = {
             let provider = Arc::clone(self);
-            move || provider.survey_all(&targets, since)
+            move |generation: &Arc<MountGeneration>| Ok(provider.survey_all(generation, &targets, since))
         };
         let on_abandoned = {
             let provider = Arc::clone(self);
@@ -326,17 +324,22 @@ impl LayerProvider {
                 provider.detach_unused(&ids);
             }
         };
-        SurveyBatch { targets: pinned, pending: Repository::spawn(&repository, job, on_abandoned) }
+        SurveyBatch { targets: pinned, pending: repository.spawn(job, on_abandoned) }
     }
 
     /// Runs on a thread of the repository. Once its server was unreachable, no more layers are asked for: the client
     /// takes seconds to fail for each.
-    fn survey_all(&self, targets: &[Arc<AttachTarget>], since: Instant) -> Vec<SurveyResult> {
+    fn survey_all(
+        &self,
+        generation: &Arc<MountGeneration>,
+        targets: &[Arc<AttachTarget>],
+        since: Instant,
+    ) -> Vec<SurveyResult> {
         let mut surveys: Vec<SurveyResult> = Vec::with_capacity(targets.len());
         for target in targets {
             let survey = match surveys.last() {
                 Some(Err(LayerError::Unavailable(why @ Unavailable::ServerUnreachable(_)))) => Err(why.clone().into()),
-                _ => self.survey(target, since),
+                _ => self.survey(generation, target, since),
             };
             surveys.push(survey);
         }
@@ -344,20 +347,20 @@ impl LayerProvider {
     }
 
     /// Runs on a thread of the repository.
-    fn survey(&self, target: &AttachTarget, since: Instant) -> SurveyResult {
-        let AttachTarget { request, digest, repository } = target;
-        let layer = repository.layer_since(digest, since)?;
-        let ignored = repository.client_attributes()?;
+    fn survey(&self, generation: &Arc<MountGeneration>, target: &AttachTarget, since: Instant) -> SurveyResult {
+        let AttachTarget { request, digest, .. } = target;
+        let layer = generation.layer_since(digest, since)?;
+        let ignored = generation.client_attributes()?;
         let survey = self.attacher.survey(request, &layer, &ignored).map_err(|e| {
             METRICS.record_attach("failed");
             if self.attacher.is_local(&e) {
                 LayerError::Local(Error::System(e))
             } else {
-                LayerError::Unavailable(repository.unreadable(e))
+                LayerError::Unavailable(generation.unreadable(e))
             }
         })?;
         if request.is_lowest && !survey.variant_exists {
-            Repository::sample_layers(repository);
+            generation.sample_layers();
         }
         Ok(survey)
     }
@@ -424,7 +427,7 @@ impl LayerProvider {
     fn attach_layer(self: &Arc<Self>, layer: &ChainLayer<'_>, deadlines: Deadlines) -> AttachResult {
         let handle =
             self.scans.start(&layer.scan_key(), &layer.repository, Priority::Next).map_err(LayerError::Local)?;
-        let scan = handle?.wait(deadlines.scan)?;
+        let scan = handle.wait(deadlines.scan)?;
         self.attach_one(layer.target(scan, true), deadlines)
     }
 
@@ -439,8 +442,7 @@ fn query_states(layers: &[ChainLayer<'_>]) -> Vec<StateQuery> {
     let mut queries: Vec<StateQuery> = Vec::new();
     for ChainLayer { repository, .. } in layers {
         if !queries.iter().any(|query| Arc::ptr_eq(&query.repository, repository)) {
-            let provider = Arc::clone(repository);
-            let pending = Repository::spawn(repository, move || provider.state(since), drop);
+            let pending = repository.spawn(move |generation| generation.state(since), drop);
             queries.push(StateQuery { repository: Arc::clone(repository), pending });
         }
     }
@@ -450,8 +452,7 @@ fn query_states(layers: &[ChainLayer<'_>]) -> Vec<StateQuery> {
 fn wait_for_states(queries: Vec<StateQuery>, deadlines: Deadlines) -> Vec<KnownState> {
     let mut states = Vec::with_capacity(queries.len());
     for StateQuery { repository, pending } in queries {
-        let state = pending.and_then(|pending| pending.wait(deadlines.total)).flatten().ok();
-        states.push(KnownState { repository, state });
+        states.push(KnownState { repository, state: pending.wait(deadlines.total).ok() });
     }
     states
 }

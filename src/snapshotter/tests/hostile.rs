@@ -21,6 +21,7 @@ use crate::attach::AttachMode;
 use crate::model::{
     Key, LABEL_IMAGE_REF, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, Labels, MountKind, SnapshotId,
 };
+use crate::repository::executor::ThreadBudget;
 use crate::repository::manifest::ImageRef;
 use crate::repository::scan::{self, Progress};
 use crate::repository::{Repository, Unavailable};
@@ -467,7 +468,7 @@ fn root_file_that_is_no_manifest_is_ignored() {
     let repository = Repository::new("r".into(), fixture.repository(), Duration::from_secs(10), Arc::new(Host));
     for (case, set_up) in cases {
         set_up(&fixture.manifest());
-        let manifest = repository.manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
+        let manifest = repository.generation().manifest(&ImageRef::parse(IMAGE).unwrap()).unwrap();
         assert_eq!(manifest, None, "{case}");
         let path = fixture.manifest();
         if path.is_dir() && !path.is_symlink() { fs::remove_dir(path).unwrap() } else { fs::remove_file(path).unwrap() }
@@ -491,7 +492,8 @@ fn scan_reads_a_million_entries_and_refuses_a_million_markers() {
         let sys = RecordingSys::default();
         let entries = (0..entries.count).map(|n| ((entries.name)(n).into(), entries.file_type)).collect();
         sys.entries.lock().insert(dir.path().to_owned(), entries);
-        let result = scan::scan(&sys, &Host.open_dir(dir.path()).unwrap(), &Progress::default());
+        let result =
+            scan::scan(&sys, &Host.open_dir(dir.path()).unwrap(), &Progress::default(), &ThreadBudget::new(3, 0));
         match expected {
             Some(markers) => assert_eq!(result.unwrap().directories[0].hidden.len(), markers),
             None => assert_eq!(result, Err(scan::Error::Exceeds(scan::Limit::Memory))),
@@ -511,7 +513,7 @@ fn scan_refuses_a_tree_that_is_deeper_than_paths_are_long() {
         directory =
             nix::fcntl::openat(&directory, name.as_c_str(), nix::fcntl::OFlag::O_DIRECTORY, FileMode::empty()).unwrap();
     }
-    let result = scan::scan(&Host, &Host.open_dir(dir.path()).unwrap(), &Progress::default());
+    let result = scan::scan(&Host, &Host.open_dir(dir.path()).unwrap(), &Progress::default(), &ThreadBudget::new(3, 0));
     assert_eq!(result, Err(scan::Error::Exceeds(scan::Limit::Path)));
     drop(directory);
     Host.remove_tree(&dir.path().join(name.to_str().unwrap()), &|| false).unwrap();
@@ -554,7 +556,7 @@ fn root_layer_that_exceeds_a_limit_is_refused_once_and_then_downloaded() {
         let Err(Error::LayerUnavailable { why, .. }) = s.prepare(request(name, &chain, &[])) else {
             panic!("a container stands on it")
         };
-        assert_eq!(why, Unavailable::Unscannable(scan::Error::Exceeds(scan::Limit::Path)));
+        assert_eq!(why, Unavailable::ScanFailed(scan::Error::Exceeds(scan::Limit::Path)));
         let is_scanned = fixture.sys.read.lock().iter().any(|(call, _)| *call == "for_each_entry_below");
         assert!(name == "first" || !is_scanned, "the refusal is remembered");
     }

@@ -20,7 +20,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 fn scan_layer(s: &Snapshotter, n: u8) -> Result<usize, Unavailable> {
     let repository = &s.layer_provider.repositories[0];
     let scan_key = ScanKey { digest: digest(n), repository: repository.name().to_owned() };
-    let handle = s.layer_provider.scans.start(&scan_key, repository, Priority::Next).unwrap().unwrap();
+    let handle = s.layer_provider.scans.start(&scan_key, repository, Priority::Next).unwrap();
     handle.wait(Instant::now() + TIMEOUT).map(|scan| scan.directories.len())
 }
 
@@ -55,7 +55,7 @@ fn root_panicking_scan_fails_once_and_the_next_scan_works() {
     });
     let s = fixture.open(Arc::new(sys));
     let started = Instant::now();
-    assert_eq!(scan_layer(&s, 2), Err(Unavailable::Unscannable(scan::Error::Panicked)));
+    assert_eq!(scan_layer(&s, 2), Err(Unavailable::ScanFailed(scan::Error::Panicked)));
     assert_eq!(scan_layer(&s, 2), Ok(2));
     assert!(started.elapsed() < TIMEOUT, "it was awaited until the repository was declared dead");
     assert_eq!(s.health(), [("r".to_owned(), true)]);

@@ -293,10 +293,10 @@ fn root_what_a_scan_cannot_read_is_no_layer_without_deletions() {
     let c = snapshotter.client();
     // The start reads a sample of the layers.
     let is_sampled =
-        |log: String| log.rsplit("is there, at").next().is_some_and(|rest| rest.contains("owners are kept"));
+        |log: String| log.rsplit("repository_available").next().is_some_and(|rest| rest.contains("owners are kept"));
     eventually("it is looked at", || {
         let log = snapshotter.log();
-        log.matches("is there, at").count() == 2 && is_sampled(log)
+        log.matches("repository_available").count() == 2 && is_sampled(log)
     });
     let reads = || {
         let counted = repository.command("requests");
@@ -404,8 +404,8 @@ fn root_a_scan_that_takes_long_is_waited_for_with_a_limit_and_goes_on() {
     // The first layer that is missing is named, whose scan has not begun perhaps.
     unavailable(c.prepare("container", &chain, &[]));
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
-    eventually("the log says who is to blame", || snapshotter.log().contains("does not answer"));
-    assert_eq!(snapshotter.log().matches("does not answer").count(), 1, "only once it hung it was to blame");
+    eventually("the log says who is to blame", || snapshotter.log().contains("repository_down"));
+    assert_eq!(snapshotter.log().matches("repository_down").count(), 1, "only once it hung it was to blame");
     repository.command("normal");
     eventually("it goes on and is done", || c.prepare("container", &chain, &[]).is_ok());
 }

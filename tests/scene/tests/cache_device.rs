@@ -20,11 +20,9 @@ fn cache(stage: &Stage) -> PathBuf {
 
 /// The line of the log about the cache, once the start has looked at the repository.
 fn logged(stage: &Stage) -> Option<String> {
-    eventually("the start has looked at the repository", || {
-        stage.snapshotter.log().contains("scene.test is there, at")
-    });
+    eventually("the start has looked at the repository", || stage.snapshotter.log().contains("repository_available"));
     let log = stage.snapshotter.log();
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains("on the file system of the state root")).collect();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("client_cache_on_state_root")).collect();
     assert!(lines.len() < 2, "it is said once for each start: {lines:?}");
     lines.first().map(|&line| line.to_owned())
 }

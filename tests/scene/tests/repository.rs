@@ -142,7 +142,7 @@ fn root_a_repository_that_hangs_delays_only_what_needs_it() {
         assert_eq!(names(&mounted.path().join("dir")), ["file-1", "file-2", "file-3"]);
         drop(mounted);
         let log = d.snapshotter.log();
-        for (line, times) in [("does not answer: ", 1), ("answers again", 1)] {
+        for (line, times) in [("repository_down", 1), ("repository_up", 1)] {
             assert_eq!(log.matches(line).count(), times, "{line}");
         }
         // Threads that hung have come back and left nothing behind.
@@ -217,7 +217,7 @@ fn root_a_mount_that_hangs_is_nothing_to_the_one_that_takes_its_place() {
             n += 1;
             c.prepare(&format!("last-{n}"), &new, &[]).is_ok()
         });
-        assert!(d.snapshotter.log().contains("was mounted anew"));
+        assert!(d.snapshotter.log().contains("repository_remounted"));
         for info in c.list(&["kind==active"]).expect("a good filter") {
             c.remove(&info.name).expect("it is there");
         }
@@ -266,7 +266,7 @@ fn root_a_new_mount_is_noticed_from_a_directory_below_it_and_through_a_link() {
             let mounted = Mounted::new(&answer, &sandbox.path("mnt")).expect("an overlay");
             assert_eq!(names(mounted.path()), ["dir"], "{attach}, {place}");
             drop(mounted);
-            assert!(snapshotter.log().contains("was mounted anew"), "{attach}, {place}");
+            assert!(snapshotter.log().contains("repository_remounted"), "{attach}, {place}");
         }
     }
 }
@@ -301,7 +301,7 @@ fn root_a_slow_repository_is_waited_for() {
         d.repository.command("slow 100");
         d.client.prepare("container", &chain, &[]).expect("slow is not dead");
         d.repository.command("normal");
-        assert!(!d.snapshotter.log().contains("does not answer"));
+        assert!(!d.snapshotter.log().contains("repository_down"));
     }
 }
 
@@ -383,13 +383,16 @@ fn root_a_repository_that_is_late_is_said_once_and_works_when_it_appears() {
         repository.unmount();
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         let c = snapshotter.client();
-        eventually("it is said", || snapshotter.log().contains("is not there yet: no repository is mounted"));
+        eventually("it is logged", || {
+            let log = snapshotter.log();
+            log.contains("repository_unavailable") && log.contains("no repository is mounted")
+        });
         for n in 0..3 {
             let answer =
                 c.prepare(&format!("extract-{n} sha256:c"), "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
             assert_eq!(answer.expect("it is downloaded").len(), 1);
         }
-        assert_eq!(snapshotter.log().matches("is not there yet").count(), 1);
+        assert_eq!(snapshotter.log().matches("repository_unavailable").count(), 1);
         repository.mount();
         let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
         c.prepare("container", &name, &[]).expect("it has appeared");
@@ -412,7 +415,7 @@ fn root_a_repository_that_autofs_mounts_is_there_when_it_is_asked_for() {
         let path = automounter.dir.join("scene.test");
         let snapshotter = Snapshotter::start(&sandbox.path("s"), &path, config);
         let c = snapshotter.client();
-        eventually("it is said", || snapshotter.log().contains("is not there yet"));
+        eventually("it is logged", || snapshotter.log().contains("repository_unavailable"));
         let answer = c.prepare("extract-1 sha256:c", "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]);
         assert_eq!(answer.expect("it is downloaded").len(), 1);
         assert!(!mounts_below(&automounter.dir).contains(&path));

@@ -115,7 +115,7 @@ fn root_a_server_that_cannot_be_reached_is_told_everywhere_and_a_pull_waits_for_
     assert_eq!(diagnosis(&stage.snapshotter), None);
     assert_eq!(sample(&scrape(&socket), UP), 1);
     let log = stage.snapshotter.log();
-    for (line, times) in [("pulls download layers, and ask again", 1), ("its server can be reached again", 1)] {
+    for (line, times) in [("repository_server_unreachable", 1), ("repository_server_reachable", 1)] {
         assert_eq!(log.matches(line).count(), times, "{line}");
     }
 }
