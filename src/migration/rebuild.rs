@@ -119,7 +119,7 @@ fn scan_state_root(paths: &SnapshotPaths, sys: &dyn Sys) -> Result<StateRootScan
             continue;
         }
         let directory = || paths.snapshot_dir(id).display().to_string();
-        let (name, reason) = match read_sidecar(&paths.record(id), sys)? {
+        let (name, reason) = match read_sidecar(&paths.sidecar(id), sys)? {
             None => (directory(), RejectReason::NoSidecar),
             Some(sidecar) if sidecar.prepared.id != id => (directory(), RejectReason::OtherId(sidecar.prepared.id)),
             Some(sidecar) if has_directory(&paths.fs(id), sys) => {

@@ -88,7 +88,7 @@ pub fn take_over(
     for local in records.snapshots.iter().filter(|snapshot| snapshot.layer.is_none()) {
         if has_files(local.id).is_ok_and(|has_files| has_files) {
             let sidecar = Sidecar { prepared: local.clone(), committed: None };
-            sys.write_file(&paths.record(local.id), &sidecar.encode()).map_err(Error::System)?;
+            sys.write_file(&paths.sidecar(local.id), &sidecar.encode()).map_err(Error::System)?;
         }
     }
     Store::create(metadata, occupied.max(Some(last_id)), &records.snapshots, &[]).map_err(Error::Store)?;

@@ -29,18 +29,17 @@ impl Handlers {
         service = self.unary(
             service,
             &service::DESCRIBE,
-            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
             move |s, _, _| Ok(describe(s, started)),
         );
         service = self.unary(
             service,
             &service::SNAPSHOTS,
-            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
             |s, request, _| {
                 let rest = (request.next > 0)
                     .then_some(Cursor { next: SnapshotId(request.next), last: SnapshotId(request.last) });
-                let ask =
-                    if request.ask_repositories { ProbeRepositories::Repositories } else { ProbeRepositories::Nobody };
+                let ask = if request.ask_repositories { ProbeRepositories::Yes } else { ProbeRepositories::No };
                 let (inspected, rest) = s.inspect(rest, ask)?;
                 Ok(SnapshotsResponse {
                     snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
@@ -53,12 +52,12 @@ impl Handlers {
         service = self.unary(
             service,
             &service::LEFTOVERS,
-            Some(|_, _| Ok(Some(RepositoryDependency::All))),
+            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
             |s, request, _| {
                 let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
                 let leftovers = leftovers.into_iter().map(|one| Leftover {
                     path: one.path.display().to_string(),
-                    what: EnumOrUnknown::new(match one.of {
+                    what: EnumOrUnknown::new(match one.kind {
                         LeftoverKind::Removed => leftover::What::REMOVED,
                         LeftoverKind::Detached => leftover::What::DETACHED,
                     }),
@@ -95,7 +94,7 @@ fn is_well(snapshotter: &Snapshotter, service: &str) -> Option<bool> {
 
 fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
     let setup = snapshotter.daemon_info();
-    let conditions = snapshotter.conditions();
+    let conditions = snapshotter.repository_statuses();
     let repositories = conditions.iter().map(|(repository, condition)| {
         let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
         let errors = condition.as_ref().ok().and_then(|condition| condition.io_errors.clone());
@@ -118,8 +117,8 @@ fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
         attach: convert::attach(setup.attach).to_owned(),
         repositories: repositories.collect(),
         found: MessageField::some(Found {
-            unknown: setup.found.unknown.len() as u64,
-            foreign: setup.found.foreign as u64,
+            unknown: setup.recovery.unknown.len() as u64,
+            foreign: setup.recovery.foreign as u64,
             ..Found::default()
         }),
         pulls: MessageField::some(pulls(conditions.iter().map(|(repository, _)| repository.name()))),
@@ -149,7 +148,7 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
 }
 
 fn inspected_snapshot(one: SnapshotStatus) -> Snapshot {
-    let SnapshotStatus { snapshot, trouble, refused } = one;
+    let SnapshotStatus { snapshot, problem, repull_downloads } = one;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {
@@ -165,8 +164,8 @@ fn inspected_snapshot(one: SnapshotStatus) -> Snapshot {
         image: snapshot.labels.get(LABEL_IMAGE_REF).cloned().unwrap_or_default(),
         digest,
         repository,
-        trouble: trouble.unwrap_or_default(),
-        refused,
+        trouble: problem.unwrap_or_default(),
+        refused: repull_downloads,
         ..Snapshot::default()
     }
 }

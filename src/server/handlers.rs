@@ -42,8 +42,8 @@ pub struct BlockingPools {
 impl BlockingPools {
     fn of(&self, asks: RepositoryDependency) -> &PoolHandle {
         match asks {
-            RepositoryDependency::All => &self.pulls,
-            RepositoryDependency::One(n) => self.repositories.get(n).unwrap_or(&self.pulls),
+            RepositoryDependency::Any => &self.pulls,
+            RepositoryDependency::Index(n) => self.repositories.get(n).unwrap_or(&self.pulls),
         }
     }
 }
@@ -109,7 +109,7 @@ impl Handlers {
         });
         service = self.unary(service, &service::CLEANUP, None, |s, _, cancelled| {
             let cleaned = s.cleanup(cancelled)?;
-            log::debug!("cleanup: {} done, {} left for later", cleaned.done, cleaned.left);
+            log::debug!("cleanup: {} done, {} left for later", cleaned.done, cleaned.remaining);
             Ok(Empty::new())
         });
         let handlers = self.clone();

@@ -144,13 +144,13 @@ impl ListState {
         };
         // What further pages take is counted now, while it can be refused: later only a snapshot
         // that is more than a page can be too much.
-        let weight = match page.rest {
+        let weight = match page.cursor {
             None => page.bytes,
             Some(_) => page.bytes.max(MAX_PAGE_BYTES),
         };
         self.reservation.resize_answer(weight + self.memory)?;
         let sending = self.reservation.begin_send();
-        Ok(ListPage { found: page.found, sending, listing: self, rest: page.rest })
+        Ok(ListPage { found: page.snapshots, sending, listing: self, rest: page.cursor })
     }
 }
 

@@ -143,10 +143,10 @@ fn of_error(error: &Error) -> (Code, Level) {
         }
         Error::ChainTooLong { .. } | Error::AttributesRefused { .. } => (Code::FailedPrecondition, Level::Warn),
         Error::LayerUnavailable { .. } | Error::LayerBusy { .. } => (Code::Unavailable, Level::Warn),
-        Error::Broken { .. } => (Code::Unavailable, Level::Error),
-        Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
+        Error::FilesMissing { .. } => (Code::Unavailable, Level::Error),
+        Error::DeadlineExceeded => (Code::DeadlineExceeded, Level::Debug),
         Error::System(_) | Error::Store(_) => (Code::Internal, Level::Error),
-        Error::Undo { failed, .. } => (of_error(failed).0, Level::Error),
+        Error::RollbackFailed { failed, .. } => (of_error(failed).0, Level::Error),
     }
 }
 
@@ -202,10 +202,14 @@ mod tests {
             (Error::InvalidMapping { label: "l", value: "v".into() }, Code::InvalidArgument, DEBUG),
             (unavailable, Code::Unavailable, Level::Warn),
             (refused, Code::FailedPrecondition, Level::Warn),
-            (Error::Broken { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
-            (Error::Cancelled, Code::DeadlineExceeded, DEBUG),
+            (Error::FilesMissing { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
+            (Error::DeadlineExceeded, Code::DeadlineExceeded, DEBUG),
             (Error::System(system()), Code::Internal, Level::Error),
-            (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, Code::NotFound, Level::Error),
+            (
+                Error::RollbackFailed { failed: Box::new(Error::NotFound(key())), rollback: system() },
+                Code::NotFound,
+                Level::Error,
+            ),
             (Error::Store(store::Error::Closed), Code::Internal, Level::Error),
         ] {
             let failure = CallError::Call(error);

@@ -74,7 +74,7 @@ fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
     let changed = ["/bin/sh", "-c", "echo y >> /data/text && cat /data/text"];
     assert_eq!(stage.ours.run(&reference, "first", &changed).ok(), "xy\n");
     let log = stage.snapshotter.log();
-    assert!(log.contains("will be downloaded") && log.contains("lists attributes of its own"), "{log}");
+    assert!(log.contains("layer_download") && log.contains("lists attributes of its own"), "{log}");
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn root_missing_repository_affects_only_containers_that_need_it() {
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
     // Something may have been asked of it in the moment in which it went.
     let log = stage.snapshotter.log();
-    let downloaded = log.lines().filter(|line| line.contains("will be downloaded: scene.test: "));
+    let downloaded = log.lines().filter(|line| line.contains("layer_download"));
     assert_eq!(downloaded.filter(|line| line.contains("no repository is mounted")).count(), 3, "{log}");
     stage.repository.mount();
     assert_eq!(stage.ours.run(&reference, "e", &["/bin/cat", "/data/text"]).ok(), "x");
