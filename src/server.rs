@@ -15,10 +15,10 @@ mod listener;
 mod memory_budget;
 mod request;
 pub mod service;
-mod socket;
 mod status;
 
-use std::os::unix::net::UnixListener;
+use std::fmt;
+use std::io;
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
@@ -34,11 +34,10 @@ use self::handlers::Handlers;
 pub use self::listener::MAX_CONNECTIONS;
 use self::listener::{AllowedUids, ConnectionListener};
 use self::memory_budget::MemoryBudget;
-pub use self::socket::{Error, ListeningSocket, Result, check_path as check_address, connect};
-use self::socket::{SocketAccess, SocketFile};
 use crate::model::Timestamp;
 use crate::snapshotter::Snapshotter;
 use crate::system;
+use crate::unix_socket::{self, ListeningSocket, SocketAccess, SocketFile};
 use crate::worker_pool::PoolHandle;
 
 /// What containerd itself allows a message to be, both ways.
@@ -71,10 +70,28 @@ pub struct Server {
 /// What the calls are about. Those that come before it is there wait in the queue of `pool`, which is started then.
 pub type SnapshotterCell = Arc<OnceLock<Arc<Snapshotter>>>;
 
+/// Why the server does not start.
+#[derive(Debug)]
+pub enum Error {
+    Transport(grpcio::Error),
+    Threads(io::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Transport(cause) => write!(f, "cannot start the gRPC server: {cause}"),
+            Self::Threads(cause) => write!(f, "cannot accept connections: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
 /// The socket that this process was started with, if there is one.
-pub fn inherited() -> Result<Option<ListeningSocket>> {
+pub fn inherited() -> unix_socket::Result<Option<ListeningSocket>> {
     let Some((socket, count)) = system::inherited_sockets() else { return Ok(None) };
-    let bound = socket::adopt(socket)?;
+    let bound = unix_socket::adopt(socket)?;
     if count > 1 {
         // Who calls at another one waits in vain; whoever calls here need not.
         let address = bound.file.address().display();
@@ -86,13 +103,8 @@ pub fn inherited() -> Result<Option<ListeningSocket>> {
 }
 
 /// Listens on `address`, for root and `allowed_uids`.
-pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<ListeningSocket> {
-    socket::bind(address, if allowed_uids.is_empty() { SocketAccess::Root } else { SocketAccess::Everybody })
-}
-
-/// A socket on `path` that everybody may connect to.
-pub fn bind_for_all(path: &Path) -> Result<UnixListener> {
-    socket::bind(path, SocketAccess::Everybody).map(|bound| bound.listener)
+pub fn bind(address: &Path, allowed_uids: &[u32]) -> unix_socket::Result<ListeningSocket> {
+    unix_socket::bind(address, if allowed_uids.is_empty() { SocketAccess::Root } else { SocketAccess::Everybody })
 }
 
 impl Server {
@@ -104,7 +116,7 @@ impl Server {
         snapshotter: SnapshotterCell,
         pool: PoolHandle,
         blocking_pools: BlockingPools,
-    ) -> Result<Self> {
+    ) -> Result<Self, Error> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let args = ChannelBuilder::new(Arc::clone(&environment))
