@@ -123,7 +123,9 @@ fn options() -> [Arg; 4] {
         Arg::new("log-level")
             .long("log-level")
             .value_name("LEVEL")
-            .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
+            .value_parser(|name: &str| {
+                logging::parse_level(name).ok_or_else(|| format!("expected {}", logging::LEVELS))
+            })
             .help("trace, debug, info, warn, error, fatal or panic [default: info]")
             .long_help(
                 "trace, debug, info, warn, error, fatal or panic; the last two mean error. [default: \

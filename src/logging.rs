@@ -27,7 +27,8 @@ pub enum Format {
     Text,
 }
 
-pub const LEVELS: &str = "it is one of trace, debug, info, warn, error, fatal and panic";
+/// The names that `parse_level` knows, for messages.
+pub const LEVELS: &str = "trace, debug, info, warn, error, fatal or panic";
 
 /// The Go snapshotter's levels; the two above error are never logged at by a program that
 /// does not die of what it logs, so they mean error.

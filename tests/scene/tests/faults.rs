@@ -133,7 +133,7 @@ fn root_configuration_is_checked_and_the_log_level_can_change() {
     };
     assert!(check("repository = \"a.b\"").status.success());
     for (text, message) in [
-        ("\nattach = \"copy\"", "line 2: attach = \"copy\" is not possible: it is \"bind\" or \"symlink\""),
+        ("\nattach = \"copy\"", "line 2: invalid value \"copy\" for attach: expected \"bind\" or \"symlink\""),
         ("repositry = \"a\"", "\"repositry\" (line 1)"),
         ("repository", "not TOML"),
     ] {
