@@ -120,7 +120,9 @@ fn check_what_it_runs_with(machine: &Machine) {
     let unknown: Vec<&str> = complaints.filter(|line| !others.iter().any(|key| line.contains(key))).collect();
     assert_eq!(unknown, Vec::<&str>::new());
     machine.run(&["systemctl", "reload", SERVICE]).ok();
-    eventually("the service has read its configuration again", || machine.journal(SERVICE).contains("log level INFO"));
+    eventually("the service has read its configuration again", || {
+        machine.journal(SERVICE).contains("\"log_level\":\"INFO\"")
+    });
     let security = machine.run(&["systemd-analyze", "security", "--no-pager", SERVICE]).ok();
     eprintln!("{}", security.lines().last().unwrap_or_default());
 }
