@@ -1,5 +1,8 @@
-//! The unix socket: our own, or one that systemd holds for us. A live one is never taken away
-//! from the process that serves it, a dead one is replaced.
+//! Unix sockets: listening on a path, taking over a socket that systemd holds, and connecting without waiting.
+//!
+//! It must not know what is served on a socket. Its invariants:
+//! - A socket that another process serves is never removed. A stale one, whose process is gone, is replaced.
+//! - A socket is never reachable by more users than `SocketAccess` allows, not even for a moment.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -27,20 +30,20 @@ pub enum Error {
     TooLong {
         address: PathBuf,
     },
-    /// containerd takes addresses as URIs, in which some characters mean something else.
-    OddCharacter {
+    /// containerd takes addresses as URIs, in which some characters have a meaning.
+    InvalidCharacter {
         address: PathBuf,
     },
-    /// Another process answers there.
+    /// Another process serves this socket.
     InUse {
         address: PathBuf,
     },
-    /// Something that is not a socket stands there.
+    /// The path is that of another kind of file.
     NotASocket {
         address: PathBuf,
     },
-    /// Anybody could put another socket in its place.
-    OpenDirectory {
+    /// Other users could put another socket in its place.
+    InsecureDirectory {
         directory: PathBuf,
         mode: u32,
         owner: u32,
@@ -53,9 +56,9 @@ pub enum Error {
         address: PathBuf,
         cause: io::Error,
     },
-    /// What systemd passed on cannot be served on.
+    /// The socket that systemd passed cannot be used.
     Inherited {
-        why: String,
+        reason: String,
     },
     Transport(grpcio::Error),
     Threads(io::Error),
@@ -65,42 +68,42 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotAbsolute { address } => {
-                write!(f, "the socket address {} must be an absolute path", address.display())
+                write!(f, "socket address {} is not an absolute path", address.display())
             }
             Self::TooLong { address } => {
-                write!(f, "the socket address {} is longer than {MAX_SOCKET_PATH} bytes", address.display())
+                write!(f, "socket address {} is longer than {MAX_SOCKET_PATH} bytes", address.display())
             }
             Self::InUse { address } => write!(
                 f,
-                "another process serves the socket {}: stop it first, or choose another path",
+                "another process serves the socket {}; stop it first, or choose another path",
                 address.display()
             ),
             Self::NotASocket { address } => {
                 write!(
                     f,
-                    "{} exists and is no socket: nothing was changed: choose another path, or move it away",
+                    "{} exists and is not a socket; choose another path, or move the file away",
                     address.display()
                 )
             }
-            Self::OddCharacter { address } => write!(
+            Self::InvalidCharacter { address } => write!(
                 f,
-                "the socket address {} must be UTF-8 without %, # and ?, and must not end in a slash",
+                "invalid socket address {}: expected UTF-8 without %, # and ?, and no slash at the end",
                 address.display()
             ),
-            Self::OpenDirectory { directory, mode, owner } => write!(
+            Self::InsecureDirectory { directory, mode, owner } => write!(
                 f,
-                "the socket directory {} has mode {mode:04o} and owner {owner}, and others could replace the socket: \
-                 make it root's and chmod go-w it",
+                "socket directory {} is not secure: with mode {mode:04o} and owner {owner} other users could replace the \
+                 socket; run \"chown root\" and \"chmod go-w\" on it",
                 directory.display()
             ),
             Self::Directory { directory, cause } => {
-                write!(f, "cannot use the socket directory {}: {cause}", directory.display())
+                write!(f, "cannot use socket directory {}: {cause}", directory.display())
             }
             Self::Socket { address, cause } => write!(f, "cannot listen on {}: {cause}", address.display()),
-            Self::Inherited { why } => write!(
+            Self::Inherited { reason } => write!(
                 f,
-                "the socket that this process was started with (LISTEN_FDS) cannot be used: {why}; the socket unit \
-                 needs one ListenStream= with a path"
+                "cannot use the socket that systemd passed (LISTEN_FDS): {reason}; the socket unit needs one \
+                 ListenStream= with a path"
             ),
             Self::Transport(cause) => write!(f, "cannot start the gRPC server: {cause}"),
             Self::Threads(cause) => write!(f, "cannot accept connections: {cause}"),
@@ -118,15 +121,15 @@ pub struct ListeningSocket {
     pub file: SocketFile,
 }
 
-/// What stands for a socket in the file system.
+/// The file of a socket.
 pub struct SocketFile {
     address: PathBuf,
-    /// The file itself. While it is held, the file system gives its inode number to no other file. None: it
-    /// was there before us and outlives us, systemd's for example.
-    held: Option<File>,
+    /// A descriptor of the file. While it is open, the file system gives the inode number to no other file. `None`:
+    /// the file is not ours to remove, because systemd made it.
+    pinned_file: Option<File>,
 }
 
-/// Who may reach the socket's file. The door asks each one who comes who they are.
+/// Which users may connect, by the mode of the file. (`listener` also checks the user of each connection.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SocketAccess {
     Root,
@@ -149,83 +152,87 @@ impl SocketAccess {
     }
 }
 
-/// Whether `address` can be one; the result is the socket's directory.
+/// Checks whether `address` can be that of a socket. The result is its directory.
 pub fn check_path(address: &Path) -> Result<&Path> {
-    let named = || address.to_owned();
+    let owned = || address.to_owned();
     if !address.is_absolute() {
-        return Err(Error::NotAbsolute { address: named() });
+        return Err(Error::NotAbsolute { address: owned() });
     }
     if address.as_os_str().len() > MAX_SOCKET_PATH {
-        return Err(Error::TooLong { address: named() });
+        return Err(Error::TooLong { address: owned() });
     }
     match (address.parent(), address.to_str()) {
         (Some(parent), Some(text)) if !text.contains(['%', '#', '?']) && !text.ends_with('/') => Ok(parent),
-        _ => Err(Error::OddCharacter { address: named() }),
+        _ => Err(Error::InvalidCharacter { address: owned() }),
     }
 }
 
-/// Takes over a socket that somebody else listens with, for good.
+/// Takes over a listening socket that systemd passed.
 pub fn adopt(socket: OwnedFd) -> Result<ListeningSocket> {
-    let refuse = |why: String| Err(Error::Inherited { why });
-    let failed = |e: nix::Error| Error::Inherited { why: e.desc().to_owned() };
+    let refuse = |reason: &str| Err(Error::Inherited { reason: reason.to_owned() });
+    let failed = |e: nix::Error| Error::Inherited { reason: e.desc().to_owned() };
     let name: SockaddrStorage = getsockname(socket.as_raw_fd()).map_err(failed)?;
     if name.family() != Some(AddressFamily::Unix) {
-        return refuse("it is no unix socket".to_owned());
+        return refuse("it is not a unix socket");
     }
     let kind = getsockopt(&socket, sockopt::SockType).map_err(failed)?;
     if kind != SockType::Stream || !getsockopt(&socket, sockopt::AcceptConn).map_err(failed)? {
-        return refuse("it is no stream socket that listens".to_owned());
+        return refuse("it is not a listening stream socket");
     }
     match name.as_unix_addr().and_then(|name| name.path()) {
         Some(path) => {
-            let file = SocketFile { address: path.to_owned(), held: None };
+            let file = SocketFile { address: path.to_owned(), pinned_file: None };
             Ok(ListeningSocket { listener: UnixListener::from(socket), file })
         }
-        None => refuse("it has no path".to_owned()),
+        None => refuse("it has no path"),
     }
 }
 
 /// Listens on `address`.
-pub fn bind(address: &Path, reach: SocketAccess) -> Result<ListeningSocket> {
+pub fn bind(address: &Path, access: SocketAccess) -> Result<ListeningSocket> {
     let parent = check_path(address)?;
     let directory_error = |cause| Error::Directory { directory: parent.to_owned(), cause };
     if !parent.is_dir() {
-        DirBuilder::new().recursive(true).mode(reach.directory_mode()).create(parent).map_err(directory_error)?;
+        DirBuilder::new().recursive(true).mode(access.directory_mode()).create(parent).map_err(directory_error)?;
     }
     let status = fs::metadata(parent).map_err(directory_error)?;
-    // It may be somebody's who wants it so; or an earlier start made it, for root only.
-    if reach == SocketAccess::Everybody && status.mode() & 0o001 == 0 {
-        let shown = parent.display();
-        log::warn!("only its owner gets to the socket {}: \"chmod o+x {shown}\" lets all in", address.display());
+    // The administrator may want it so, or an earlier start made the directory for root only.
+    if access == SocketAccess::Everybody && status.mode() & 0o001 == 0 {
+        let directory = parent.display();
+        log::warn!(
+            event = "socket_directory_not_accessible", directory:%;
+            "other users cannot reach the socket {}; run \"chmod o+x {directory}\" to let them",
+            address.display()
+        );
     }
     let mode = status.mode() & 0o7777;
-    // A sticky directory (/tmp) lets nobody but the owner replace a file.
+    // In a sticky directory such as /tmp only the owner of a file can replace it.
     let trusted_owner = status.uid() == 0 || status.uid() == geteuid().as_raw();
     if !trusted_owner || (mode & 0o022 != 0 && mode & 0o1000 == 0) {
-        return Err(Error::OpenDirectory { directory: parent.to_owned(), mode, owner: status.uid() });
+        return Err(Error::InsecureDirectory { directory: parent.to_owned(), mode, owner: status.uid() });
     }
-    // Two starts at once must not both find the socket dead.
+    // Without this lock, two starts at the same time could both find the socket stale and replace it.
     let directory = File::open(parent).map_err(directory_error)?;
-    let _turn = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, e)| directory_error(e.into()))?;
+    let _lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, e)| directory_error(e.into()))?;
     remove_stale(address)?;
     let socket_error = |cause| Error::Socket { address: address.to_owned(), cause };
-    // No moment in which others could connect: the socket is born with its mode.
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let listening = UnixListener::bind(address);
-    umask(before);
-    let listener = listening.map_err(socket_error)?;
-    fs::set_permissions(address, fs::Permissions::from_mode(reach.socket_mode())).map_err(socket_error)?;
-    let held = hold(address).map_err(socket_error)?;
-    Ok(ListeningSocket { listener, file: SocketFile { address: address.to_owned(), held: Some(held) } })
+    // The socket is made with its mode, so there is no moment in which others could connect.
+    let previous_umask = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(address);
+    umask(previous_umask);
+    let listener = bound.map_err(socket_error)?;
+    fs::set_permissions(address, fs::Permissions::from_mode(access.socket_mode())).map_err(socket_error)?;
+    let pinned_file = open_path(address).map_err(socket_error)?;
+    Ok(ListeningSocket { listener, file: SocketFile { address: address.to_owned(), pinned_file: Some(pinned_file) } })
 }
 
-/// Opens what is at `address` without connecting to it and without following a link.
-fn hold(address: &Path) -> io::Result<File> {
+/// Opens the file at `address` without connecting to it and without following a link.
+fn open_path(address: &Path) -> io::Result<File> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
     File::options().read(true).custom_flags(flags.bits()).open(address)
 }
 
-/// Removes what a process that is gone left at `address`.
+/// Removes the socket of a process that is gone.
 fn remove_stale(address: &Path) -> Result<()> {
     let socket_error = |cause| Error::Socket { address: address.to_owned(), cause };
     match fs::symlink_metadata(address) {
@@ -238,14 +245,14 @@ fn remove_stale(address: &Path) -> Result<()> {
     }
     match connect(address) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(address).map_err(socket_error),
-        // Served, or too busy to answer: either way somebody's.
+        // A process serves it, or would if it were less busy.
         Ok(_) => Err(Error::InUse { address: address.to_owned() }),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::InUse { address: address.to_owned() }),
         Err(e) => Err(socket_error(e)),
     }
 }
 
-/// Waits for nobody: with `WouldBlock` it fails where more connections wait than there is room for.
+/// Connects without waiting. It fails with `WouldBlock` if the backlog of the socket is full.
 pub fn connect(address: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let stream = UnixStream::from(socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?);
@@ -259,16 +266,17 @@ impl SocketFile {
         &self.address
     }
 
-    /// Takes the socket's file away, unless it is, or has become, somebody else's.
+    /// Removes the file, unless it belongs to systemd or to another process by now.
     pub fn remove(&self) {
-        let Some(held) = &self.held else { return };
+        let Some(pinned_file) = &self.pinned_file else { return };
         let identity = |status: fs::Metadata| (status.dev(), status.ino());
-        let is_ours = match (held.metadata(), fs::symlink_metadata(&self.address)) {
-            (Ok(ours), Ok(now)) => identity(ours) == identity(now),
+        let is_ours = match (pinned_file.metadata(), fs::symlink_metadata(&self.address)) {
+            (Ok(ours), Ok(current)) => identity(ours) == identity(current),
             (Err(_), _) | (_, Err(_)) => false,
         };
         if is_ours && let Err(e) = fs::remove_file(&self.address) {
-            log::warn!("cannot remove the socket {}: {e}", self.address.display());
+            let address = self.address.display();
+            log::warn!(event = "socket_not_removed", address:%; "cannot remove the socket {address}: {e}");
         }
     }
 }
@@ -281,27 +289,27 @@ mod tests {
 
     use super::*;
 
-    /// A start, and an admin's question, waited for ever.
+    /// Earlier, a start and a command of the administrator waited for ever.
     #[test]
-    fn a_socket_whose_server_hangs_keeps_nobody() {
+    fn connecting_to_a_hanging_server_fails_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("s.sock");
         let hung = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
         socket::bind(hung.as_raw_fd(), &UnixAddr::new(&address).unwrap()).unwrap();
         socket::listen(&hung, Backlog::new(1).unwrap()).unwrap();
-        let mut waiting = Vec::new();
+        let mut queued = Vec::new();
         let refused = loop {
             match connect(&address) {
-                Ok(stream) => waiting.push(stream),
+                Ok(stream) => queued.push(stream),
                 Err(e) => break e,
             }
         };
-        assert_eq!((waiting.len(), refused.kind()), (2, io::ErrorKind::WouldBlock));
+        assert_eq!((queued.len(), refused.kind()), (2, io::ErrorKind::WouldBlock));
         assert!(matches!(bind(&address, SocketAccess::Root), Err(Error::InUse { .. })));
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    fn stale_socket_is_replaced_and_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("new/s.sock");
         let stale = bind(&address, SocketAccess::Root).unwrap();
@@ -312,16 +320,16 @@ mod tests {
         assert_eq!(mode(&address), 0o600);
         assert!(matches!(bind(&address, SocketAccess::Root), Err(Error::InUse { .. })));
         stale.file.remove();
-        assert!(address.exists(), "another process's socket was removed");
+        assert!(address.exists(), "the socket of another process was removed");
         drop(live.listener);
         let open = bind(&address, SocketAccess::Everybody).unwrap();
-        assert_eq!(mode(&address), 0o666, "who comes is asked at the door");
+        assert_eq!(mode(&address), 0o666, "the listener checks users");
         open.file.remove();
         assert!(!address.exists());
     }
 
-    /// A file system gives the number of a file that is gone to the next one. Because of that, a daemon that
-    /// ended late took away the socket of the next one.
+    /// A file system may give the inode number of a removed file to the next file. A daemon that ended late once
+    /// removed the socket of the next daemon because of that.
     #[test]
     fn socket_of_another_process_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
@@ -340,13 +348,13 @@ mod tests {
     }
 
     #[test]
-    fn only_a_listening_unix_socket_with_a_path_is_inherited() {
+    fn only_a_listening_unix_socket_with_a_path_is_adopted() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("s");
         let bound = adopt(UnixListener::bind(&address).unwrap().into()).unwrap();
         assert_eq!(bound.file.address(), address);
         bound.file.remove();
-        assert!(address.exists(), "it is not ours to remove");
+        assert!(address.exists(), "the socket of systemd was removed");
         let file = File::open(dir.path()).unwrap();
         let datagram = UnixDatagram::bind(dir.path().join("d")).unwrap();
         let (connected, _other) = UnixStream::pair().unwrap();
@@ -357,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_left_alone() {
+    fn file_that_is_not_a_socket_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let address = dir.path().join("file");
         fs::write(&address, "precious").unwrap();
@@ -366,19 +374,25 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_cannot_be_safe_is_refused() {
+    fn invalid_address_and_insecure_directory_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(bind(Path::new("s.sock"), SocketAccess::Root), Err(Error::NotAbsolute { .. })));
         let long = dir.path().join("s".repeat(120));
         assert!(matches!(bind(&long, SocketAccess::Root), Err(Error::TooLong { .. })));
-        for odd in ["/", "/tmp/a%41", "/tmp/a#b", "/tmp/a?b", "/tmp/a/"] {
-            assert!(matches!(bind(Path::new(odd), SocketAccess::Root), Err(Error::OddCharacter { .. })), "{odd}");
+        for invalid in ["/", "/tmp/a%41", "/tmp/a#b", "/tmp/a?b", "/tmp/a/"] {
+            assert!(
+                matches!(bind(Path::new(invalid), SocketAccess::Root), Err(Error::InvalidCharacter { .. })),
+                "{invalid}"
+            );
         }
-        let theirs = dir.path().join("theirs");
-        fs::create_dir(&theirs).unwrap();
-        std::os::unix::fs::chown(&theirs, Some(65_534), None).unwrap();
-        assert!(matches!(bind(&theirs.join("s"), SocketAccess::Root), Err(Error::OpenDirectory { owner: 65_534, .. })));
+        let foreign = dir.path().join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        std::os::unix::fs::chown(&foreign, Some(65_534), None).unwrap();
+        assert!(matches!(
+            bind(&foreign.join("s"), SocketAccess::Root),
+            Err(Error::InsecureDirectory { owner: 65_534, .. })
+        ));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(matches!(bind(&dir.path().join("s"), SocketAccess::Root), Err(Error::OpenDirectory { .. })));
+        assert!(matches!(bind(&dir.path().join("s"), SocketAccess::Root), Err(Error::InsecureDirectory { .. })));
     }
 }
