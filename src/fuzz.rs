@@ -25,6 +25,10 @@ mod convert;
 #[allow(dead_code)]
 mod field_count;
 #[cfg(not(feature = "server"))]
+#[path = "server/filter_parser.rs"]
+#[allow(dead_code)]
+mod filter_parser;
+#[cfg(not(feature = "server"))]
 #[path = "server/filters.rs"]
 #[allow(dead_code)]
 mod filters;
@@ -200,9 +204,9 @@ fn filters(bytes: &[u8]) {
     .collect();
     match Filters::parse(&texts) {
         Err(invalid) => {
-            assert!(texts.contains(&invalid.filter) && invalid.filter.is_char_boundary(invalid.at));
+            assert!(texts.contains(&invalid.filter) && invalid.filter.is_char_boundary(invalid.position));
             let alone = texts.iter().any(|one| Filters::parse(std::slice::from_ref(one)).is_err());
-            assert!(alone || invalid.why.ends_with("too many"), "{invalid}");
+            assert!(alone || invalid.reason.starts_with("more than"), "{invalid}");
         }
         Ok(together) => {
             let each: Vec<Filters> =

@@ -8,6 +8,7 @@
 mod admin;
 pub(crate) mod convert;
 pub(crate) mod field_count;
+mod filter_parser;
 pub(crate) mod filters;
 mod handlers;
 mod list;
