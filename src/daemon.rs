@@ -120,7 +120,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     };
     // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
     // containerd gives up a connection that is not greeted within a second.
-    let early = server::inherited().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
+    let early = server::inherited_socket().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
     let patience = if early.is_some() { STOP_DURING_START_LIMIT } else { Duration::ZERO };
     let begun = recover_state_unless_stopped(&arguments.root, &config, &told_to_stop, patience);
     let Ok(Some((root, snapshotter, found))) = begun else {
@@ -139,7 +139,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         None => server::bind(&arguments.address, &config.allowed_uids).and_then(serve_on).map_err(Error::Server)?,
     };
     let _ = late.set(Arc::clone(&snapshotter));
-    pools.workers.run().map_err(Error::Threads)?;
+    pools.workers.start_workers().map_err(Error::Threads)?;
     let paths: Vec<String> = config.repositories.iter().map(|r| r.path.display().to_string()).collect();
     log::info!(
         "cvmfs-snapshotter {} serves {} from {}",
@@ -292,8 +292,8 @@ fn stop(server: Server, pools: Pools) {
     server.stop(until, || {
         for pool in pools.drain_order() {
             match pool.drain(until.saturating_duration_since(Instant::now())) {
-                DrainOutcome::Completely => {}
-                DrainOutcome::LeavingBehind(calls) => {
+                DrainOutcome::Completed => {}
+                DrainOutcome::TimedOut { remaining: calls } => {
                     log::warn!("{calls} calls did not finish in {STOP_LIMIT:?} and are given up");
                 }
             }
@@ -315,7 +315,7 @@ impl Pools {
     fn start(config: &Config) -> io::Result<Self> {
         let blocking_pools = |name: &str| Pool::growing(name, config.blocking_threads(), config.queue, IDLE);
         Ok(Self {
-            workers: Pool::idle("worker", config.worker_threads(), config.queue),
+            workers: Pool::unstarted("worker", config.worker_threads(), config.queue),
             pulls: blocking_pools("pull")?,
             repositories: config.repositories.iter().map(|_| blocking_pools("start")).collect::<io::Result<_>>()?,
         })
