@@ -26,20 +26,12 @@ use parking_lot::Mutex;
 use self::mounts::SupersededMount;
 pub use self::skeleton::skeletons_needed;
 use self::skeleton::{SkeletonKind, SkeletonPlan};
+pub use crate::model::AttachMode;
 use crate::model::SnapshotId;
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
 use crate::system::{DirHandle, Error, FileType, Result, Sys};
-
-/// Where `snapshots/<id>/fs` of a published layer leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttachMode {
-    /// To a read-only bind mount of it.
-    Bind,
-    /// To the layer itself: no mount at all.
-    Symlink,
-}
 
 /// A layer that is to be attached.
 #[derive(Clone)]

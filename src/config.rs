@@ -17,9 +17,8 @@ use log::LevelFilter;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::attach::AttachMode;
 use crate::logging::{self, Format};
-use crate::model::MAX_SOCKET_PATH;
+use crate::model::{AttachMode, MAX_SOCKET_PATH, MetricsAddress};
 
 pub const DEFAULT_PATH: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CVMFS: &str = "/cvmfs";
@@ -42,21 +41,6 @@ pub struct Config {
     pub log_level: Option<LevelFilter>,
     /// Where metrics are served. None: nowhere.
     pub metrics: Option<MetricsAddress>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MetricsAddress {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
-
-impl fmt::Display for MetricsAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix(path) => path.display().fmt(f),
-        }
-    }
 }
 
 impl Default for Config {

@@ -21,9 +21,10 @@ pub use self::error::Error;
 use self::state_root::{SNAPSHOTS, StateRoot};
 use crate::attach::AttachMode;
 use crate::cli::Arguments;
-use crate::config::{self, Config, LoadedConfig, MetricsAddress};
+use crate::config::{self, Config, LoadedConfig};
 use crate::metrics::{Gauges, METRICS, endpoint};
 use crate::migration::{rebuild, takeover};
+use crate::model::MetricsAddress;
 use crate::overlay::SnapshotPaths;
 use crate::repository::Repository;
 use crate::server::{self, BlockingPools, Server, SnapshotterCell};
@@ -31,7 +32,7 @@ use crate::snapshotter::{RecoveryReport, Snapshotter, SnapshotterOptions};
 use crate::store::Store;
 use crate::system::{Host, Sys};
 use crate::worker_pool::{DrainOutcome, Pool, PoolHandle};
-use crate::{logging, notify, system};
+use crate::{logging, notify, system, unix_socket};
 
 /// A stop that comes during the start waits so long for the start to be over: calls of those who connected to an
 /// inherited socket would fail, and most starts take less than a second.
@@ -110,17 +111,18 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     check_attach(config.attach)?;
     check_metrics(arguments, &config)?;
     raise_descriptor_limit();
-    server::check_address(&arguments.address).map_err(Error::Address)?;
+    unix_socket::check_path(&arguments.address).map_err(Error::Address)?;
     let told_to_stop = signals::listen(blocked, arguments, level).map_err(Error::Threads)?;
     let mut pools = Pools::start(&config).map_err(Error::Threads)?;
     let late = SnapshotterCell::default();
     let serve_on = |bound| {
         let late = Arc::clone(&late);
         Server::start(bound, &config.allowed_uids, late, pools.workers.handle(), pools.blocking_pools())
+            .map_err(Error::Server)
     };
     // Whoever connects to a socket that systemd holds is greeted at once, and its calls wait:
     // containerd gives up a connection that is not greeted within a second.
-    let early = server::inherited_socket().and_then(|bound| bound.map(serve_on).transpose()).map_err(Error::Server)?;
+    let early = server::inherited_socket().map_err(Error::Socket)?.map(serve_on).transpose()?;
     let patience = if early.is_some() { STOP_DURING_START_LIMIT } else { Duration::ZERO };
     let begun = recover_state_unless_stopped(&arguments.root, &config, &told_to_stop, patience);
     let Ok(Some((root, snapshotter, found))) = begun else {
@@ -136,7 +138,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
             }
             server
         }
-        None => server::bind(&arguments.address, &config.allowed_uids).and_then(serve_on).map_err(Error::Server)?,
+        None => server::bind(&arguments.address, &config.allowed_uids).map_err(Error::Socket).and_then(serve_on)?,
     };
     let _ = late.set(Arc::clone(&snapshotter));
     pools.workers.start_workers().map_err(Error::Threads)?;

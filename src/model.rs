@@ -7,6 +7,8 @@
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -348,6 +350,31 @@ impl MountKind {
         match self {
             Self::Bind => "bind",
             Self::Overlay => "overlay",
+        }
+    }
+}
+
+/// How a published layer is attached: where its link `snapshots/<id>/fs` leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// The link leads to a read-only bind mount of the layer.
+    Bind,
+    /// The link leads to the layer itself, so there is no mount.
+    Symlink,
+}
+
+/// The address at which metrics are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
         }
     }
 }

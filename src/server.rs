@@ -23,11 +23,11 @@ mod outcome;
 mod request;
 mod send_gate;
 pub mod service;
-mod socket;
 mod status;
 mod unary;
 
-use std::os::unix::net::UnixListener;
+use std::fmt;
+use std::io;
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
@@ -44,11 +44,10 @@ pub use self::listener::MAX_CONNECTIONS;
 use self::listener::{AllowedUids, ConnectionListener};
 use self::memory_budget::MemoryBudget;
 use self::send_gate::SendGate;
-pub use self::socket::{Error, ListeningSocket, Result, check_path as check_address, connect};
-use self::socket::{SocketAccess, SocketFile};
 use crate::model::Timestamp;
 use crate::snapshotter::Snapshotter;
 use crate::system;
+use crate::unix_socket::{self, ListeningSocket, SocketAccess, SocketFile};
 use crate::worker_pool::PoolHandle;
 
 /// The largest message in either direction, which is containerd's own limit.
@@ -83,10 +82,28 @@ pub struct Server {
 /// which are started afterwards.
 pub type SnapshotterCell = Arc<OnceLock<Arc<Snapshotter>>>;
 
+/// Why the server cannot start.
+#[derive(Debug)]
+pub enum Error {
+    Transport(grpcio::Error),
+    Threads(io::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Transport(cause) => write!(f, "cannot start the gRPC server: {cause}"),
+            Self::Threads(cause) => write!(f, "cannot accept connections: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
 /// The socket that systemd passed to this process, if there is one.
-pub fn inherited_socket() -> Result<Option<ListeningSocket>> {
+pub fn inherited_socket() -> unix_socket::Result<Option<ListeningSocket>> {
     let Some((socket, count)) = system::inherited_sockets() else { return Ok(None) };
-    let listening = socket::adopt(socket)?;
+    let listening = unix_socket::adopt(socket)?;
     if count > 1 {
         // A client of another socket waits in vain. That is no reason to fail the clients of this one.
         let address = listening.file.address().display();
@@ -100,13 +117,8 @@ pub fn inherited_socket() -> Result<Option<ListeningSocket>> {
 }
 
 /// Listens on `address`, for root and `allowed_uids`.
-pub fn bind(address: &Path, allowed_uids: &[u32]) -> Result<ListeningSocket> {
-    socket::bind(address, if allowed_uids.is_empty() { SocketAccess::Root } else { SocketAccess::Everybody })
-}
-
-/// Listens on `path`, for everybody.
-pub fn bind_for_all(path: &Path) -> Result<UnixListener> {
-    socket::bind(path, SocketAccess::Everybody).map(|listening| listening.listener)
+pub fn bind(address: &Path, allowed_uids: &[u32]) -> unix_socket::Result<ListeningSocket> {
+    unix_socket::bind(address, if allowed_uids.is_empty() { SocketAccess::Root } else { SocketAccess::Everybody })
 }
 
 impl Server {
@@ -118,7 +130,7 @@ impl Server {
         snapshotter: SnapshotterCell,
         workers: PoolHandle,
         blocking_pools: BlockingPools,
-    ) -> Result<Self> {
+    ) -> Result<Self, Error> {
         grpcio::redirect_log();
         let environment = Arc::new(EnvBuilder::new().cq_count(TRANSPORT_THREADS).name_prefix("grpc").build());
         let budget = MemoryBudget::new();

@@ -15,7 +15,8 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use crate::proto::admin::{DescribeRequest, DescribeResponse, Leftover, LeftoversRequest, Snapshot, SnapshotsRequest};
 use crate::proto::health::HealthCheckRequest;
 use crate::proto::snapshots::{CleanupRequest, UsageRequest};
-use crate::server::{self, service};
+use crate::server::service;
+use crate::unix_socket;
 
 /// The daemon waits for repositories longer than this only if they answer, slowly.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
@@ -100,7 +101,7 @@ pub struct PeerProcess {
 fn connect(address: &Path) -> io::Result<UnixStream> {
     let until = Instant::now() + CONNECT_LIMIT;
     loop {
-        match server::connect(address) {
+        match unix_socket::connect(address) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
                 thread::sleep(Duration::from_millis(20));
             }

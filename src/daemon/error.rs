@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::state_root::SNAPSHOTS;
 use crate::migration::{rebuild, takeover};
-use crate::{config, server, snapshotter, store, system};
+use crate::{config, server, snapshotter, store, system, unix_socket};
 
 #[derive(Debug)]
 pub enum Error {
@@ -18,7 +18,7 @@ pub enum Error {
     /// What is bound in a mount namespace of its own, containerd does not see.
     BindInNamespace,
     /// The address cannot be one.
-    Address(server::Error),
+    Address(unix_socket::Error),
     /// `--check-config` found keys that nobody reads.
     UnknownKeys(Vec<config::UnknownKey>),
     RootNotAbsolute(PathBuf),
@@ -77,6 +77,7 @@ pub enum Error {
     Recovery(snapshotter::Error),
     System(system::Error),
     Threads(io::Error),
+    Socket(unix_socket::Error),
     Server(server::Error),
 }
 
@@ -178,7 +179,8 @@ impl fmt::Display for Error {
             Self::Recovery(cause) => write!(f, "cannot compare the metadata with the disk: {cause}"),
             Self::System(cause) => cause.fmt(f),
             Self::Threads(cause) => write!(f, "cannot start threads: {cause}"),
-            Self::Address(cause) | Self::Server(cause) => cause.fmt(f),
+            Self::Address(cause) | Self::Socket(cause) => cause.fmt(f),
+            Self::Server(cause) => cause.fmt(f),
         }
     }
 }
@@ -228,6 +230,7 @@ impl Error {
             | Self::Recovery(_)
             | Self::System(_)
             | Self::Threads(_)
+            | Self::Socket(_)
             | Self::Server(_) => 1,
         }
     }

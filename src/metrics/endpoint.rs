@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Gauges, METRICS};
-use crate::config::MetricsAddress as Address;
-use crate::server;
+use crate::model::MetricsAddress as Address;
+use crate::unix_socket::{self, SocketAccess};
 
 /// Clients at one time.
 const CLIENTS: usize = 4;
@@ -29,7 +29,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub enum Error {
     Tcp { address: SocketAddr, cause: io::Error },
-    Unix(server::Error),
+    Unix(unix_socket::Error),
     Thread(io::Error),
 }
 
@@ -105,7 +105,9 @@ impl Listener {
             Address::Tcp(address) => {
                 TcpListener::bind(address).map(Self::Tcp).map_err(|cause| Error::Tcp { address: *address, cause })
             }
-            Address::Unix(path) => server::bind_for_all(path).map(Self::Unix).map_err(Error::Unix),
+            Address::Unix(path) => unix_socket::bind(path, SocketAccess::Everybody)
+                .map(|socket| Self::Unix(socket.listener))
+                .map_err(Error::Unix),
         }
     }
 
