@@ -44,7 +44,7 @@ impl Handlers {
 // The signature is that of `FindDependency`.
 #[allow(clippy::unnecessary_wraps)]
 fn depends_on_all_repositories<Q>(_: &Snapshotter, _: &Q) -> snapshotter::Result<Option<RepositoryDependency>> {
-    Ok(Some(RepositoryDependency::All))
+    Ok(Some(RepositoryDependency::Any))
 }
 
 fn snapshots(
@@ -52,7 +52,7 @@ fn snapshots(
     SnapshotsRequest { next, last, ask_repositories, .. }: SnapshotsRequest,
 ) -> CallResult<SnapshotsResponse> {
     let cursor = (next > 0).then_some(Cursor { next: SnapshotId(next), last: SnapshotId(last) });
-    let probe = if ask_repositories { ProbeRepositories::Repositories } else { ProbeRepositories::Nobody };
+    let probe = if ask_repositories { ProbeRepositories::Yes } else { ProbeRepositories::No };
     let (snapshots, next_cursor) = call.snapshotter.inspect(cursor, probe)?;
     Ok(SnapshotsResponse {
         snapshots: snapshots.into_iter().map(snapshot_status).collect(),
@@ -74,7 +74,7 @@ fn leftovers(call: &CallContext<'_>, LeftoversRequest { next, .. }: LeftoversReq
 fn leftover(leftover: &inspect::Leftover) -> Leftover {
     Leftover {
         path: leftover.path.display().to_string(),
-        what: EnumOrUnknown::new(match leftover.of {
+        what: EnumOrUnknown::new(match leftover.kind {
             LeftoverKind::Removed => leftover::What::REMOVED,
             LeftoverKind::Detached => leftover::What::DETACHED,
         }),
@@ -86,7 +86,7 @@ fn describe(call: &CallContext<'_>) -> DescribeResponse {
     let daemon = call.snapshotter.daemon_info();
     let repositories: Vec<Repository> = call
         .snapshotter
-        .conditions()
+        .repository_statuses()
         .iter()
         .map(|(repository, status)| describe_repository(repository, status.as_ref()))
         .collect();
@@ -97,8 +97,8 @@ fn describe(call: &CallContext<'_>) -> DescribeResponse {
         snapshots: daemon.snapshots.display().to_string(),
         attach: convert::attach(daemon.attach).to_owned(),
         found: MessageField::some(Found {
-            unknown: daemon.found.unknown.len() as u64,
-            foreign: daemon.found.foreign as u64,
+            unknown: daemon.recovery.unknown.len() as u64,
+            foreign: daemon.recovery.foreign as u64,
             ..Found::default()
         }),
         pulls: MessageField::some(pulls(repositories.iter().map(|repository| repository.name.as_str()))),
@@ -149,7 +149,7 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
 }
 
 fn snapshot_status(status: SnapshotStatus) -> Snapshot {
-    let SnapshotStatus { snapshot, trouble, refused } = status;
+    let SnapshotStatus { snapshot, problem, repull_downloads } = status;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {
@@ -165,8 +165,8 @@ fn snapshot_status(status: SnapshotStatus) -> Snapshot {
         image: snapshot.labels.get(LABEL_IMAGE_REF).cloned().unwrap_or_default(),
         digest,
         repository,
-        trouble: trouble.unwrap_or_default(),
-        refused,
+        trouble: problem.unwrap_or_default(),
+        refused: repull_downloads,
         ..Snapshot::default()
     }
 }

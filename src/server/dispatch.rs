@@ -25,8 +25,8 @@ pub struct BlockingPools {
 impl BlockingPools {
     fn select(&self, dependency: RepositoryDependency) -> &PoolHandle {
         match dependency {
-            RepositoryDependency::All => &self.pulls,
-            RepositoryDependency::One(index) => self.repositories.get(index).unwrap_or(&self.pulls),
+            RepositoryDependency::Any => &self.pulls,
+            RepositoryDependency::Index(index) => self.repositories.get(index).unwrap_or(&self.pulls),
         }
     }
 }

@@ -137,6 +137,6 @@ fn usage(call: &CallContext<'_>, UsageRequest { key, .. }: UsageRequest) -> Call
 
 fn cleanup(call: &CallContext<'_>, _: CleanupRequest) -> CallResult<Empty> {
     let cleaned = call.snapshotter.cleanup(&|| call.is_expired())?;
-    log::debug!("cleanup removed {} and left {} for the next one", cleaned.done, cleaned.left);
+    log::debug!("cleanup removed {} and left {} for the next one", cleaned.done, cleaned.remaining);
     Ok(Empty::new())
 }

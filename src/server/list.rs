@@ -222,9 +222,9 @@ impl ListState {
         };
         // The memory of further pages is reserved with the first one, while the call can still be refused. Later only
         // a snapshot that is larger than a page can be refused.
-        let page_bytes = if page.rest.is_some() { page.bytes.max(MAX_PAGE_BYTES) } else { page.bytes };
+        let page_bytes = if page.cursor.is_some() { page.bytes.max(MAX_PAGE_BYTES) } else { page.bytes };
         self.reservation.resize_response(page_bytes + self.filter_bytes)?;
         let send_guard = self.send_gate.begin_send(self.connection);
-        Ok(ListPage { snapshots: page.found, send_guard, state: self, cursor: page.rest })
+        Ok(ListPage { snapshots: page.snapshots, send_guard, state: self, cursor: page.cursor })
     }
 }

@@ -117,10 +117,10 @@ fn snapshotter_error_code(error: &Error) -> (Code, Level) {
         }
         Error::ChainTooLong { .. } | Error::AttributesRefused { .. } => (Code::FailedPrecondition, Level::Warn),
         Error::LayerUnavailable { .. } | Error::LayerBusy { .. } => (Code::Unavailable, Level::Warn),
-        Error::Broken { .. } => (Code::Unavailable, Level::Error),
-        Error::Cancelled => (Code::DeadlineExceeded, Level::Debug),
+        Error::FilesMissing { .. } => (Code::Unavailable, Level::Error),
+        Error::DeadlineExceeded => (Code::DeadlineExceeded, Level::Debug),
         Error::System(_) | Error::Store(_) => (Code::Internal, Level::Error),
-        Error::Undo { failed, .. } => (snapshotter_error_code(failed).0, Level::Error),
+        Error::RollbackFailed { failed, .. } => (snapshotter_error_code(failed).0, Level::Error),
     }
 }
 

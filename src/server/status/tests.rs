@@ -56,16 +56,21 @@ fn every_snapshotter_error_has_its_code_and_level() {
         (unavailable, Code::Unavailable, Level::Warn),
         (Error::LayerBusy { digest: busy }, Code::Unavailable, Level::Warn),
         (refused, Code::FailedPrecondition, Level::Warn),
-        (Error::Broken { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
-        (Error::Cancelled, Code::DeadlineExceeded, DEBUG),
+        (Error::FilesMissing { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
+        (Error::DeadlineExceeded, Code::DeadlineExceeded, DEBUG),
         (Error::System(system()), Code::Internal, Level::Error),
-        (Error::Undo { failed: Box::new(Error::NotFound(key())), undo: system() }, Code::NotFound, Level::Error),
+        (
+            Error::RollbackFailed { failed: Box::new(Error::NotFound(key())), rollback: system() },
+            Code::NotFound,
+            Level::Error,
+        ),
         (Error::Store(store::Error::Closed), Code::Internal, Level::Error),
     ];
     assert_all_variants!(table.iter().map(|(error, ..)| error), Error:
         InvalidKey NotFound ParentNotFound ParentNotCommitted AlreadyExists RemoteCommitted WrongKind HasChildren
         OtherParent NewParentNotCommitted ChainTooLong ImmutableField InvalidFilter LabelsTooLong TooManyLabels LayerBusy
-        InvalidMapping LayerUnavailable AttributesRefused Broken Cancelled System Undo Store);
+        InvalidMapping LayerUnavailable AttributesRefused FilesMissing DeadlineExceeded System RollbackFailed
+        Store);
     for (error, code, level) in table {
         let text = error.to_string();
         let report = CallError::Snapshotter(error).report();
@@ -94,7 +99,7 @@ fn every_job_error_has_its_code_and_level() {
 #[test]
 fn every_call_error_has_its_code_and_level() {
     let table = [
-        (CallError::Snapshotter(Error::Cancelled), Code::DeadlineExceeded, DEBUG),
+        (CallError::Snapshotter(Error::DeadlineExceeded), Code::DeadlineExceeded, DEBUG),
         (CallError::Pool(JobError::Stopping), Code::Unavailable, DEBUG),
         (CallError::Memory(OverBudget { limit: 1 }), Code::ResourceExhausted, Level::Warn),
         (CallError::TooManyFields, Code::InvalidArgument, DEBUG),
