@@ -25,10 +25,6 @@ mod convert;
 #[allow(dead_code)]
 mod field_count;
 #[cfg(not(feature = "server"))]
-#[path = "server/filter_parser.rs"]
-#[allow(dead_code)]
-mod filter_parser;
-#[cfg(not(feature = "server"))]
 #[path = "server/filters.rs"]
 #[allow(dead_code)]
 mod filters;

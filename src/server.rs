@@ -12,7 +12,6 @@ mod admin;
 pub(crate) mod convert;
 mod dispatch;
 pub(crate) mod field_count;
-mod filter_parser;
 pub(crate) mod filters;
 mod handlers;
 mod health;

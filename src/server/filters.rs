@@ -2,28 +2,32 @@
 //!
 //! A List returns the snapshots that match any of its filters. A filter is `selector[,selector…]`, and all its
 //! selectors must match. A selector is `field[.field…]`, alone (the field is present) or with `==`, `!=` or `~=`
-//! (regular expression) and a value. `filter_parser` has the syntax.
+//! (regular expression) and a value. `parser` has the syntax.
 //!
 //! Filters mean what they mean to containerd: the suite in `tests/containerd` compares both. Only regular expressions
 //! differ at the edges (`\d` matches other digits than ASCII, `\Q…\E` exists in Go only). Invariant: the memory of
 //! filters is bounded, and known before they are parsed.
 #![forbid(unsafe_code)]
 
+// The path is needed because `fuzz.rs` includes this file by its own path.
+#[path = "filters/parser.rs"]
+mod parser;
+
 use std::fmt;
 
 use regex::{Regex, RegexBuilder};
 
-use super::filter_parser::{self, Counts};
+use self::parser::Counts;
 use crate::model::{Key, LABEL_SNAPSHOT_REF, Snapshot};
 
 /// Bytes of all filters of a List, as text. A quoted key has up to 128 KiB.
 pub const MAX_BYTES: usize = 256 << 10;
 /// Fields of all filters of a List. Each part of a name with dots counts.
-pub(super) const MAX_TERMS: usize = 1024;
+const MAX_TERMS: usize = 1024;
 /// Regular expressions of all filters of a List.
-pub(super) const MAX_REGEXES: usize = 32;
+const MAX_REGEXES: usize = 32;
 /// Bytes of a pattern. Two bytes of it, `\w`, take 6.4 KiB while it is compiled.
-pub(super) const MAX_PATTERN_BYTES: usize = 1 << 10;
+const MAX_PATTERN_BYTES: usize = 1 << 10;
 /// Bytes of a compiled regular expression. A larger one is not used, and matches nothing.
 const MAX_PROGRAM_BYTES: usize = 1 << 20;
 
@@ -63,17 +67,17 @@ pub struct Filters(Vec<Filter>);
 
 /// A snapshot matches if all selectors do.
 #[derive(Clone, Debug)]
-pub(super) struct Filter(pub Vec<Selector>);
+struct Filter(Vec<Selector>);
 
 #[derive(Clone, Debug)]
-pub(super) struct Selector {
+struct Selector {
     /// The name of the field, split at its dots. It is not empty.
-    pub path: Vec<Literal>,
-    pub condition: Condition,
+    path: Vec<Literal>,
+    condition: Condition,
 }
 
 #[derive(Clone, Debug)]
-pub(super) enum Condition {
+enum Condition {
     Present,
     Equal(Literal),
     NotEqual(Literal),
@@ -84,7 +88,7 @@ pub(super) enum Condition {
 
 /// The name of a field, or a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Literal {
+enum Literal {
     Text(String),
     /// A quoted text whose escapes spell bytes that are not UTF-8. No snapshot has such a text, so it equals nothing.
     NotUtf8,
@@ -100,7 +104,7 @@ impl Literal {
 }
 
 impl Condition {
-    pub(super) fn from_pattern(pattern: &Literal) -> Self {
+    fn from_pattern(pattern: &Literal) -> Self {
         let compile = |pattern| RegexBuilder::new(pattern).size_limit(MAX_PROGRAM_BYTES).build().ok();
         pattern.as_str().and_then(compile).map_or(Self::MatchesNothing, Self::Matches)
     }
@@ -118,7 +122,7 @@ impl Filters {
                 let reason = "more than 256 KiB of filters";
                 return Err(ParseError { filter: text.clone(), position: 0, reason });
             }
-            parsed.push(filter_parser::parse(text, &mut counts)?);
+            parsed.push(parser::parse(text, &mut counts)?);
         }
         Ok(Self(parsed))
     }

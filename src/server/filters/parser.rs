@@ -2,7 +2,7 @@
 //!
 //! Names and values may be quoted like Go strings, and after `~=` also with `/` or `|`. What is accepted and where a
 //! token ends is what containerd's scanner does, including its oddities. Invariant: no more terms and regular
-//! expressions are kept than `filters` allows.
+//! expressions are kept than the limits of `filters` allow.
 #![forbid(unsafe_code)]
 
 use std::str::Chars;
@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::filters::{Condition, Filter, Literal, MAX_PATTERN_BYTES, MAX_REGEXES, MAX_TERMS, ParseError, Selector};
+use super::{Condition, Filter, Literal, MAX_PATTERN_BYTES, MAX_REGEXES, MAX_TERMS, ParseError, Selector};
 
 /// What all filters of a List have so far.
 #[derive(Default)]
