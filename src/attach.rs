@@ -1,13 +1,18 @@
 //! Brings published layers under `snapshots/<id>/` and takes them away again.
 //!
-//! Attaching is lazy, idempotent and safe from many threads. It has two halves. `survey` asks the
-//! repository, so it runs on one of the repository's threads, and changes nothing but that it may
-//! mount. `attach` works on the local disk only, under the lock of the snapshot. Whoever attaches
-//! holds a pin from before the survey until the store knows the user, and nothing that is pinned is
-//! taken away. Nothing that somebody was told to mount is exchanged: the same layer from another
-//! source is another variant. Knows directories and mounts, not chains and not containerd. Presence
-//! is completeness: whatever is made is made beside its place and renamed into it. `release` never
-//! asks a repository, not even where a mount of it hangs.
+//! Attaching a layer has two halves, so that nobody who hangs in a repository holds a lock:
+//!
+//! ```text
+//! LayerProvider::attach_chain     on the worker of the call
+//!   Attacher::pin                 from here on no cleanup takes the layer away
+//!   Attacher::survey              on a thread of the repository: plan_skeleton, find_mount_point
+//!   Attacher::attach              on the worker, local disk only, under the lock of the slot:
+//!                                 build_skeleton (mask, hide), ensure_link
+//! ```
+//!
+//! Knows directories and mounts, not chains and not containerd. Invariants: what is pinned is not taken away; what
+//! exists is complete, because everything is built beside its path and renamed; paths that were returned to containerd
+//! keep their contents, because another source is another variant; `release` never asks a repository.
 #![forbid(unsafe_code)]
 
 mod mounts;
@@ -23,33 +28,33 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use self::mounts::SupersededMount;
-pub use self::skeleton::skeletons_needed;
+use self::mounts::{MountPoint, SupersededMount};
+pub use self::skeleton::skeleton_needs;
 use self::skeleton::{SkeletonKind, SkeletonPlan};
 pub use crate::model::AttachMode;
 use crate::model::SnapshotId;
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
-use crate::system::{DirHandle, Error, FileType, Result, Sys};
+use crate::system::{DirHandle, Error, Result, Sys};
 
 /// A layer that is to be attached.
 #[derive(Clone)]
 pub struct AttachRequest {
     pub id: SnapshotId,
-    /// Where the repository has it.
+    /// The directory of the layer in the repository.
     pub source: PathBuf,
     pub scan: Arc<Scan>,
-    /// Whether its mask, if it needs one, will be used: that of a layer above may do.
-    pub masked: bool,
-    /// No layer lies below it, so there is nothing that it could delete.
+    /// Whether the chain uses the mask of this layer. If not, the mask of a layer above hides the same names.
+    pub uses_mask: bool,
+    /// Whether the layer is the lowest of its chain, so that there is nothing that it could delete.
     pub is_lowest: bool,
 }
 
 impl AttachRequest {
-    fn attributes_of_mask(&self, part: SkeletonKind) -> bool {
-        match part {
-            SkeletonKind::Mask => self.masked && self.scan.needs_mask(),
+    fn needs(&self, kind: SkeletonKind) -> bool {
+        match kind {
+            SkeletonKind::Mask => self.uses_mask && self.scan.needs_mask(),
             SkeletonKind::Hide => !self.is_lowest && self.scan.needs_hide(),
         }
     }
@@ -60,31 +65,22 @@ pub struct LayerSurvey {
     variant: SourceVariant,
     /// The inode of the layer's directory in the repository.
     inode: u64,
-    /// Something of this variant is on disk.
-    pub is_begun: bool,
+    /// Whether anything of this variant was on disk already.
+    pub variant_exists: bool,
     mask: SkeletonPlan,
     hide: SkeletonPlan,
-    /// With `AttachMode::Bind`, the mount point below the snapshot's directory that shows the layer; a new
-    /// one, if it was mounted for this survey.
-    point: Option<MountPoint>,
-}
-
-struct MountPoint {
-    /// Below the snapshot's directory.
-    name: PathBuf,
-    is_new: bool,
-    /// Where the link led when this was mounted.
-    before: Option<PathBuf>,
+    /// The mount that shows the layer. None with `AttachMode::Symlink`.
+    mount_point: Option<MountPoint>,
 }
 
 /// Extended attributes of a directory of a layer that the file system of the state root does not take.
 #[derive(Debug)]
 pub struct RefusedAttributes {
-    /// From the top of the layer.
+    /// The path of the directory in the layer.
     pub directory: PathBuf,
-    /// Bytes of all attributes of the directory, with their names.
+    /// Size of all attributes of the directory with their names, in bytes.
     pub bytes: usize,
-    /// The largest attribute, and the bytes of its value.
+    /// Name of the largest attribute, and size of its value in bytes.
     pub largest: (OsString, usize),
     pub errno: Errno,
 }
@@ -104,27 +100,34 @@ impl From<Error> for AttachError {
 
 type AttachResult<T> = std::result::Result<T, AttachError>;
 
-/// How long a release waits for a thread that attaches the same layer right now.
+/// `release` gives up after this long if another thread attaches or releases the layer.
 const RELEASE_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
 
+/// Attaches and releases layers. All calls are idempotent, and safe from many threads at once.
 pub struct Attacher {
     paths: SnapshotPaths,
     mode: AttachMode,
     sys: Arc<dyn Sys>,
     slots: Mutex<HashMap<SnapshotId, Arc<LayerSlot>>>,
     superseded: Mutex<Vec<SupersededMount>>,
-    /// Never used for two mounts, not even by two processes: whoever takes an old one away must
-    /// not find a new one there.
-    next_point: AtomicU64,
-    /// Bytes that plans of skeletons take.
+    /// Name of the next mount point. No name is used twice, not even by two processes: whoever unmounts an old mount
+    /// must not find a new one there.
+    next_mount_point: AtomicU64,
+    /// Bytes that the plans of all skeletons take together.
     planned: Arc<AtomicUsize>,
 }
 
+/// Serialises the work on one layer's directory. A slot is
+///
+/// - *idle* while it is neither locked nor pinned: a release may begin;
+/// - *pinned* while `pins` is not 0: a release answers `Busy`, attaches go on;
+/// - *locked* while an attach builds or a release removes, which both work on the local disk only: others wait, with a
+///   time limit;
+/// - *retired* once a release has removed it from the map: who still waits for its lock takes the slot in the map.
 #[derive(Default)]
 struct LayerSlot {
-    /// Held while something is built or taken away, which is work on the local disk only.
     lock: Mutex<()>,
-    /// Users that the store does not know yet. Counted up with the lock held.
+    /// Number of users that the store does not know yet. It is increased only with the lock held.
     pins: AtomicUsize,
 }
 
@@ -141,41 +144,41 @@ impl Drop for LayerPin {
 
 /// How an attach ended.
 pub enum AttachOutcome {
-    /// The layer, a directory with this inode, is in its place; `fresh`: since just now.
-    Done { variant: SourceVariant, inode: u64, fresh: bool },
-    /// Another thread was faster with another source: the layer has to be surveyed again.
-    SurveyAgain,
-    /// Another thread works on the layer's directory, and did not end in time.
+    /// The layer is in its place, and `inode` is that of its directory. `is_new` if it was not there before.
+    Attached { variant: SourceVariant, inode: u64, is_new: bool },
+    /// Another thread attached another source as the surveyed variant meanwhile. The layer must be surveyed again.
+    SurveyOutdated,
+    /// Another thread worked on the layer's directory until the time was over.
     Busy,
 }
 
 /// What a caller of `release` wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReleaseDecision {
-    /// Somebody needs it.
+    /// Somebody needs the snapshot's directory.
     Keep,
-    /// Nobody does: detach the layer, if there is one, and remove all that is left on disk.
+    /// Nobody does: unmount the layer, if there is one, and remove the directory.
     Remove,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReleaseOutcome {
     Done,
-    /// Pinned, or being attached: ask again later.
-    NotYet,
+    /// The layer is pinned, or is being attached: release it again later.
+    Busy,
 }
 
 impl Attacher {
     pub fn new(paths: SnapshotPaths, mode: AttachMode, sys: Arc<dyn Sys>) -> Self {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let next_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
+        let next_mount_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
         Self {
             paths,
             mode,
             sys,
             slots: Mutex::default(),
             superseded: Mutex::default(),
-            next_point,
+            next_mount_point,
             planned: Arc::default(),
         }
     }
@@ -184,13 +187,13 @@ impl Attacher {
         self.mode
     }
 
-    /// What `id` has on disk is not taken away while the pin lives. Waits for an attach or a release that is
-    /// under way; None: until `until` in vain.
-    pub fn pin(&self, id: SnapshotId, until: Instant) -> Option<LayerPin> {
+    /// Keeps the directory of `id` from being removed while the pin lives. Waits for an attach or a release that is
+    /// under way, and returns None if that has not ended at `deadline`.
+    pub fn pin(&self, id: SnapshotId, deadline: Instant) -> Option<LayerPin> {
         loop {
             let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-            let guard = slot.lock.try_lock_until(until)?;
-            // A release that ended meanwhile may have taken the slot off the map.
+            let guard = slot.lock.try_lock_until(deadline)?;
+            // A release that ended meanwhile may have retired the slot.
             if self.slots.lock().get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
                 slot.pins.fetch_add(1, Ordering::SeqCst);
                 drop(guard);
@@ -199,118 +202,124 @@ impl Attacher {
         }
     }
 
-    /// Asks the repository for what an attach needs. `layer` is the open `request.source`, and
-    /// `ignored` names extended attributes that are not the layer's. The caller holds a pin.
+    /// Reads from the repository what `attach` needs. `layer` is the open `request.source`, and `ignored` names
+    /// extended attributes that belong to the repository's client and not to the layer. Changes nothing, but may mount.
+    /// The caller holds a pin.
     pub fn survey(&self, request: &AttachRequest, layer: &DirHandle, ignored: &[OsString]) -> Result<LayerSurvey> {
         let id = request.id;
-        let (variant, is_begun) = without_repository(|| self.variant_of(id, &request.source))?;
-        let plan = |part, place: PathBuf| self.plan(request, part, &place, is_begun, layer, ignored);
+        let (variant, variant_exists) = without_repository(|| self.find_variant(id, &request.source))?;
+        let plan = |kind, path: PathBuf| {
+            if !request.needs(kind) || (variant_exists && without_repository(|| self.exists(&path))?) {
+                return Ok(SkeletonPlan::Nothing);
+            }
+            self.plan_skeleton(&request.scan, kind, layer, ignored)
+        };
         let mask = plan(SkeletonKind::Mask, self.paths.mask(id, variant))?;
         let hide = plan(SkeletonKind::Hide, self.paths.hide(id, variant))?;
-        let point = match self.mode {
+        let mount_point = match self.mode {
             AttachMode::Bind => Some(self.find_mount_point(id, variant, layer)?),
             AttachMode::Symlink => None,
         };
         let inode = self.sys.dir_status(layer)?.inode;
-        Ok(LayerSurvey { variant, inode, is_begun, mask, hide, point })
+        Ok(LayerSurvey { variant, inode, variant_exists, mask, hide, mount_point })
     }
 
-    /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits `until` then at most
-    /// for another thread that works on it.
+    /// Attaches a layer that was surveyed under `pin`, unless it is attached already. Waits until `deadline` for another
+    /// thread that works on it.
     pub fn attach(
         &self,
         pin: &LayerPin,
         request: &AttachRequest,
         survey: LayerSurvey,
-        until: Instant,
+        deadline: Instant,
     ) -> AttachResult<AttachOutcome> {
-        let attached = self.try_to_attach(pin, request, &survey, until);
-        if !matches!(attached, Ok(AttachOutcome::Done { .. })) {
-            self.discard(request.id, survey);
+        let result = self.try_attach(pin, request, &survey, deadline);
+        if !matches!(result, Ok(AttachOutcome::Attached { .. })) {
+            self.discard_survey(request.id, survey);
         }
-        attached
+        result
     }
 
-    fn try_to_attach(
+    fn try_attach(
         &self,
         pin: &LayerPin,
         request: &AttachRequest,
         survey: &LayerSurvey,
-        until: Instant,
+        deadline: Instant,
     ) -> AttachResult<AttachOutcome> {
-        let AttachRequest { id, ref source, .. } = *request;
-        let LayerSurvey { variant, inode, ref mask, ref hide, ref point, .. } = *survey;
-        let home = self.paths.snapshot_dir(id);
-        let Some(_guard) = pin.slot.lock.try_lock_until(until) else { return Ok(AttachOutcome::Busy) };
-        let place = self.paths.attached_root(id, variant);
-        let recorded = self.recorded_source(&place)?;
+        let AttachRequest { id, ref source, ref scan, .. } = *request;
+        let variant = survey.variant;
+        let Some(_guard) = pin.slot.lock.try_lock_until(deadline) else { return Ok(AttachOutcome::Busy) };
+        let link = self.paths.attached_root(id, variant);
+        let recorded = self.recorded_source(&link)?;
         if recorded.as_deref().is_some_and(|recorded| recorded != source) {
-            return Ok(AttachOutcome::SurveyAgain);
+            return Ok(AttachOutcome::SurveyOutdated);
         }
-        self.ensure_directory(&home, 0o700)?;
-        let has_skeletons =
-            request.attributes_of_mask(SkeletonKind::Mask) || request.attributes_of_mask(SkeletonKind::Hide);
-        // A link to the layer itself tells as much; one to a mount does not.
+        self.ensure_directory(&self.paths.snapshot_dir(id), 0o700)?;
+        let has_skeletons = request.needs(SkeletonKind::Mask) || request.needs(SkeletonKind::Hide);
+        // With `AttachMode::Symlink` the link itself names the source, but it is made last.
         if self.mode == AttachMode::Bind || (recorded.is_none() && has_skeletons) {
-            self.record_source(&place, source)?;
+            self.record_source(&link, source)?;
         }
-        self.build(&request.scan, SkeletonKind::Mask, &self.paths.mask(id, variant), mask)?;
-        self.build(&request.scan, SkeletonKind::Hide, &self.paths.hide(id, variant), hide)?;
-        let fresh = self.ensure_link(&home, &place, source, point.as_ref())?;
-        Ok(AttachOutcome::Done { variant, inode, fresh })
+        self.build_skeleton(scan, SkeletonKind::Mask, &self.paths.mask(id, variant), &survey.mask)?;
+        self.build_skeleton(scan, SkeletonKind::Hide, &self.paths.hide(id, variant), &survey.hide)?;
+        let is_new = self.ensure_link(id, &link, source, survey.mount_point.as_ref())?;
+        Ok(AttachOutcome::Attached { variant, inode: survey.inode, is_new })
     }
 
-    /// Whether an error is of our own disk, and not of a repository.
+    /// Whether the error comes from the disk of the state root, and not from a repository.
     pub fn is_local(&self, error: &Error) -> bool {
         error.path.starts_with(self.paths.snapshots_dir()) && !error.is_dead()
     }
 
-    /// Takes away what a survey mounted, when nobody waits for it any more.
-    pub fn discard(&self, id: SnapshotId, survey: LayerSurvey) {
-        if let Some(point) = survey.point.filter(|point| point.is_new)
-            && let Err(e) = self.unbind(&self.paths.snapshot_dir(id).join(&point.name))
-        {
-            log::warn!("a mount of a layer stays until the layer is detached: {e}");
+    /// Unmounts what a survey mounted whose caller does not attach the layer.
+    pub fn discard_survey(&self, id: SnapshotId, survey: LayerSurvey) {
+        let Some(mount_point) = survey.mount_point.filter(|mount_point| mount_point.is_new) else { return };
+        let path = self.paths.snapshot_dir(id).join(&mount_point.name);
+        if let Err(e) = self.remove_mount_point(&path) {
+            log::warn!(event = "unused_mount_kept", path:% = path.display();
+                "cannot unmount {}, it stays until the layer is detached: {e}", path.display());
         }
     }
 
-    /// The variant that is of `source`, or else the next one; and whether it is there. There are
-    /// no more than repositories have the layer.
-    fn variant_of(&self, id: SnapshotId, source: &Path) -> Result<(SourceVariant, bool)> {
+    /// The variant of the layer that was attached from `source`, or else the next free one; and whether anything of it
+    /// exists. There are at most as many variants as repositories that publish the layer.
+    fn find_variant(&self, id: SnapshotId, source: &Path) -> Result<(SourceVariant, bool)> {
         let mut variant = SourceVariant(0);
         loop {
             match self.recorded_source(&self.paths.attached_root(id, variant))? {
                 None => return Ok((variant, false)),
-                Some(of) if of == source => return Ok((variant, true)),
+                Some(recorded) if recorded == source => return Ok((variant, true)),
                 Some(_) => variant.0 += 1,
             }
         }
     }
 
-    /// Of which source the variant at `place` is: there is a note beside it, written before anything
-    /// else of it, or else it leads there. None: there is nothing of it.
-    fn recorded_source(&self, place: &Path) -> Result<Option<PathBuf>> {
-        if let Some(noted) = self.link_at(&source_marker(place))? {
-            return Ok(Some(noted));
+    /// The source of the variant whose attached root is `link`. The marker beside it, which is written before anything
+    /// else of a variant, names the source; where there is no marker, an absolute link does. None if there is nothing of
+    /// the variant.
+    fn recorded_source(&self, link: &Path) -> Result<Option<PathBuf>> {
+        if let Some(source) = self.link_target(&source_marker(link))? {
+            return Ok(Some(source));
         }
-        match self.link_at(place) {
-            Ok(leads_to) => Ok(leads_to.filter(|target| target.is_absolute())),
-            // A directory: the Go snapshotter's.
+        match self.link_target(link) {
+            Ok(target) => Ok(target.filter(|target| target.is_absolute())),
+            // It is a directory, where the Go snapshotter had bound the layer.
             Err(e) if e.errno == Errno::EINVAL => Ok(None),
             Err(e) => Err(e),
         }
     }
 
-    fn record_source(&self, place: &Path, source: &Path) -> Result<()> {
-        match self.link_at(&source_marker(place))? {
+    fn record_source(&self, link: &Path, source: &Path) -> Result<()> {
+        match self.link_target(&source_marker(link))? {
             Some(_) => Ok(()),
-            None => self.put_link(&source_marker(place), source),
+            None => self.replace_link(&source_marker(link), source),
         }
     }
 
-    /// Takes away what snapshot `id` has on disk, if `decide` says so. `decide` is asked while
-    /// nobody attaches the layer or holds a pin on it, and nobody can until this returns. ECANCELED if
-    /// `cancelled` says so.
+    /// Removes the directory of snapshot `id` with everything mounted in it, if `decide` says so. `decide` is called
+    /// while nobody attaches the layer or holds a pin on it, and nobody can until `release` returns. The error is
+    /// ECANCELED if `cancelled` became true.
     pub fn release<E: From<Error>>(
         &self,
         id: SnapshotId,
@@ -318,11 +327,11 @@ impl Attacher {
         decide: impl FnOnce() -> std::result::Result<ReleaseDecision, E>,
     ) -> std::result::Result<ReleaseOutcome, E> {
         let slot = Arc::clone(self.slots.lock().entry(id).or_default());
-        let Some(_guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::NotYet) };
+        let Some(_guard) = slot.lock.try_lock_for(RELEASE_LOCK_TIMEOUT) else { return Ok(ReleaseOutcome::Busy) };
         if slot.pins.load(Ordering::SeqCst) > 0 {
-            return Ok(ReleaseOutcome::NotYet);
+            return Ok(ReleaseOutcome::Busy);
         }
-        let released = decide().and_then(|decision| {
+        let result = decide().and_then(|decision| {
             if decision == ReleaseDecision::Remove {
                 let home = self.paths.snapshot_dir(id);
                 self.unmount_all_below(&home)?;
@@ -330,20 +339,19 @@ impl Attacher {
             }
             Ok(ReleaseOutcome::Done)
         });
-        // Whoever waits for this slot finds that it is not on the map any more, and takes the next one.
         let mut slots = self.slots.lock();
         if slots.get(&id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
             slots.remove(&id);
         }
-        released
+        result
     }
 
-    /// The type of what is there; a dead mount counts as a directory.
-    fn lstat(&self, path: &Path) -> Result<Option<FileType>> {
+    /// Whether there is anything at `path`. A dead mount counts as well.
+    fn exists(&self, path: &Path) -> Result<bool> {
         match self.sys.lstat(path) {
-            Ok(status) => Ok(Some(status.file_type)),
-            Err(e) if e.errno == Errno::ENOENT => Ok(None),
-            Err(e) if e.is_dead() => Ok(Some(FileType::Directory)),
+            Ok(_) => Ok(true),
+            Err(e) if e.errno == Errno::ENOENT => Ok(false),
+            Err(e) if e.is_dead() => Ok(true),
             Err(e) => Err(e),
         }
     }
@@ -356,11 +364,12 @@ impl Attacher {
     }
 }
 
-fn source_marker(place: &Path) -> PathBuf {
-    place.with_extension("of")
+/// The link beside an attached root that names the source of the variant.
+fn source_marker(attached_root: &Path) -> PathBuf {
+    attached_root.with_extension("of")
 }
 
-/// Where a thing is built before it is renamed to `place`.
-fn staging_path(place: &Path) -> PathBuf {
-    place.with_extension("new")
+/// The path where something is built before it is renamed to `path`.
+fn staging_path(path: &Path) -> PathBuf {
+    path.with_extension("new")
 }

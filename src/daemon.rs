@@ -108,7 +108,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     };
     // Clients of a socket that systemd holds are accepted during the start, and their calls wait, because containerd
     // gives up a connection that is not answered within a second.
-    let preactivated_server = server::inherited().map_err(Error::Socket)?.map(start_server).transpose()?;
+    let preactivated_server = server::inherited_socket().map_err(Error::Socket)?.map(start_server).transpose()?;
     let limit = if preactivated_server.is_some() { STOP_DURING_START_LIMIT } else { Duration::ZERO };
     let recovered = start::recover_state_unless_stopped(&arguments.root, &config, &stop_request, limit);
     let Ok(Some(state)) = recovered else {
@@ -122,7 +122,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
         None => server::bind(&arguments.address, &config.allowed_uids).map_err(Error::Socket).and_then(start_server)?,
     };
     let _ = cell.set(Arc::clone(&state.snapshotter));
-    pools.workers.run().map_err(Error::Threads)?;
+    pools.workers.start_workers().map_err(Error::Threads)?;
     announce(arguments, &config, &server, &state, &pools)?;
     wait_for_stop(&stop_request, &state.snapshotter);
     stop(server, pools);
@@ -219,8 +219,8 @@ fn stop(server: Server, pools: Pools) {
     server.stop(deadline, || {
         for pool in pools.into_drain_order() {
             match pool.drain(deadline.saturating_duration_since(Instant::now())) {
-                DrainOutcome::Completely => {}
-                DrainOutcome::LeavingBehind(calls) => {
+                DrainOutcome::Completed => {}
+                DrainOutcome::TimedOut { remaining: calls } => {
                     log::warn!(event = "calls_abandoned", calls; "{calls} calls did not finish in {STOP_LIMIT:?} and are abandoned");
                 }
             }

@@ -1,5 +1,7 @@
-//! What lies beside the files of a local snapshot, `snapshots/<id>/record`: enough to make its
-//! row again when the store is lost. Written before the row, and not synced: the row counts.
+//! The file beside the files of a local snapshot, `snapshots/<id>/record`, from which `--rebuild-metadata` makes the row
+//! again when the store is lost.
+//!
+//! It is written before the row, and never synced: as long as the store is there, only the row counts.
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -8,25 +10,31 @@ use crate::model::{Kind, Snapshot};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
-    /// As it was prepared.
+    /// The snapshot as it was prepared.
     pub prepared: Snapshot,
-    /// As it is if the commit that was begun came to its end.
+    /// The snapshot as it is if a commit that was begun succeeded.
     pub committed: Option<Snapshot>,
 }
 
 impl Sidecar {
     pub fn encode(&self) -> Vec<u8> {
-        // Everything in a snapshot has a form in JSON.
+        // This cannot fail: everything in a snapshot can be written as JSON.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// None: not all of one was written, or it is not of a local snapshot.
+    /// None if the file was not written to its end, or does not describe a local snapshot.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let read: Self = serde_json::from_slice(bytes).ok()?;
-        let is_local = |one: &Snapshot| one.layer.is_none() && one.usage.is_none_or(|u| u.size >= 0 && u.inodes >= 0);
-        let fits = |one: &Snapshot| one.id == read.prepared.id && one.kind == Kind::Committed && is_local(one);
-        (is_local(&read.prepared) && read.committed.as_ref().is_none_or(fits)).then_some(read)
+        let sidecar: Self = serde_json::from_slice(bytes).ok()?;
+        let is_valid = is_local(&sidecar.prepared)
+            && sidecar.committed.as_ref().is_none_or(|committed| {
+                committed.id == sidecar.prepared.id && committed.kind == Kind::Committed && is_local(committed)
+            });
+        is_valid.then_some(sidecar)
     }
+}
+
+fn is_local(snapshot: &Snapshot) -> bool {
+    snapshot.layer.is_none() && snapshot.usage.is_none_or(|usage| usage.size >= 0 && usage.inodes >= 0)
 }
 
 #[cfg(test)]
@@ -50,10 +58,10 @@ mod tests {
         }
     }
 
-    /// A record that named another snapshot's number made that snapshot left out as well, and one that named a layer had
-    /// the files beside it taken away.
+    /// A file that named the number of another snapshot once made the rebuild leave out that snapshot as well, and one
+    /// that named a layer had the files beside it removed.
     #[test]
-    fn a_record_that_is_not_of_a_local_snapshot_is_none() {
+    fn sidecar_of_anything_but_a_local_snapshot_is_not_decoded() {
         let good = Sidecar { prepared: snapshot(2, Kind::Active), committed: Some(snapshot(2, Kind::Committed)) };
         assert_eq!(Sidecar::decode(&good.encode()), Some(good.clone()));
         let digest = Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap();

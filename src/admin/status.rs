@@ -1,5 +1,5 @@
 //! `cvmfs-snapshotter status`: shows the images on this node, where their files come from, who uses them and how much disk
-//! they take, and the health of the repositories. All of it is asked from the running daemon.
+//! they take, and the health of the repositories. The running daemon knows all of it.
 #![forbid(unsafe_code)]
 
 mod report;

@@ -1,7 +1,8 @@
-//! The paths where something published is attached: links, which lead to the published
-//! directory itself or, with `AttachMode::Bind`, to a read-only bind mount of it below `bound/`. To lead a
-//! place somewhere else is one rename, so a container that is mounted right then finds the one
-//! or the other, whole.
+//! The links through which an attached layer is reached, and with `AttachMode::Bind` the mounts that they lead to.
+//!
+//! A link leads to the published directory, or to a read-only bind mount of it below `bound/`. It is exchanged by a
+//! rename, so a container that is mounted at that moment finds the old layer or the new one, and never half of one. A
+//! mount that no link leads to any more is *superseded*, and is unmounted after `UNMOUNT_GRACE`.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
@@ -13,67 +14,78 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{AttachMode, Attacher, MountPoint, staging_path};
+use super::{AttachMode, Attacher, staging_path};
 use crate::model::SnapshotId;
 use crate::overlay::{BIND_MOUNTS_DIR, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::system::{DirHandle, Error, FileType, Result, Status, Unmount};
 
-/// More mounts than this on one directory are not ours to untangle.
+/// Maximum number of mounts on one directory that are unmounted. More are not ours.
 const MAX_STACKED_MOUNTS: usize = 16;
-/// Whoever followed a link before it was exchanged has arrived where it led by then. Without that
-/// time, a mount(2) under way found the bare mount point, or nothing, within a second of trying.
+/// After this long, a process that followed a link before it was exchanged has finished its mount(2). Without the wait,
+/// a mount(2) under way found the bare mount point, or nothing, within a second of trying.
 const UNMOUNT_GRACE: Duration = Duration::from_secs(1);
 
-/// A mount point that no link leads to any more.
+/// A mount that shows a surveyed layer.
+pub(super) struct MountPoint {
+    /// The path in the snapshot's directory.
+    pub name: PathBuf,
+    /// Whether the survey mounted it.
+    pub is_new: bool,
+    /// The target of the link at the time of the survey.
+    old_target: Option<PathBuf>,
+}
+
+/// A mount that no link leads to any more.
 pub(super) struct SupersededMount {
     since: Instant,
-    point: PathBuf,
+    path: PathBuf,
 }
 
 impl Attacher {
-    /// Makes `place` in `home` lead to `source`, or to the mount of it at `point`. Whether there was
-    /// anything to do.
+    /// Makes `link` lead to `source`, or to its mount. Returns whether the link was changed.
     pub(super) fn ensure_link(
         &self,
-        home: &Path,
-        place: &Path,
+        id: SnapshotId,
+        link: &Path,
         source: &Path,
-        point: Option<&MountPoint>,
+        mount_point: Option<&MountPoint>,
     ) -> Result<bool> {
-        let old = match self.link_at(place) {
-            // A directory: where the Go snapshotter had bound it.
+        let home = self.paths.snapshot_dir(id);
+        let old_target = match self.link_target(link) {
+            // It is a directory, where the Go snapshotter had bound the layer.
             Err(e) if e.errno == Errno::EINVAL => {
-                self.unmount_all(place)?;
-                self.sys.remove_dir(place)?;
+                self.unmount_all(link)?;
+                self.sys.remove_dir(link)?;
                 None
             }
-            old => old?,
+            old_target => old_target?,
         };
-        let target = match point {
+        let target = match mount_point {
             None => source,
-            // Whoever leads it elsewhere by now has looked at the layer as late as this survey.
-            Some(point) if old.is_some() && (!point.is_new || old != point.before) => {
-                if point.is_new {
-                    self.unbind(&home.join(&point.name))?;
+            // If another thread has changed the link since our survey, its survey was not older than ours.
+            Some(mount_point)
+                if old_target.is_some() && (!mount_point.is_new || old_target != mount_point.old_target) =>
+            {
+                if mount_point.is_new {
+                    self.remove_mount_point(&home.join(&mount_point.name))?;
                 }
                 return Ok(false);
             }
-            Some(point) => &point.name,
+            Some(mount_point) => &mount_point.name,
         };
-        if old.as_deref() == Some(target) {
+        if old_target.as_deref() == Some(target) {
             return Ok(false);
         }
-        self.put_link(place, target)?;
-        if let Some(old) = old.filter(|old| old.starts_with(BIND_MOUNTS_DIR)) {
-            self.superseded.lock().push(SupersededMount { since: Instant::now(), point: home.join(old) });
+        self.replace_link(link, target)?;
+        if let Some(old_target) = old_target.filter(|old_target| old_target.starts_with(BIND_MOUNTS_DIR)) {
+            self.superseded.lock().push(SupersededMount { since: Instant::now(), path: home.join(old_target) });
             self.unmount_superseded();
         }
         Ok(true)
     }
 
-    /// The mount point in the directory of `id` that shows the open `layer`: the one that is led to, if
-    /// that does, or else a new one.
+    /// The mount that shows the open `layer`: the one that the link leads to, if it does, or else a new one.
     pub(super) fn find_mount_point(
         &self,
         id: SnapshotId,
@@ -81,176 +93,186 @@ impl Attacher {
         layer: &DirHandle,
     ) -> Result<MountPoint> {
         let home = self.paths.snapshot_dir(id);
-        let led_to = without_repository(|| match self.link_at(&self.paths.attached_root(id, variant)) {
+        let old_target = without_repository(|| match self.link_target(&self.paths.attached_root(id, variant)) {
             Err(e) if e.errno == Errno::EINVAL => Ok(None),
-            led_to => led_to,
+            target => target,
         })?;
-        if let Some(name) = led_to.as_ref().filter(|target| target.starts_with(BIND_MOUNTS_DIR))
+        if let Some(name) = old_target.as_ref().filter(|target| target.starts_with(BIND_MOUNTS_DIR))
             && self.is_bound(&home.join(name), self.sys.dir_status(layer)?)?
         {
-            return Ok(MountPoint { name: name.clone(), is_new: false, before: None });
+            return Ok(MountPoint { name: name.clone(), is_new: false, old_target: None });
         }
-        let name = without_repository(|| self.create_mount_point(&home))?;
-        let point = home.join(&name);
-        if let Err(e) = self.sys.bind_read_only(layer, &point) {
-            // The mount may be there and writable: that must not stay.
-            if let Err(undo) = self.unbind(&point) {
-                log::error!("{} may be writable: {undo}", point.display());
+        let name = without_repository(|| self.create_mount_point(id))?;
+        let path = home.join(&name);
+        if let Err(e) = self.sys.bind_read_only(layer, &path) {
+            // The mount may exist and still be writable, so it must go.
+            if let Err(rollback) = self.remove_mount_point(&path) {
+                log::error!(event = "bind_mount_maybe_writable", path:% = path.display();
+                    "cannot unmount {}, which may be writable: {rollback}", path.display());
             }
             return Err(e);
         }
-        Ok(MountPoint { name, is_new: true, before: led_to })
+        Ok(MountPoint { name, is_new: true, old_target })
     }
 
-    /// Whether a place that was led to a layer still shows it. What can change without us is a mount: somebody may take
-    /// it away, and then an empty directory is there. `device` is that of the layer; `inode` is asked for, if it is
-    /// given, which may hang.
+    /// Whether an attached layer is still shown at its attached root. Only a mount can change without us: somebody may
+    /// unmount it, which leaves an empty directory. `device` is that of the layer. `inode`, if given, is compared as
+    /// well, which may hang.
     pub fn is_in_place(&self, id: SnapshotId, variant: SourceVariant, device: u64, inode: Option<u64>) -> bool {
         if self.mode == AttachMode::Symlink {
             return true;
         }
-        let Ok(Some(leads_to)) = self.link_at(&self.paths.attached_root(id, variant)) else { return false };
-        let point = self.paths.snapshot_dir(id).join(leads_to);
-        let is_mounted = self.sys.mounted(&point).is_ok_and(|mounted| mounted == Some(device));
-        is_mounted && inode.is_none_or(|inode| self.sys.lstat(&point).is_ok_and(|there| there.inode == inode))
+        let Ok(Some(target)) = self.link_target(&self.paths.attached_root(id, variant)) else { return false };
+        let path = self.paths.snapshot_dir(id).join(target);
+        let is_mounted = self.sys.mounted(&path).is_ok_and(|mounted| mounted == Some(device));
+        is_mounted && inode.is_none_or(|inode| self.sys.lstat(&path).is_ok_and(|status| status.inode == inode))
     }
 
-    /// A directory where nothing was ever mounted; the result is where in `home` it is.
-    fn create_mount_point(&self, home: &Path) -> Result<PathBuf> {
-        self.ensure_directory(home, 0o700)?;
-        self.ensure_directory(&home.join(BIND_MOUNTS_DIR), 0o700)?;
+    /// Creates a directory where nothing was ever mounted, and returns its path in the snapshot's directory.
+    fn create_mount_point(&self, id: SnapshotId) -> Result<PathBuf> {
+        let home = self.paths.snapshot_dir(id);
+        self.ensure_directory(&home, 0o700)?;
+        self.ensure_directory(&self.paths.bind_mounts_dir(id), 0o700)?;
         loop {
-            let name = Path::new(BIND_MOUNTS_DIR).join(self.next_point.fetch_add(1, Ordering::Relaxed).to_string());
+            let number = self.next_mount_point.fetch_add(1, Ordering::Relaxed);
+            let name = Path::new(BIND_MOUNTS_DIR).join(number.to_string());
             match self.sys.create_dir(&home.join(&name), 0o755) {
-                // An earlier process's.
+                // An earlier process has used the number.
                 Err(e) if e.errno == Errno::EEXIST => {}
                 result => return result.map(|()| name),
             }
         }
     }
 
-    /// Whether the layer is mounted there, read-only. It is not if its server died, if it was mounted
-    /// or published anew, or if a crash came before it was read-only.
-    fn is_bound(&self, point: &Path, wanted: Status) -> Result<bool> {
-        // Of a mount of something else nothing is asked: its server may hang.
-        if self.sys.mounted(point)? != Some(wanted.device) {
+    /// Whether the layer is mounted at `path`, read-only. It is not if its server died, if it was mounted or published
+    /// again since, or if the process died before the mount was made read-only.
+    fn is_bound(&self, path: &Path, layer: Status) -> Result<bool> {
+        // The mount table is asked first: if something else is mounted, its server may hang, so it is asked nothing.
+        if self.sys.mounted(path)? != Some(layer.device) {
             return Ok(false);
         }
-        let there = match self.sys.lstat(point) {
-            Ok(there) => there,
+        let status = match self.sys.lstat(path) {
+            Ok(status) => status,
             Err(e) if e.is_dead() => return Ok(false),
             Err(e) => return Err(e),
         };
-        let Ok(file_system) = self.sys.statfs(point) else { return Ok(false) };
-        // The same directory, by its inode. CernVM-FS gives new ones with every catalog, but a
-        // layer that it publishes never changes, so there the device says enough.
-        Ok(file_system.read_only && (there.inode == wanted.inode || file_system.fuse))
+        let Ok(file_system) = self.sys.statfs(path) else { return Ok(false) };
+        // The same inode is the same directory. CernVM-FS gives new inodes with every catalog, but it never changes a
+        // published layer, so there the device is enough.
+        Ok(file_system.read_only && (status.inode == layer.inode || file_system.fuse))
     }
 
-    /// Remembers what in `home` nobody is led to, to be taken away in a while.
+    /// Schedules the mounts in `home` that no link leads to for unmounting. A process that died leaves such mounts.
     pub fn schedule_unmount(&self, home: &Path) {
         if let Err(e) = self.try_schedule_unmount(home) {
-            log::warn!("mounts in {} stay until its layer is detached: {e}", home.display());
+            log::warn!(event = "mount_cleanup_failed", path:% = home.display();
+                "cannot look for unused mounts in {}, they stay until the layer is detached: {e}", home.display());
         }
     }
 
     fn try_schedule_unmount(&self, home: &Path) -> Result<()> {
-        let bound = home.join(BIND_MOUNTS_DIR);
-        let points = self.entries(&bound)?;
-        if points.is_empty() {
+        let bind_mounts = home.join(BIND_MOUNTS_DIR);
+        let entries = self.entries(&bind_mounts)?;
+        if entries.is_empty() {
             return Ok(());
         }
-        let led_to = self.link_target(home)?;
+        let targets = self.link_targets(home)?;
         let mut superseded = self.superseded.lock();
-        for point in points.into_iter().map(|(name, _)| bound.join(name)) {
-            if !led_to.contains(&point) && superseded.iter().all(|one| one.point != point) {
-                superseded.push(SupersededMount { since: Instant::now(), point });
+        for (name, _) in entries {
+            let path = bind_mounts.join(name);
+            if !targets.contains(&path) && superseded.iter().all(|mount| mount.path != path) {
+                superseded.push(SupersededMount { since: Instant::now(), path });
             }
         }
         Ok(())
     }
 
-    /// All that links in `home` lead to.
-    fn link_target(&self, home: &Path) -> Result<HashSet<PathBuf>> {
-        let mut led_to = HashSet::new();
-        for (name, _) in self.entries(home)?.into_iter().filter(|(_, file_type)| *file_type == FileType::Symlink) {
-            led_to.extend(self.link_at(&home.join(name))?.map(|target| home.join(target)));
+    /// The targets of all links in `home`.
+    fn link_targets(&self, home: &Path) -> Result<HashSet<PathBuf>> {
+        let mut targets = HashSet::new();
+        for (name, file_type) in self.entries(home)? {
+            if file_type == FileType::Symlink
+                && let Some(target) = self.link_target(&home.join(name))?
+            {
+                targets.insert(home.join(target));
+            }
         }
-        Ok(led_to)
+        Ok(targets)
     }
 
-    /// Takes away mounts that no link has led to for a while.
+    /// Unmounts what was superseded longer than `UNMOUNT_GRACE` ago.
     pub fn unmount_superseded(&self) {
-        let (due, left) = std::mem::take(&mut *self.superseded.lock())
+        let (due, waiting) = std::mem::take(&mut *self.superseded.lock())
             .into_iter()
-            .partition::<Vec<_>, _>(|superseded| superseded.since.elapsed() >= UNMOUNT_GRACE);
-        self.superseded.lock().extend(left);
-        for superseded in due {
-            if let Err(e) = self.unbind_superseded(&superseded.point) {
-                log::warn!("{} stays until the next cleanup: {e}", superseded.point.display());
-                self.superseded.lock().push(superseded);
+            .partition::<Vec<_>, _>(|mount| mount.since.elapsed() >= UNMOUNT_GRACE);
+        self.superseded.lock().extend(waiting);
+        for mount in due {
+            if let Err(e) = self.remove_unless_linked(&mount.path) {
+                log::warn!(event = "superseded_mount_kept", path:% = mount.path.display();
+                    "cannot unmount {}, the next cleanup tries again: {e}", mount.path.display());
+                self.superseded.lock().push(mount);
             }
         }
     }
 
-    fn unbind_superseded(&self, point: &Path) -> Result<()> {
-        let home = point.parent().and_then(Path::parent).unwrap_or(point);
-        // A thread that was thought to hang may have got on, and led somebody there after all.
-        if self.link_target(home)?.contains(point) { Ok(()) } else { self.unbind(point) }
+    fn remove_unless_linked(&self, mount_point: &Path) -> Result<()> {
+        let home = mount_point.parent().and_then(Path::parent).unwrap_or(mount_point);
+        // Another thread may have made a link to the mount after it was superseded.
+        if self.link_targets(home)?.contains(mount_point) { Ok(()) } else { self.remove_mount_point(mount_point) }
     }
 
-    pub(super) fn unbind(&self, point: &Path) -> Result<()> {
-        self.unmount_all(point)?;
-        match self.sys.remove_dir(point) {
+    /// Unmounts everything on `path` and removes the directory.
+    pub(super) fn remove_mount_point(&self, path: &Path) -> Result<()> {
+        self.unmount_all(path)?;
+        match self.sys.remove_dir(path) {
             Err(e) if e.errno != Errno::ENOENT => Err(e),
             _ => Ok(()),
         }
     }
 
-    /// Detaches all that is mounted in `home`: what the Go snapshotter had bound at its `fs`, and
-    /// what we have.
+    /// Unmounts everything in `home`: what the Go snapshotter had bound at its `fs`, and our own mounts.
     pub(super) fn unmount_all_below(&self, home: &Path) -> Result<()> {
         self.unmount_all(&home.join("fs"))?;
-        let bound = home.join(BIND_MOUNTS_DIR);
-        self.entries(&bound)?.iter().try_for_each(|(name, _)| self.unmount_all(&bound.join(name)))
+        let bind_mounts = home.join(BIND_MOUNTS_DIR);
+        self.entries(&bind_mounts)?.iter().try_for_each(|(name, _)| self.unmount_all(&bind_mounts.join(name)))
     }
 
-    /// The entries of a directory of ours, in which nobody else writes; none if it is not there.
+    /// The entries of a directory in which nobody else writes. There are none if it does not exist.
     fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileType)>> {
         let mut entries = Vec::new();
-        let read = self.sys.for_each_entry(path, &mut |name, file_type| {
+        let result = self.sys.for_each_entry(path, &mut |name, file_type| {
             entries.push((name.to_owned(), file_type));
             ControlFlow::Continue(())
         });
-        match read {
+        match result {
             Err(e) if e.errno != Errno::ENOENT => Err(e),
             _ => Ok(entries),
         }
     }
 
-    fn unmount_all(&self, target: &Path) -> Result<()> {
+    fn unmount_all(&self, path: &Path) -> Result<()> {
         for _ in 0..MAX_STACKED_MOUNTS {
-            if !self.unmount_one(target)? {
+            if !self.unmount_one(path)? {
                 return Ok(());
             }
         }
-        Err(too_many_mounts(target))
+        Err(too_many_mounts(path))
     }
 
-    /// Whether something was mounted there. Asks the mount table and no file system. Somebody may
-    /// have a file open in it: that one keeps what it has, and nobody else gets it.
-    fn unmount_one(&self, target: &Path) -> Result<bool> {
-        match self.sys.unmount(target, Unmount::Plain) {
+    /// Unmounts the uppermost mount on `path`, and returns false if there was none. Asks no file system. A process that
+    /// has a file of the mount open keeps it, and nobody else reaches the mount any more.
+    fn unmount_one(&self, path: &Path) -> Result<bool> {
+        match self.sys.unmount(path, Unmount::Plain) {
             Ok(()) => Ok(true),
-            // Not a mount point (any more), or not there at all.
+            // The path is no mount point, or does not exist.
             Err(e) if matches!(e.errno, Errno::EINVAL | Errno::ENOENT) => Ok(false),
-            Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(target, Unmount::Detach).map(|()| true),
+            Err(e) if e.errno == Errno::EBUSY => self.sys.unmount(path, Unmount::Detach).map(|()| true),
             Err(e) => Err(e),
         }
     }
 
-    /// Where a link leads, if there is one.
-    pub(super) fn link_at(&self, path: &Path) -> Result<Option<PathBuf>> {
+    /// The target of a link, or None if there is nothing at `path`.
+    pub(super) fn link_target(&self, path: &Path) -> Result<Option<PathBuf>> {
         match self.sys.read_link(path) {
             Ok(target) => Ok(Some(target)),
             Err(e) if e.errno == Errno::ENOENT => Ok(None),
@@ -258,22 +280,22 @@ impl Attacher {
         }
     }
 
-    /// In one step, whatever link was there.
-    pub(super) fn put_link(&self, link: &Path, target: &Path) -> Result<()> {
+    /// Makes a link, or atomically exchanges the one that is there.
+    pub(super) fn replace_link(&self, link: &Path, target: &Path) -> Result<()> {
         match self.sys.symlink(target, link) {
             Err(e) if e.errno == Errno::EEXIST => {}
             result => return result,
         }
-        let new = staging_path(link);
-        match self.sys.remove_file(&new) {
+        let staging = staging_path(link);
+        match self.sys.remove_file(&staging) {
             Err(e) if e.errno != Errno::ENOENT => return Err(e),
             _ => {}
         }
-        self.sys.symlink(target, &new)?;
-        self.sys.rename(&new, link)
+        self.sys.symlink(target, &staging)?;
+        self.sys.rename(&staging, link)
     }
 }
 
 fn too_many_mounts(path: &Path) -> Error {
-    Error { call: "untangle the mounts on", path: path.to_owned(), errno: Errno::ELOOP }
+    Error { call: "unmount all of the many mounts on", path: path.to_owned(), errno: Errno::ELOOP }
 }

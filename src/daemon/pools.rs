@@ -19,11 +19,11 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// Starts all pools but the workers, which `workers.run` starts: until then, calls wait in their queue.
+    /// Starts all pools but the workers, which `start_workers` starts: until then, calls wait in their queue.
     pub fn start(config: &Config) -> io::Result<Self> {
         let growing_pool = |name: &str| Pool::growing(name, config.blocking_threads(), config.queue, IDLE_LIMIT);
         Ok(Self {
-            workers: Pool::idle("worker", config.worker_threads(), config.queue),
+            workers: Pool::unstarted("worker", config.worker_threads(), config.queue),
             pulls: growing_pool("pull")?,
             repositories: config.repositories.iter().map(|_| growing_pool("start")).collect::<io::Result<_>>()?,
         })

@@ -124,7 +124,7 @@ fn check_metadata_present(root: &StateRoot, paths: &SnapshotPaths, sys: &dyn Sys
         return Err(Error::MetadataOfEarlierVersion { path: earlier });
     }
     let ids = system::snapshot_ids(sys, &root.snapshots).map_err(Error::System)?;
-    let snapshots = ids.iter().filter(|id| paths.record(**id).exists()).count();
+    let snapshots = ids.iter().filter(|id| paths.sidecar(**id).exists()).count();
     let has_go_metadata = root.metadata.with_file_name(takeover::GO_METADATA).exists();
     if Store::existed_at(&root.metadata) || (snapshots > 0 && !has_go_metadata) {
         return Err(Error::MetadataGone { path: root.metadata.clone(), snapshots });

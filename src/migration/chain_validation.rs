@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::model::{InvalidDigest, InvalidKey, Key, Kind, MAX_LABELS_BYTES, Quoted, Snapshot, SnapshotId};
+use crate::model::{InvalidDigest, InvalidKey, Key, Kind, MAX_LABELS_BYTES, Quoted, Snapshot, SnapshotId, labels_size};
 
 /// Something that may be a snapshot.
 #[derive(Clone, Debug)]
@@ -173,7 +173,7 @@ impl Accepted {
 }
 
 fn check_labels(snapshot: Snapshot) -> Result<Snapshot, RejectReason> {
-    match snapshot.labels.iter().map(|(key, value)| key.len() + value.len()).sum() {
+    match labels_size(&snapshot.labels) {
         bytes if bytes > MAX_LABELS_BYTES => Err(RejectReason::LabelsTooLong(bytes)),
         _ => Ok(snapshot),
     }

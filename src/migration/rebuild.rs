@@ -212,7 +212,7 @@ fn scan_state_root(paths: &SnapshotPaths, sys: &dyn Sys) -> Result<StateRootScan
             found.leftovers.push(id);
             continue;
         }
-        let odd = match read_sidecar(&paths.record(id), sys)? {
+        let odd = match read_sidecar(&paths.sidecar(id), sys)? {
             Some(sidecar) if sidecar.prepared.id != id => RejectReason::OtherId(sidecar.prepared.id),
             None => RejectReason::NoSidecar,
             Some(sidecar) => match sys.lstat(&paths.fs(id)) {

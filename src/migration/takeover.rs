@@ -93,7 +93,7 @@ pub fn take_over(
     // For a rebuild of our store: what is in the old file will not be true for long.
     for local in snapshots.iter().filter(|s| s.layer.is_none() && sys.lstat(&paths.fs(s.id)).is_ok()) {
         let sidecar = Sidecar { prepared: local.clone(), committed: None };
-        sys.write_file(&paths.record(local.id), &sidecar.encode()).map_err(Error::System)?;
+        sys.write_file(&paths.sidecar(local.id), &sidecar.encode()).map_err(Error::System)?;
     }
     Store::create(metadata, occupied.max(Some(last_id)), &snapshots, &[]).map_err(Error::Store)?;
     report(&path, &snapshots, &left_out, &losses);

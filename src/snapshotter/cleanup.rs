@@ -1,5 +1,6 @@
-//! Takes away what removed snapshots left: directories, and attachments that no active
-//! snapshot stands on. Its cost follows the list of what was removed, not what exists.
+//! Cleanup: removes the directories of removed snapshots, and of published layers that no active snapshot or view needs.
+//!
+//! It works through the list of ids that removals scheduled, so its cost follows what was removed and not what exists.
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
@@ -16,96 +17,96 @@ use crate::metrics::METRICS;
 use crate::model::SnapshotId;
 use crate::store::ReadTxn;
 
-/// So many ids are worked on between two looks at the mount table.
-const BATCH: usize = 1024;
-/// Threads that delete, at most,
+/// Maximum number of ids that are cleaned up between two reads of the mount table.
+const MAX_BATCH: usize = 1024;
+/// Maximum number of threads that remove directories.
 const MAX_CLEANUP_THREADS: usize = 4;
-/// one more for so many snapshots.
+/// Number of snapshots that justifies one more thread.
 const SNAPSHOTS_PER_THREAD: usize = 16;
 
 type MountsBySnapshot = HashMap<SnapshotId, Vec<PathBuf>>;
 
-/// What a cleanup did.
+/// How many snapshots a cleanup has done, and how many it has not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CleanupBatch {
     pub done: usize,
-    /// Busy or failed; they stay on the list.
-    pub left: usize,
+    /// Snapshots that were busy or failed. They stay scheduled.
+    pub remaining: usize,
 }
 
 impl Snapshotter {
-    /// One at a time, and one that waits: what a third one wants done, the waiting one does.
+    /// Cleans up everything that is scheduled. One cleanup runs and one waits; a third returns at once, because the
+    /// waiting one does its work too.
     pub fn cleanup(&self, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<CleanupBatch> {
-        let _turn = match self.cleaning.try_lock() {
-            Some(turn) => turn,
-            None if self.cleanup_waits.swap(true, Ordering::SeqCst) => return Ok(CleanupBatch::default()),
+        let _guard = match self.cleanup_lock.try_lock() {
+            Some(guard) => guard,
+            None if self.cleanup_queued.swap(true, Ordering::SeqCst) => return Ok(CleanupBatch::default()),
             None => {
-                let turn = self.cleaning.lock();
-                self.cleanup_waits.store(false, Ordering::SeqCst);
-                turn
+                let guard = self.cleanup_lock.lock();
+                self.cleanup_queued.store(false, Ordering::SeqCst);
+                guard
             }
         };
-        self.sources.attacher.unmount_superseded();
-        let mut cleaned = CleanupBatch::default();
-        let mut left = Vec::new();
-        let result = self.cleanup_scheduled(cancelled, &mut cleaned, &mut left);
-        cleaned.left = left.len();
-        if !left.is_empty() {
-            self.store.write_using_reserve(|tx| tx.schedule_cleanup(&left).map_err(Error::from))?;
+        self.layer_provider.attacher.unmount_superseded();
+        let mut done = 0;
+        let mut remaining = Vec::new();
+        let result = self.cleanup_scheduled(cancelled, &mut done, &mut remaining);
+        if !remaining.is_empty() {
+            self.store.write_using_reserve(|tx| tx.schedule_cleanup(&remaining))?;
         }
         self.store.restore_reserve();
-        METRICS.record_cleanup(cleaned.done, cleaned.left);
-        result.map(|()| cleaned)
+        METRICS.record_cleanup(done, remaining.len());
+        result.map(|()| CleanupBatch { done, remaining: remaining.len() })
     }
 
     fn cleanup_scheduled(
         &self,
         cancelled: &(dyn Fn() -> bool + Sync),
-        cleaned: &mut CleanupBatch,
-        left: &mut Vec<SnapshotId>,
+        done: &mut usize,
+        remaining: &mut Vec<SnapshotId>,
     ) -> Result<()> {
-        // Ids that come onto the list meanwhile are mostly higher: with them it might never end.
-        let Some(end) = self.store.read(|tx| tx.last_scheduled().map_err(Error::from))? else { return Ok(()) };
+        // Ids that are scheduled meanwhile are mostly higher. They are left to the next cleanup, or this one might never
+        // end.
+        let Some(last) = self.store.read(|tx| tx.last_scheduled().map_err(Error::from))? else { return Ok(()) };
         let mut next = SnapshotId(0);
-        while next <= end {
-            let batch =
-                self.store.write_using_reserve(|tx| tx.mark_cleanup_started(next..=end, BATCH).map_err(Error::from))?;
-            let Some(last) = batch.last() else { break };
-            next = SnapshotId(last.0.saturating_add(1));
+        while next <= last {
+            let batch = self.store.write_using_reserve(|tx| tx.mark_cleanup_started(next..=last, MAX_BATCH))?;
+            let Some(last_of_batch) = batch.last() else { break };
+            next = SnapshotId(last_of_batch.0.saturating_add(1));
             let mounts = match self.mounts_by_snapshot() {
                 Ok(mounts) => mounts,
                 Err(e) => {
-                    left.extend(batch);
+                    remaining.extend(batch);
                     return Err(e);
                 }
             };
-            let done = self.cleanup_batch(&batch, &mounts, cancelled);
-            left.extend(batch.iter().filter(|id| !done.contains(id)));
-            self.store.write_using_reserve(|tx| tx.finish_cleanup(done.iter().copied()).map_err(Error::from))?;
-            cleaned.done += done.len();
+            let cleaned = self.cleanup_batch(&batch, &mounts, cancelled);
+            remaining.extend(batch.iter().filter(|id| !cleaned.contains(id)));
+            self.store.write_using_reserve(|tx| tx.finish_cleanup(cleaned.iter().copied()))?;
+            *done += cleaned.len();
             if cancelled() {
-                return Err(Error::Cancelled);
+                return Err(Error::DeadlineExceeded);
             }
         }
         Ok(())
     }
 
-    /// What is mounted below each snapshot's directory.
+    /// The mount points in each snapshot's directory.
     fn mounts_by_snapshot(&self) -> Result<MountsBySnapshot> {
-        let all = self.paths.snapshots_dir();
+        let snapshots = self.paths.snapshots_dir();
         let mut mounts = MountsBySnapshot::new();
-        for mount in self.sys.mounts_below(all)? {
-            let below = mount.strip_prefix(all).ok();
-            let home = below.and_then(|below| below.iter().next()?.to_str());
-            if let Some(id) = home.and_then(SnapshotId::from_directory_name) {
+        for mount in self.sys.mounts_below(snapshots)? {
+            let below = mount.strip_prefix(snapshots).ok();
+            let directory = below.and_then(|below| below.iter().next()?.to_str());
+            if let Some(id) = directory.and_then(SnapshotId::from_directory_name) {
                 mounts.entry(id).or_default().push(mount);
             }
         }
         Ok(mounts)
     }
 
-    /// With several threads, if it is worth it: they wait for the disk, mostly. The result is
-    /// what needs no cleanup any more.
+    /// Cleans up a batch, with several threads if it is large, because they mostly wait for the disk. Returns the ids
+    /// that are done.
     fn cleanup_batch(
         &self,
         batch: &[SnapshotId],
@@ -125,10 +126,11 @@ impl Snapshotter {
             done
         };
         thread::scope(|scope| {
-            let helpers = (batch.len() / SNAPSHOTS_PER_THREAD).min(MAX_CLEANUP_THREADS - 1);
-            let name = || thread::Builder::new().name("cleaner".to_owned());
-            // One that cannot be started is done without.
-            let helpers: Vec<_> = (0..helpers).filter_map(|_| name().spawn_scoped(scope, work).ok()).collect();
+            let count = (batch.len() / SNAPSHOTS_PER_THREAD).min(MAX_CLEANUP_THREADS - 1);
+            // A thread that cannot be started is not needed: the others do its work.
+            let helpers: Vec<_> = (0..count)
+                .filter_map(|_| thread::Builder::new().name("cleaner".to_owned()).spawn_scoped(scope, work).ok())
+                .collect();
             let mut done = work();
             for helper in helpers {
                 done.extend(helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
@@ -137,35 +139,40 @@ impl Snapshotter {
         })
     }
 
-    /// Whether `id` needs no cleanup any more.
+    /// Removes the directory of `id` if nobody needs it. Returns false if the next cleanup has to try again.
     fn cleanup_one(&self, id: SnapshotId, mounts: &[PathBuf], cancelled: &dyn Fn() -> bool) -> bool {
         let home = self.paths.snapshot_dir(id);
-        let (taken_over, bound) = (self.paths.fs(id), self.paths.bind_mounts_dir(id));
-        let is_ours = |mount: &Path| mount == taken_over || mount.parent() == Some(&bound);
+        let (fs, bind_mounts) = (self.paths.fs(id), self.paths.bind_mounts_dir(id));
+        // A Go snapshotter mounted layers on `fs`.
+        let is_ours = |mount: &Path| mount == fs || mount.parent() == Some(&bind_mounts);
         if let Some(foreign) = mounts.iter().find(|mount| !is_ours(mount)) {
-            log::warn!("{} is left: something is mounted on {}", home.display(), foreign.display());
+            log::warn!(event = "cleanup_foreign_mount", path:% = home.display();
+                "cannot remove {}, something is mounted on {}: unmount it, and the next cleanup removes the directory",
+                home.display(), foreign.display());
             return false;
         }
-        match self.sources.detach_one_if_unused(id, cancelled) {
+        match self.layer_provider.detach_if_unused(id, cancelled) {
             Ok(ReleaseOutcome::Done) => true,
-            Ok(ReleaseOutcome::NotYet) => {
-                log::debug!("{} is in use, it is taken away later", home.display());
+            Ok(ReleaseOutcome::Busy) => {
+                log::debug!("{} is in use, the next cleanup removes it", home.display());
                 false
             }
             Err(Error::System(e)) if e.errno == Errno::ECANCELED => {
-                log::debug!("the removal of {} goes on in the next cleanup: the caller has given up", home.display());
+                log::debug!("removal of {} interrupted by the deadline of the call", home.display());
                 false
             }
             Err(e) => {
-                log::warn!("{} is left until the next cleanup: {e}", home.display());
+                log::warn!(event = "cleanup_failed", path:% = home.display();
+                    "cannot remove {}, the next cleanup tries again: {e}", home.display());
                 false
             }
         }
     }
 }
 
-/// A local snapshot owns its directory; a remote one has it while something stands on it.
-pub(super) fn needs_its_directory(tx: &ReadTxn, id: SnapshotId) -> Result<bool> {
+/// Whether anybody needs the directory of `id`. A local snapshot needs it always, and a remote one while an active
+/// snapshot or a view stands on it.
+pub(super) fn needs_directory(tx: &ReadTxn, id: SnapshotId) -> Result<bool> {
     Ok(match tx.by_id(id)? {
         None => false,
         Some(remote) if remote.layer.is_some() => tx.is_in_use(id)?,

@@ -1,4 +1,4 @@
-//! Everything that can go wrong in a call, as data; the words are in `Display`.
+//! Everything that can go wrong in a call. The variants carry data, and `Display` makes sentences of it.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -13,35 +13,35 @@ pub enum Error {
     InvalidKey(InvalidKey),
     NotFound(Key),
     ParentNotFound(Key),
-    /// Prepare or View on something that is not committed.
+    /// The parent of a Prepare or a View is not committed.
     ParentNotCommitted {
         parent: Key,
         kind: Kind,
     },
     AlreadyExists(Key),
-    /// Not a failure: containerd need not download this layer.
+    /// This is not a failure: containerd need not download the layer.
     RemoteCommitted {
         reference: String,
     },
-    /// Commit of a snapshot that cannot change, or Mounts of one that has none.
+    /// The call is impossible for snapshots of this kind.
     WrongKind {
         key: Key,
         kind: Kind,
         needs: &'static str,
     },
     HasChildren(Key),
-    /// Commit named a parent, and the snapshot was prepared on another.
+    /// A Commit named a parent, but the snapshot was prepared on another one.
     OtherParent {
         key: Key,
         parent: Key,
         named: Key,
     },
-    /// Commit named a parent that is not committed.
+    /// A Commit named a parent that is not committed.
     NewParentNotCommitted {
         parent: Key,
         kind: Kind,
     },
-    /// It would be one snapshot more than a chain may have.
+    /// The chain of `parent` has the maximum length already.
     ChainTooLong {
         parent: Key,
     },
@@ -56,7 +56,7 @@ pub enum Error {
     TooManyLabels {
         count: usize,
     },
-    /// Another call works on the layer's directory.
+    /// Another call works on the directory of the layer, and takes long.
     LayerBusy {
         digest: Digest,
     },
@@ -74,18 +74,18 @@ pub enum Error {
         digest: Digest,
         refused: RefusedAttributes,
     },
-    /// The directory of a local snapshot is missing.
-    Broken {
+    /// The files of a local snapshot are missing.
+    FilesMissing {
         key: Key,
         id: SnapshotId,
     },
-    /// The caller has given up.
-    Cancelled,
+    /// The deadline of the call has passed, and the caller does not wait any more.
+    DeadlineExceeded,
     System(system::Error),
-    /// A step failed, and so did taking back the steps before it.
-    Undo {
+    /// A step failed, and undoing the steps before it failed too.
+    RollbackFailed {
         failed: Box<Error>,
-        undo: system::Error,
+        rollback: system::Error,
     },
     Store(store::Error),
 }
@@ -114,7 +114,7 @@ impl fmt::Display for Error {
             }
             Self::ChainTooLong { parent } => write!(
                 f,
-                "no snapshot can be made on {parent}: a chain has at most {MAX_CHAIN} snapshots; build the image \
+                "cannot create a snapshot on {parent}: a chain has at most {MAX_CHAIN} snapshots; build the image \
                  with fewer layers"
             ),
             Self::ImmutableField(path) => {
@@ -129,8 +129,8 @@ impl fmt::Display for Error {
             }
             Self::InvalidMapping { label, value } => write!(
                 f,
-                "invalid label {label}={}: needed are container:host:length, numbers below 2^32, \
-                 separated by commas where there is more than one, and one of them for container id 0",
+                "invalid label {label}={}: expected ranges container:host:length separated by commas, with numbers below \
+                 2^32 and one range that contains container id 0",
                 Quoted(value)
             ),
             Self::LayerUnavailable { digest, repository, why } => {
@@ -138,27 +138,29 @@ impl fmt::Display for Error {
             }
             Self::LayerBusy { digest } => write!(
                 f,
-                "layer {digest} is being prepared or removed on the local disk by another call, which takes long; try again"
+                "layer {digest} is being attached or removed by another call, and the local disk is slow; try again later"
             ),
             Self::AttributesRefused { digest, refused: RefusedAttributes { directory, bytes, largest, errno } } => {
                 let (directory, name, size) = (directory.to_string_lossy(), largest.0.to_string_lossy(), largest.1);
                 write!(
                     f,
-                    "layer {digest} cannot be attached: the file system of the state root does not take the extended \
-                     attributes of its directory {}, {bytes} bytes, {size} of them of {} ({errno:?}); use another file system \
-                     for the state root (ext4 without ea_inode takes 4 KiB), or have the publisher drop the attribute",
+                    "cannot attach layer {digest}: the file system of the state root does not take the extended attributes \
+                     of its directory {} ({bytes} bytes, {size} of them in {}, {errno:?}); use another file system for the \
+                     state root (ext4 without ea_inode takes 4 KiB), or have the publisher drop the attribute",
                     Quoted(&directory),
                     Quoted(&name)
                 )
             }
-            Self::Broken { key, id } => write!(
+            Self::FilesMissing { key, id } => write!(
                 f,
                 "the files of snapshot {key} (number {id}) are missing from disk: remove all containers and images that \
-                 stand on it, then pull these again; \"cvmfs-snapshotter doctor\" says which"
+                 use it, then pull these again; \"cvmfs-snapshotter doctor\" lists them"
             ),
-            Self::Cancelled => f.write_str("the caller gave up before the work was done"),
+            Self::DeadlineExceeded => f.write_str("the deadline of the call passed before the work was done"),
             Self::System(cause) => cause.fmt(f),
-            Self::Undo { failed, undo } => write!(f, "{failed}; taking back what was done before failed too: {undo}"),
+            Self::RollbackFailed { failed, rollback } => {
+                write!(f, "{failed}; undoing the steps before it failed too: {rollback}")
+            }
             Self::Store(cause) => cause.fmt(f),
         }
     }

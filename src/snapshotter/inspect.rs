@@ -1,12 +1,12 @@
-//! What an admin asks and containerd never does: how a snapshot comes by its files, what can be
-//! had of them now, how repositories are, and what the next cleanup would take away.
+//! What administrators ask and containerd does not: where the files of a snapshot are, whether they are available, how
+//! the repositories are, and what the next cleanup would remove.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::cleanup::needs_its_directory;
+use super::cleanup::needs_directory;
 use super::list::Cursor;
 use super::{Error, RecoveryReport, Result, Snapshotter};
 use crate::attach::AttachMode;
@@ -14,23 +14,23 @@ use crate::model::{Digest, Snapshot, SnapshotId};
 use crate::repository::scan::ScanKey;
 use crate::repository::{Remedy, Repository, RepositoryStatus, Unavailable};
 
-/// Of the list for cleanup, so many at a time.
-const LEFTOVERS: usize = 1_000;
+/// Maximum number of scheduled ids that are read for one page of leftovers.
+const MAX_LEFTOVERS: usize = 1_000;
 
-/// Whether repositories are asked for what they had.
+/// Whether `inspect` asks the repositories for the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProbeRepositories {
-    Nobody,
-    Repositories,
+    No,
+    Yes,
 }
 
 #[derive(Debug)]
 pub struct SnapshotStatus {
     pub snapshot: Snapshot,
-    /// Why its files cannot be had.
-    pub trouble: Option<String>,
-    /// Its layer is downloaded when it is removed and pulled again.
-    pub refused: bool,
+    /// Why the files of the snapshot are not available.
+    pub problem: Option<String>,
+    /// Whether the layer is downloaded if the snapshot is removed and pulled again.
+    pub repull_downloads: bool,
 }
 
 /// How the daemon is set up.
@@ -38,16 +38,16 @@ pub struct SnapshotStatus {
 pub struct DaemonInfo {
     pub snapshots: PathBuf,
     pub attach: AttachMode,
-    pub found: RecoveryReport,
+    pub recovery: RecoveryReport,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
     pub path: PathBuf,
-    pub of: LeftoverKind,
+    pub kind: LeftoverKind,
 }
 
-/// Whose something was.
+/// What a directory was that nobody needs any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeftoverKind {
     /// A snapshot that was removed, or never finished.
@@ -56,150 +56,161 @@ pub enum LeftoverKind {
     Detached,
 }
 
-/// A published layer, and why no repository could provide it so far.
-struct AvailabilityQuery {
-    /// Its place among the inspected.
+/// A published layer that no repository was able to provide so far.
+struct UnavailableLayer {
+    /// The index of its snapshot among those that are inspected.
     index: usize,
     digest: Digest,
-    /// The repository it was pulled from, whose answer is told.
+    /// The repository from which it was pulled. Its reason is reported.
     repository: String,
-    missing: Unavailable,
+    reason: Unavailable,
 }
 
 impl Snapshotter {
     pub fn daemon_info(&self) -> DaemonInfo {
         DaemonInfo {
             snapshots: self.paths.snapshots_dir().to_owned(),
-            attach: self.sources.attacher.mode(),
-            found: self.found.get().cloned().unwrap_or_default(),
+            attach: self.layer_provider.attacher.mode(),
+            recovery: self.recovery.get().cloned().unwrap_or_default(),
         }
     }
 
-    /// Each repository, and how it is: they are asked. Of a cache is told if it is on the file system of the state root.
-    pub fn conditions(&self) -> Vec<(Arc<Repository>, std::result::Result<RepositoryStatus, Unavailable>)> {
-        let state = self.device();
-        let condition = |repository| {
-            let found = Repository::status(repository);
-            found.map(|one| RepositoryStatus { cache: one.cache.filter(|cache| Some(cache.device) == state), ..one })
-        };
-        self.sources.repositories.iter().map(|one| (Arc::clone(one), condition(one))).collect()
+    /// Asks each repository for its status. The cache of its client is reported only if it is on the file system of the
+    /// state root.
+    pub fn repository_statuses(&self) -> Vec<(Arc<Repository>, std::result::Result<RepositoryStatus, Unavailable>)> {
+        let state_root = self.state_root_device();
+        let mut statuses = Vec::new();
+        for repository in &self.layer_provider.repositories {
+            let status = Repository::status(repository).map(|status| RepositoryStatus {
+                cache: status.cache.filter(|cache| Some(cache.device) == state_root),
+                ..status
+            });
+            statuses.push((Arc::clone(repository), status));
+        }
+        statuses
     }
 
-    /// The name of each repository, and whether it can be used, as far as that is known. Nobody waits.
+    /// The name of each repository, and whether it is usable as far as that is known. Does not wait for repositories.
     pub fn health(&self) -> Vec<(String, bool)> {
-        self.sources
-            .repositories
-            .iter()
-            .map(|one| (one.name().to_owned(), Repository::is_healthy_cached(one)))
+        let repositories = self.layer_provider.repositories.iter();
+        repositories
+            .map(|repository| (repository.name().to_owned(), Repository::is_healthy_cached(repository)))
             .collect()
     }
 
-    /// How many snapshots there are, and how much waits for a cleanup.
+    /// The number of snapshots, and the number of ids that are scheduled for cleanup.
     pub fn counts(&self) -> Result<(u64, u64)> {
         self.store.read(|tx| tx.counts().map_err(Error::from))
     }
 
-    /// A page of all snapshots, and what is left.
+    /// A page of all snapshots with their status, and the cursor of the next page.
     pub fn inspect(
         &self,
-        rest: Option<Cursor>,
-        ask: ProbeRepositories,
+        cursor: Option<Cursor>,
+        probe: ProbeRepositories,
     ) -> Result<(Vec<SnapshotStatus>, Option<Cursor>)> {
-        let page = match rest {
+        let page = match cursor {
             None => self.list(None, |_| true)?,
-            Some(rest) => self.next_page(rest, |_| true)?,
+            Some(cursor) => self.next_page(cursor, |_| true)?,
         };
-        let mut inspected: Vec<SnapshotStatus> =
-            page.found.into_iter().map(|snapshot| SnapshotStatus { snapshot, trouble: None, refused: false }).collect();
-        for one in inspected.iter_mut().filter(|one| one.snapshot.layer.is_none()) {
-            one.trouble = self.ensure_files_exist(&one.snapshot).err().map(|e| e.to_string());
+        let mut statuses = Vec::with_capacity(page.snapshots.len());
+        for snapshot in page.snapshots {
+            let problem = match snapshot.layer {
+                None => self.ensure_files_exist(&snapshot).err().map(|e| e.to_string()),
+                Some(_) => None,
+            };
+            statuses.push(SnapshotStatus { snapshot, problem, repull_downloads: false });
         }
-        if ask == ProbeRepositories::Repositories {
-            for AvailabilityQuery { index, digest, repository, missing } in self.find_unavailable(&inspected) {
-                inspected[index].refused = missing.remedy() == Remedy::Download;
-                inspected[index].trouble = Some(format!("layer {digest} of repository {repository}: {missing}"));
+        if probe == ProbeRepositories::Yes {
+            for UnavailableLayer { index, digest, repository, reason } in self.find_unavailable(&statuses) {
+                statuses[index].repull_downloads = reason.remedy() == Remedy::Download;
+                statuses[index].problem = Some(format!("layer {digest} of repository {repository}: {reason}"));
             }
         }
-        Ok((inspected, page.rest))
+        Ok((statuses, page.cursor))
     }
 
-    /// The layers that no repository has, or that cannot be shown as it has them.
-    fn find_unavailable(&self, inspected: &[SnapshotStatus]) -> Vec<AvailabilityQuery> {
-        let mut queries: Vec<AvailabilityQuery> = Vec::new();
-        for (index, one) in inspected.iter().enumerate() {
-            if let Some(layer) = &one.snapshot.layer {
-                let first = self.sources.repositories_preferring(&layer.repository).swap_remove(0);
-                queries.push(AvailabilityQuery {
+    /// The layers that no repository can provide. Each repository is asked only for those that the ones before it could
+    /// not.
+    fn find_unavailable(&self, statuses: &[SnapshotStatus]) -> Vec<UnavailableLayer> {
+        let mut unavailable = Vec::new();
+        for (index, status) in statuses.iter().enumerate() {
+            if let Some(layer) = &status.snapshot.layer {
+                let first = self.layer_provider.repositories_preferring(&layer.repository).swap_remove(0);
+                unavailable.push(UnavailableLayer {
                     index,
                     digest: layer.digest.clone(),
                     repository: first.name().to_owned(),
-                    missing: Unavailable::NotConfigured { instead: None },
+                    reason: Unavailable::NotConfigured { instead: None },
                 });
             }
         }
-        for repository in &self.sources.repositories {
-            let digests = queries.iter().map(|query| query.digest.clone()).collect();
-            let mut unavailable = Vec::new();
-            for (mut query, answer) in queries.into_iter().zip(query(repository, digests)) {
-                let refusal = || self.refusal(&query.digest, repository);
-                let Some(missing) = answer.err().or_else(refusal) else { continue };
-                if query.repository == repository.name() || matches!(query.missing, Unavailable::NotConfigured { .. }) {
-                    query.missing = missing;
+        for repository in &self.layer_provider.repositories {
+            let digests = unavailable.iter().map(|layer| layer.digest.clone()).collect();
+            let answers = query_layers(repository, digests);
+            let mut still_unavailable = Vec::new();
+            for (mut layer, answer) in unavailable.into_iter().zip(answers) {
+                let Some(reason) = answer.err().or_else(|| self.refusal(&layer.digest, repository)) else { continue };
+                if layer.repository == repository.name() || matches!(layer.reason, Unavailable::NotConfigured { .. }) {
+                    layer.reason = reason;
                 }
-                unavailable.push(query);
+                still_unavailable.push(layer);
             }
-            queries = unavailable;
+            unavailable = still_unavailable;
         }
-        queries
+        unavailable
     }
 
+    /// Why the layer cannot be used although the repository has it, if a scan found that out.
     fn refusal(&self, digest: &Digest, repository: &Repository) -> Option<Unavailable> {
         let scan_key = ScanKey { digest: digest.clone(), repository: repository.name().to_owned() };
-        self.sources.scans.refusal(&scan_key).unwrap_or_else(|e| {
-            // A row that is damaged must not keep the answer about all others.
-            log::warn!("{e}");
+        self.layer_provider.scans.refusal(&scan_key).unwrap_or_else(|e| {
+            // A damaged row must not prevent the answer about all other layers.
+            log::warn!(event = "scan_record_unreadable", digest = digest.as_str();
+                "cannot read the scan of layer {digest}: {e}");
             None
         })
     }
 
-    /// What the next cleanup would take away, from id `next` on, and where it goes on.
+    /// What the next cleanup would remove, from id `next` on, and the id at which the next page begins.
     pub fn leftovers(&self, next: SnapshotId) -> Result<(Vec<Leftover>, Option<SnapshotId>)> {
         self.store.read(|tx| {
-            let (ids, rest) = tx.scheduled(next, LEFTOVERS)?;
+            let (ids, next_page) = tx.scheduled(next, MAX_LEFTOVERS)?;
             let mut leftovers = Vec::new();
             for id in ids {
-                if !needs_its_directory(tx, id)? {
-                    let of = if tx.exists(id)? { LeftoverKind::Detached } else { LeftoverKind::Removed };
-                    leftovers.push(Leftover { path: self.paths.snapshot_dir(id), of });
+                if !needs_directory(tx, id)? {
+                    let kind = if tx.exists(id)? { LeftoverKind::Detached } else { LeftoverKind::Removed };
+                    leftovers.push(Leftover { path: self.paths.snapshot_dir(id), kind });
                 }
             }
-            Ok((leftovers, rest))
+            Ok((leftovers, next_page))
         })
     }
 }
 
-/// Whether the repository has each of the layers `digests`: all are asked with one question.
-fn query(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::result::Result<(), Unavailable>> {
-    let (asked, count) = (Arc::clone(repository), digests.len());
+/// Whether the repository has each of the layers. All are asked for by one job.
+fn query_layers(repository: &Arc<Repository>, digests: Vec<Digest>) -> Vec<std::result::Result<(), Unavailable>> {
+    let count = digests.len();
     if count == 0 {
         return Vec::new();
     }
-    let look = move || {
-        let begun = Instant::now();
+    let provider = Arc::clone(repository);
+    let job = move || {
+        let started = Instant::now();
         let mut unreachable: Option<Unavailable> = None;
         let mut answers = Vec::with_capacity(digests.len());
         for digest in &digests {
             let answer = match &unreachable {
-                // Each layer that is not cached takes seconds, and there may be hundreds.
-                Some(missing) if begun.elapsed() > asked.timeout() => Err(missing.clone()),
-                _ => asked.layer(digest).map(drop),
+                // The client takes seconds for each layer that is not cached, and there may be hundreds.
+                Some(reason) if started.elapsed() > provider.timeout() => Err(reason.clone()),
+                _ => provider.layer(digest).map(drop),
             };
-            if let Err(missing @ Unavailable::ServerUnreachable(_)) = &answer {
-                unreachable = Some(missing.clone());
+            if let Err(reason @ Unavailable::ServerUnreachable(_)) = &answer {
+                unreachable = Some(reason.clone());
             }
             answers.push(answer);
         }
         answers
     };
-    Repository::call(repository, look).unwrap_or_else(|missing| vec![Err(missing); count])
+    Repository::call(repository, job).unwrap_or_else(|reason| vec![Err(reason); count])
 }

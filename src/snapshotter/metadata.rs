@@ -1,22 +1,17 @@
-//! The calls that only read or change records: stat, update, usage, commit, remove.
+//! The calls that mostly read or change records: Stat, Update, Usage and Remove.
 #![forbid(unsafe_code)]
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
 use nix::errno::Errno;
-use parking_lot::{Mutex, MutexGuard};
 
-use super::{Error, Result, Snapshotter, check_depth, check_labels};
+use super::{Error, Result, Snapshotter, check_labels};
 use crate::model::{Key, Kind, Labels, Snapshot, Timestamp, Usage};
-use crate::sidecar::Sidecar;
-use crate::store::ReadTxn;
 use crate::system::DiskUsage;
 
 /// What an Update does to the labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LabelChange {
     Replace(Labels),
-    /// Sets the labels that have a value and deletes those that have none.
+    /// Sets the labels that have a value, and deletes those that have none.
     Each(Vec<(String, Option<String>)>),
 }
 
@@ -28,49 +23,42 @@ impl Snapshotter {
     pub fn update(&self, key: &Key, change: &LabelChange) -> Result<Snapshot> {
         let now = Timestamp::now();
         self.store.write(|tx| {
-            let old = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
-            let mut new = old.clone();
-            new.updated = now;
+            let mut snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
+            snapshot.updated = now;
             match change {
-                LabelChange::Replace(labels) => new.labels.clone_from(labels),
+                LabelChange::Replace(labels) => snapshot.labels.clone_from(labels),
                 LabelChange::Each(changes) => {
                     for (label, value) in changes {
                         match value {
-                            Some(value) => new.labels.insert(label.clone(), value.clone()),
-                            None => new.labels.remove(label),
+                            Some(value) => snapshot.labels.insert(label.clone(), value.clone()),
+                            None => snapshot.labels.remove(label),
                         };
                     }
                 }
             }
-            check_labels(&mut new.labels)?;
-            tx.update(&new)?;
-            Ok(new)
+            check_labels(&mut snapshot.labels)?;
+            tx.update(&snapshot)?;
+            Ok(snapshot)
         })
     }
 
-    /// What the snapshot itself takes on disk, without its parents. Walks the files of a
-    /// local snapshot: each time while it is active, once when it is committed and nobody changes
-    /// them. Never walks a repository. `cancelled` is asked now and then.
+    /// What the snapshot itself takes on disk, without its parents. The files of an active snapshot are measured each
+    /// time, those of a committed one once, because nobody changes them. Layers in a repository take nothing on this
+    /// disk, and are never read for it. Fails if `cancelled` becomes true.
     pub fn usage(&self, key: &Key, cancelled: &dyn Fn() -> bool) -> Result<Usage> {
         let snapshot = self.stat(key)?;
-        match (snapshot.kind, &snapshot.layer, snapshot.usage) {
-            (_, Some(_), _) | (Kind::View, _, _) => Ok(Usage::default()),
-            (Kind::Committed, None, Some(usage)) => Ok(usage),
-            (Kind::Active, None, _) => self.measure(&snapshot, cancelled).map(usage_of),
-            (Kind::Committed, None, None) => {
+        if snapshot.layer.is_some() {
+            return Ok(Usage::default());
+        }
+        match (snapshot.kind, snapshot.usage) {
+            (Kind::View, _) => Ok(Usage::default()),
+            (Kind::Committed, Some(usage)) => Ok(usage),
+            (Kind::Active, _) => self.measure(&snapshot, cancelled).map(to_usage),
+            (Kind::Committed, None) => {
                 let measured = self.measure(&snapshot, cancelled)?;
-                let usage = usage_of(measured);
-                if !measured.is_stable {
-                    return Ok(usage);
-                }
-                let kept = self.store.write(|tx| {
-                    if let Some(now) = tx.get(key.as_str())?.filter(|now| now.id == snapshot.id) {
-                        tx.update(&Snapshot { usage: Some(usage), ..now.clone() })?;
-                    }
-                    Ok::<_, Error>(())
-                });
-                if let Err(e) = kept {
-                    log::debug!("the usage of {key} will be measured again: {e}");
+                let usage = to_usage(measured);
+                if measured.is_stable {
+                    self.store_usage(&snapshot, usage);
                 }
                 Ok(usage)
             }
@@ -80,62 +68,25 @@ impl Snapshotter {
     fn measure(&self, snapshot: &Snapshot, cancelled: &dyn Fn() -> bool) -> Result<DiskUsage> {
         self.ensure_files_exist(snapshot)?;
         self.sys.disk_usage(&self.paths.fs(snapshot.id), cancelled).map_err(|e| match e.errno {
-            Errno::ECANCELED => Error::Cancelled,
+            Errno::ECANCELED => Error::DeadlineExceeded,
             _ => e.into(),
         })
     }
 
-    /// Makes the active snapshot `key` the committed snapshot `name`, with exactly `labels`.
-    /// `parent` may give one to a snapshot that was prepared without.
-    pub fn commit(&self, name: &Key, key: &Key, mut labels: Labels, parent: Option<&Key>) -> Result<()> {
-        check_labels(&mut labels)?;
-        let _lock = self.commits.lock(key);
-        let (active, on) = self.store.read(|tx| check_commit(tx, name, key, parent))?;
-        let now = Timestamp::now();
-        let committed = Snapshot {
-            id: active.id,
-            key: name.clone(),
-            parent: on,
-            kind: Kind::Committed,
-            created: now,
-            updated: now,
-            labels,
-            layer: None,
-            usage: None,
-        };
-        self.write_sidecar(&Sidecar { prepared: active.clone(), committed: Some(committed.clone()) }).map_err(|e| {
-            // Somebody removed it meanwhile, and its files are gone for that reason.
-            let now = self.store.read(|tx| check_commit(tx, name, key, parent));
-            now.and_then(|(now, _)| is_same(&active, &now)).err().unwrap_or(e)
-        })?;
+    fn store_usage(&self, snapshot: &Snapshot, usage: Usage) {
         let result = self.store.write(|tx| {
-            let (now, _) = check_commit(tx, name, key, parent)?;
-            is_same(&active, &now)?;
-            tx.remove(&active)?;
-            tx.insert(&committed)?;
-            Ok(())
+            if let Some(current) = tx.get(snapshot.key.as_str())?.filter(|current| current.id == snapshot.id) {
+                tx.update(&Snapshot { usage: Some(usage), ..current })?;
+            }
+            Ok::<_, Error>(())
         });
-        // Of a write that failed nobody knows whether it reached the disk. Any other refusal is certain, and then
-        // the record must not give the snapshot a name that another one may have by now.
-        if result.as_ref().is_err_and(|e| !matches!(e, Error::Store(_))) {
-            let _ = self.write_sidecar(&Sidecar { prepared: active, committed: None });
+        if let Err(e) = result {
+            log::debug!("cannot store the usage of {}, it will be measured again: {e}", snapshot.key);
         }
-        result
     }
 
-    /// Replaces what lies beside the files of a local snapshot.
-    fn write_sidecar(&self, sidecar: &Sidecar) -> Result<()> {
-        let path = self.paths.record(sidecar.prepared.id);
-        let new = path.with_extension("new");
-        let written = self.sys.write_file(&new, &sidecar.encode()).and_then(|()| self.sys.rename(&new, &path));
-        written.map_err(|e| match e.errno {
-            Errno::ENOENT => Error::Broken { key: sidecar.prepared.key.clone(), id: sidecar.prepared.id },
-            _ => e.into(),
-        })
-    }
-
-    /// One short transaction, because containerd holds its lock meanwhile; what the
-    /// snapshot left on disk is the business of `cleanup`.
+    /// Removes the row of a snapshot, and leaves its directory to the next cleanup: containerd holds a lock of its own
+    /// while it waits, so this is one short transaction.
     pub fn remove(&self, key: &Key) -> Result<()> {
         self.store.write_using_reserve(|tx| {
             let snapshot = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
@@ -149,57 +100,7 @@ impl Snapshotter {
     }
 }
 
-/// Locks for commits: of those of one key only one may write its record and commit. A fixed number of them, so
-/// that keys of clients take no memory; two keys that share one wait for each other.
-#[derive(Default)]
-pub(super) struct CommitLocks([Mutex<()>; 32]);
-
-impl CommitLocks {
-    fn lock(&self, key: &Key) -> MutexGuard<'_, ()> {
-        let mut hasher = DefaultHasher::new();
-        key.hash(&mut hasher);
-        let n = usize::try_from(hasher.finish() % self.0.len() as u64).unwrap_or(0);
-        self.0[n].lock()
-    }
-}
-
-/// Whether `now` is the snapshot that was looked at before, and not a later one with its key.
-fn is_same(before: &Snapshot, now: &Snapshot) -> Result<()> {
-    if before.id == now.id { Ok(()) } else { Err(Error::NotFound(before.key.clone())) }
-}
-
-fn usage_of(DiskUsage { bytes, inodes, .. }: DiskUsage) -> Usage {
-    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    Usage { size: number(bytes), inodes: number(inodes) }
-}
-
-/// The active snapshot `key`, and the parent on which it can be committed as `name`.
-fn check_commit(tx: &ReadTxn, name: &Key, key: &Key, parent: Option<&Key>) -> Result<(Snapshot, Option<Key>)> {
-    let active = tx.get(key.as_str())?.ok_or_else(|| Error::NotFound(key.clone()))?;
-    if tx.get(name.as_str())?.is_some() {
-        return Err(Error::AlreadyExists(name.clone()));
-    }
-    if active.kind != Kind::Active {
-        return Err(Error::WrongKind {
-            key: key.clone(),
-            kind: active.kind,
-            needs: "only active snapshots can be committed",
-        });
-    }
-    let parent = match (&active.parent, parent) {
-        (Some(own), Some(named)) if own != named => {
-            return Err(Error::OtherParent { key: key.clone(), parent: own.clone(), named: named.clone() });
-        }
-        (Some(own), _) => Some(own.clone()),
-        (None, Some(named)) => {
-            let found = tx.get(named.as_str())?.ok_or_else(|| Error::ParentNotFound(named.clone()))?;
-            if found.kind != Kind::Committed {
-                return Err(Error::NewParentNotCommitted { parent: named.clone(), kind: found.kind });
-            }
-            check_depth(tx, &found)?;
-            Some(named.clone())
-        }
-        (None, None) => None,
-    };
-    Ok((active, parent))
+fn to_usage(DiskUsage { bytes, inodes, .. }: DiskUsage) -> Usage {
+    let saturate = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    Usage { size: saturate(bytes), inodes: saturate(inodes) }
 }

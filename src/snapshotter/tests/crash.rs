@@ -1,23 +1,29 @@
-//! The crash table of docs/design.md, walked: every operation is stopped at each of its steps,
-//! by an error or by death, and then a new process must find the promises kept.
+//! The crash table of docs/design.md: every operation is stopped at each of its steps, by an error or by the death of the
+//! process, and then a new process must find the promises kept.
 
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::*;
-use super::{Fixture, check_files, key, list_all, pull, remove_all, wanted};
+use nix::errno::Errno;
+
+use super::fixture::{Fixture, digest, key, list_all, pull, pull_request, request};
+use crate::attach::AttachMode;
+use crate::model::{Kind, Labels, Snapshot, SnapshotId};
 use crate::sidecar::Sidecar;
+use crate::snapshotter::cleanup::needs_directory;
+use crate::snapshotter::{Error, Result, Snapshotter};
+use crate::store::Store;
 use crate::store::testing::{FaultyDisk, PowerLoss};
-use crate::system::Host;
 use crate::system::testing::FaultySys;
+use crate::system::{Host, Sys, Unmount};
 use crate::testing::{Effect, Fault, Kind as StepKind, Step, Steps};
 
-/// The first layer of the image, and the whole of it.
+/// The snapshots of the image's two layers.
 const BOTTOM: &str = "cvmfs/0/sha256:chain-1";
 const TOP: &str = "cvmfs/1/sha256:chain-2";
 
@@ -32,63 +38,63 @@ const ERRNOS: [Errno; 8] = [
     Errno::ENOTCONN,
 ];
 
-/// A row of the table.
+/// An operation that is stopped at each of its steps.
 struct Operation {
     name: &'static str,
     modes: &'static [AttachMode],
-    /// Brings the world into the state that the operation begins with.
-    before: fn(&World, &Snapshotter),
+    /// Prepares the state in which the operation begins.
+    set_up: fn(&World, &Snapshotter),
     run: fn(&Snapshotter) -> Result<()>,
-    /// Whether it has happened, as far as can be seen afterwards.
+    /// Whether the operation has happened, as far as can be seen afterwards.
     has_happened: fn(&Snapshotter) -> bool,
-    /// Snapshots that it makes, changes or removes.
+    /// The snapshots that the operation makes, changes or removes.
     touches: &'static [&'static str],
 }
 
-const BOTH: &[AttachMode] = &[AttachMode::Symlink, AttachMode::Bind];
-const ONE: &[AttachMode] = &[AttachMode::Symlink];
+const BOTH_MODES: &[AttachMode] = &[AttachMode::Symlink, AttachMode::Bind];
+const ONE_MODE: &[AttachMode] = &[AttachMode::Symlink];
 
 fn exists(s: &Snapshotter, name: &str) -> bool {
     s.stat(&key(name)).is_ok()
 }
 
-/// A container that ran, and what it stood on, are gone, but not their files.
-fn removed_containers(_: &World, s: &Snapshotter) {
+/// Containers were removed, but neither their files nor the layers below them.
+fn remove_containers(_: &World, s: &Snapshotter) {
     for name in ["a", "b"] {
-        s.prepare(wanted(name, TOP, &[])).unwrap();
+        s.prepare(request(name, TOP, &[])).unwrap();
         s.remove(&key(name)).unwrap();
     }
 }
 
 const PREPARE: Operation = Operation {
     name: "prepare",
-    modes: BOTH,
-    before: |_, _| {},
-    run: |s| s.prepare(wanted("new", TOP, &[])).map(drop),
+    modes: BOTH_MODES,
+    set_up: |_, _| {},
+    run: |s| s.prepare(request("new", TOP, &[])).map(drop),
     has_happened: |s| exists(s, "new"),
     touches: &["new"],
 };
 
 const VIEW: Operation = Operation {
     name: "view",
-    modes: BOTH,
-    before: |_, _| {},
-    run: |s| s.view(wanted("new", TOP, &[])).map(drop),
+    modes: BOTH_MODES,
+    set_up: |_, _| {},
+    run: |s| s.view(request("new", TOP, &[])).map(drop),
     has_happened: |s| exists(s, "new"),
     touches: &["new"],
 };
 
 const REMOTE_PREPARE: Operation = Operation {
     name: "remote prepare",
-    modes: ONE,
-    before: |_, s| {
+    modes: ONE_MODE,
+    set_up: |_, s| {
         s.remove(&key(TOP)).unwrap();
         s.cleanup(&|| false).unwrap();
     },
-    run: |s| match s.prepare(super::tests::asked(2, BOTTOM)) {
+    run: |s| match s.prepare(pull_request(2, BOTTOM)) {
         Err(Error::RemoteCommitted { .. }) => Ok(()),
-        // It would be downloaded instead, which is no harm.
-        Ok(_) => s.remove(&key("extract")).and(Err(Error::Cancelled)),
+        // The layer would be downloaded, which does no harm.
+        Ok(_) => s.remove(&key("extract")).and(Err(Error::DeadlineExceeded)),
         Err(e) => Err(e),
     },
     has_happened: |s| exists(s, TOP),
@@ -97,9 +103,9 @@ const REMOTE_PREPARE: Operation = Operation {
 
 const COMMIT: Operation = Operation {
     name: "commit",
-    modes: ONE,
-    before: |world, s| {
-        s.prepare(wanted("active", "base", &[])).unwrap();
+    modes: ONE_MODE,
+    set_up: |world, s| {
+        s.prepare(request("active", "base", &[])).unwrap();
         world.fill(s, "active");
     },
     run: |s| s.commit(&key("committed"), &key("active"), Labels::new(), None),
@@ -109,8 +115,8 @@ const COMMIT: Operation = Operation {
 
 const REMOVE: Operation = Operation {
     name: "remove",
-    modes: ONE,
-    before: |_, s| drop(s.prepare(wanted("victim", TOP, &[])).unwrap()),
+    modes: ONE_MODE,
+    set_up: |_, s| drop(s.prepare(request("victim", TOP, &[])).unwrap()),
     run: |s| s.remove(&key("victim")),
     has_happened: |s| !exists(s, "victim"),
     touches: &["victim"],
@@ -118,10 +124,10 @@ const REMOVE: Operation = Operation {
 
 const CLEANUP: Operation = Operation {
     name: "cleanup",
-    modes: ONE,
-    before: |world, s| {
+    modes: ONE_MODE,
+    set_up: |world, s| {
         for name in ["a", "b"] {
-            s.prepare(wanted(name, "base", &[])).unwrap();
+            s.prepare(request(name, "base", &[])).unwrap();
             world.fill(s, name);
             s.remove(&key(name)).unwrap();
         }
@@ -133,8 +139,8 @@ const CLEANUP: Operation = Operation {
 
 const DETACH: Operation = Operation {
     name: "detach",
-    modes: BOTH,
-    before: removed_containers,
+    modes: BOTH_MODES,
+    set_up: remove_containers,
     run: |s| s.cleanup(&|| false).map(drop),
     has_happened: |_| true,
     touches: &[],
@@ -142,9 +148,9 @@ const DETACH: Operation = Operation {
 
 const ATTACH: Operation = Operation {
     name: "attach",
-    modes: BOTH,
-    before: |world, s| {
-        s.prepare(wanted("new", TOP, &[])).unwrap();
+    modes: BOTH_MODES,
+    set_up: |world, s| {
+        s.prepare(request("new", TOP, &[])).unwrap();
         world.lose_attachments();
     },
     run: |s| s.mounts(&key("new")).map(drop),
@@ -154,26 +160,25 @@ const ATTACH: Operation = Operation {
 
 const SCAN: Operation = Operation {
     name: "scan",
-    modes: BOTH,
-    before: |_, s| {
-        // Of the uppermost layer and of the whole root.
-        let bottom = super::tests::digest(1);
-        s.store.write(|tx| tx.forget_scans_but(&bottom).map_err(Error::from)).unwrap();
+    modes: BOTH_MODES,
+    set_up: |_, s| {
+        // The upper layer is not scanned yet.
+        s.store.write(|tx| tx.forget_scans_but(&digest(1))).unwrap();
     },
-    run: |s| s.view(wanted("new", TOP, &[])).map(drop),
+    run: |s| s.view(request("new", TOP, &[])).map(drop),
     has_happened: |s| exists(s, "new"),
     touches: &["new"],
 };
 
 const START: Operation = Operation {
     name: "start",
-    modes: BOTH,
-    before: |world, s| {
-        removed_containers(world, s);
-        // A snapshot was being made, and a cleanup was under way.
+    modes: BOTH_MODES,
+    set_up: |world, s| {
+        remove_containers(world, s);
+        // A Prepare and a cleanup were interrupted.
         let id = s.store.reserve_id().unwrap();
-        let begun = Snapshot { id, key: key("begun"), ..s.stat(&key("running")).unwrap() };
-        s.make_directories(&begun, None).unwrap();
+        let unfinished = Snapshot { id, key: key("unfinished"), ..s.stat(&key("running")).unwrap() };
+        s.make_directories(&unfinished, None).unwrap();
         s.store
             .write(|tx| tx.mark_cleanup_started(SnapshotId(0)..=SnapshotId(u64::MAX), 1).map_err(Error::from))
             .unwrap();
@@ -183,35 +188,34 @@ const START: Operation = Operation {
     touches: &[],
 };
 
-/// A state root with an image, a local layer, and a container on each, and the disk that the
-/// metadata is on.
+/// A state root with an image, a local layer, and a container on the local layer; and the disk of the metadata.
 struct World {
-    place: Fixture,
+    fixture: Fixture,
     disk: FaultyDisk,
 }
 
 impl World {
     fn new(operation: &Operation, mode: AttachMode) -> Self {
-        let place = Fixture::new(mode);
-        let world = Self { place, disk: FaultyDisk::default() };
+        let fixture = Fixture::new(mode);
+        let world = Self { fixture, disk: FaultyDisk::default() };
         {
             let s = world.open(&world.disk, &Arc::new(Steps::with(Fault::None))).unwrap();
             let bottom = pull(&s, 1, "");
             assert_eq!(bottom, BOTTOM);
             assert_eq!(pull(&s, 2, &bottom), TOP);
-            // The scans are made, so that only the operation's own steps are counted.
-            drop(s.view(wanted("scan", TOP, &[])).unwrap());
+            // All layers are scanned, so that only the operation's own steps are counted.
+            drop(s.view(request("scan", TOP, &[])).unwrap());
             s.remove(&key("scan")).unwrap();
             s.cleanup(&|| false).unwrap();
-            s.prepare(wanted("unpack", "", &[])).unwrap();
+            s.prepare(request("unpack", "", &[])).unwrap();
             world.fill(&s, "unpack");
             s.commit(&key("base"), &key("unpack"), Labels::new(), None).unwrap();
-            s.prepare(wanted("running", "base", &[])).unwrap();
+            s.prepare(request("running", "base", &[])).unwrap();
             world.fill(&s, "running");
         }
-        // Another process, so that nothing of what a pull does ahead happens beside it.
+        // A new process is started, so that no prefetch of a pull runs beside the operation.
         let s = world.open(&world.disk, &Arc::new(Steps::with(Fault::None))).unwrap();
-        (operation.before)(&world, &s);
+        (operation.set_up)(&world, &s);
         drop(s);
         world
     }
@@ -219,11 +223,11 @@ impl World {
     fn open(&self, disk: &FaultyDisk, steps: &Arc<Steps>) -> crate::store::Result<Snapshotter> {
         disk.count(steps);
         let store = Store::open(&disk.metadata(), None)?;
-        Ok(self.place.with_store(store, Arc::new(FaultySys::with(Arc::clone(steps)))))
+        Ok(self.fixture.open_with_store(store, Arc::new(FaultySys::with(Arc::clone(steps)))))
     }
 
-    fn fs(&self, s: &Snapshotter, name: &str) -> std::path::PathBuf {
-        self.place.snapshots().join(s.stat(&key(name)).unwrap().id.to_string()).join("fs")
+    fn fs(&self, s: &Snapshotter, name: &str) -> PathBuf {
+        self.fixture.snapshot_dir(s.stat(&key(name)).unwrap().id).join("fs")
     }
 
     fn fill(&self, s: &Snapshotter, name: &str) {
@@ -232,15 +236,16 @@ impl World {
         fs::write(fs.join("dir/file"), "content").unwrap();
     }
 
-    /// As a restart of the machine leaves them; and a Go snapshotter's, which had bound them at `fs`.
+    /// Unmounts everything, as a restart of the machine does. With links, leaves the directories at which a Go snapshotter
+    /// had bound the layers.
     fn lose_attachments(&self) {
-        for point in Host.mounts_below(self.place.dir.path()).unwrap() {
-            Host.unmount(&point, system::Unmount::Plain).unwrap();
+        for point in Host.mounts_below(self.fixture.dir.path()).unwrap() {
+            Host.unmount(&point, Unmount::Plain).unwrap();
         }
-        for entry in fs::read_dir(self.place.snapshots()).unwrap() {
+        for entry in fs::read_dir(self.fixture.snapshots()).unwrap() {
             let link = entry.unwrap().path().join("fs");
-            let leads_to = fs::read_link(&link);
-            if leads_to.is_ok_and(|target| target.is_absolute()) {
+            let target = fs::read_link(&link);
+            if target.is_ok_and(|target| target.is_absolute()) {
                 fs::remove_file(&link).unwrap();
                 fs::create_dir(&link).unwrap();
             }
@@ -252,18 +257,17 @@ fn records(s: &Snapshotter) -> BTreeMap<String, Snapshot> {
     list_all(s).into_iter().map(|one| (one.key.as_str().to_owned(), one)).collect()
 }
 
-/// How the operation ended, as far as its caller knows.
+/// What the caller of the operation knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+enum Outcome {
     Acknowledged,
     Refused,
     Unknown,
 }
 
-/// One case: the operation meets the fault, and a new process finds what is left. The result is
-/// the steps that were taken.
-fn try_case(operation: &Operation, mode: AttachMode, fault: Fault, left: PowerLoss) -> Vec<Step> {
-    let case = format!("{}, {mode:?}, {fault:?}, {left:?}", operation.name);
+/// Tries one case: the operation meets the fault, and a new process finds what is left. Returns the steps that were taken.
+fn try_case(operation: &Operation, mode: AttachMode, fault: Fault, power_loss: PowerLoss) -> Vec<Step> {
+    let case = format!("{}, {mode:?}, {fault:?}, {power_loss:?}", operation.name);
     let world = World::new(operation, mode);
     let untouched = |s: &Snapshotter| {
         let mut all = records(s);
@@ -271,20 +275,20 @@ fn try_case(operation: &Operation, mode: AttachMode, fault: Fault, left: PowerLo
         all
     };
     let steps = Arc::new(Steps::with(fault));
-    let (before, end, taken) = {
+    let (before, outcome, taken) = {
         let s = world.open(&world.disk, &steps).unwrap();
         let before = untouched(&s);
         steps.arm();
-        let end = match ((operation.run)(&s), fault) {
-            (_, Fault::Dies(..)) => End::Unknown,
-            (Ok(()), _) => End::Acknowledged,
-            (Err(_), _) => End::Refused,
+        let outcome = match ((operation.run)(&s), fault) {
+            (_, Fault::Dies(..)) => Outcome::Unknown,
+            (Ok(()), _) => Outcome::Acknowledged,
+            (Err(_), _) => Outcome::Refused,
         };
         // The steps are read here, because closing the metadata may write once more.
-        (before, end, steps.recorded())
+        (before, outcome, steps.recorded())
     };
     check_changes(&world, &steps.changes(), &case);
-    let disk = world.disk.after(left);
+    let disk = world.disk.after(power_loss);
     let s = world.open(&disk, &Arc::new(Steps::with(Fault::None)));
     let s = s.unwrap_or_else(|e| panic!("{case}: after {:?}: {e}", taken.last()));
     assert_eq!(s.recover().unwrap().broken, [], "{case}");
@@ -294,14 +298,14 @@ fn try_case(operation: &Operation, mode: AttachMode, fault: Fault, left: PowerLo
         assert_eq!(fs::read_to_string(world.fs(&s, name).join("dir/file")).unwrap(), "content", "{case}");
     }
     let happened = (operation.has_happened)(&s);
-    // Of a failed write to the metadata nobody can say whether it reached the disk.
+    // Nobody can say whether a failed write to the metadata reached the disk.
     let is_certain = !matches!(fault, Fault::Fails(at, _) if taken.get(at).is_some_and(is_metadata));
-    match end {
-        End::Acknowledged => assert!(happened, "{case}: it was acknowledged and is lost"),
-        End::Refused if is_certain && operation.name != "cleanup" && !operation.touches.is_empty() => {
-            assert!(!happened, "{case}: it was refused and has happened");
+    match outcome {
+        Outcome::Acknowledged => assert!(happened, "{case}: the acknowledged operation is lost"),
+        Outcome::Refused if is_certain && operation.name != "cleanup" && !operation.touches.is_empty() => {
+            assert!(!happened, "{case}: the refused operation has happened");
         }
-        End::Refused | End::Unknown => {}
+        Outcome::Refused | Outcome::Unknown => {}
     }
     check_disk(&world, &s, &case);
     let again = (operation.run)(&s);
@@ -309,9 +313,9 @@ fn try_case(operation: &Operation, mode: AttachMode, fault: Fault, left: PowerLo
     assert!(again.is_ok() || (happened && is_done), "{case}: again: {}", again.unwrap_err());
     if exists(&s, "new") {
         let mounts = s.mounts(&key("new")).unwrap();
-        check_files(&world.place, &mounts);
+        world.fixture.check_files(&mounts);
     }
-    remove_all(&world.place, &s);
+    world.fixture.remove_all(&s);
     taken
 }
 
@@ -319,38 +323,38 @@ fn is_metadata(step: &Step) -> bool {
     step.path == Path::new("metadata")
 }
 
-/// Nothing is changed but below numbered directories, and above all nothing of a repository.
+/// Only the contents of numbered directories may change, and above all nothing in a repository.
 fn check_changes(world: &World, changes: &[Step], case: &str) {
     for step in changes.iter().filter(|step| !is_metadata(step)) {
-        let within = step.path.strip_prefix(world.place.snapshots()).unwrap_or_else(|_| panic!("{case}: {step:?}"));
-        let first = within.components().next().unwrap().as_os_str().to_str().unwrap();
+        let below = step.path.strip_prefix(world.fixture.snapshots()).unwrap_or_else(|_| panic!("{case}: {step:?}"));
+        let first = below.components().next().unwrap().as_os_str().to_str().unwrap();
         assert!(SnapshotId::from_directory_name(first).is_some(), "{case}: {step:?}");
     }
 }
 
-/// Every directory belongs to somebody, and whoever needs one has it.
+/// Every directory must be needed by a snapshot, and every snapshot must have the directory that it needs.
 fn check_disk(world: &World, s: &Snapshotter, case: &str) {
-    let on_disk = world.place.on_disk();
+    let on_disk = world.fixture.on_disk();
     for snapshot in records(s).values() {
         let is_there = on_disk.contains(&snapshot.id.to_string());
         assert!(is_there || snapshot.layer.is_some(), "{case}: {} has no directory", snapshot.key);
         if snapshot.layer.is_none() {
-            let beside = Sidecar::decode(&fs::read(s.paths.record(snapshot.id)).unwrap()).unwrap();
-            // A commit that did not happen may be noted as well: then containerd knows.
-            let noted =
-                if snapshot.kind == Kind::Committed { beside.committed.as_ref() } else { Some(&beside.prepared) };
-            assert_eq!(noted, Some(snapshot), "{case}: what lies beside would not make it again");
+            let sidecar = Sidecar::decode(&fs::read(s.paths.sidecar(snapshot.id)).unwrap()).unwrap();
+            // The sidecar of an active snapshot may describe a commit that did not happen: containerd knows that.
+            let recorded =
+                if snapshot.kind == Kind::Committed { sidecar.committed.as_ref() } else { Some(&sidecar.prepared) };
+            assert_eq!(recorded, Some(snapshot), "{case}: the sidecar would not make the row again");
         }
     }
     for name in on_disk {
         let id = SnapshotId::from_directory_name(&name).unwrap();
-        let is_needed = s.store.read(|tx| cleanup::needs_its_directory(tx, id)).unwrap();
-        assert!(is_needed, "{case}: directory {name} is nobody's");
+        let is_needed = s.store.read(|tx| needs_directory(tx, id)).unwrap();
+        assert!(is_needed, "{case}: nobody needs directory {name}");
     }
 }
 
-/// All faults at all steps; says how many there were.
-fn walk(operation: &Operation) {
+/// Tries all faults at all steps, and prints how many there were.
+fn try_all_cases(operation: &Operation) {
     let mut cases = 0;
     let mut lengths = Vec::new();
     for (n, &mode) in operation.modes.iter().enumerate() {
@@ -368,71 +372,70 @@ fn walk(operation: &Operation) {
             if n == 0 {
                 faults.push((Fault::Dies(at, Effect::Nothing), PowerLoss::Synced(seed)));
             }
-            let mut is_over = true;
-            for (fault, left) in faults {
-                is_over &= try_case(operation, mode, fault, left).len() <= at;
+            let mut is_beyond_end = true;
+            for (fault, power_loss) in faults {
+                is_beyond_end &= try_case(operation, mode, fault, power_loss).len() <= at;
                 cases += 1;
             }
-            if is_over {
+            if is_beyond_end {
                 break;
             }
             length = at + 1;
         }
         lengths.push(length);
     }
-    // Not captured: how much was tried belongs into every run's output.
+    // This is not captured, because every run should show how much was tried.
     let line = format!("crash table: {:<15} {lengths:?} steps, {cases} cases", operation.name);
     let _ = writeln!(std::io::stderr(), "{line}");
-    assert!(cases >= 30, "the operation has hardly a step");
+    assert!(cases >= 30, "the operation has hardly any steps");
 }
 
-/// The changes of an operation as docs/design.md names them, in order: `layer` and `id` stand
-/// for numbers, a run of steps of the metadata is one transaction, and of steps that differ
-/// only in the entry of a skeleton the first is named.
-fn story(operation: &Operation, mode: AttachMode) -> Vec<String> {
-    let mut story: Vec<String> = Vec::new();
+/// The changes of an operation in order, as docs/design.md names them: `layer` and `id` stand for numbers, consecutive steps
+/// of the metadata are one transaction, and steps that differ only in the entry of a skeleton are named once.
+fn named_steps(operation: &Operation, mode: AttachMode) -> Vec<String> {
+    let mut steps: Vec<String> = Vec::new();
     for step in
         try_case(operation, mode, Fault::None, PowerLoss::Written).iter().filter(|step| step.kind == StepKind::Change)
     {
-        let named = if is_metadata(step) {
+        let name = if is_metadata(step) {
             "transaction".to_owned()
         } else {
             let path: Vec<&str> = step.path.iter().filter_map(|part| part.to_str()).collect();
             let below = path.iter().position(|part| *part == "snapshots").unwrap() + 1;
-            // The other layer goes the same way beside it.
+            // The steps of the other layer are the same.
             if path[below] == "1" {
                 continue;
             }
             let owner = if path[below] == "2" { "layer" } else { "id" };
-            let place = path.get(below + 1).map_or(String::new(), |part| format!("/{part}"));
+            let entry = path.get(below + 1).map_or(String::new(), |part| format!("/{part}"));
             let within = if path.len() > below + 2 { "/…" } else { "" };
-            format!("{} {owner}{place}{within}", step.call)
+            format!("{} {owner}{entry}{within}", step.call)
         };
-        let is_new = if named == "transaction" { story.last() != Some(&named) } else { !story.contains(&named) };
+        let is_new = if name == "transaction" { steps.last() != Some(&name) } else { !steps.contains(&name) };
         if is_new {
-            story.push(named);
+            steps.push(name);
         }
     }
-    story
+    steps
 }
 
-/// What the design says about operations: the heading of each, and the steps of its table.
-fn told() -> BTreeMap<String, Vec<String>> {
-    let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
+/// The steps of the tables in docs/design.md, by the heading above each table.
+fn documented_steps() -> BTreeMap<String, Vec<String>> {
+    let mut documented: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut heading = "";
     for line in include_str!("../../../docs/design.md").lines() {
         if let Some(title) = line.strip_prefix('#') {
             heading = title.trim_start_matches(['#', ' ']);
         } else if let Some((step, _)) = line.strip_prefix("| `").and_then(|row| row.split_once('`')) {
-            told.entry(heading.to_owned()).or_default().push(step.to_owned());
+            documented.entry(heading.to_owned()).or_default().push(step.to_owned());
         }
     }
-    told
+    documented
 }
 
 #[test]
 fn root_the_crash_table_of_the_design_names_every_step_in_order() {
-    let told = told();
+    let documented = documented_steps();
     for (heading, operation, mode) in [
         ("Prepare", &PREPARE, AttachMode::Symlink),
         ("Prepare of a published layer", &REMOTE_PREPARE, AttachMode::Symlink),
@@ -445,25 +448,25 @@ fn root_the_crash_table_of_the_design_names_every_step_in_order() {
         ("Scan", &SCAN, AttachMode::Symlink),
         ("Start", &START, AttachMode::Symlink),
     ] {
-        let steps = story(operation, mode);
+        let steps = named_steps(operation, mode);
         let rows: Vec<String> = steps.iter().map(|step| format!("| `{step}` |")).collect();
-        assert_eq!(told.get(heading), Some(&steps), "docs/design.md, {heading}:\n{}", rows.join("\n"));
+        assert_eq!(documented.get(heading), Some(&steps), "docs/design.md, {heading}:\n{}", rows.join("\n"));
     }
 }
 
-macro_rules! walks {
-    ($($test:ident $operation:ident;)*) => { $(#[test] fn $test() { walk(&$operation); })* };
+macro_rules! crash_tests {
+    ($($test:ident $operation:ident;)*) => { $(#[test] fn $test() { try_all_cases(&$operation); })* };
 }
 
-walks! {
-    root_a_prepare_may_stop_at_any_step PREPARE;
-    root_a_view_may_stop_at_any_step VIEW;
-    root_a_remote_prepare_may_stop_at_any_step REMOTE_PREPARE;
-    root_a_commit_may_stop_at_any_step COMMIT;
-    root_a_remove_may_stop_at_any_step REMOVE;
-    root_a_cleanup_may_stop_at_any_step CLEANUP;
-    root_a_detach_may_stop_at_any_step DETACH;
-    root_an_attach_may_stop_at_any_step ATTACH;
-    root_a_scan_may_stop_at_any_step SCAN;
-    root_a_start_may_stop_at_any_step START;
+crash_tests! {
+    root_prepare_stopped_at_any_step_keeps_the_promises PREPARE;
+    root_view_stopped_at_any_step_keeps_the_promises VIEW;
+    root_pull_stopped_at_any_step_keeps_the_promises REMOTE_PREPARE;
+    root_commit_stopped_at_any_step_keeps_the_promises COMMIT;
+    root_remove_stopped_at_any_step_keeps_the_promises REMOVE;
+    root_cleanup_stopped_at_any_step_keeps_the_promises CLEANUP;
+    root_detach_stopped_at_any_step_keeps_the_promises DETACH;
+    root_attach_stopped_at_any_step_keeps_the_promises ATTACH;
+    root_scan_stopped_at_any_step_keeps_the_promises SCAN;
+    root_start_stopped_at_any_step_keeps_the_promises START;
 }

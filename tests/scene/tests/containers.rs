@@ -74,7 +74,7 @@ fn root_a_container_has_the_attributes_of_a_normal_pull_though_the_client_lists_
     let changed = ["/bin/sh", "-c", "echo y >> /data/text && cat /data/text"];
     assert_eq!(stage.ours.run(&reference, "first", &changed).ok(), "xy\n");
     let log = stage.snapshotter.log();
-    assert!(log.contains("will be downloaded") && log.contains("lists attributes of its own"), "{log}");
+    assert!(log.contains("layer_download") && log.contains("lists attributes of its own"), "{log}");
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn root_a_repository_that_goes_away_costs_only_what_needs_it() {
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
     // Something may have been asked of it in the moment in which it went.
     let log = stage.snapshotter.log();
-    let downloaded = log.lines().filter(|line| line.contains("will be downloaded: scene.test: "));
+    let downloaded = log.lines().filter(|line| line.contains("layer_download"));
     assert_eq!(downloaded.filter(|line| line.contains("no repository is mounted")).count(), 3, "{log}");
     stage.repository.mount();
     assert_eq!(stage.ours.run(&reference, "e", &["/bin/cat", "/data/text"]).ok(), "x");

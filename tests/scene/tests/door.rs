@@ -136,7 +136,8 @@ fn root_only_root_and_configured_users_may_connect() {
         assert_eq!(answer_to_user(1234, &socket), "closed");
     }
     let log = snapshotter.log();
-    assert_eq!(log.matches("refused a connection of user 1234 (process ").count(), 1, "one line says it: {log}");
+    assert!(log.contains("refused a connection of user 1234 (process "), "{log}");
+    assert_eq!(log.matches("\"event\":\"connection_user_refused\"").count(), 1, "not one line: {log}");
     snapshotter.end(Signal::SIGTERM);
     fs::remove_dir(socket.parent().unwrap()).unwrap();
     let config = sandbox.path("s/config.toml");

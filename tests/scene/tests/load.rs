@@ -234,8 +234,9 @@ fn root_a_list_whose_client_went_away_is_read_no_further() {
     let d = Alone::start_on("away", "", |root, _| crowd(root, 20_000));
     let sent = |d: &Alone| -> Vec<usize> {
         let log = d.snapshotter.log();
-        let counts = log.split("the client went away, ").skip(1);
-        counts.map(|count| count.split(' ').next().unwrap().parse().unwrap()).collect()
+        let lines = log.lines().filter(|line| line.contains("\"event\":\"list_cancelled\""));
+        let counts = lines.filter_map(|line| line.split("\"snapshots_sent\":\"").nth(1));
+        counts.map(|count| count.split('"').next().unwrap().parse().unwrap()).collect()
     };
     let mut listing = d.client.listing(&[]).unwrap();
     listing.next().unwrap().unwrap();
