@@ -33,22 +33,13 @@ use nix::errno::Errno;
 use self::mounts::{MountPoint, SupersededMount};
 pub use self::skeleton::skeleton_needs;
 use self::skeleton::{SkeletonKind, SkeletonPlan};
-use crate::model::{Quoted, SnapshotId};
+use crate::model::{AttachMode, Quoted, SnapshotId};
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::system::{DirHandle, Error, Result, Sys};
-
-/// The target of the link `snapshots/<id>/fs` of a published layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttachMode {
-    /// A read-only bind mount of the layer.
-    Bind,
-    /// The layer itself, without any mount.
-    Symlink,
-}
 
 /// A layer that is to be attached.
 #[derive(Clone)]

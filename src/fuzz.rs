@@ -106,9 +106,9 @@ fn check_filters(bytes: &[u8]) {
     .collect();
     match Filters::parse(&texts) {
         Err(invalid) => {
-            assert!(texts.contains(&invalid.filter) && invalid.filter.is_char_boundary(invalid.at));
+            assert!(texts.contains(&invalid.filter) && invalid.filter.is_char_boundary(invalid.position));
             let alone = texts.iter().any(|one| Filters::parse(std::slice::from_ref(one)).is_err());
-            assert!(alone || invalid.why.ends_with("too many"), "{invalid}");
+            assert!(alone || invalid.reason.starts_with("more than"), "{invalid}");
         }
         Ok(together) => {
             let each: Vec<Filters> =

@@ -36,6 +36,7 @@ mod sync;
 pub mod system;
 #[cfg(test)]
 mod testing;
+pub mod unix_socket;
 pub mod worker_pool;
 
 /// Messages made from the `.proto` files by `build.rs`.

@@ -11,6 +11,10 @@ mod mount;
 mod snapshot;
 mod text;
 
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
 pub use self::digest::{Digest, InvalidDigest};
 pub use self::key::{InvalidKey, Key};
 pub use self::labels::{
@@ -26,3 +30,28 @@ pub const MAX_CHAIN: usize = 512;
 
 /// Maximum length of the path of a unix socket, in bytes. The kernel's `sun_path` has room for one more.
 pub const MAX_SOCKET_PATH: usize = 107;
+
+/// How a published layer is attached: where its link `snapshots/<id>/fs` leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// The link leads to a read-only bind mount of the layer.
+    Bind,
+    /// The link leads to the layer itself, so there is no mount.
+    Symlink,
+}
+
+/// The address at which metrics are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}

@@ -14,9 +14,9 @@ use super::{Finding, Findings, NAMED, child, node, reach, repositories, systemd}
 use crate::admin::client::{self, AdminClient, Error};
 use crate::admin::status::{Image, Report};
 use crate::cli::{self, Arguments};
-use crate::config::{Config, MetricsAddress};
+use crate::config::Config;
 use crate::metrics::endpoint;
-use crate::model::{Timestamp, printable, shell_quote};
+use crate::model::{MetricsAddress, Timestamp, printable, shell_quote};
 use crate::proto::admin::snapshot::Kind;
 use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
 use crate::repository::owners::Owners;

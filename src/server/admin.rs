@@ -1,128 +1,129 @@
-//! What `cvmfs-snapshotter status`, `doctor` and `gc` ask, and gRPC's question after our health.
+//! The administration service (`cvmfs_snapshotter.admin.Admin`): describes the daemon, its repositories, snapshots and
+//! leftovers.
+//!
+//! It must not know who asks or how the answers are shown. It changes nothing. Its calls run on the pool for pulls,
+//! because they ask all repositories: none of them holds a worker.
 #![forbid(unsafe_code)]
 
 use grpcio::ServiceBuilder;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use super::handlers::Handlers;
-use super::status::CallError;
+use super::dispatch::CallContext;
+use super::handlers::{CallResult, Handlers};
+use super::unary::UnaryMethod;
 use super::{convert, service};
 use crate::metrics::METRICS;
-use crate::model::{Kind, LABEL_IMAGE_REF, SnapshotId, Timestamp};
+use crate::model::{Kind, LABEL_IMAGE_REF, SnapshotId};
 use crate::proto::admin::{
-    DescribeResponse, Found, IoErrors, Leftover, LeftoversResponse, Pulls, Repository, ServerOutage, Snapshot,
-    SnapshotsResponse, leftover, snapshot,
+    DescribeResponse, Found, IoErrors, Leftover, LeftoversRequest, LeftoversResponse, Pulls, Repository, ServerOutage,
+    Snapshot, SnapshotsRequest, SnapshotsResponse, leftover, snapshot,
 };
-use crate::proto::health::HealthCheckResponse;
-use crate::proto::health::health_check_response::ServingStatus;
-use crate::repository::Unavailable;
 use crate::repository::server_health::{self, RepositoryServer, Unreachable};
-use crate::snapshotter::inspect::{LeftoverKind, ProbeRepositories, SnapshotStatus};
-use crate::snapshotter::{Cursor, RepositoryDependency, Snapshotter};
-
-/// What gRPC's health protocol calls the service that containerd uses.
-const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
+use crate::repository::{self, RepositoryStatus, Unavailable};
+use crate::snapshotter::inspect::{self, LeftoverKind, ProbeRepositories, SnapshotStatus};
+use crate::snapshotter::{self, Cursor, RepositoryDependency, Snapshotter};
 
 impl Handlers {
-    /// None of them keeps a worker from containerd's calls for long: they are done where pulls wait.
-    pub(super) fn admin(&self, mut service: ServiceBuilder, started: Timestamp) -> ServiceBuilder {
-        service = self.unary(
+    pub(super) fn add_admin(&self, mut service: ServiceBuilder) -> ServiceBuilder {
+        service = self.add_unary(
             service,
-            &service::DESCRIBE,
-            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
-            move |s, _, _| Ok(describe(s, started)),
+            UnaryMethod::new(&service::DESCRIBE, |call, _| Ok(describe(call)))
+                .may_wait_for(depends_on_all_repositories),
         );
-        service = self.unary(
+        service = self.add_unary(
             service,
-            &service::SNAPSHOTS,
-            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
-            |s, request, _| {
-                let rest = (request.next > 0)
-                    .then_some(Cursor { next: SnapshotId(request.next), last: SnapshotId(request.last) });
-                let ask = if request.ask_repositories { ProbeRepositories::Yes } else { ProbeRepositories::No };
-                let (inspected, rest) = s.inspect(rest, ask)?;
-                Ok(SnapshotsResponse {
-                    snapshots: inspected.into_iter().map(inspected_snapshot).collect(),
-                    next: rest.map_or(0, |rest| rest.next.0),
-                    last: rest.map_or(0, |rest| rest.last.0),
-                    ..SnapshotsResponse::default()
-                })
-            },
+            UnaryMethod::new(&service::SNAPSHOTS, snapshots).may_wait_for(depends_on_all_repositories),
         );
-        service = self.unary(
+        self.add_unary(
             service,
-            &service::LEFTOVERS,
-            Some(|_, _| Ok(Some(RepositoryDependency::Any))),
-            |s, request, _| {
-                let (leftovers, next) = s.leftovers(SnapshotId(request.next))?;
-                let leftovers = leftovers.into_iter().map(|one| Leftover {
-                    path: one.path.display().to_string(),
-                    what: EnumOrUnknown::new(match one.kind {
-                        LeftoverKind::Removed => leftover::What::REMOVED,
-                        LeftoverKind::Detached => leftover::What::DETACHED,
-                    }),
-                    ..Leftover::default()
-                });
-                Ok(LeftoversResponse {
-                    leftovers: leftovers.collect(),
-                    next: next.map_or(0, |id| id.0),
-                    ..LeftoversResponse::default()
-                })
-            },
-        );
-        // That the start is not over is an answer.
-        let early = || health(ServingStatus::NOT_SERVING);
-        self.unary_before_ready(service, &service::HEALTH_CHECK, Some(early), None, |s, request, _| {
-            let is_well =
-                is_well(s, &request.service).ok_or_else(|| CallError::UnknownService(request.service.clone()))?;
-            Ok(health(if is_well { ServingStatus::SERVING } else { ServingStatus::NOT_SERVING }))
-        })
+            UnaryMethod::new(&service::LEFTOVERS, leftovers).may_wait_for(depends_on_all_repositories),
+        )
     }
 }
 
-fn health(status: ServingStatus) -> HealthCheckResponse {
-    HealthCheckResponse { status: EnumOrUnknown::new(status), ..HealthCheckResponse::default() }
+// The signature is that of `FindDependency`.
+#[allow(clippy::unnecessary_wraps)]
+fn depends_on_all_repositories<Q>(_: &Snapshotter, _: &Q) -> snapshotter::Result<Option<RepositoryDependency>> {
+    Ok(Some(RepositoryDependency::Any))
 }
 
-/// None: there is no such service. That this runs says that a worker was free.
-fn is_well(snapshotter: &Snapshotter, service: &str) -> Option<bool> {
-    match service {
-        "" | SNAPSHOTS => Some(true),
-        name => snapshotter.health().into_iter().find(|(repository, _)| repository == name).map(|(_, well)| well),
+fn snapshots(
+    call: &CallContext<'_>,
+    SnapshotsRequest { next, last, ask_repositories, .. }: SnapshotsRequest,
+) -> CallResult<SnapshotsResponse> {
+    let cursor = (next > 0).then_some(Cursor { next: SnapshotId(next), last: SnapshotId(last) });
+    let probe = if ask_repositories { ProbeRepositories::Yes } else { ProbeRepositories::No };
+    let (snapshots, next_cursor) = call.snapshotter.inspect(cursor, probe)?;
+    Ok(SnapshotsResponse {
+        snapshots: snapshots.into_iter().map(snapshot_status).collect(),
+        next: next_cursor.map_or(0, |cursor| cursor.next.0),
+        last: next_cursor.map_or(0, |cursor| cursor.last.0),
+        ..SnapshotsResponse::default()
+    })
+}
+
+fn leftovers(call: &CallContext<'_>, LeftoversRequest { next, .. }: LeftoversRequest) -> CallResult<LeftoversResponse> {
+    let (leftovers, next) = call.snapshotter.leftovers(SnapshotId(next))?;
+    Ok(LeftoversResponse {
+        leftovers: leftovers.iter().map(leftover).collect(),
+        next: next.map_or(0, |id| id.0),
+        ..LeftoversResponse::default()
+    })
+}
+
+fn leftover(leftover: &inspect::Leftover) -> Leftover {
+    Leftover {
+        path: leftover.path.display().to_string(),
+        what: EnumOrUnknown::new(match leftover.kind {
+            LeftoverKind::Removed => leftover::What::REMOVED,
+            LeftoverKind::Detached => leftover::What::DETACHED,
+        }),
+        ..Leftover::default()
     }
 }
 
-fn describe(snapshotter: &Snapshotter, started: Timestamp) -> DescribeResponse {
-    let setup = snapshotter.daemon_info();
-    let conditions = snapshotter.repository_statuses();
-    let repositories = conditions.iter().map(|(repository, condition)| {
-        let cache = condition.as_ref().ok().and_then(|condition| condition.cache.as_ref());
-        let errors = condition.as_ref().ok().and_then(|condition| condition.io_errors.clone());
-        let outage = condition.as_ref().err().and_then(Unavailable::server_outage);
-        Repository {
-            name: repository.name().to_owned(),
-            path: repository.path().display().to_string(),
-            trouble: condition.as_ref().err().map(Unavailable::to_string).unwrap_or_default(),
-            cache: cache.map(|cache| cache.path.display().to_string()).unwrap_or_default(),
-            server_outage: outage.map(server_outage).into(),
-            io_errors: errors.map(io_errors).into(),
-            ..convert::sampled_owners(condition.as_ref().ok().and_then(|condition| condition.sample))
-        }
-    });
+fn describe(call: &CallContext<'_>) -> DescribeResponse {
+    let daemon = call.snapshotter.daemon_info();
+    let repositories: Vec<Repository> = call
+        .snapshotter
+        .repository_statuses()
+        .iter()
+        .map(|(repository, status)| describe_repository(repository, status.as_ref()))
+        .collect();
     DescribeResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        started: started.0,
-        snapshots: setup.snapshots.display().to_string(),
-        attach: convert::attach(setup.attach).to_owned(),
-        repositories: repositories.collect(),
+        started: call.process_start.0,
+        snapshots: daemon.snapshots.display().to_string(),
+        attach: convert::attach(daemon.attach).to_owned(),
         found: MessageField::some(Found {
-            unknown: setup.recovery.unknown.len() as u64,
-            foreign: setup.recovery.foreign as u64,
+            unknown: daemon.recovery.unknown.len() as u64,
+            foreign: daemon.recovery.foreign as u64,
             ..Found::default()
         }),
-        pulls: MessageField::some(pulls(conditions.iter().map(|(repository, _)| repository.name()))),
+        pulls: MessageField::some(pulls(repositories.iter().map(|repository| repository.name.as_str()))),
+        repositories,
         ..DescribeResponse::default()
+    }
+}
+
+fn describe_repository(
+    repository: &repository::Repository,
+    status: Result<&RepositoryStatus, &Unavailable>,
+) -> Repository {
+    let known = status.ok();
+    let error = status.err();
+    Repository {
+        name: repository.name().to_owned(),
+        path: repository.path().display().to_string(),
+        trouble: error.map(Unavailable::to_string).unwrap_or_default(),
+        cache: known
+            .and_then(|status| status.cache.as_ref())
+            .map(|cache| cache.path.display().to_string())
+            .unwrap_or_default(),
+        server_outage: error.and_then(Unavailable::server_outage).map(server_outage).into(),
+        io_errors: known.and_then(|status| status.io_errors.clone()).map(io_errors).into(),
+        ..convert::sampled_owners(known.and_then(|status| status.sample))
     }
 }
 
@@ -147,8 +148,8 @@ fn pulls<'n>(repositories: impl Iterator<Item = &'n str>) -> Pulls {
     }
 }
 
-fn inspected_snapshot(one: SnapshotStatus) -> Snapshot {
-    let SnapshotStatus { snapshot, problem, repull_downloads } = one;
+fn snapshot_status(status: SnapshotStatus) -> Snapshot {
+    let SnapshotStatus { snapshot, problem, repull_downloads } = status;
     let (digest, repository) =
         snapshot.layer.map(|layer| (layer.digest.as_str().to_owned(), layer.repository)).unwrap_or_default();
     Snapshot {

@@ -1,4 +1,5 @@
-//! Between the wire's generated types and ours.
+//! Converts between the generated types of the wire and ours, in both directions. Pure: it checks the form of what it
+//! converts, and decides nothing.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
@@ -6,7 +7,7 @@ use std::collections::HashMap;
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
 use crate::proto::admin::repository::Owners as WireOwners;
 use crate::proto::admin::{Owner as WireOwner, Repository};
@@ -35,7 +36,7 @@ pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
         .collect()
 }
 
-/// What a sample of its layers showed, as fields of a repository.
+/// The fields of a repository that tell what a sample of its layers showed. The other fields are empty.
 pub fn sampled_owners(sample: Option<OwnerSample>) -> Repository {
     let Some(OwnerSample { owners, lists_own_attributes }) = sample else { return Repository::default() };
     let (state, owner) = match owners {
@@ -53,10 +54,10 @@ pub fn sampled_owners(sample: Option<OwnerSample>) -> Repository {
     }
 }
 
-/// What a daemon, of another version perhaps, said of the owners in a repository.
-pub fn owners(of: &Repository) -> Owners {
-    let owner = of.owner.as_ref().map(|owner| Owner { uid: owner.uid, gid: owner.gid });
-    match (of.owners.enum_value(), owner) {
+/// The inverse of `sampled_owners`, for clients. The daemon that answered may have another version.
+pub fn owners(repository: &Repository) -> Owners {
+    let owner = repository.owner.as_ref().map(|owner| Owner { uid: owner.uid, gid: owner.gid });
+    match (repository.owners.enum_value(), owner) {
         (Ok(WireOwners::KEPT), _) => Owners::Kept,
         (Ok(WireOwners::CLAIMED), Some(owner)) => Owners::Claimed(owner),
         (Ok(WireOwners::LOST), Some(owner)) => Owners::Lost(owner),
@@ -84,7 +85,7 @@ pub fn info(snapshot: Snapshot) -> Info {
     }
 }
 
-/// As in the configuration.
+/// The mode, as the configuration names it.
 pub fn attach(mode: AttachMode) -> &'static str {
     match mode {
         AttachMode::Bind => "bind",
@@ -101,8 +102,8 @@ fn timestamp(time: Timestamp) -> WireTimestamp {
     }
 }
 
-/// Which snapshot an Update is about and what it changes. Without a mask all labels are
-/// replaced; values of immutable fields that no mask names are passed over.
+/// The snapshot that an Update names and the change of its labels. Without a mask all labels are replaced. A mask that
+/// names an immutable field is refused; immutable fields that no mask names are ignored.
 pub fn update(request: UpdateSnapshotRequest) -> Result<(Key, LabelChange)> {
     let info = request.info.unwrap_or_default();
     let key = Key::parse(&info.name)?;
@@ -111,20 +112,20 @@ pub fn update(request: UpdateSnapshotRequest) -> Result<(Key, LabelChange)> {
     if paths.is_empty() {
         return Ok((key, LabelChange::Replace(labels)));
     }
-    let mut each = Vec::new();
-    let mut replace = false;
+    let mut changes = Vec::new();
+    let mut replaces_all = false;
     for path in paths {
         match path.strip_prefix("labels.") {
-            Some(label) => each.push((label.to_owned(), labels.get(label).cloned())),
-            None if path == "labels" => replace = true,
+            Some(label) => changes.push((label.to_owned(), labels.get(label).cloned())),
+            None if path == "labels" => replaces_all = true,
             None => return Err(Error::ImmutableField(path)),
         }
     }
-    if replace {
-        labels.extend(each.into_iter().filter_map(|(label, value)| value.map(|value| (label, value))));
+    if replaces_all {
+        labels.extend(changes.into_iter().filter_map(|(label, value)| value.map(|value| (label, value))));
         return Ok((key, LabelChange::Replace(labels)));
     }
-    Ok((key, LabelChange::Each(each)))
+    Ok((key, LabelChange::Each(changes)))
 }
 
 #[cfg(test)]
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_mask_says_what_changes() {
+    fn update_mask_selects_the_labels_that_change() {
         let change = |labels: &[_], paths: &[_]| update(request(labels, paths)).unwrap().1;
         let all = LabelChange::Replace([("a".to_owned(), "1".to_owned())].into());
         assert_eq!(change(&[("a", "1")], &[]), all);
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn times_keep_their_nanoseconds() {
+    fn timestamps_keep_their_nanoseconds() {
         let wire = timestamp(Timestamp(1_700_000_000_123_456_789));
         assert_eq!((wire.seconds, wire.nanos), (1_700_000_000, 123_456_789));
         let before = timestamp(Timestamp(-1));

@@ -1,13 +1,16 @@
-//! Who comes in: connections are accepted here, one by one, and those of the right users are
-//! handed to gRPC.
+//! Accepts connections, and hands those of allowed users to gRPC.
 //!
-//! A duplicate of each connection's descriptor is kept and only watched for its end, which is
-//! how they are counted. At a stop the same descriptor tells the client to go: gRPC itself
-//! knows no way to send GOAWAY without refusing the calls that cross it on the wire, and to
+//! It must not know gRPC: it gets a function that takes over a connection. Its invariants:
+//! - gRPC gets no connection of another user, and at most `MAX_CONNECTIONS` are open.
+//! - A duplicate of each connection's descriptor is kept here. It is only watched for a hangup, which is how open
+//!   connections are counted, and used once, at a stop, to send GOAWAY.
+//!
+//! We send GOAWAY ourselves because gRPC cannot send one without refusing the calls that cross it on the wire. For
 //! containerd a refused call is a failed pull.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,299 +22,301 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixCredentials, getsockopt, send, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
-/// Connections at one time. containerd has one or two; each costs two descriptors.
+/// Open connections at one time. containerd has one or two; each costs two descriptors.
 pub const MAX_CONNECTIONS: usize = 128;
-/// After an `accept` that failed (no free descriptor, say) the next one waits so long.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Refused connections are logged so often at most.
-const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// The pause after a failed `accept`, which would fail again at once (without a free descriptor, for example).
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// At most one log line about connections that were not accepted is written in this time.
+const MIN_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// HTTP/2's GOAWAY: 8 bytes, type 7, no flags, stream 0; every stream that was begun is
-/// served (the last one has the highest number there is), no error. RFC 9113, section 6.8.
+/// An HTTP/2 GOAWAY frame: 8 bytes, type 7, no flags, stream 0. The last stream that is served has the highest number
+/// possible, so every call that was begun is served. The error code is 0. See RFC 9113, section 6.8.
 const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
-/// The users that may connect, by their numeric ids.
+/// The numeric ids of the users that may connect.
 #[derive(Clone, Debug)]
 pub struct AllowedUids(BTreeSet<u32>);
 
 impl AllowedUids {
-    /// root, the daemon's own user, and `others`.
+    /// Allows root, the daemon's own user, and `others`.
     pub fn new(others: &[u32]) -> Self {
         Self(others.iter().copied().chain([0, geteuid().as_raw()]).collect())
     }
 }
 
-/// A connection, by the number of the descriptor under which gRPC has it.
+/// Identifies a connection by the number of the descriptor that gRPC has for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ConnectionId(RawFd);
 
 impl ConnectionId {
-    pub fn of_descriptor(number: RawFd) -> Self {
+    pub fn from_descriptor(number: RawFd) -> Self {
         Self(number)
     }
 
-    /// What gRPC calls the other end of a connection whose descriptor it was given, `fd:<number>`. None: gRPC
-    /// calls it otherwise.
+    /// Parses gRPC's name of the peer, which is `fd:<number>` for a connection that gRPC got as a descriptor.
+    /// `None`: the name has another form.
     pub fn from_peer(peer: &str) -> Option<Self> {
         peer.strip_prefix("fd:")?.parse().ok().map(Self)
     }
 }
 
+/// The thread that accepts connections.
 pub struct ConnectionListener {
     thread: JoinHandle<OpenConnections>,
-    close: PipeWriter,
+    /// Dropping it makes the thread end.
+    close_sender: PipeWriter,
 }
 
 impl ConnectionListener {
-    /// Accepts connections of the `admitted` from now on, and gives them to `into_grpc_fd`.
+    /// Starts to accept connections of `allowed_uids`. Each is passed to `on_accept`.
     pub fn open(
         listener: UnixListener,
-        admitted: AllowedUids,
-        hand_over: impl FnMut(UnixStream) + Send + 'static,
+        allowed_uids: AllowedUids,
+        on_accept: impl FnMut(UnixStream) + Send + 'static,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let (closed, close) = io::pipe()?;
-        let porter = Acceptor { listener, admitted, hand_over, complaints: RateLimitedLog::default() };
-        let thread = thread::Builder::new().name("door".to_owned()).spawn(move || porter.work(&closed))?;
-        Ok(Self { thread, close })
+        let (close_receiver, close_sender) = io::pipe()?;
+        let acceptor = Acceptor {
+            listener,
+            close_receiver,
+            allowed_uids,
+            on_accept,
+            open_connections: OpenConnections::default(),
+            log: RateLimitedLog::default(),
+        };
+        let thread = thread::Builder::new().name("listener".to_owned()).spawn(move || acceptor.run())?;
+        Ok(Self { thread, close_sender })
     }
 
-    /// Accepts no more: whoever connects now waits for the next process, if the listening
-    /// socket lives on. The result is who is inside.
+    /// Stops accepting, and returns the open connections. If the listening socket is systemd's, a client that connects
+    /// now waits for the next process.
     pub fn close(self) -> OpenConnections {
-        drop(self.close);
+        drop(self.close_sender);
         self.thread.join().unwrap_or_default()
     }
 }
 
-/// The connections that are open, by their watched duplicates.
+/// The connections that are open, each by a duplicate of its descriptor.
 #[derive(Default)]
-pub struct OpenConnections(Vec<(ConnectionId, OwnedFd)>);
+pub struct OpenConnections(Vec<WatchedConnection>);
+
+struct WatchedConnection {
+    id: ConnectionId,
+    duplicate: OwnedFd,
+}
+
+impl WatchedConnection {
+    /// `poll` reports a hangup without being asked for any event. Data on the connection is only for gRPC.
+    fn poll_hangup(&self) -> PollFd<'_> {
+        PollFd::new(self.duplicate.as_fd(), PollFlags::empty())
+    }
+
+    fn try_send(&self, bytes: &[u8]) -> nix::Result<usize> {
+        send(self.duplicate.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)
+    }
+}
 
 impl OpenConnections {
-    /// Asks the clients to take their further calls elsewhere, to the next process, but for those of connections
-    /// that are busy. To be called while gRPC begins to write no answer: what it may write then on the others
-    /// is as small as this, and small writes to a unix socket do not mix.
+    /// Asks clients to send further calls to the next process, except on busy connections. Must be called while gRPC
+    /// begins no response. What gRPC may write meanwhile on an idle connection is as small as GOAWAY, and small writes
+    /// to a unix socket do not mix.
     pub fn send_goaway(&self, is_busy: impl Fn(ConnectionId) -> bool) {
-        for (_, connection) in self.0.iter().filter(|(id, _)| !is_busy(*id)) {
-            // One that is gone, or that does not read, is cut off at the end.
-            let _ = try_send(connection, &GOAWAY);
+        for connection in self.0.iter().filter(|connection| !is_busy(connection.id)) {
+            // A client that is gone or does not read is disconnected at the end of the stop.
+            let _ = connection.try_send(&GOAWAY);
         }
     }
 
-    /// Waits for the end of all, until `enough` at most; it is asked now and then.
-    pub fn wait_for_end(&mut self, enough: impl Fn() -> bool) {
-        const POLL_INTERVAL: u16 = 20;
-        while !self.0.is_empty() && !enough() {
-            let ended = {
-                let mut fds: Vec<PollFd<'_>> = self.0.iter().map(|(_, connection)| poll_hangup(connection)).collect();
-                let _ = poll(&mut fds, PollTimeout::from(POLL_INTERVAL));
-                fds.iter().map(has_event).collect::<Vec<_>>()
-            };
-            self.drop_closed(&ended);
+    /// Waits until all connections are closed, or until `stop_waiting`, which is called every 20 ms, returns true.
+    pub fn wait_for_end(&mut self, stop_waiting: impl Fn() -> bool) {
+        const POLL_INTERVAL_MS: u16 = 20;
+        while !self.0.is_empty() && !stop_waiting() {
+            let mut fds: Vec<PollFd<'_>> = self.0.iter().map(WatchedConnection::poll_hangup).collect();
+            let _ = poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS));
+            let hung_up: Vec<bool> = fds.iter().map(has_event).collect();
+            self.drop_closed(&hung_up);
         }
     }
 
-    fn drop_closed(&mut self, ended: &[bool]) {
-        let mut ended = ended.iter();
-        self.0.retain(|_| !ended.next().is_some_and(|ended| *ended));
+    /// `hung_up` has an element for each connection.
+    fn drop_closed(&mut self, hung_up: &[bool]) {
+        let mut hung_up = hung_up.iter();
+        self.0.retain(|_| !hung_up.next().is_some_and(|hung_up| *hung_up));
     }
-}
-
-fn try_send(connection: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
-    send(connection.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)
-}
-
-/// Only its end, which needs no asking: what it carries is gRPC's.
-fn poll_hangup(connection: &OwnedFd) -> PollFd<'_> {
-    PollFd::new(connection.as_fd(), PollFlags::empty())
 }
 
 fn has_event(fd: &PollFd<'_>) -> bool {
     fd.revents().is_none_or(|events| !events.is_empty())
 }
 
+/// Why a connection was not accepted.
+#[derive(Debug)]
+enum AcceptError {
+    UserNotAllowed { uid: u32, pid: i32 },
+    TooManyConnections { pid: i32 },
+    Setup(io::Error),
+    Accept(io::Error),
+}
+
+impl AcceptError {
+    /// The stable name in the log.
+    fn event(&self) -> &'static str {
+        match self {
+            Self::UserNotAllowed { .. } => "connection_user_refused",
+            Self::TooManyConnections { .. } => "connection_limit_reached",
+            Self::Setup(_) => "connection_setup_failed",
+            Self::Accept(_) => "accept_failed",
+        }
+    }
+}
+
+impl fmt::Display for AcceptError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UserNotAllowed { uid, pid } => write!(
+                f,
+                "refused a connection of user {uid} (process {pid}): only root and the users of \"allowed-uids\" in the \
+                 configuration may connect"
+            ),
+            Self::TooManyConnections { pid } => write!(
+                f,
+                "refused a connection of process {pid}: limit of {MAX_CONNECTIONS} connections reached; \"ss -xp\" \
+                 shows which processes hold them"
+            ),
+            Self::Setup(cause) => write!(f, "cannot set up a connection: {cause}"),
+            Self::Accept(cause) => write!(f, "cannot accept a connection: {cause}"),
+        }
+    }
+}
+
+/// The state of the accepting thread.
 struct Acceptor<F> {
     listener: UnixListener,
-    admitted: AllowedUids,
-    hand_over: F,
-    complaints: RateLimitedLog,
+    close_receiver: PipeReader,
+    allowed_uids: AllowedUids,
+    on_accept: F,
+    open_connections: OpenConnections,
+    log: RateLimitedLog,
+}
+
+/// What `poll` reported.
+struct PollEvents {
+    is_closing: bool,
+    is_connecting: bool,
+    /// An element for each open connection.
+    hung_up: Vec<bool>,
 }
 
 impl<F: FnMut(UnixStream)> Acceptor<F> {
-    fn work(mut self, closed: &PipeReader) -> OpenConnections {
-        let mut inside = OpenConnections::default();
+    fn run(mut self) -> OpenConnections {
         loop {
-            let (is_closed, is_knocking, ended) = {
-                let mut fds = vec![
-                    PollFd::new(closed.as_fd(), PollFlags::POLLIN),
-                    PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
-                ];
-                fds.extend(inside.0.iter().map(|(_, connection)| poll_hangup(connection)));
-                match poll(&mut fds, PollTimeout::NONE) {
-                    Ok(_) => {}
-                    Err(Errno::EINTR) => continue,
-                    Err(e) => {
-                        log::error!("cannot wait for connections: {}", e.desc());
-                        thread::sleep(ACCEPT_PAUSE);
-                        continue;
+            match self.poll() {
+                Ok(events) => {
+                    self.open_connections.drop_closed(&events.hung_up);
+                    if events.is_closing {
+                        return self.open_connections;
+                    }
+                    if events.is_connecting {
+                        self.accept();
                     }
                 }
-                (has_event(&fds[0]), has_event(&fds[1]), fds[2..].iter().map(has_event).collect::<Vec<_>>())
-            };
-            inside.drop_closed(&ended);
-            if is_closed {
-                return inside;
-            }
-            if is_knocking {
-                self.accept(&mut inside);
+                Err(Errno::EINTR) => {}
+                Err(e) => {
+                    log::error!(event = "connection_poll_failed"; "cannot wait for connections: {}", e.desc());
+                    thread::sleep(ACCEPT_RETRY_INTERVAL);
+                }
             }
         }
     }
 
-    fn accept(&mut self, inside: &mut OpenConnections) {
-        // A connection takes two descriptors: without the second, whoever waits goes on waiting.
-        let second = match self.listener.as_fd().try_clone_to_owned() {
-            Ok(second) => second,
-            Err(e) => return self.complaints.add_and_pause(&e),
+    fn poll(&self) -> nix::Result<PollEvents> {
+        let mut fds = vec![
+            PollFd::new(self.close_receiver.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.open_connections.0.iter().map(WatchedConnection::poll_hangup));
+        poll(&mut fds, PollTimeout::NONE)?;
+        Ok(PollEvents {
+            is_closing: has_event(&fds[0]),
+            is_connecting: has_event(&fds[1]),
+            hung_up: fds[2..].iter().map(has_event).collect(),
+        })
+    }
+
+    fn accept(&mut self) {
+        // A connection takes two descriptors. If the second one is not free, the client stays in the backlog, where it
+        // waits instead of being disconnected.
+        let spare_descriptor = match self.listener.as_fd().try_clone_to_owned() {
+            Ok(spare) => spare,
+            Err(e) => return self.log_and_pause(e),
         };
         match self.listener.accept() {
             Ok((stream, _)) => {
-                drop(second);
-                if let Err(why) = self.admit(stream, inside) {
-                    self.complaints.add(&why);
+                drop(spare_descriptor);
+                if let Err(error) = self.admit(stream) {
+                    self.log.warn(&error);
                 }
             }
-            // It went away again.
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => self.complaints.add_and_pause(&e),
+            // The client disconnected before it was accepted, or a signal came.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => self.log_and_pause(e),
         }
     }
 
-    fn admit(&mut self, stream: UnixStream, inside: &mut OpenConnections) -> Result<(), String> {
-        let failed = |e: &dyn std::fmt::Display| format!("cannot take a connection: {e}");
-        let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e.desc()))?;
-        self.authorize(&peer, inside.0.len())?;
-        stream.set_nonblocking(true).map_err(|e| failed(&e))?;
-        let id = ConnectionId::of_descriptor(stream.as_raw_fd());
-        inside.0.push((id, stream.as_fd().try_clone_to_owned().map_err(|e| failed(&e))?));
-        (self.hand_over)(stream);
+    fn log_and_pause(&mut self, cause: io::Error) {
+        self.log.warn(&AcceptError::Accept(cause));
+        thread::sleep(ACCEPT_RETRY_INTERVAL);
+    }
+
+    fn admit(&mut self, stream: UnixStream) -> Result<(), AcceptError> {
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|e| AcceptError::Setup(e.into()))?;
+        self.authorize(&peer)?;
+        stream.set_nonblocking(true).map_err(AcceptError::Setup)?;
+        let id = ConnectionId::from_descriptor(stream.as_raw_fd());
+        let duplicate = stream.as_fd().try_clone_to_owned().map_err(AcceptError::Setup)?;
+        self.open_connections.0.push(WatchedConnection { id, duplicate });
+        (self.on_accept)(stream);
         Ok(())
     }
 
-    fn authorize(&self, peer: &UnixCredentials, inside: usize) -> Result<(), String> {
+    fn authorize(&self, peer: &UnixCredentials) -> Result<(), AcceptError> {
         let (uid, pid) = (peer.uid(), peer.pid());
-        if !self.admitted.0.contains(&uid) {
-            return Err(format!(
-                "refused a connection of user {uid} (process {pid}): only root may connect, and who is in \
-                 \"allowed-uids\" in the configuration"
-            ));
+        if !self.allowed_uids.0.contains(&uid) {
+            return Err(AcceptError::UserNotAllowed { uid, pid });
         }
-        if inside >= MAX_CONNECTIONS {
-            return Err(format!(
-                "refused a connection of process {pid}: there are {inside} connections, that is the limit; \
-                 see which process holds them (ss -xp)"
-            ));
+        if self.open_connections.0.len() >= MAX_CONNECTIONS {
+            return Err(AcceptError::TooManyConnections { pid });
         }
         Ok(())
     }
 }
 
-/// What happens very often fills no log.
+/// Keeps a client that connects in a loop from filling the log.
 #[derive(Default)]
 struct RateLimitedLog {
-    last: Option<Instant>,
-    left_out: usize,
+    last_line: Option<Instant>,
+    suppressed: usize,
 }
 
 impl RateLimitedLog {
-    /// It would only fail again, and again, until something changes.
-    fn add_and_pause(&mut self, cause: &io::Error) {
-        self.add(&format!("cannot accept a connection: {cause}"));
-        thread::sleep(ACCEPT_PAUSE);
-    }
-
-    fn add(&mut self, what: &str) {
-        if self.last.is_some_and(|last| last.elapsed() < LOG_INTERVAL) {
-            self.left_out += 1;
+    fn warn(&mut self, error: &AcceptError) {
+        if self.last_line.is_some_and(|last| last.elapsed() < MIN_LOG_INTERVAL) {
+            self.suppressed += 1;
             return;
         }
-        match std::mem::take(&mut self.left_out) {
-            0 => log::warn!("{what}"),
-            more => log::warn!("{what} (and {more} times like this since the last such line)"),
+        match std::mem::take(&mut self.suppressed) {
+            0 => log::warn!(event = error.event(); "{error}"),
+            suppressed => {
+                log::warn!(event = error.event(), suppressed; "{error} ({suppressed} similar lines were suppressed)");
+            }
         }
-        self.last = Some(Instant::now());
+        self.last_line = Some(Instant::now());
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-    use std::sync::mpsc;
-
-    const SOON: Duration = Duration::from_secs(10);
-
-    fn open(
-        admitted: AllowedUids,
-    ) -> (tempfile::TempDir, std::path::PathBuf, ConnectionListener, mpsc::Receiver<UnixStream>) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let (send, receive) = mpsc::channel();
-        let door = ConnectionListener::open(UnixListener::bind(&path).unwrap(), admitted, move |s| drop(send.send(s)))
-            .unwrap();
-        (dir, path, door, receive)
-    }
-
-    #[test]
-    fn whoever_is_not_admitted_is_turned_away() {
-        let (_dir, path, door, handed_over) = open(AllowedUids(BTreeSet::from([u32::MAX])));
-        let mut client = UnixStream::connect(&path).unwrap();
-        client.set_read_timeout(Some(SOON)).unwrap();
-        assert_eq!(client.read(&mut [0]).unwrap(), 0, "it is closed at once");
-        assert!(door.close().0.is_empty());
-        assert!(handed_over.try_recv().is_err());
-    }
-
-    #[test]
-    fn connections_are_bounded_and_one_that_ends_makes_room() {
-        let (_dir, path, door, handed_over) = open(AllowedUids::new(&[]));
-        let mut clients: Vec<_> = (0..MAX_CONNECTIONS).map(|_| UnixStream::connect(&path).unwrap()).collect();
-        let servers: Vec<_> = (0..MAX_CONNECTIONS).map(|_| handed_over.recv_timeout(SOON).unwrap()).collect();
-        let mut one_more = UnixStream::connect(&path).unwrap();
-        one_more.set_read_timeout(Some(SOON)).unwrap();
-        assert_eq!(one_more.read(&mut [0]).unwrap(), 0);
-        clients.pop();
-        let until = Instant::now() + SOON;
-        loop {
-            let _client = UnixStream::connect(&path).unwrap();
-            if handed_over.recv_timeout(Duration::from_millis(50)).is_ok() {
-                break;
-            }
-            assert!(Instant::now() < until, "there is no room again");
-        }
-        drop(servers);
-        drop(door.close());
-    }
-
-    #[test]
-    fn at_the_end_clients_are_asked_to_go_and_waited_for() {
-        let (_dir, path, door, handed_over) = open(AllowedUids::new(&[]));
-        let connect = || (UnixStream::connect(&path).unwrap(), handed_over.recv_timeout(SOON).unwrap());
-        let ((mut client, _server), (mut busy, busy_server)) = (connect(), connect());
-        let busy_id = ConnectionId::from_peer(&format!("fd:{}", busy_server.as_raw_fd())).unwrap();
-        let mut inside = door.close();
-        inside.send_goaway(|connection| connection == busy_id);
-        let mut heard = [0; GOAWAY.len()];
-        client.read_exact(&mut heard).unwrap();
-        assert_eq!(heard, GOAWAY);
-        busy.set_nonblocking(true).unwrap();
-        assert_eq!(busy.read(&mut heard).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        inside.wait_for_end(|| true);
-        assert_eq!(inside.0.len(), 2, "it waits no longer than it is enough");
-        drop((client, busy));
-        inside.wait_for_end(|| false);
-        assert!(inside.0.is_empty());
-    }
-}
+mod tests;

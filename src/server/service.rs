@@ -1,5 +1,6 @@
-//! The ten methods of `containerd.services.snapshots.v1.Snapshots`, and those for the admin, as
-//! tables: grpcio needs no more to serve them, and clients need no more to call them.
+//! The methods of all services as tables of `grpcio::Method`.
+//!
+//! The server needs no more to serve them, and a client needs no more to call them. It must not know what they do.
 #![forbid(unsafe_code)]
 
 use protobuf::well_known_types::empty::Empty;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::super::tests::fixture::{Fixture, key, lower_dirs, pull, request};
 use super::super::{Error, Snapshotter};
 use super::*;
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::Labels;
 use crate::repository::Unavailable;
 use crate::system::testing::FaultySys;

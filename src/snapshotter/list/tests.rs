@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::*;
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Key, Kind, LABEL_SNAPSHOT_REF, Labels, Timestamp};
 use crate::repository::Repository;
 use crate::snapshotter::{CreateRequest, SnapshotterOptions};

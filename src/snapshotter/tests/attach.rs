@@ -15,7 +15,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::mount::{MsFlags, mount};
 
 use super::fixture::{Fixture, key, lower_dirs, pull, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Mount, SnapshotId};
 use crate::snapshotter::{Error, Snapshotter};
 use crate::store::Store;

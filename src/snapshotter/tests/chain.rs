@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::fixture::{Fixture, key, lower_dirs, pull_request, request, snapshot};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Key, Kind, Labels, MAX_CHAIN, MAX_LABELS_BYTES, Snapshot};
 use crate::snapshotter::{Error, Result, Snapshotter};
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use nix::mount::{MsFlags, mount};
 
 use super::fixture::{Fixture, key, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::snapshotter::{CleanupBatch, Error, Snapshotter};
 use crate::system::testing::FaultySys;
 use crate::system::{Host, Sys, Unmount};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Barrier};
 
 use super::fixture::{Fixture, key, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Key, Labels};
 use crate::sidecar::Sidecar;
 use crate::snapshotter::{Error, Snapshotter};

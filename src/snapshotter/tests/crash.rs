@@ -12,7 +12,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::fixture::{Fixture, digest, key, list_all, pull, pull_request, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Kind, Labels, Snapshot, SnapshotId};
 use crate::sidecar::Sidecar;
 use crate::snapshotter::cleanup::needs_directory;

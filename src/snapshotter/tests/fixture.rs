@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{
     Digest, Key, Kind, LABEL_IMAGE_REF, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, Labels, Mount, Snapshot, SnapshotId,
     Timestamp,

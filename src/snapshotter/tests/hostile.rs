@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode as FileMode, SFlag, mknod};
 use parking_lot::Mutex;
 
 use super::fixture::{Fixture, digest, key, list_all, lower_dirs, pull, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{
     Key, LABEL_IMAGE_REF, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF, LABEL_UID_MAPPING, Labels, MountKind, SnapshotId,
 };

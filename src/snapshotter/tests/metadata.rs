@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::fixture::{Fixture, key, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Labels, SnapshotId};
 use crate::snapshotter::Result;
 use crate::system::Host;

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use super::fixture::{Fixture, key, pull, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::Labels;
 use crate::snapshotter::{Error, Snapshotter};
 use crate::system::testing::FaultySys;

@@ -1,7 +1,7 @@
 //! Pulls that must not take another snapshot for the layer.
 
 use super::fixture::{Fixture, key, pull, pull_request, request, snapshot};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::{Kind, LABEL_SNAPSHOT_REF, Labels};
 use crate::snapshotter::LabelChange;
 use crate::snapshotter::pull::MAX_SAME_REFERENCE;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::fixture::Fixture;
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::model::SnapshotId;
 use crate::system::Host;
 use crate::system::testing::FaultySys;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::fixture::{Fixture, digest, key, pull, request};
-use crate::attach::AttachMode;
+use crate::model::AttachMode;
 use crate::repository::Unavailable;
 use crate::repository::executor::Priority;
 use crate::repository::scan::{self, ScanKey};

@@ -291,13 +291,13 @@ fn root_signals_change_the_log_level() {
     let stat = |key: &str| drop(scene::client::Client::connect(&socket).stat(key));
     stat("quiet");
     server.signal(Signal::SIGUSR1);
-    said(&server, "log level DEBUG");
+    said(&server, "\"log_level\":\"DEBUG\"");
     stat("loud");
     said(&server, "loud");
     server.signal(Signal::SIGUSR1);
-    said(&server, "log level TRACE");
+    said(&server, "\"log_level\":\"TRACE\"");
     server.signal(Signal::SIGUSR2);
-    said(&server, "log level INFO");
+    said(&server, "\"log_level\":\"INFO\"");
     stat("silent");
     server.end(Signal::SIGTERM);
     let log = server.log();

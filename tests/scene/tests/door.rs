@@ -101,7 +101,7 @@ fn root_slow_start_fails_no_call_behind_its_socket() {
     drop(lock);
     call.join().unwrap().unwrap();
     dead.wait().unwrap();
-    assert!(snapshotter.log().contains(" serves "), "it did start late");
+    assert!(snapshotter.log().contains("\"event\":\"daemon_started\""), "it did start late");
 }
 
 /// What a process of another user hears when it speaks HTTP/2 to the socket.
@@ -136,7 +136,8 @@ fn root_only_root_and_configured_users_may_connect() {
         assert_eq!(answer_to_user(1234, &socket), "closed");
     }
     let log = snapshotter.log();
-    assert_eq!(log.matches("refused a connection of user 1234 (process ").count(), 1, "one line says it: {log}");
+    assert!(log.contains("refused a connection of user 1234 (process "), "{log}");
+    assert_eq!(log.matches("\"event\":\"connection_user_refused\"").count(), 1, "not one line: {log}");
     snapshotter.end(Signal::SIGTERM);
     fs::remove_dir(socket.parent().unwrap()).unwrap();
     let config = sandbox.path("s/config.toml");

@@ -234,8 +234,9 @@ fn root_list_of_disconnected_client_is_aborted() {
     let d = Alone::start_on("away", "", |root, _| crowd(root, 20_000));
     let sent = |d: &Alone| -> Vec<usize> {
         let log = d.snapshotter.log();
-        let counts = log.split("the client went away, ").skip(1);
-        counts.map(|count| count.split(' ').next().unwrap().parse().unwrap()).collect()
+        let lines = log.lines().filter(|line| line.contains("\"event\":\"list_cancelled\""));
+        let counts = lines.filter_map(|line| line.split("\"snapshots_sent\":\"").nth(1));
+        counts.map(|count| count.split('"').next().unwrap().parse().unwrap()).collect()
     };
     let mut listing = d.client.listing(&[]).unwrap();
     listing.next().unwrap().unwrap();
@@ -259,7 +260,7 @@ fn root_stop_finishes_running_list_and_aborts_unread_one() {
     let first = read.next().unwrap().unwrap().len();
     unread.next().unwrap().unwrap();
     d.snapshotter.server().signal(Signal::SIGTERM);
-    eventually("it stops", || d.snapshotter.log().contains("stopping; snapshots and mounts stay"));
+    eventually("it stops", || d.snapshotter.log().contains("\"event\":\"daemon_stopping\""));
     let rest: Answer<usize> = read.map(|message| message.map(|infos| infos.len())).sum();
     assert_eq!(rest.unwrap() + first, SNAPSHOTS);
     assert!(d.snapshotter.server().wait_for_end().success());
