@@ -1,7 +1,8 @@
-//! The admin's commands `status` and `gc`, and the client with which they and `doctor` ask the daemon.
+//! The administrator's commands `status` and `gc`, and the clients and tables that they and `doctor` use.
 #![forbid(unsafe_code)]
 
 pub mod client;
 pub mod gc;
+mod grpc_client;
 pub mod status;
 pub mod table;

@@ -1,4 +1,5 @@
-//! The command line: the Go snapshotter's flags, with one dash or two, and ours.
+//! The command line: the flags of the Go snapshotter, with one dash or two, and more. It turns arguments into one `Action`
+//! and does nothing else.
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
@@ -13,18 +14,18 @@ use crate::{config, logging};
 
 pub const DEFAULT_ADDRESS: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 pub const DEFAULT_ROOT: &str = "/var/lib/containerd-cvmfs-grpc";
-/// Where containerd listens, its own and the one of k3s.
+/// The sockets on which containerd listens by default: its own, and that of k3s.
 pub const CONTAINERD_SOCKETS: [&str; 2] = ["/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"];
-/// And where their configurations are.
+/// The default configuration files of the same two.
 pub const CONTAINERD_CONFIGURATIONS: [&str; 2] =
     ["/etc/containerd/config.toml", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arguments {
     pub address: PathBuf,
-    /// None: the default path, if there is a file.
+    /// None: the file at the default path, if it exists.
     pub config: Option<PathBuf>,
-    /// None: not said on the command line.
+    /// None: the flag was not given.
     pub log_level: Option<LevelFilter>,
     pub root: PathBuf,
     pub action: Action,
@@ -37,7 +38,7 @@ impl Arguments {
     }
 }
 
-/// What is to be done.
+/// What the process does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     Serve,
@@ -46,7 +47,7 @@ pub enum Action {
     Status(Status),
     Doctor(Doctor),
     Gc(Gc),
-    /// For the doctor, in processes of their own: they may never come back.
+    /// The last three are run by the doctor in processes of their own, because they may hang for ever.
     ProbePath(PathBuf),
     ProbeRepository(PathBuf),
     RunProgram(RunProgram),
@@ -55,36 +56,37 @@ pub enum Action {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
     pub json: bool,
-    /// What containers wrote is not measured.
+    /// Skips measuring what containers wrote.
     pub quick: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Doctor {
     pub json: bool,
-    /// Of containerd; None: where it usually is.
+    /// The socket of containerd. None: one of `CONTAINERD_SOCKETS`.
     pub socket: Option<PathBuf>,
+    /// The configuration of containerd. None: one of `CONTAINERD_CONFIGURATIONS`.
     pub configuration: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gc {
-    /// Only show it.
+    /// Only shows what would be removed.
     pub dry_run: bool,
     pub json: bool,
 }
 
-/// Becomes another program, if nobody but root can have put it there.
+/// Replaces this process by another program, if only root can have installed that program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunProgram {
-    /// As `doctor::Program` writes it.
+    /// The program, in the form that `doctor::Program` writes and parses.
     pub program: OsString,
-    /// What the program sees as its own name.
+    /// The name that the program gets as its first argument.
     pub name: OsString,
     pub arguments: Vec<OsString>,
 }
 
-/// Options and commands that are for people: for whoever writes about them.
+/// The options and commands for people. The manual pages are generated from this.
 pub fn command() -> Command {
     Command::new("cvmfs-snapshotter")
         .version(env!("CARGO_PKG_VERSION"))
@@ -94,7 +96,7 @@ pub fn command() -> Command {
         .subcommands([status(), doctor(), gc()])
 }
 
-/// And what is for ourselves. Shells would complete it, hidden or not.
+/// `command` with the internal commands of the doctor. They are kept apart, because shells would complete even hidden ones.
 fn with_internal_commands() -> Command {
     let probe = |name| {
         Command::new(name).hide(true).arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new()))
@@ -123,7 +125,9 @@ fn options() -> [Arg; 4] {
         Arg::new("log-level")
             .long("log-level")
             .value_name("LEVEL")
-            .value_parser(|name: &str| logging::parse_level(name).ok_or(logging::LEVELS))
+            .value_parser(|name: &str| {
+                logging::parse_level(name).ok_or_else(|| format!("expected {}", logging::LEVELS))
+            })
             .help("trace, debug, info, warn, error, fatal or panic [default: info]")
             .long_help(
                 "trace, debug, info, warn, error, fatal or panic; the last two mean error. [default: \
@@ -138,7 +142,7 @@ fn options() -> [Arg; 4] {
     ]
 }
 
-/// What is done instead of serving, and what belongs to that.
+/// The flags for other actions than serving, and the options of these flags.
 fn subcommands() -> [Arg; 5] {
     [
         Arg::new("check-config")
@@ -153,25 +157,27 @@ fn subcommands() -> [Arg; 5] {
             .long("rebuild-metadata")
             .action(ArgAction::SetTrue)
             .conflicts_with("check-config")
-            .help("Make damaged metadata anew from the directories and containerd's metadata, and exit")
+            .help("Rebuild damaged metadata from the directories and containerd's metadata, and exit")
             .long_help(
-                "Make metadata that is damaged or gone anew, print what came back and what did not, and \
-                exit. The daemon and containerd must be stopped; containers run on. Of local snapshots \
-                it reads the records beside their files; which of them hold, and what was published, \
-                containerd's metadata says. What contradicts itself is left out and its directory left \
-                alone. The old file is kept as metadata.sqlite.damaged-<n>. Metadata that is sound is not \
-                touched.",
+                "Rebuild metadata that is damaged or missing, print which snapshots were restored and \
+                which were not, and exit. The daemon and containerd must be stopped; containers may go on \
+                running. Local snapshots are restored from the records beside their files; containerd's \
+                metadata tells which records are current, and which snapshots are published layers. \
+                Contradictory snapshots are left out, and their directories are left alone. The old file \
+                is kept as metadata.sqlite.damaged-<n>. Metadata that is intact is not touched.",
             ),
         path(
             "containerd-metadata",
-            format!("For --rebuild-metadata; \"none\" is without [default: {}]", rebuild::DEFAULT_CONTAINERD),
+            format!(
+                "For --rebuild-metadata: containerd's metadata, or \"none\" [default: {}]",
+                rebuild::DEFAULT_CONTAINERD
+            ),
         )
         .requires("rebuild-metadata"),
-        Arg::new("snapshotter")
-            .long("snapshotter")
-            .value_name("NAME")
-            .requires("rebuild-metadata")
-            .help(format!("For --rebuild-metadata: what containerd calls us [default: {}]", rebuild::DEFAULT_NAME)),
+        Arg::new("snapshotter").long("snapshotter").value_name("NAME").requires("rebuild-metadata").help(format!(
+            "For --rebuild-metadata: the name of this snapshotter in containerd [default: {}]",
+            rebuild::DEFAULT_NAME
+        )),
         Arg::new("json")
             .long("json")
             .action(ArgAction::SetTrue)
@@ -234,8 +240,8 @@ fn flag(name: &'static str, help: &'static str) -> Arg {
     Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
 }
 
-/// Parses the arguments, the program's name first. The error also stands for `--help` and
-/// `--version`: it knows its text, its stream and its exit code.
+/// Parses the arguments, of which the first is the program's name. `--help` and `--version` are errors as well: clap's
+/// error knows the text, the stream and the exit code.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
     let mut matches = with_internal_commands().try_get_matches_from(arguments.into_iter().map(accept_single_dash))?;
     check_exclusive(&matches)?;
@@ -249,7 +255,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
     })
 }
 
-/// clap has a setting for this, which would refuse `--address` before a command as well.
+/// Refuses a flag for another action together with a command. clap has a setting for this, but it would also refuse
+/// `--address` before a command.
 fn check_exclusive(matches: &ArgMatches) -> Result<(), clap::Error> {
     let Some(command_name) = matches.subcommand_name() else { return Ok(()) };
     match ["check-config", "rebuild-metadata"].into_iter().find(|flag| matches.get_flag(flag)) {
@@ -289,90 +296,17 @@ fn action(matches: &mut ArgMatches) -> Action {
     }
 }
 
-/// `-address` as Go writes flags, to `--address`. We have no bundles of one-letter flags.
+/// Turns `-address`, as Go programs have flags, into `--address`. There are no one-letter flags that this could break.
 fn accept_single_dash(argument: OsString) -> OsString {
     match argument.as_encoded_bytes() {
         [b'-', first, _, ..] if first.is_ascii_alphabetic() => {
-            let mut two = OsString::from("-");
-            two.push(argument);
-            two
+            let mut double_dash = OsString::from("-");
+            double_dash.push(argument);
+            double_dash
         }
         _ => argument,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(line: &str) -> Result<Arguments, String> {
-        super::parse(line.split(' ').map(OsString::from)).map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn flags_take_one_dash_or_two() {
-        let expected = parse("x --address /a --config /c --log-level debug --root /r").unwrap();
-        assert_eq!(expected.log_level, Some(LevelFilter::Debug));
-        assert_eq!(expected.address, PathBuf::from("/a"));
-        for line in [
-            "x -address /a -config /c -log-level debug -root /r",
-            "x -address=/a --config=/c -log-level=debug --root=/r",
-        ] {
-            assert_eq!(parse(line).as_ref(), Ok(&expected), "{line}");
-        }
-    }
-
-    #[test]
-    fn without_flags_the_paths_are_those_of_the_go_snapshotter() {
-        let arguments = parse("x").unwrap();
-        assert_eq!(arguments.address, PathBuf::from("/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock"));
-        assert_eq!(arguments.root, PathBuf::from("/var/lib/containerd-cvmfs-grpc"));
-        assert_eq!((arguments.config, arguments.log_level, arguments.action), (None, None, Action::Serve));
-    }
-
-    /// `--check-config doctor` was a doctor, and its exit code was taken for the configuration's.
-    #[test]
-    fn two_actions_at_once_are_refused() {
-        for flag in ["--check-config", "-check-config", "--rebuild-metadata", "--rebuild-metadata --json"] {
-            for command in ["status", "doctor", "gc --json", "probe-repository /p"] {
-                let error = parse(&format!("x {flag} {command}")).unwrap_err();
-                let (flag, command) = (flag.trim_start_matches('-'), command.split(' ').next().unwrap());
-                let flag = flag.split(' ').next().unwrap();
-                let said = format!("'--{flag}' cannot be used with the command '{command}': give one of the two");
-                assert!(error.contains(&said), "{error}");
-            }
-        }
-        assert!(parse("x doctor --check-config").unwrap_err().contains("--check-config"));
-        assert!(parse("x --check-config --rebuild-metadata").unwrap_err().contains("--rebuild-metadata"));
-        let (before, after) = ("x --address /a --config /c --root /r", "--address /a --config /c --root /r");
-        for command in ["status", "doctor", "gc"] {
-            let expected = parse(&format!("{before} {command}")).unwrap();
-            assert_eq!(parse(&format!("x {command} {after}")), Ok(expected.clone()));
-            assert_eq!(expected.config, Some(PathBuf::from("/c")));
-        }
-        assert_eq!(parse(&format!("{before} --check-config")).unwrap().action, Action::CheckConfig);
-        assert_eq!(parse("x probe-repository /p").unwrap().action, Action::ProbeRepository(PathBuf::from("/p")));
-    }
-
-    #[test]
-    fn arguments_of_another_program_are_left_as_they_are() {
-        let run = parse("x run-program process:1:2 containerd -- --config /c config dump").unwrap().action;
-        let words = |line: &str| line.split(' ').map(OsString::from).collect();
-        assert_eq!(
-            run,
-            Action::RunProgram(RunProgram {
-                program: "process:1:2".into(),
-                name: "containerd".into(),
-                arguments: words("--config /c config dump"),
-            })
-        );
-    }
-
-    #[test]
-    fn a_wrong_flag_is_named() {
-        assert!(parse("x --adress /a").unwrap_err().contains("--adress"));
-        assert!(parse("x --log-level loud").unwrap_err().contains("trace, debug"));
-        assert!(parse("x stray").unwrap_err().contains("stray"));
-        assert!(parse("x --json").unwrap_err().contains("--rebuild-metadata"));
-    }
-}
+mod tests;

@@ -1,3 +1,4 @@
+//! The program: parses the arguments, runs what they ask for, and turns an error into an exit code.
 #![forbid(unsafe_code)]
 
 use std::fmt::Display;
@@ -8,39 +9,48 @@ use cvmfs_snapshotter::admin::{client, gc, status};
 use cvmfs_snapshotter::cli::{self, Action};
 use cvmfs_snapshotter::{daemon, doctor};
 
+/// EX_CONFIG of sysexits.h: the same arguments will fail again. The unit does not restart on it.
+const EXIT_CONFIG: u8 = 78;
+
 fn main() -> ExitCode {
     let arguments = match cli::parse(std::env::args_os()) {
         Ok(arguments) => arguments,
-        Err(answer) => {
-            // Also the way of --help and --version. A closed terminal is no reason to fail.
-            let _ = answer.print();
-            return if answer.use_stderr() { ExitCode::from(78) } else { ExitCode::SUCCESS };
+        Err(e) => {
+            // This is also how --help and --version end. A closed terminal is no reason to fail.
+            let _ = e.print();
+            return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
     };
-    let of_daemon =
-        |result: Result<(), daemon::Error>| result.map_or_else(|e| fail(&e, e.exit_code()), |()| ExitCode::SUCCESS);
-    let of_report = |result: client::Result<String>| result.map_or_else(|e| fail(&e, 1), |text| print(&text));
     match &arguments.action {
-        Action::Serve => of_daemon(daemon::run(&arguments)),
-        Action::CheckConfig => of_daemon(daemon::check_config(&arguments)),
-        Action::Rebuild(wanted) => of_daemon(daemon::rebuild_metadata(&arguments, wanted)),
-        Action::Status(wanted) => of_report(status::run(&arguments.address, *wanted)),
-        Action::Gc(wanted) => of_report(gc::run(&arguments.address, *wanted)),
-        Action::Doctor(wanted) => doctor::run(&arguments, wanted, &mut std::io::stdout())
+        Action::Serve => exit_code(daemon::run(&arguments)),
+        Action::CheckConfig => exit_code(daemon::check_config(&arguments)),
+        Action::Rebuild(options) => exit_code(daemon::rebuild_metadata(&arguments, options)),
+        Action::Status(options) => print_report(status::run(&arguments.address, *options)),
+        Action::Gc(options) => print_report(gc::run(&arguments.address, *options)),
+        Action::Doctor(options) => doctor::run(&arguments, options, &mut std::io::stdout())
             .map_or_else(|e| fail(&format!("cannot write the report: {e}"), doctor::UNKNOWN), ExitCode::from),
         Action::ProbePath(path) => print(&doctor::probe_path(path)),
         Action::ProbeRepository(path) => print(&doctor::probe_repository(path)),
-        Action::RunProgram(wanted) => {
-            let failed = doctor::Program::parse(&wanted.program).exec(&wanted.name, &wanted.arguments);
-            fail(&failed, failed.exit_code())
+        Action::RunProgram(options) => {
+            // `exec` returns only if it failed.
+            let error = doctor::Program::parse(&options.program).exec(&options.name, &options.arguments);
+            fail(&error, error.exit_code())
         }
     }
+}
+
+fn exit_code(result: Result<(), daemon::Error>) -> ExitCode {
+    result.map_or_else(|e| fail(&e, e.exit_code()), |()| ExitCode::SUCCESS)
+}
+
+fn print_report(report: client::Result<String>) -> ExitCode {
+    report.map_or_else(|e| fail(&e, 1), |text| print(&text))
 }
 
 fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => fail(&format!("cannot write the report: {e}"), 1),
-        // Nobody may be listening any more.
+        // A reader such as `head` may have closed the pipe.
         Ok(()) | Err(_) => ExitCode::SUCCESS,
     }
 }

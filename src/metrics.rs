@@ -1,9 +1,8 @@
-//! What is counted, for Prometheus: every name, its help and its unit stand in this file, and
-//! in `docs/metrics.md`.
+//! What is counted, for Prometheus. Every metric has its name, unit and help in this file, and in `docs/metrics.md`.
 //!
-//! Counting is done where a thing ends: at the gRPC boundary, in the pools, in a repository's
-//! waits, in the store's commits. Nobody asks here before doing something. Counters begin at 0
-//! with the process; what is a state and no event is asked for by each scrape (`Gauges`).
+//! Events are counted where they end: at the gRPC boundary, in the pools, in waits for a repository, in the store's
+//! commits. No other room reads a metric to decide anything. Counters start at 0 with the process; states are collected
+//! for each scrape (`Gauges`).
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "server")]
@@ -12,170 +11,183 @@ pub mod endpoint;
 use std::fmt;
 use std::fs;
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::{Metric, Registry, Unit};
 
-/// Names and values of labels. The values are few, and none is a client's text.
+/// Names and values of labels. There are few values, and none is chosen by a client.
 type Labels<const N: usize> = [(&'static str, String); N];
 type Histograms<const N: usize> = Family<Labels<N>, Histogram, fn() -> Histogram>;
 
-/// Upper bounds of the buckets for what takes from a fraction of a millisecond to a minute.
+/// Upper bounds of the buckets of durations, from a fraction of a millisecond to a minute.
 const SECONDS: [f64; 15] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0];
 
-/// gRPC codes of what is not the caller's own affair.
+/// gRPC codes of failures that the caller did not cause.
 const FAILURES: [&str; 4] = ["INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"];
 
-pub struct Metrics {
-    registry: Registry,
-    calls: Histograms<2>,
-    failed: Family<Labels<2>, Counter>,
-    unreadable: Counter,
-    layers: Family<Labels<1>, Counter>,
-    fallbacks: Family<Labels<1>, Counter>,
-    attached: Family<Labels<1>, Counter>,
-    scans: Histograms<1>,
-    waits: Histograms<1>,
-    outages: Family<Labels<1>, Counter>,
-    server_outages: Family<Labels<1>, Counter>,
-    commits: Histogram,
-    writes: Counter,
-    cleaned: Family<Labels<1>, Counter>,
-    gauges: GaugeFamilies,
+/// A metric's name, without the prefix `cvmfs_snapshotter_` and without its unit, and its help.
+struct Definition {
+    name: &'static str,
+    help: &'static str,
 }
 
-/// States, as the last scrape found them.
-#[derive(Default)]
+const fn define(name: &'static str, help: &'static str) -> Definition {
+    Definition { name, help }
+}
+
+const CALLS: Definition = define(
+    "call_duration",
+    "Calls by method and gRPC code, from their arrival to the beginning of their answer; CANCELLED where the client went away before it had it. Of a pull, ALREADY_EXISTS is the good answer: the layer need not be downloaded",
+);
+const FAILED_CALLS: Definition = define(
+    "calls_failed",
+    "Calls that failed because of this program, its load or its node, by method and code (INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED); call_duration has these too, from the first one on",
+);
+const UNREADABLE_REQUESTS: Definition = define(
+    "requests_unreadable",
+    "Requests that could not be decoded, which are in no other metric; gRPC answers them INTERNAL",
+);
+const PUBLISHED_LAYERS: Definition = define("layers_published", "Layers of pulls that a repository had, by repository");
+const DOWNLOADED_LAYERS: Definition = define(
+    "layers_downloaded",
+    "Layers of pulls that containerd had to download, by reason (not_published, no_digest, bad_digest, not_mounted, no_answer, server_unreachable, own_attributes, unreadable, name)",
+);
+const ATTACHMENTS: Definition =
+    define("attachments", "Layers that were attached below the state root, by result (attached, failed)");
+const SCANS: Definition =
+    define("scan_duration", "First walks over layers in search of markers, by result (done, failed)");
+const REPOSITORY_WAITS: Definition =
+    define("repository_wait", "Waits of calls for an answer of a repository, by repository");
+const REPOSITORY_OUTAGES: Definition =
+    define("repository_outages", "Times that a repository ceased to answer, by repository");
+const SERVER_OUTAGES: Definition = define(
+    "repository_server_outages",
+    "Times that the client of a repository was there and could not reach its server, by repository",
+);
+const STORE_COMMITS: Definition =
+    define("store_commit_duration", "Commits of the metadata, each of which makes one or more writes durable");
+const STORE_WRITES: Definition = define("store_writes", "Writes to the metadata that were made durable");
+const CLEANUPS: Definition = define(
+    "cleanups",
+    "What cleanups did with what nothing needs any more, by result (removed, left: busy, or it failed and will be tried again)",
+);
+const POOL_THREADS: Definition =
+    define("pool_threads", "Threads that do the work of calls, by pool (worker, pull, start)");
+const POOL_BUSY: Definition = define("pool_busy", "Threads that are at work, by pool");
+const POOL_WAITING: Definition = define("pool_waiting", "Calls that wait for a thread, by pool");
+const POOL_WAITING_LIMIT: Definition =
+    define("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool");
+const REPOSITORY_UP: Definition = define(
+    "repository_up",
+    "Whether the repository is mounted and answers, and its client reaches its server, by repository",
+);
+const SNAPSHOTS: Definition = define("snapshots", "Snapshots in the metadata");
+const LEFTOVERS: Definition = define("leftovers", "What waits for the next cleanup");
+const RESIDENT_MEMORY: Definition = define("resident_memory", "Memory of the process");
+const OPEN_DESCRIPTORS: Definition = define("open_descriptors", "Files and sockets that the process has open");
+const START_TIME: Definition = define("start_time", "When the process began, since 1970");
+const BUILD_INFO: Definition = define("build_info", "1, with the version of the program");
+
+pub struct Metrics {
+    calls: Histograms<2>,
+    failed_calls: Family<Labels<2>, Counter>,
+    unreadable_requests: Counter,
+    published_layers: Family<Labels<1>, Counter>,
+    downloaded_layers: Family<Labels<1>, Counter>,
+    attachments: Family<Labels<1>, Counter>,
+    scans: Histograms<1>,
+    repository_waits: Histograms<1>,
+    repository_outages: Family<Labels<1>, Counter>,
+    server_outages: Family<Labels<1>, Counter>,
+    store_commits: Histogram,
+    store_writes: Counter,
+    cleanups: Family<Labels<1>, Counter>,
+    gauges: GaugeFamilies,
+    registry: Registry,
+}
+
+/// States as the last scrape collected them.
 struct GaugeFamilies {
-    threads: Family<Labels<1>, Gauge>,
-    busy: Family<Labels<1>, Gauge>,
-    waiting: Family<Labels<1>, Gauge>,
-    room: Family<Labels<1>, Gauge>,
-    up: Family<Labels<1>, Gauge>,
+    pool_threads: Family<Labels<1>, Gauge>,
+    pool_busy: Family<Labels<1>, Gauge>,
+    pool_waiting: Family<Labels<1>, Gauge>,
+    pool_waiting_limit: Family<Labels<1>, Gauge>,
+    repository_up: Family<Labels<1>, Gauge>,
     snapshots: Gauge,
     leftovers: Gauge,
-    resident: Gauge,
-    descriptors: Gauge,
+    resident_memory: Gauge,
+    open_descriptors: Gauge,
 }
 
-/// The ones and only.
+/// The metrics of this process.
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
+
+fn new_histogram() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
+/// Registers `metric` and returns it.
+fn register<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, metric: M) -> M {
+    registry.register(definition.name, definition.help, metric.clone());
+    metric
+}
+
+/// As `register`, for a metric whose name ends in its unit.
+fn register_with_unit<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, unit: Unit, metric: M) -> M {
+    registry.register_with_unit(definition.name, definition.help, unit, metric.clone());
+    metric
+}
+
+fn register_durations<const N: usize>(registry: &mut Registry, definition: &Definition) -> Histograms<N> {
+    let histograms = Histograms::new_with_constructor(new_histogram as fn() -> Histogram);
+    register_with_unit(registry, definition, Unit::Seconds, histograms)
+}
 
 impl Metrics {
     fn new() -> Self {
-        let mut registry = Registry::with_prefix("cvmfs_snapshotter");
-        let seconds = || Histogram::new(SECONDS);
-        let calls = Histograms::new_with_constructor(seconds as fn() -> Histogram);
-        registry.register_with_unit(
-            "call_duration",
-            "Calls by method and gRPC code, from their arrival to the beginning of their answer; CANCELLED where the client went away before it had it. Of a pull, ALREADY_EXISTS is the good answer: the layer need not be downloaded",
-            Unit::Seconds,
-            calls.clone(),
-        );
-        let failed = register_counters(
-            &mut registry,
-            "calls_failed",
-            "Calls that failed because of this program, its load or its node, by method and code (INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED); call_duration has these too, from the first one on",
-        );
-        let unreadable = Counter::default();
-        registry.register(
-            "requests_unreadable",
-            "Requests that could not be decoded, which are in no other metric; gRPC answers them INTERNAL",
-            unreadable.clone(),
-        );
-        let layers = register_counters(
-            &mut registry,
-            "layers_published",
-            "Layers of pulls that a repository had, by repository",
-        );
-        let fallbacks = register_counters(
-            &mut registry,
-            "layers_downloaded",
-            "Layers of pulls that containerd had to download, by reason (not_published, no_digest, bad_digest, not_mounted, no_answer, server_unreachable, unreadable, name)",
-        );
-        let attached = register_counters(
-            &mut registry,
-            "attachments",
-            "Layers that were brought under the state root, by result (attached, failed)",
-        );
-        let scans = Histograms::new_with_constructor(seconds as fn() -> Histogram);
-        registry.register_with_unit(
-            "scan_duration",
-            "First walks over layers in search of markers, by result (done, failed)",
-            Unit::Seconds,
-            scans.clone(),
-        );
-        let waits = Histograms::new_with_constructor(seconds as fn() -> Histogram);
-        registry.register_with_unit(
-            "repository_wait",
-            "Waits of calls for an answer of a repository, by repository",
-            Unit::Seconds,
-            waits.clone(),
-        );
-        let outages = register_counters(
-            &mut registry,
-            "repository_outages",
-            "Times that a repository ceased to answer, by repository",
-        );
-        let server_outages = register_counters(
-            &mut registry,
-            "repository_server_outages",
-            "Times that the client of a repository was there and could not reach its server, by repository",
-        );
-        let commits = seconds();
-        registry.register_with_unit(
-            "store_commit_duration",
-            "Commits of the metadata, each of which makes one or more writes durable",
-            Unit::Seconds,
-            commits.clone(),
-        );
-        let writes = Counter::default();
-        registry.register("store_writes", "Writes to the metadata that were made durable", writes.clone());
-        let cleaned = register_counters(
-            &mut registry,
-            "cleanups",
-            "What cleanups did with what nothing needs any more, by result (removed, left: busy, or it failed and will be tried again)",
-        );
-        let gauges = GaugeFamilies::registered(&mut registry);
-        let started = Gauge::<f64, std::sync::atomic::AtomicU64>::default();
-        started.set(since_1970().as_secs_f64());
-        registry.register_with_unit("start_time", "When the process began, since 1970", Unit::Seconds, started);
-        let build = Family::<Labels<1>, Gauge>::default();
-        build.get_or_create(&[("version", env!("CARGO_PKG_VERSION").to_owned())]).set(1);
-        registry.register("build_info", "1, with the version of the program", build);
+        let registry = &mut Registry::with_prefix("cvmfs_snapshotter");
+        let start_time = Gauge::<f64, AtomicU64>::default();
+        start_time.set(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+        let build_info = Family::<Labels<1>, Gauge>::default();
+        build_info.get_or_create(&[("version", env!("CARGO_PKG_VERSION").to_owned())]).set(1);
         let metrics = Self {
-            registry,
-            calls,
-            failed,
-            unreadable,
-            layers,
-            fallbacks,
-            attached,
-            scans,
-            waits,
-            outages,
-            server_outages,
-            commits,
-            writes,
-            cleaned,
-            gauges,
+            calls: register_durations(registry, &CALLS),
+            failed_calls: register(registry, &FAILED_CALLS, Family::default()),
+            unreadable_requests: register(registry, &UNREADABLE_REQUESTS, Counter::default()),
+            published_layers: register(registry, &PUBLISHED_LAYERS, Family::default()),
+            downloaded_layers: register(registry, &DOWNLOADED_LAYERS, Family::default()),
+            attachments: register(registry, &ATTACHMENTS, Family::default()),
+            scans: register_durations(registry, &SCANS),
+            repository_waits: register_durations(registry, &REPOSITORY_WAITS),
+            repository_outages: register(registry, &REPOSITORY_OUTAGES, Family::default()),
+            server_outages: register(registry, &SERVER_OUTAGES, Family::default()),
+            store_commits: register_with_unit(registry, &STORE_COMMITS, Unit::Seconds, new_histogram()),
+            store_writes: register(registry, &STORE_WRITES, Counter::default()),
+            cleanups: register(registry, &CLEANUPS, Family::default()),
+            gauges: GaugeFamilies::register(registry),
+            registry: {
+                register_with_unit(registry, &START_TIME, Unit::Seconds, start_time);
+                register(registry, &BUILD_INFO, build_info);
+                std::mem::take(registry)
+            },
         };
         metrics.create_series();
         metrics
     }
 
-    /// What is counted for the first time must be seen to grow, so it is there before.
+    /// Creates the series whose labels are known. A rate needs a sample before the first event, so the series start at 0.
     fn create_series(&self) {
         for reason in DownloadCause::ALL {
-            drop(self.fallbacks.get_or_create(&reason.labels()));
+            drop(self.downloaded_layers.get_or_create(&reason.labels()));
         }
         for result in ["attached", "failed"] {
-            drop(self.attached.get_or_create(&[("result", result.to_owned())]));
+            drop(self.attachments.get_or_create(&[("result", result.to_owned())]));
         }
         for result in ["done", "failed"] {
             drop(self.scans.get_or_create(&[("result", result.to_owned())]));
@@ -183,46 +195,46 @@ impl Metrics {
         self.record_cleanup(0, 0);
     }
 
-    /// As `create_series`, of a repository.
+    /// As `create_series`, for a repository.
     pub fn init_repository(&self, repository: &str) {
-        let labels = of_repository(repository);
-        drop(self.layers.get_or_create(&labels));
-        drop(self.waits.get_or_create(&labels));
-        drop(self.outages.get_or_create(&labels));
+        let labels = repository_label(repository);
+        drop(self.published_layers.get_or_create(&labels));
+        drop(self.repository_waits.get_or_create(&labels));
+        drop(self.repository_outages.get_or_create(&labels));
         drop(self.server_outages.get_or_create(&labels));
     }
 
-    /// As `create_series`, of a method.
+    /// As `create_series`, for a method.
     pub fn init_methods(&self, method: &str) {
         for code in FAILURES {
-            drop(self.failed.get_or_create(&of_call(method, code)));
+            drop(self.failed_calls.get_or_create(&call_labels(method, code)));
         }
     }
 
-    /// A call was answered, `took` after it had arrived.
-    pub fn record_call(&self, method: &str, code: &str, took: Duration) {
-        let labels = of_call(method, code);
+    /// Counts a call that was answered `duration` after its arrival.
+    pub fn record_call(&self, method: &str, code: &str, duration: Duration) {
+        let labels = call_labels(method, code);
         if FAILURES.contains(&code) {
-            self.failed.get_or_create(&labels).inc();
+            self.failed_calls.get_or_create(&labels).inc();
         }
-        self.calls.get_or_create(&labels).observe(took.as_secs_f64());
+        self.calls.get_or_create(&labels).observe(duration.as_secs_f64());
     }
 
-    /// A request could not be decoded.
+    /// Counts a request that could not be decoded.
     pub fn record_unreadable(&self) {
-        self.unreadable.inc();
+        self.unreadable_requests.inc();
     }
 
     pub fn record_published_layer(&self, repository: &str) {
-        self.layers.get_or_create(&of_repository(repository)).inc();
+        self.published_layers.get_or_create(&repository_label(repository)).inc();
     }
 
     pub fn record_downloaded_layer(&self, reason: DownloadCause) {
-        self.fallbacks.get_or_create(&reason.labels()).inc();
+        self.downloaded_layers.get_or_create(&reason.labels()).inc();
     }
 
     pub fn record_attach(&self, result: &'static str) {
-        self.attached.get_or_create(&[("result", result.to_owned())]).inc();
+        self.attachments.get_or_create(&[("result", result.to_owned())]).inc();
     }
 
     pub fn record_scan(&self, result: &'static str, since: Instant) {
@@ -230,32 +242,34 @@ impl Metrics {
     }
 
     pub fn record_wait(&self, repository: &str, since: Instant) {
-        self.waits.get_or_create(&of_repository(repository)).observe(since.elapsed().as_secs_f64());
+        self.repository_waits.get_or_create(&repository_label(repository)).observe(since.elapsed().as_secs_f64());
     }
 
     pub fn record_outage(&self, repository: &str) {
-        self.outages.get_or_create(&of_repository(repository)).inc();
+        self.repository_outages.get_or_create(&repository_label(repository)).inc();
     }
 
     pub fn record_server_outage(&self, repository: &str) {
-        self.server_outages.get_or_create(&of_repository(repository)).inc();
+        self.server_outages.get_or_create(&repository_label(repository)).inc();
     }
 
     pub fn record_commit(&self, writes: u64, since: Instant) {
-        self.commits.observe(since.elapsed().as_secs_f64());
-        self.writes.inc_by(writes);
+        self.store_commits.observe(since.elapsed().as_secs_f64());
+        self.store_writes.inc_by(writes);
     }
 
     pub fn record_cleanup(&self, removed: usize, left: usize) {
         for (result, count) in [("removed", removed), ("left", left)] {
-            self.cleaned.get_or_create(&[("result", result.to_owned())]).inc_by(count as u64);
+            self.cleanups.get_or_create(&[("result", result.to_owned())]).inc_by(count as u64);
         }
     }
 
     pub fn pulls<'n>(&self, repositories: impl Iterator<Item = &'n str>) -> PullCounts {
-        let downloaded = |reason: DownloadCause| self.fallbacks.get_or_create(&reason.labels()).get();
+        let downloaded = |reason: DownloadCause| self.downloaded_layers.get_or_create(&reason.labels()).get();
         PullCounts {
-            published: repositories.map(|name| self.layers.get_or_create(&of_repository(name)).get()).sum(),
+            published: repositories
+                .map(|name| self.published_layers.get_or_create(&repository_label(name)).get())
+                .sum(),
             not_published: downloaded(DownloadCause::NotPublished),
             unnamed: downloaded(DownloadCause::NoDigest),
             failed: DownloadCause::ALL
@@ -266,7 +280,7 @@ impl Metrics {
         }
     }
 
-    /// All of it, in the text form of `OpenMetrics`, which Prometheus reads.
+    /// All metrics in the text format of `OpenMetrics`.
     pub fn text(&self, gauges: &Gauges) -> Result<String, fmt::Error> {
         self.gauges.set(gauges);
         let mut text = String::new();
@@ -275,12 +289,12 @@ impl Metrics {
     }
 }
 
-/// Layers of pulls since the start.
+/// Number of layers of pulls since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PullCounts {
     pub published: u64,
     pub not_published: u64,
-    /// containerd did not say which layer it wants.
+    /// containerd did not name the layer.
     pub unnamed: u64,
     pub failed: u64,
 }
@@ -289,18 +303,18 @@ pub struct PullCounts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DownloadCause {
     NotPublished,
-    /// containerd did not say which layer it wants: it is not configured for that.
+    /// containerd did not name the layer, because it is not configured to.
     NoDigest,
     BadDigest,
     NotMounted,
-    /// Not in time, or it is known not to answer.
+    /// The repository did not answer in time, or is known not to answer.
     NoAnswer,
     /// The repository's client cannot fetch it.
     ServerUnreachable,
     /// The repository's client adds attributes to files.
     OwnAttributes,
     Unreadable,
-    /// Its name is too long, or taken.
+    /// The name of the snapshot would be too long, or is taken.
     Name,
 }
 
@@ -333,33 +347,22 @@ impl DownloadCause {
     }
 }
 
-/// Counters of one name, for each value of the labels.
-fn register_counters<const N: usize>(registry: &mut Registry, name: &str, help: &str) -> Family<Labels<N>, Counter> {
-    let counters = Family::default();
-    registry.register(name, help, Family::clone(&counters));
-    counters
-}
-
-/// A method without its service.
-fn of_call(method: &str, code: &str) -> Labels<2> {
+/// The method without its service, and the code.
+fn call_labels(method: &str, code: &str) -> Labels<2> {
     let method = method.rsplit('/').next().unwrap_or(method);
     [("method", method.to_owned()), ("code", code.to_owned())]
 }
 
-fn of_repository(name: &str) -> Labels<1> {
+fn repository_label(name: &str) -> Labels<1> {
     [("repository", name.to_owned())]
 }
 
-fn since_1970() -> Duration {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
-}
-
-/// States, as a scrape finds them.
+/// States that are collected for each scrape.
 #[derive(Clone, Debug, Default)]
 pub struct Gauges {
-    /// By name; pools of one name are one.
+    /// Pools by name. Pools with the same name are added up.
     pub pools: Vec<(&'static str, PoolState)>,
-    /// By name, whether it answers.
+    /// Repositories by name, and whether each can be used.
     pub repositories: Vec<(String, bool)>,
     pub snapshots: u64,
     pub leftovers: u64,
@@ -370,53 +373,44 @@ pub struct PoolState {
     pub threads: usize,
     pub busy: usize,
     pub waiting: usize,
-    /// Calls that may wait.
+    /// Maximum number of waiting calls.
     pub room: usize,
 }
 
 impl GaugeFamilies {
-    fn registered(registry: &mut Registry) -> Self {
-        let all = Self::default();
-        for (name, help, family) in [
-            ("pool_threads", "Threads that do the work of calls, by pool (worker, pull, start)", &all.threads),
-            ("pool_busy", "Threads that are at work, by pool", &all.busy),
-            ("pool_waiting", "Calls that wait for a thread, by pool", &all.waiting),
-            ("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool", &all.room),
-            (
-                "repository_up",
-                "Whether the repository is mounted and answers, and its client reaches its server, by repository",
-                &all.up,
-            ),
-        ] {
-            registry.register(name, help, family.clone());
+    fn register(registry: &mut Registry) -> Self {
+        Self {
+            pool_threads: register(registry, &POOL_THREADS, Family::default()),
+            pool_busy: register(registry, &POOL_BUSY, Family::default()),
+            pool_waiting: register(registry, &POOL_WAITING, Family::default()),
+            pool_waiting_limit: register(registry, &POOL_WAITING_LIMIT, Family::default()),
+            repository_up: register(registry, &REPOSITORY_UP, Family::default()),
+            snapshots: register(registry, &SNAPSHOTS, Gauge::default()),
+            leftovers: register(registry, &LEFTOVERS, Gauge::default()),
+            resident_memory: register_with_unit(registry, &RESIDENT_MEMORY, Unit::Bytes, Gauge::default()),
+            open_descriptors: register(registry, &OPEN_DESCRIPTORS, Gauge::default()),
         }
-        registry.register("snapshots", "Snapshots in the metadata", all.snapshots.clone());
-        registry.register("leftovers", "What waits for the next cleanup", all.leftovers.clone());
-        registry.register_with_unit("resident_memory", "Memory of the process", Unit::Bytes, all.resident.clone());
-        registry.register("open_descriptors", "Files and sockets that the process has open", all.descriptors.clone());
-        all
     }
 
     fn set(&self, gauges: &Gauges) {
         let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        for (family, of) in [
-            (&self.threads, (|pool| pool.threads) as fn(&PoolState) -> usize),
-            (&self.busy, |pool| pool.busy),
-            (&self.waiting, |pool| pool.waiting),
-            (&self.room, |pool| pool.room),
-        ] {
+        for family in [&self.pool_threads, &self.pool_busy, &self.pool_waiting, &self.pool_waiting_limit] {
             family.clear();
-            for (name, pool) in &gauges.pools {
-                family.get_or_create(&[("pool", (*name).to_owned())]).inc_by(number(of(pool)));
-            }
         }
-        for (name, up) in &gauges.repositories {
-            self.up.get_or_create(&of_repository(name)).set(i64::from(*up));
+        for (name, pool) in &gauges.pools {
+            let label = [("pool", (*name).to_owned())];
+            self.pool_threads.get_or_create(&label).inc_by(number(pool.threads));
+            self.pool_busy.get_or_create(&label).inc_by(number(pool.busy));
+            self.pool_waiting.get_or_create(&label).inc_by(number(pool.waiting));
+            self.pool_waiting_limit.get_or_create(&label).inc_by(number(pool.room));
+        }
+        for (name, is_up) in &gauges.repositories {
+            self.repository_up.get_or_create(&repository_label(name)).set(i64::from(*is_up));
         }
         self.snapshots.set(i64::try_from(gauges.snapshots).unwrap_or(i64::MAX));
         self.leftovers.set(i64::try_from(gauges.leftovers).unwrap_or(i64::MAX));
-        self.resident.set(resident_memory().unwrap_or(0));
-        self.descriptors.set(fs::read_dir("/proc/self/fd").map_or(0, |fds| number(fds.count())));
+        self.resident_memory.set(resident_memory().unwrap_or(0));
+        self.open_descriptors.set(fs::read_dir("/proc/self/fd").map_or(0, |fds| number(fds.count())));
     }
 }
 
@@ -427,74 +421,4 @@ fn resident_memory() -> Option<i64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    /// The names in a text that a scrape gets, and in the tables of the documentation.
-    fn names(text: &str, prefix: &str) -> BTreeSet<String> {
-        let lines = text.lines().filter_map(|line| line.strip_prefix(prefix));
-        lines.filter_map(|rest| rest.split([' ', '`']).next()).map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn the_documentation_has_every_metric_and_no_other() {
-        let metrics = Metrics::new();
-        metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", "OK", Duration::ZERO);
-        metrics.init_methods("Stat");
-        metrics.init_repository("a.test");
-        let pools = vec![("worker", PoolState::default())];
-        let text =
-            metrics.text(&Gauges { pools, repositories: vec![("a.test".to_owned(), true)], ..Gauges::default() });
-        let text = text.unwrap();
-        let documented = include_str!("../docs/metrics.md");
-        assert_eq!(names(documented, "| `cvmfs_snapshotter_"), names(&text, "# HELP cvmfs_snapshotter_"));
-        assert!(
-            text.contains("cvmfs_snapshotter_call_duration_seconds_count{method=\"Stat\",code=\"OK\"} 1\n"),
-            "{text}"
-        );
-    }
-
-    /// Prometheus sees a counter grow that was there before, and no other.
-    #[test]
-    fn the_first_call_that_fails_is_seen_to_grow() {
-        let metrics = Metrics::new();
-        let count = |code: &str| {
-            let text = metrics.text(&Gauges::default()).unwrap();
-            let sample = format!("cvmfs_snapshotter_calls_failed_total{{method=\"Stat\",code=\"{code}\"}} ");
-            text.lines().find_map(|line| line.strip_prefix(&sample)).map(str::to_owned)
-        };
-        metrics.init_methods("/containerd.services.snapshots.v1.Snapshots/Stat");
-        assert_eq!(count("INTERNAL").as_deref(), Some("0"));
-        for code in ["INTERNAL", "NOT_FOUND"] {
-            metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", code, Duration::ZERO);
-        }
-        assert_eq!(["INTERNAL", "UNAVAILABLE"].map(count).map(Option::unwrap), ["1", "0"]);
-        assert_eq!(count("NOT_FOUND"), None);
-    }
-
-    #[test]
-    fn a_scrape_shows_states_as_they_are_then() {
-        let metrics = Metrics::new();
-        let pool = PoolState { threads: 4, busy: 2, waiting: 1, room: 9 };
-        let gauges = Gauges {
-            pools: vec![("start", pool), ("start", pool)],
-            repositories: vec![("a.test".to_owned(), false)],
-            snapshots: 7,
-            leftovers: 3,
-        };
-        for _ in 0..2 {
-            let text = metrics.text(&gauges).unwrap();
-            for line in [
-                "pool_busy{pool=\"start\"} 4",
-                "pool_waiting_limit{pool=\"start\"} 18",
-                "repository_up{repository=\"a.test\"} 0",
-                "snapshots 7",
-                "leftovers 3",
-            ] {
-                assert!(text.contains(&format!("cvmfs_snapshotter_{line}\n")), "{line} is missing in {text}");
-            }
-        }
-    }
-}
+mod tests;

@@ -1,5 +1,5 @@
-//! `cvmfs-snapshotter gc`: what removed snapshots left, shown or taken away at once. containerd has
-//! it done as well, after each of its own garbage collections.
+//! `cvmfs-snapshotter gc`: shows or removes at once what removed snapshots left. containerd asks the daemon for the same
+//! after each of its own garbage collections.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
@@ -14,75 +14,80 @@ use crate::cli::Gc;
 use crate::proto::admin::leftover::What;
 use crate::system::{Host, Sys};
 
-/// Something that nothing needs.
+/// A directory that nothing needs.
 struct Leftover {
     path: PathBuf,
-    what: &'static str,
-    /// None: it holds nothing of its own, or cannot be measured.
+    kind: &'static str,
+    /// Size on disk. None if it has no files of its own, or cannot be measured.
     bytes: Option<u64>,
 }
 
-/// The report.
-pub fn run(address: &Path, wanted: Gc) -> client::Result<String> {
+/// Collects or removes leftovers, and returns the report.
+pub fn run(address: &Path, options: Gc) -> client::Result<String> {
     let daemon = AdminClient::connect(address)?;
-    let found = collect_leftovers(&daemon)?;
-    let left: Option<HashSet<PathBuf>> = if wanted.dry_run {
+    let leftovers = collect_leftovers(&daemon)?;
+    let remaining: Option<HashSet<PathBuf>> = if options.dry_run {
         None
     } else {
         daemon.clean_up()?;
-        Some(daemon.leftovers()?.into_iter().map(|one| PathBuf::from(one.path)).collect())
+        Some(daemon.leftovers()?.into_iter().map(|leftover| PathBuf::from(leftover.path)).collect())
     };
-    Ok(if wanted.json { as_json(&found, left.as_ref()) } else { as_table(&found, left.as_ref()) })
+    Ok(if options.json { as_json(&leftovers, remaining.as_ref()) } else { as_table(&leftovers, remaining.as_ref()) })
 }
 
 fn collect_leftovers(daemon: &AdminClient) -> client::Result<Vec<Leftover>> {
     let progress = Progress::new();
     let leftovers = daemon.leftovers()?;
     let count = leftovers.len();
-    let measure = |(n, one): (usize, crate::proto::admin::Leftover)| {
+    let measure = |(n, leftover): (usize, crate::proto::admin::Leftover)| {
         progress.set_message(&format!("measuring {} of {count}", n + 1));
-        let path = PathBuf::from(one.path);
-        let (what, bytes) = match one.what.enum_value_or_default() {
-            What::DETACHED => ("layer in no use", None),
+        let path = PathBuf::from(leftover.path);
+        let (kind, bytes) = match leftover.what.enum_value_or_default() {
+            What::DETACHED => ("unused layer", None),
             What::REMOVED => ("removed snapshot", Host.disk_usage(&path, &|| false).ok().map(|usage| usage.bytes)),
             What::UNKNOWN => ("unknown", None),
         };
-        Leftover { path, what, bytes }
+        Leftover { path, kind, bytes }
     };
-    // What has nothing on disk is only a number on a list.
-    let on_disk = leftovers.into_iter().enumerate().map(measure).filter(|one| one.path.symlink_metadata().is_ok());
+    // A leftover without a directory is only an id on the cleanup list.
+    let on_disk =
+        leftovers.into_iter().enumerate().map(measure).filter(|leftover| leftover.path.symlink_metadata().is_ok());
     Ok(on_disk.collect())
 }
 
-/// Whether a cleanup left it. None: there was none.
-fn still_present(one: &Leftover, left: Option<&HashSet<PathBuf>>) -> bool {
-    left.is_some_and(|left| left.contains(&one.path))
+/// Whether a cleanup ran and did not remove the leftover. `remaining` is None if no cleanup ran.
+fn is_present(leftover: &Leftover, remaining: Option<&HashSet<PathBuf>>) -> bool {
+    remaining.is_some_and(|remaining| remaining.contains(&leftover.path))
 }
 
-fn as_json(found: &[Leftover], left: Option<&HashSet<PathBuf>>) -> String {
-    let leftovers = found.iter().map(|one| {
-        let removed = left.map(|_| !still_present(one, left));
-        json!({"path": one.path, "what": one.what, "bytes": one.bytes, "removed": removed})
+fn as_json(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> String {
+    let rows = leftovers.iter().map(|leftover| {
+        let removed = remaining.map(|_| !is_present(leftover, remaining));
+        json!({"path": leftover.path, "what": leftover.kind, "bytes": leftover.bytes, "removed": removed})
     });
-    let bytes: u64 = found.iter().filter(|one| !still_present(one, left)).filter_map(|one| one.bytes).sum();
-    let report = json!({"dry_run": left.is_none(), "bytes": bytes, "leftovers": leftovers.collect::<Vec<_>>()});
+    let bytes: u64 = leftovers
+        .iter()
+        .filter(|leftover| !is_present(leftover, remaining))
+        .filter_map(|leftover| leftover.bytes)
+        .sum();
+    let report = json!({"dry_run": remaining.is_none(), "bytes": bytes, "leftovers": rows.collect::<Vec<_>>()});
     format!("{report:#}\n")
 }
 
-fn as_table(found: &[Leftover], left: Option<&HashSet<PathBuf>>) -> String {
+fn as_table(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> String {
     let mut rows = vec![["PATH", "WHAT", "SIZE", ""].map(str::to_owned).to_vec()];
-    rows.extend(found.iter().map(|one| {
-        let bytes = one.bytes.map_or_else(|| "-".to_owned(), table::size);
-        let note = if still_present(one, left) { "in use, or see the log: next time" } else { "" };
-        vec![one.path.display().to_string(), one.what.to_owned(), bytes, note.to_owned()]
+    rows.extend(leftovers.iter().map(|leftover| {
+        let bytes = leftover.bytes.map_or_else(|| "-".to_owned(), table::size);
+        let note = if is_present(leftover, remaining) { "in use, or failed (see the log)" } else { "" };
+        vec![leftover.path.display().to_string(), leftover.kind.to_owned(), bytes, note.to_owned()]
     }));
-    let mut text = if found.is_empty() { String::new() } else { table::table(&rows) };
-    let (gone, bytes) = found
+    let mut text = if leftovers.is_empty() { String::new() } else { table::table(&rows) };
+    let (count, bytes) = leftovers
         .iter()
-        .filter(|one| !still_present(one, left))
-        .fold((0, 0), |(count, bytes), one| (count + 1, bytes + one.bytes.unwrap_or(0)));
-    let verb = if left.is_some() { "were removed" } else { "would be removed" };
+        .filter(|leftover| !is_present(leftover, remaining))
+        .fold((0, 0), |(count, bytes), leftover| (count + 1, bytes + leftover.bytes.unwrap_or(0)));
+    let verb = if remaining.is_some() { "were removed" } else { "would be removed" };
     // Writing into memory cannot fail.
-    let _ = writeln!(text, "{gone} directories with {} {verb}", table::size(bytes));
+    let _ = writeln!(text, "{count} directories with {} {verb}", table::size(bytes));
     text
 }

@@ -1,4 +1,4 @@
-//! Tables, sizes and ages as a person reads them.
+//! Tables, sizes, ages and progress for a terminal.
 #![forbid(unsafe_code)]
 
 use std::fmt::Write;
@@ -6,12 +6,16 @@ use std::io::{IsTerminal, Write as _};
 
 use crate::model::printable;
 
-/// Columns as wide as their widest cell; the last one as it comes.
+/// Formats rows so that each column is as wide as its widest cell.
 pub fn table(rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count()).max();
-    let widths: Vec<usize> = (0..columns).map(|n| width(n).unwrap_or(0)).collect();
+    let mut widths = Vec::new();
+    for row in &rows {
+        widths.resize(row.len().max(widths.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
     let mut text = String::new();
     for row in &rows {
         let mut line = String::new();
@@ -25,16 +29,16 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// One cell: no text makes all rows wider than a screen.
+/// A text as it stands in a table: without control characters, and cut so that rows are not wider than a screen.
 fn cell(text: &str) -> String {
-    const MAX_CELL: usize = 100;
-    match text.char_indices().nth(MAX_CELL) {
+    const MAX_CHARACTERS: usize = 100;
+    match text.char_indices().nth(MAX_CHARACTERS) {
         Some((end, _)) => format!("{}…", printable(&text[..end])),
         None => printable(text),
     }
 }
 
-/// Bytes in units of 1000, as `docker` and `nerdctl` show them.
+/// Formats bytes in units of 1000, as `docker` and `nerdctl` do.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
     let mut unit = "B";
@@ -52,7 +56,7 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// Seconds, in the largest unit that fits twice.
+/// Formats seconds in the largest unit of which there are at least two.
 pub fn age(seconds: u64) -> String {
     for (unit, name) in [(86_400, "days"), (3600, "hours"), (60, "minutes")] {
         if seconds >= 2 * unit {
@@ -62,19 +66,20 @@ pub fn age(seconds: u64) -> String {
     format!("{seconds} seconds")
 }
 
-/// Says on a terminal how far long work is; the last word is wiped away.
+/// A line on the terminal that says how far long work is. It is erased at the end, and not shown if standard error is not a
+/// terminal.
 pub struct Progress {
-    shown: bool,
+    is_shown: bool,
 }
 
 impl Progress {
     pub fn new() -> Self {
-        Self { shown: std::io::stderr().is_terminal() }
+        Self { is_shown: std::io::stderr().is_terminal() }
     }
 
-    pub fn set_message(&self, what: &str) {
-        if self.shown {
-            let _ = write!(std::io::stderr(), "\r\x1b[K{what}");
+    pub fn set_message(&self, message: &str) {
+        if self.is_shown {
+            let _ = write!(std::io::stderr(), "\r\x1b[K{message}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A file that an admin wrote: what is none is refused, and reading never lasts for ever.
+//! Reads a file that an administrator wrote. Only regular files of bounded size are read, so that reading always ends.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -10,17 +10,14 @@ use nix::sys::stat::makedev;
 
 use crate::system::file::{self, LinkPolicy};
 
-/// A thousand times what a configuration needs.
+/// Maximum size of a file, about a thousand times what a configuration needs.
 pub const MAX_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub enum Error {
     Unreadable(io::Error),
-    NotAFile {
-        is: &'static str,
-    },
+    NotAFile { is: &'static str },
     TooLong,
-    /// Comments included.
     NotUtf8,
 }
 
@@ -45,7 +42,8 @@ pub fn read_to_string(path: &Path) -> Result<String, Error> {
     String::from_utf8(read(path)?).map_err(|_| Error::NotUtf8)
 }
 
-/// The content of a file, or of what a link leads to; `/dev/null` stands for an empty one.
+/// Reads a file and follows links to it. `/dev/null` is read as an empty file, because it is the usual way to configure
+/// nothing.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     match file::read(path, LinkPolicy::Followed, MAX_BYTES) {
         Ok(bytes) => Ok(bytes),

@@ -1,49 +1,48 @@
-//! Signals, on a thread of their own from the beginning of the start: SIGTERM and SIGINT stop the daemon, SIGHUP reads
-//! the log level anew, SIGUSR1 and SIGUSR2 change it.
+//! Signals, handled by a thread of their own from the beginning of the start: SIGTERM and SIGINT stop the daemon, SIGHUP
+//! reads the log level from the configuration, SIGUSR1 and SIGUSR2 change it.
 #![forbid(unsafe_code)]
 
-use std::convert::Infallible;
 use std::io;
 use std::thread;
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::bounded;
 use log::LevelFilter;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::StopRequest;
 use crate::cli::Arguments;
 use crate::config::{self, LoadedConfig};
 use crate::logging;
 
-/// Keeps the signals from the calling thread and those that it starts; `listen` takes them.
+/// Blocks the signals for the calling thread and for those that it starts, so that they wait for `listen`.
 pub fn block() -> SigSet {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
         signals.add(signal);
     }
-    // Cannot fail: the set holds signals only.
+    // This cannot fail, because the set is valid.
     let _ = signals.thread_block();
     signals
 }
 
-/// Acts on the signals that are `blocked`. The result is disconnected when the daemon is to stop, and stays so. `level`
-/// is what the log began with.
-pub fn listen(blocked: SigSet, arguments: &Arguments, level: LevelFilter) -> io::Result<Receiver<Infallible>> {
-    let (stop, stopped) = bounded(0);
+/// Handles the `blocked` signals on a new thread. `level` is the log level of the start.
+pub fn listen(blocked: SigSet, arguments: &Arguments, level: LevelFilter) -> io::Result<StopRequest> {
+    let (sender, stop_request) = bounded(0);
     let arguments = arguments.clone();
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        wait_for_stop(&blocked, &arguments, level);
-        drop(stop);
+        handle_until_stop(&blocked, &arguments, level);
+        drop(sender);
     })?;
-    Ok(stopped)
+    Ok(stop_request)
 }
 
-fn wait_for_stop(signals: &SigSet, arguments: &Arguments, mut level: LevelFilter) {
+fn handle_until_stop(signals: &SigSet, arguments: &Arguments, mut configured_level: LevelFilter) {
     loop {
         match signals.wait() {
             Ok(Signal::SIGTERM | Signal::SIGINT) => return,
-            Ok(Signal::SIGHUP) => level = reload(arguments).unwrap_or(level),
+            Ok(Signal::SIGHUP) => configured_level = reload(arguments).unwrap_or(configured_level),
             Ok(Signal::SIGUSR1) => change_level(log::max_level().increment_severity()),
-            Ok(Signal::SIGUSR2) => change_level(level),
+            Ok(Signal::SIGUSR2) => change_level(configured_level),
             Ok(_) | Err(_) => {}
         }
     }
@@ -51,23 +50,22 @@ fn wait_for_stop(signals: &SigSet, arguments: &Arguments, mut level: LevelFilter
 
 fn change_level(level: LevelFilter) {
     logging::set_level(level);
-    // Somebody waits for it, so it is said at any level; at the usual ones it is no alarm.
-    let as_what = level.to_level().map_or(log::Level::Error, |most| most.min(log::Level::Info));
-    log::log!(as_what, "log level {level}");
+    // Whoever sent the signal waits for this line, so the new level must let it through; it is never above info.
+    let line_level = level.to_level().map_or(log::Level::Error, |most_verbose| most_verbose.min(log::Level::Info));
+    log::log!(line_level, event = "log_level_changed", log_level:% = level; "log level {level}");
 }
 
-/// SIGHUP: only the log level changes while the program runs.
+/// Reads the log level from the configuration. Other keys need a restart.
 fn reload(arguments: &Arguments) -> Option<LevelFilter> {
     match config::load(arguments.config.as_deref()) {
         Ok(LoadedConfig { config, .. }) => {
-            // What somebody just wrote into the file wins over what the service was started with.
+            // The key in the file wins over the flag, because somebody has just written it.
             let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
-            logging::set_level(level);
-            log::info!("log level {level}; other keys of the configuration need a restart");
+            change_level(level);
             Some(level)
         }
         Err(e) => {
-            log::error!("nothing was changed: {e}");
+            log::error!(event = "config_reload_failed"; "cannot reload the log level, nothing was changed: {e}");
             None
         }
     }

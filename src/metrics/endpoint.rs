@@ -1,9 +1,13 @@
-//! Where Prometheus asks: `GET /metrics`, over TCP or on a unix socket.
+//! The HTTP server for metrics: `GET /metrics` over TCP or on a unix socket.
 //!
-//! A few threads serve one client each, for a short time, and never wait for a repository: whoever
-//! misuses it can keep others from being answered, and nothing else.
+//! A few threads serve one client each, for a short time, and never wait for a repository. A client that misbehaves can
+//! delay other scrapes, and nothing else: the number of clients, the size of a request and the time for it are bounded.
+//!
+//! The crate `tiny_http` (0.12) is not used, because it keeps none of these bounds: it starts a thread for each client
+//! that connects, reads requests of any length, and waits without a limit for a client that sends nothing.
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -13,17 +17,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Gauges, METRICS};
-use crate::model::MetricsAddress as Address;
+use crate::model::MetricsAddress;
 use crate::unix_socket::{self, SocketAccess};
 
-/// Clients at one time.
-const CLIENTS: usize = 4;
-/// For the whole request, and for each part of the answer.
-const LIMIT: Duration = Duration::from_secs(2);
-const REQUEST_BYTES: usize = 8 << 10;
-/// More than all metrics.
-const ANSWER_BYTES: u64 = 4 << 20;
-/// After an `accept` that failed (no free descriptor, say) the next one waits so long.
+/// Number of threads, and so of clients that are served at the same time.
+const THREADS: usize = 4;
+/// Time limit for a whole request, and for each write of the response.
+const CLIENT_LIMIT: Duration = Duration::from_secs(2);
+/// Time limit for asking whether metrics are served.
+const ASK_LIMIT: Duration = Duration::from_secs(8);
+const MAX_REQUEST_BYTES: usize = 8 << 10;
+/// All metrics together are smaller.
+const MAX_RESPONSE_BYTES: u64 = 4 << 20;
+/// Pause after an `accept` that failed, for example because no descriptor was free.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -40,28 +46,30 @@ impl fmt::Display for Error {
                 write!(f, "cannot serve metrics on {address}: {cause}")?;
                 if cause.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) {
                     f.write_str(
-                        "; the unit allows unix sockets only: \"systemctl edit cvmfs-snapshotter\" and add \
-                                 [Service] RestrictAddressFamilies=AF_INET AF_INET6, or use a path",
+                        "; the unit allows unix sockets only: run \"systemctl edit cvmfs-snapshotter\" and add \
+                         [Service] RestrictAddressFamilies=AF_INET AF_INET6, or use a path",
                     )?;
                 }
                 Ok(())
             }
             Self::Unix(cause) => write!(f, "cannot serve metrics: {cause}"),
-            Self::Thread(cause) => write!(f, "cannot start the thread that serves metrics: {cause}"),
+            Self::Thread(cause) => write!(f, "cannot start a thread that serves metrics: {cause}"),
         }
     }
 }
 
-/// Serves from now on, to the end of the process. `gauges` says what is now.
-pub fn serve(address: &Address, gauges: impl Fn() -> Gauges + Send + Sync + 'static) -> Result<(), Error> {
+impl std::error::Error for Error {}
+
+/// Serves metrics until the process ends. `gauges` collects the states for a scrape.
+pub fn serve(address: &MetricsAddress, gauges: impl Fn() -> Gauges + Send + Sync + 'static) -> Result<(), Error> {
     let (listener, gauges) = (Arc::new(Listener::bind(address)?), Arc::new(gauges));
-    for _ in 0..CLIENTS {
+    for _ in 0..THREADS {
         let (listener, gauges) = (Arc::clone(&listener), Arc::clone(&gauges));
         let serve = move || {
             loop {
                 match listener.accept() {
-                    // Whoever asked badly or went away is told so, or not: nobody else minds.
-                    Ok(mut client) => drop(client.answer(gauges.as_ref())),
+                    // An error means that the client went away or sent no request, which concerns nobody else.
+                    Ok(mut client) => drop(serve_client(client.as_mut(), gauges.as_ref())),
                     Err(_) => thread::sleep(ACCEPT_PAUSE),
                 }
             }
@@ -71,27 +79,27 @@ pub fn serve(address: &Address, gauges: impl Fn() -> Gauges + Send + Sync + 'sta
     Ok(())
 }
 
-/// Whether metrics of ours are served there. Waits for a while, whoever is there.
-pub fn ask(address: &Address) -> io::Result<()> {
-    let (send, answer) = mpsc::channel();
+/// Asks whether our metrics are served at `address`. Waits no longer than `ASK_LIMIT`, whatever listens there.
+pub fn ask(address: &MetricsAddress) -> io::Result<()> {
+    let (sender, result) = mpsc::channel();
     let address = address.clone();
-    thread::spawn(move || send.send(request(&address)));
-    answer.recv_timeout(LIMIT * 4).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    thread::spawn(move || sender.send(request_metrics(&address)));
+    result.recv_timeout(ASK_LIMIT).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-fn request(address: &Address) -> io::Result<()> {
-    let mut client = match address {
-        Address::Tcp(address) => Client::Tcp(TcpStream::connect_timeout(address, LIMIT)?),
-        Address::Unix(path) => Client::Unix(UnixStream::connect(path)?),
+fn request_metrics(address: &MetricsAddress) -> io::Result<()> {
+    let mut server: Box<dyn Connection> = match address {
+        MetricsAddress::Tcp(address) => Box::new(TcpStream::connect_timeout(address, CLIENT_LIMIT)?),
+        MetricsAddress::Unix(path) => Box::new(UnixStream::connect(path)?),
     };
-    client.patience(LIMIT * 3)?;
-    client.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
-    let mut answer = Vec::new();
-    client.take(ANSWER_BYTES).read_to_end(&mut answer)?;
-    if String::from_utf8_lossy(&answer).contains("\ncvmfs_snapshotter_build_info") {
+    server.set_timeouts(CLIENT_LIMIT * 3)?;
+    server.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    let mut response = Vec::new();
+    server.take(MAX_RESPONSE_BYTES).read_to_end(&mut response)?;
+    if String::from_utf8_lossy(&response).contains("\ncvmfs_snapshotter_build_info") {
         return Ok(());
     }
-    Err(io::Error::other("what answers there is something else"))
+    Err(io::Error::other("another program answers"))
 }
 
 enum Listener {
@@ -100,198 +108,129 @@ enum Listener {
 }
 
 impl Listener {
-    fn bind(address: &Address) -> Result<Self, Error> {
+    fn bind(address: &MetricsAddress) -> Result<Self, Error> {
         match address {
-            Address::Tcp(address) => {
+            MetricsAddress::Tcp(address) => {
                 TcpListener::bind(address).map(Self::Tcp).map_err(|cause| Error::Tcp { address: *address, cause })
             }
-            Address::Unix(path) => unix_socket::bind(path, SocketAccess::Everybody)
+            MetricsAddress::Unix(path) => unix_socket::bind(path, SocketAccess::Everybody)
                 .map(|socket| Self::Unix(socket.listener))
                 .map_err(Error::Unix),
         }
     }
 
-    fn accept(&self) -> io::Result<Client> {
-        match self {
-            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Client::Tcp(stream)),
-            Self::Unix(listener) => listener.accept().map(|(stream, _)| Client::Unix(stream)),
-        }
+    fn accept(&self) -> io::Result<Box<dyn Connection>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept()?.0),
+            Self::Unix(listener) => Box::new(listener.accept()?.0),
+        })
     }
 }
 
-enum Client {
-    Tcp(TcpStream),
-    Unix(UnixStream),
+/// A connection over TCP or a unix socket.
+trait Connection: Read + Write {
+    /// Sets the time limits of each read and each write.
+    fn set_timeouts(&self, read: Duration) -> io::Result<()>;
 }
 
-impl Read for Client {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.read(buffer),
-            Self::Unix(stream) => stream.read(buffer),
-        }
-    }
-}
-
-impl Write for Client {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.write(bytes),
-            Self::Unix(stream) => stream.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+impl Connection for TcpStream {
+    fn set_timeouts(&self, read: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(read)).and_then(|()| self.set_write_timeout(Some(CLIENT_LIMIT)))
     }
 }
 
-impl Client {
-    fn patience(&self, limit: Duration) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => {
-                stream.set_read_timeout(Some(limit)).and_then(|()| stream.set_write_timeout(Some(LIMIT)))
-            }
-            Self::Unix(stream) => {
-                stream.set_read_timeout(Some(limit)).and_then(|()| stream.set_write_timeout(Some(LIMIT)))
-            }
-        }
-    }
-
-    fn answer(&mut self, gauges: &impl Fn() -> Gauges) -> io::Result<()> {
-        let request = self.request()?;
-        let (status, kind, body) = answer_to(&request, gauges);
-        let head = format!(
-            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-            body.len()
-        );
-        self.write_all(head.as_bytes())?;
-        if request.starts_with("HEAD ") { Ok(()) } else { self.write_all(body.as_bytes()) }
-    }
-
-    /// Up to the empty line; a body would be of no interest.
-    fn request(&mut self) -> io::Result<String> {
-        let until = Instant::now() + LIMIT;
-        let mut request = Vec::new();
-        let mut buffer = [0; 1024];
-        while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.patience(left)?;
-            match self.read(&mut buffer)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => request.extend_from_slice(&buffer[..n]),
-            }
-            if request.len() > REQUEST_BYTES {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-        }
-        Ok(String::from_utf8_lossy(&request).into_owned())
+impl Connection for UnixStream {
+    fn set_timeouts(&self, read: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(read)).and_then(|()| self.set_write_timeout(Some(CLIENT_LIMIT)))
     }
 }
 
-/// Status, type and body.
-fn answer_to(request: &str, gauges: &impl Fn() -> Gauges) -> (&'static str, &'static str, String) {
-    const TEXT: &str = "text/plain; charset=utf-8";
+fn serve_client(client: &mut dyn Connection, gauges: &impl Fn() -> Gauges) -> io::Result<()> {
+    let request = read_request(client)?;
+    let Response { status, content_type, body } = respond(&request, gauges);
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    );
+    client.write_all(head.as_bytes())?;
+    if request.starts_with("HEAD ") { Ok(()) } else { client.write_all(body.as_bytes()) }
+}
+
+/// Reads up to the empty line at the end of the request's head. A body is not read.
+fn read_request(client: &mut dyn Connection) -> io::Result<String> {
+    let deadline = Instant::now() + CLIENT_LIMIT;
+    let mut request = Vec::new();
+    let mut buffer = [0; 1024];
+    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if remaining.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        client.set_timeouts(remaining)?;
+        match client.read(&mut buffer)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => request.extend_from_slice(&buffer[..n]),
+        }
+        if request.len() > MAX_REQUEST_BYTES {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    Ok(String::from_utf8_lossy(&request).into_owned())
+}
+
+struct Response {
+    status: &'static str,
+    content_type: &'static str,
+    body: String,
+}
+
+impl Response {
+    fn error(status: &'static str, message: &str) -> Self {
+        Self { status, content_type: "text/plain; charset=utf-8", body: format!("{message}\n") }
+    }
+}
+
+fn respond(request: &str, gauges: &impl Fn() -> Gauges) -> Response {
     let mut words = request.lines().next().unwrap_or_default().split(' ');
     let (method, target) = (words.next(), words.next().unwrap_or_default());
     let path = target.split('?').next().unwrap_or_default();
     match (method, path) {
         (Some("GET" | "HEAD"), "/metrics") => {
-            let open = request.to_ascii_lowercase().contains("application/openmetrics-text");
-            let kind = if open {
-                "application/openmetrics-text; version=1.0.0; charset=utf-8"
-            } else {
-                "text/plain; version=0.0.4; charset=utf-8"
-            };
+            let is_open_metrics = request.to_ascii_lowercase().contains("application/openmetrics-text");
             match METRICS.text(&gauges()) {
-                Ok(text) if open => ("200 OK", kind, text),
-                Ok(text) => ("200 OK", kind, older_form(&text)),
-                Err(e) => ("500 Internal Server Error", TEXT, format!("{e}\n")),
+                Ok(body) if is_open_metrics => {
+                    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+                    Response { status: "200 OK", content_type, body }
+                }
+                Ok(text) => {
+                    let content_type = "text/plain; version=0.0.4; charset=utf-8";
+                    Response { status: "200 OK", content_type, body: to_prometheus_text(&text) }
+                }
+                Err(e) => Response::error("500 Internal Server Error", &e.to_string()),
             }
         }
-        (Some("GET" | "HEAD"), _) => ("404 Not Found", TEXT, "metrics are at /metrics\n".to_owned()),
-        _ => ("405 Method Not Allowed", TEXT, "GET is what is answered here\n".to_owned()),
+        (Some("GET" | "HEAD"), _) => Response::error("404 Not Found", "metrics are at /metrics"),
+        _ => Response::error("405 Method Not Allowed", "only GET and HEAD are allowed"),
     }
 }
 
-/// As Prometheus had it before `OpenMetrics`: counters are called as their samples are, and there are no units.
-fn older_form(text: &str) -> String {
-    let mut older = String::with_capacity(text.len());
-    let is_counter = |name: &str| text.contains(&format!("\n# TYPE {name} counter\n"));
+/// Converts the text format of `OpenMetrics` to the one that Prometheus had before: a counter has the name of its samples,
+/// and there are no units.
+fn to_prometheus_text(text: &str) -> String {
+    let counter_name = |line: &'_ str| Some(line.strip_prefix("# TYPE ")?.strip_suffix(" counter")?.to_owned());
+    let counters: HashSet<String> = text.lines().filter_map(counter_name).collect();
+    let mut converted = String::with_capacity(text.len());
     for line in text.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
         let mut words = line.splitn(4, ' ');
         match (words.next(), words.next(), words.next(), words.next()) {
-            (Some("#"), Some(kind), Some(name), Some(rest)) if is_counter(name) => {
-                older.extend(["# ", kind, " ", name, "_total ", rest, "\n"]);
+            (Some("#"), Some(keyword), Some(name), Some(rest)) if counters.contains(name) => {
+                converted.extend(["# ", keyword, " ", name, "_total ", rest, "\n"]);
             }
-            _ => older.extend([line, "\n"]),
+            _ => converted.extend([line, "\n"]),
         }
     }
-    older
+    converted
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn ask(address: &Address, request: &str) -> String {
-        let mut answer = String::new();
-        match address {
-            Address::Tcp(address) => {
-                let mut stream = TcpStream::connect(address).unwrap();
-                stream.write_all(request.as_bytes()).unwrap();
-                let _ = stream.read_to_string(&mut answer);
-            }
-            Address::Unix(path) => {
-                let mut stream = UnixStream::connect(path).unwrap();
-                stream.write_all(request.as_bytes()).unwrap();
-                let _ = stream.read_to_string(&mut answer);
-            }
-        }
-        answer
-    }
-
-    #[test]
-    fn metrics_are_served_over_tcp_and_on_a_unix_socket() {
-        let dir = tempfile::tempdir().unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        for address in [Address::Tcp(free), Address::Unix(dir.path().join("m.sock"))] {
-            serve(&address, || Gauges { snapshots: 5, ..Gauges::default() }).unwrap();
-            let found =
-                ask(&address, "GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text\r\n\r\n");
-            assert!(found.starts_with("HTTP/1.1 200 OK\r\nContent-Type: application/openmetrics-text"), "{found}");
-            assert!(found.contains("cvmfs_snapshotter_snapshots 5\n") && found.ends_with("# EOF\n"), "{found}");
-            assert!(ask(&address, "GET /metrics?x=1 HTTP/1.0\r\n\r\n").contains("text/plain; version=0.0.4"));
-            assert!(ask(&address, "HEAD /metrics HTTP/1.1\r\n\r\n").ends_with("close\r\n\r\n"));
-            assert!(ask(&address, "GET / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
-            assert!(ask(&address, "POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
-            assert_eq!(ask(&address, &"x".repeat(3 * REQUEST_BYTES)), "", "what is no request is cut off");
-            let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(REQUEST_BYTES));
-            assert_eq!(ask(&address, &long), "", "one that is too long is cut off");
-            assert!(
-                matches!(serve(&address, Gauges::default), Err(Error::Tcp { .. } | Error::Unix(_))),
-                "it is in use"
-            );
-        }
-    }
-
-    #[test]
-    fn the_older_form_names_counters_as_their_samples() {
-        let text = "# HELP a x.\n# TYPE a counter\na_total 1\n# HELP b_seconds y.\n# TYPE b_seconds histogram\n# UNIT b_seconds seconds\n# EOF\n";
-        let older =
-            "# HELP a_total x.\n# TYPE a_total counter\na_total 1\n# HELP b_seconds y.\n# TYPE b_seconds histogram\n";
-        assert_eq!(older_form(text), older);
-    }
-
-    #[test]
-    fn one_who_says_nothing_keeps_others_waiting_for_a_moment_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let address = Address::Unix(dir.path().join("m.sock"));
-        serve(&address, Gauges::default).unwrap();
-        let _silent = UnixStream::connect(dir.path().join("m.sock")).unwrap();
-        assert!(ask(&address, "GET /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200"));
-    }
-}
+mod tests;

@@ -1,5 +1,7 @@
-//! The two paths where a file descriptor is no more than a number, and the compiler cannot
-//! see whose it is.
+//! The two places where a file descriptor is only a number, so that the compiler cannot see who owns it.
+//!
+//! For the sockets of systemd, the crate `sd-notify` (0.5) would save the parsing of two variables; it also returns numbers,
+//! so what needs care here would stay.
 #![allow(unsafe_code)]
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -8,26 +10,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-/// Where systemd begins to count: `sd_listen_fds`(3).
-const FIRST: i32 = 3;
+/// The first descriptor that systemd passes on, `SD_LISTEN_FDS_START` of `sd_listen_fds`(3).
+const FIRST_DESCRIPTOR: i32 = 3;
 
-/// The first socket that systemd, or who acts like it, has opened for this process, and how many it has.
+/// The first socket that systemd passed to this process, and the number of all that it passed. Only the first call gets the
+/// socket.
 pub fn inherited_sockets() -> Option<(OwnedFd, u32)> {
-    static TAKEN: AtomicBool = AtomicBool::new(false);
+    static IS_TAKEN: AtomicBool = AtomicBool::new(false);
     let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
-    // The variables may have been meant for a process above us.
     let count = number("LISTEN_FDS").filter(|count| *count > 0)?;
-    if number("LISTEN_PID") != Some(std::process::id()) {
+    // The variables may be left from a parent process that they were meant for.
+    if number("LISTEN_PID") != Some(std::process::id()) || IS_TAKEN.swap(true, Ordering::SeqCst) {
         return None;
     }
-    if TAKEN.swap(true, Ordering::SeqCst) {
-        return None;
-    }
-    // SAFETY: whoever started this process and named it in LISTEN_PID has put an open
-    // descriptor there for it to own; it was there before anything of ours could be opened
-    // under that number; and `TAKEN` sees to it that nobody gets it twice.
-    let socket = unsafe { OwnedFd::from_raw_fd(FIRST) };
-    // It says EBADF if the variables lied: then there is nothing to own, and nothing to close.
+    // SAFETY: whoever started this process and named it in LISTEN_PID put an open descriptor there for it to own. It was
+    // there before this process could open anything under that number, and `IS_TAKEN` keeps anybody from getting it twice.
+    let socket = unsafe { OwnedFd::from_raw_fd(FIRST_DESCRIPTOR) };
+    // EBADF means that the variables were wrong: there is no descriptor to own, and none to close.
     if fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_err() {
         let _ = socket.into_raw_fd();
         return None;
@@ -35,10 +34,9 @@ pub fn inherited_sockets() -> Option<(OwnedFd, u32)> {
     Some((socket, count))
 }
 
-/// Gives a connection to gRPC for good. It must not block.
+/// Gives a connection to gRPC, which closes it. The connection must be non-blocking.
 pub fn into_grpc_fd(server: &mut grpcio::Server, connection: UnixStream) {
-    // SAFETY: it is a connected stream socket, and `into_raw_fd` gives up the only right of
-    // this program to read, write or close it under this number. (The door keeps a duplicate,
-    // which has a number of its own.)
+    // SAFETY: the descriptor is a connected stream socket, and `into_raw_fd` gives up this program's only right to read,
+    // write or close it under this number. (The listener keeps a duplicate, which has a number of its own.)
     unsafe { server.add_channel_from_fd(connection.into_raw_fd()) };
 }

@@ -1,8 +1,7 @@
-//! What a status says, from what the daemon answered. Pure.
+//! The report of `status`, made from what the daemon answered. Nothing here does any I/O.
 //!
-//! A snapshotter knows snapshots and no images: an image is shown for each committed snapshot that
-//! ends a chain, or that a container stands on, under the reference that was pulled, if containerd
-//! said it.
+//! A snapshotter knows snapshots and no images. An image is shown for each committed snapshot that ends a chain, or that
+//! has containers or views on it, with the reference that was pulled if containerd passed it on.
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
@@ -23,11 +22,11 @@ const NANOS: i64 = 1_000_000_000;
 /// Where the files of an image come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageOrigin {
-    /// All its layers are published.
+    /// All layers are published.
     Lazy,
-    /// Some were downloaded.
+    /// Some layers were downloaded.
     Mixed,
-    /// All were.
+    /// All layers were downloaded.
     Local,
 }
 
@@ -45,22 +44,22 @@ impl ImageOrigin {
 pub struct Image {
     /// The reference that was pulled.
     pub reference: Option<String>,
-    /// Of the uppermost snapshot.
+    /// The key of the uppermost snapshot.
     pub key: String,
     pub layers: usize,
     pub published: usize,
     pub source: ImageOrigin,
-    /// Why no container can start on it.
+    /// The reason why no container can start on it.
     pub broken: Option<String>,
-    /// The repository of what that is about; none, if it was downloaded.
+    /// The repository of the layer that is broken. None if that layer was downloaded.
     pub broken_in: Option<String>,
-    /// It can be had by a download: the daemon cannot show it as it is published.
+    /// A download helps: the layer is published in a way that the daemon cannot show.
     pub refused: bool,
-    /// containerd's namespace, as far as keys of its snapshots tell.
+    /// containerd's namespace, if a key of its snapshots tells it.
     pub namespace: Option<String>,
-    /// Keys of the snapshots of containers, and of views, on it.
+    /// Keys of the containers' snapshots and the views on it.
     pub users: Vec<String>,
-    /// Bytes of its downloaded layers on this node's disk; others may share them.
+    /// Bytes on disk of its downloaded layers, which other images may share.
     pub bytes: u64,
     /// Nanoseconds since 1970.
     pub created: i64,
@@ -70,38 +69,39 @@ pub struct Image {
 pub struct Report {
     daemon: DescribeResponse,
     pub images: Vec<Image>,
-    /// What containers wrote: key and bytes.
+    /// The key of each container's snapshot, and the bytes that the container wrote.
     containers: Vec<(String, Option<u64>)>,
     snapshots: usize,
     leftovers: usize,
     now: i64,
 }
 
-pub fn is_committed(one: &Snapshot) -> bool {
-    one.kind.enum_value() == Ok(Kind::COMMITTED)
+pub fn is_committed(snapshot: &Snapshot) -> bool {
+    snapshot.kind.enum_value() == Ok(Kind::COMMITTED)
 }
 
 impl Report {
-    /// `usages`: bytes, by the ids of snapshots.
+    /// `usages` are bytes on disk by the ids of snapshots.
     pub fn new(
         daemon: &DescribeResponse,
         snapshots: &[Snapshot],
         usages: &HashMap<u64, u64>,
         leftovers: usize,
     ) -> Self {
-        let by_key: HashMap<&str, &Snapshot> = snapshots.iter().map(|one| (one.key.as_str(), one)).collect();
+        let by_key: HashMap<&str, &Snapshot> =
+            snapshots.iter().map(|snapshot| (snapshot.key.as_str(), snapshot)).collect();
         let mut users: HashMap<&str, Vec<String>> = HashMap::new();
         let mut has_layer_above = HashSet::new();
-        for one in snapshots.iter().filter(|one| !one.parent.is_empty()) {
-            if is_committed(one) {
-                has_layer_above.insert(one.parent.as_str());
+        for snapshot in snapshots.iter().filter(|snapshot| !snapshot.parent.is_empty()) {
+            if is_committed(snapshot) {
+                has_layer_above.insert(snapshot.parent.as_str());
             } else {
-                users.entry(&one.parent).or_default().push(one.key.clone());
+                users.entry(&snapshot.parent).or_default().push(snapshot.key.clone());
             }
         }
-        let is_image = |one: &&Snapshot| {
-            let key = one.key.as_str();
-            is_committed(one) && (!has_layer_above.contains(key) || users.contains_key(key))
+        let is_image = |snapshot: &&Snapshot| {
+            let key = snapshot.key.as_str();
+            is_committed(snapshot) && (!has_layer_above.contains(key) || users.contains_key(key))
         };
         let mut images: Vec<Image> = snapshots
             .iter()
@@ -109,8 +109,9 @@ impl Report {
             .map(|top| image(top, &by_key, usages, users.get(top.key.as_str()).cloned().unwrap_or_default()))
             .collect();
         images.sort_by(|a, b| (&a.reference, &a.key).cmp(&(&b.reference, &b.key)));
-        let writable = snapshots.iter().filter(|one| one.kind.enum_value() == Ok(Kind::ACTIVE));
-        let mut containers: Vec<_> = writable.map(|one| (one.key.clone(), usages.get(&one.id).copied())).collect();
+        let writable = snapshots.iter().filter(|snapshot| snapshot.kind.enum_value() == Ok(Kind::ACTIVE));
+        let mut containers: Vec<_> =
+            writable.map(|snapshot| (snapshot.key.clone(), usages.get(&snapshot.id).copied())).collect();
         containers.sort();
         Self {
             daemon: daemon.clone(),
@@ -124,42 +125,6 @@ impl Report {
 
     pub fn json(&self) -> String {
         let daemon = &self.daemon;
-        let repositories = daemon.repositories.iter().map(|one| {
-            json!({
-                "name": one.name,
-                "path": one.path,
-                "answers": one.trouble.is_empty(),
-                "trouble": none_if_empty(&one.trouble),
-                "cache_on_state_file_system": none_if_empty(&one.cache),
-                "server_unreachable": one.server_outage.as_ref().map(|outage| json!({
-                    "host": outage.host,
-                    "proxy": outage.proxy,
-                    "since": outage.since / NANOS,
-                })),
-                "client_io_errors": one.io_errors.as_ref().map(|errors| json!({
-                    "count": errors.count,
-                    "last": errors.last / NANOS,
-                    "host": errors.host,
-                    "proxy": errors.proxy,
-                })),
-                "owners": owners(one),
-                "lists_own_attributes": one.lists_own_attributes,
-            })
-        });
-        let images = self.images.iter().map(|one| {
-            json!({
-                "image": one.reference,
-                "snapshot": one.key,
-                "layers": one.layers,
-                "published": one.published,
-                "source": one.source.as_str(),
-                "broken": one.broken,
-                "remedy": one.refused.then(|| Remedy::Download.to_string()),
-                "used_by": one.users,
-                "bytes": one.bytes,
-                "created": one.created / NANOS,
-            })
-        });
         let containers = self.containers.iter().map(|(key, bytes)| json!({"snapshot": key, "bytes": bytes}));
         let pulls = &daemon.pulls;
         let report = json!({
@@ -170,8 +135,8 @@ impl Report {
                 "snapshots": daemon.snapshots,
                 "attach": daemon.attach,
             },
-            "repositories": repositories.collect::<Vec<Value>>(),
-            "images": images.collect::<Vec<Value>>(),
+            "repositories": daemon.repositories.iter().map(repository_json).collect::<Vec<Value>>(),
+            "images": self.images.iter().map(image_json).collect::<Vec<Value>>(),
             "containers": containers.collect::<Vec<Value>>(),
             "snapshots": self.snapshots,
             "leftovers": self.leftovers,
@@ -188,11 +153,8 @@ impl Report {
     pub fn text(&self) -> String {
         let daemon = &self.daemon;
         let pulls = &daemon.pulls;
-        let mut text = String::new();
-        // Writing into memory cannot fail.
-        let _ = writeln!(
-            text,
-            "cvmfs-snapshotter {}, process {}, for {}: {} snapshots in {}",
+        let mut text = format!(
+            "cvmfs-snapshotter {}, process {}, for {}: {} snapshots in {}\n",
             daemon.version,
             daemon.pid,
             self.since(daemon.started),
@@ -200,64 +162,68 @@ impl Report {
             daemon.snapshots
         );
         let downloaded = pulls.not_published + pulls.unnamed + pulls.failed;
-        let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded", pulls.published);
+        // Writing into memory cannot fail.
+        let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded\n", pulls.published);
+        text.push_str(&table(&self.repository_rows()));
+        text.push_str(&self.repository_notes());
         text.push('\n');
-        text.push_str(&table(&self.repositories()));
-        for one in daemon.repositories.iter().filter(|one| one.trouble.is_empty()) {
-            text.push_str(&sample(one));
+        text.push_str(&table(&self.image_rows()));
+        for image in &self.images {
+            if let Some(reason) = &image.broken {
+                let remedy = if image.refused { format!("; {}", Remedy::Download) } else { String::new() };
+                let _ = writeln!(text, "broken: {}: {}{remedy}", printable(name(image)), printable(reason));
+            }
         }
-        for one in daemon.repositories.iter().filter(|one| !one.cache.is_empty()) {
+        let written: u64 = self.containers.iter().filter_map(|(_, bytes)| *bytes).sum();
+        let or_more = if self.containers.iter().any(|(_, bytes)| bytes.is_none()) { " or more" } else { "" };
+        let _ = writeln!(
+            text,
+            "\n{} containers wrote {}{or_more}; {} directories wait for a cleanup (cvmfs-snapshotter gc)",
+            self.containers.len(),
+            size(written),
+            self.leftovers
+        );
+        text
+    }
+
+    /// The lines below the table of repositories: owners and attributes, caches, and I/O errors.
+    fn repository_notes(&self) -> String {
+        let repositories = &self.daemon.repositories;
+        let answering = repositories.iter().filter(|repository| repository.trouble.is_empty());
+        let mut notes: String = answering.map(ownership_notes).collect();
+        for repository in repositories.iter().filter(|repository| !repository.cache.is_empty()) {
+            // Writing into memory cannot fail.
             let _ = writeln!(
-                text,
+                notes,
                 "{}: its client's cache, {}, is on the file system of the snapshots, and containers that start can make that \
                  hang: cvmfs-snapshotter doctor",
-                printable(&one.name),
-                printable(&one.cache)
+                printable(&repository.name),
+                printable(&repository.cache)
             );
         }
-        for one in &daemon.repositories {
-            if let Some(errors) = one.io_errors.as_ref() {
+        for repository in repositories {
+            if let Some(errors) = repository.io_errors.as_ref() {
                 let _ = writeln!(
-                    text,
+                    notes,
                     "{}: its client answered with an input/output error {} ago (host {}, proxy {}): cvmfs-snapshotter doctor",
-                    printable(&one.name),
+                    printable(&repository.name),
                     self.since(errors.last),
                     printable(&errors.host),
                     printable(&errors.proxy)
                 );
             }
         }
-        text.push('\n');
-        text.push_str(&table(&self.image_rows()));
-        for one in &self.images {
-            if let Some(why) = &one.broken {
-                let remedy = if one.refused { format!("; {}", Remedy::Download) } else { String::new() };
-                let _ = writeln!(text, "broken: {}: {}{remedy}", printable(name(one)), printable(why));
-            }
-        }
-        let written: u64 = self.containers.iter().filter_map(|(_, bytes)| *bytes).sum();
-        let _ = writeln!(
-            text,
-            "\n{} containers wrote {}; {} directories wait for a cleanup (cvmfs-snapshotter gc)",
-            self.containers.len(),
-            if self.containers.iter().any(|(_, bytes)| bytes.is_none()) {
-                format!("{} or more", size(written))
-            } else {
-                size(written)
-            },
-            self.leftovers
-        );
-        text
+        notes
     }
 
     fn since(&self, then: i64) -> String {
         age(u64::try_from((self.now - then) / NANOS).unwrap_or(0))
     }
 
-    fn repositories(&self) -> Vec<Vec<String>> {
-        let row = |one: &Repository| {
-            let health = if one.trouble.is_empty() { "answers" } else { one.trouble.as_str() };
-            vec![one.name.clone(), one.path.clone(), health.to_owned()]
+    fn repository_rows(&self) -> Vec<Vec<String>> {
+        let row = |repository: &Repository| {
+            let health = if repository.trouble.is_empty() { "answers" } else { repository.trouble.as_str() };
+            vec![repository.name.clone(), repository.path.clone(), health.to_owned()]
         };
         [["REPOSITORY", "AT", "HEALTH"].map(str::to_owned).to_vec()]
             .into_iter()
@@ -267,16 +233,16 @@ impl Report {
 
     fn image_rows(&self) -> Vec<Vec<String>> {
         let head = ["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "USED BY", "ON DISK", "AGE"];
-        let row = |one: &Image| {
-            let source = if one.broken.is_some() { "broken" } else { one.source.as_str() };
+        let row = |image: &Image| {
+            let source = if image.broken.is_some() { "broken" } else { image.source.as_str() };
             vec![
-                name(one).to_owned(),
-                one.layers.to_string(),
-                one.published.to_string(),
+                name(image).to_owned(),
+                image.layers.to_string(),
+                image.published.to_string(),
                 source.to_owned(),
-                one.users.len().to_string(),
-                size(one.bytes),
-                self.since(one.created),
+                image.users.len().to_string(),
+                size(image.bytes),
+                self.since(image.created),
             ]
         };
         [head.map(str::to_owned).to_vec()].into_iter().chain(self.images.iter().map(row)).collect()
@@ -287,22 +253,60 @@ fn name(image: &Image) -> &str {
     image.reference.as_deref().unwrap_or(&image.key)
 }
 
-/// What is known of the owners and the attributes in a repository.
-fn sample(one: &Repository) -> String {
-    let (owners, name) = (convert::owners(one), printable(&one.name));
+fn repository_json(repository: &Repository) -> Value {
+    json!({
+        "name": repository.name,
+        "path": repository.path,
+        "answers": repository.trouble.is_empty(),
+        "trouble": none_if_empty(&repository.trouble),
+        "cache_on_state_file_system": none_if_empty(&repository.cache),
+        "server_unreachable": repository.server_outage.as_ref().map(|outage| json!({
+            "host": outage.host,
+            "proxy": outage.proxy,
+            "since": outage.since / NANOS,
+        })),
+        "client_io_errors": repository.io_errors.as_ref().map(|errors| json!({
+            "count": errors.count,
+            "last": errors.last / NANOS,
+            "host": errors.host,
+            "proxy": errors.proxy,
+        })),
+        "owners": owners_json(repository),
+        "lists_own_attributes": repository.lists_own_attributes,
+    })
+}
+
+fn image_json(image: &Image) -> Value {
+    json!({
+        "image": image.reference,
+        "snapshot": image.key,
+        "layers": image.layers,
+        "published": image.published,
+        "source": image.source.as_str(),
+        "broken": image.broken,
+        "remedy": image.refused.then(|| Remedy::Download.to_string()),
+        "used_by": image.users,
+        "bytes": image.bytes,
+        "created": image.created / NANOS,
+    })
+}
+
+/// The lines about the owners and the attributes of the files in a repository.
+fn ownership_notes(repository: &Repository) -> String {
+    let (owners, name) = (convert::owners(repository), printable(&repository.name));
     let mut text = format!("{}\n", owners.describe(&name));
     if let Some(remedy) = owners.remedy(&name) {
         let _ = writeln!(text, "  {remedy}");
     }
-    if one.lists_own_attributes {
+    if repository.lists_own_attributes {
         let _ = writeln!(text, "{}\n  {}", own_attributes(&name), HIDE_ATTRIBUTES);
     }
     text
 }
 
-/// The state of the owners in a repository, and the one owner if there is one.
-fn owners(one: &Repository) -> Value {
-    let (state, owner) = match convert::owners(one) {
+/// The state of the owners in a repository, and the owner if all files have the same.
+fn owners_json(repository: &Repository) -> Value {
+    let (state, owner) = match convert::owners(repository) {
         Owners::Kept => ("kept", None),
         Owners::Claimed(owner) => ("claimed", Some(owner)),
         Owners::Lost(owner) => ("lost", Some(owner)),
@@ -316,12 +320,13 @@ fn none_if_empty(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
 }
 
-/// containerd's keys are `namespace/number/name`; ours begin with another word.
+/// The namespace in a key of containerd, which is `namespace/number/name`. Keys that this snapshotter made begin with
+/// `cvmfs`.
 fn namespace_of(key: &str) -> Option<&str> {
     let mut parts = key.splitn(3, '/');
     let (namespace, number) = (parts.next()?, parts.next()?);
-    let is_containerds = namespace != "cvmfs" && number.parse::<u64>().is_ok() && parts.next().is_some();
-    is_containerds.then_some(namespace)
+    let is_from_containerd = namespace != "cvmfs" && number.parse::<u64>().is_ok() && parts.next().is_some();
+    is_from_containerd.then_some(namespace)
 }
 
 fn image(
@@ -332,12 +337,12 @@ fn image(
 ) -> Image {
     users.sort();
     let mut chain = vec![top];
-    while let Some(parent) = chain.last().and_then(|one| by_key.get(one.parent.as_str())) {
+    while let Some(parent) = chain.last().and_then(|snapshot| by_key.get(snapshot.parent.as_str())) {
         chain.push(parent);
     }
-    let published = chain.iter().filter(|one| !one.digest.is_empty()).count();
-    let broken = chain.iter().find(|one| !one.trouble.is_empty());
-    let mut keys = users.iter().map(String::as_str).chain(chain.iter().map(|one| one.key.as_str()));
+    let published = chain.iter().filter(|snapshot| !snapshot.digest.is_empty()).count();
+    let broken = chain.iter().find(|snapshot| !snapshot.trouble.is_empty());
+    let mut keys = users.iter().map(String::as_str).chain(chain.iter().map(|snapshot| snapshot.key.as_str()));
     let namespace = keys.find_map(namespace_of).map(str::to_owned);
     Image {
         reference: none_if_empty(&top.image).map(str::to_owned),
@@ -349,95 +354,15 @@ fn image(
             all if all == chain.len() => ImageOrigin::Lazy,
             _ => ImageOrigin::Mixed,
         },
-        broken: broken.map(|one| one.trouble.clone()),
-        broken_in: broken.and_then(|one| none_if_empty(&one.repository)).map(str::to_owned),
-        refused: broken.is_some_and(|one| one.refused),
+        broken: broken.map(|snapshot| snapshot.trouble.clone()),
+        broken_in: broken.and_then(|snapshot| none_if_empty(&snapshot.repository)).map(str::to_owned),
+        refused: broken.is_some_and(|snapshot| snapshot.refused),
         namespace,
         users,
-        bytes: chain.iter().filter_map(|one| usages.get(&one.id)).sum(),
+        bytes: chain.iter().filter_map(|snapshot| usages.get(&snapshot.id)).sum(),
         created: top.created,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use protobuf::EnumOrUnknown;
-
-    use super::*;
-
-    fn snapshot(id: u64, key: &str, parent: &str, kind: Kind, digest: &str) -> Snapshot {
-        Snapshot {
-            id,
-            key: key.to_owned(),
-            parent: parent.to_owned(),
-            kind: EnumOrUnknown::new(kind),
-            digest: digest.to_owned(),
-            ..Snapshot::default()
-        }
-    }
-
-    fn report(snapshots: &[Snapshot]) -> Report {
-        let usages = snapshots.iter().map(|one| (one.id, 1000 * one.id));
-        let local: HashSet<u64> = snapshots.iter().filter(|one| one.digest.is_empty()).map(|one| one.id).collect();
-        let usages = usages.filter(|(id, _)| local.contains(id)).collect();
-        Report::new(&DescribeResponse::new(), snapshots, &usages, 2)
-    }
-
-    #[test]
-    fn an_image_is_what_ends_a_chain_or_what_a_container_stands_on() {
-        let mut all = vec![
-            snapshot(1, "base", "", Kind::COMMITTED, "sha256:1"),
-            snapshot(2, "middle", "base", Kind::COMMITTED, "sha256:2"),
-            snapshot(3, "top", "middle", Kind::COMMITTED, ""),
-            snapshot(4, "container", "middle", Kind::ACTIVE, ""),
-            snapshot(5, "view", "middle", Kind::VIEW, ""),
-            snapshot(6, "alone", "", Kind::COMMITTED, ""),
-            snapshot(7, "unpacking", "top", Kind::ACTIVE, ""),
-        ];
-        all[2].image = "example.org/a:1".to_owned();
-        let report = report(&all);
-        let found: Vec<_> = report
-            .images
-            .iter()
-            .map(|i| (i.key.as_str(), i.layers, i.published, i.source, i.users.len(), i.bytes))
-            .collect();
-        assert_eq!(
-            found,
-            [
-                ("alone", 1, 0, ImageOrigin::Local, 0, 6000),
-                ("middle", 2, 2, ImageOrigin::Lazy, 2, 0),
-                ("top", 3, 2, ImageOrigin::Mixed, 1, 3000),
-            ]
-        );
-        assert_eq!(report.images[1].users, ["container", "view"]);
-        let text = report.text();
-        assert!(text.contains("\nexample.org/a:1 "), "{text}");
-        assert!(text.contains("2 containers wrote 11.0 kB; 2 directories"), "{text}");
-        let json: Value = serde_json::from_str(&report.json()).unwrap();
-        assert_eq!(json["images"][2]["source"], "mixed");
-        assert_eq!(json["images"][1]["used_by"], json!(["container", "view"]));
-        assert_eq!(json["containers"][0], json!({"snapshot": "container", "bytes": 4000}));
-    }
-
-    #[test]
-    fn the_namespace_of_an_image_is_in_the_keys_of_what_containerd_named() {
-        for (key, namespace) in [
-            ("k8s.io/12/sha256:a", Some("k8s.io")),
-            ("default/1/a/b", Some("default")),
-            ("cvmfs/0/sha256:a", None),
-            ("a/b/c", None),
-            ("a/1", None),
-        ] {
-            assert_eq!(namespace_of(key), namespace, "{key}");
-        }
-    }
-
-    #[test]
-    fn an_image_is_broken_if_a_layer_of_it_cannot_be_had() {
-        let mut base = snapshot(1, "base", "", Kind::COMMITTED, "sha256:1");
-        let top = snapshot(2, "top", "base", Kind::COMMITTED, "sha256:2");
-        assert_eq!(report(&[base.clone(), top.clone()]).images[0].broken, None);
-        base.trouble = "gone".to_owned();
-        assert_eq!(report(&[base, top]).images[0].broken, Some("gone".to_owned()));
-    }
-}
+mod tests;

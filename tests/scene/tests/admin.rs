@@ -288,13 +288,13 @@ fn root_the_log_says_more_and_less_by_signal() {
     let stat = |key: &str| drop(scene::client::Client::connect(&socket).stat(key));
     stat("quiet");
     server.signal(Signal::SIGUSR1);
-    said(&server, "log level DEBUG");
+    said(&server, "\"log_level\":\"DEBUG\"");
     stat("loud");
     said(&server, "loud");
     server.signal(Signal::SIGUSR1);
-    said(&server, "log level TRACE");
+    said(&server, "\"log_level\":\"TRACE\"");
     server.signal(Signal::SIGUSR2);
-    said(&server, "log level INFO");
+    said(&server, "\"log_level\":\"INFO\"");
     stat("silent");
     server.end(Signal::SIGTERM);
     let log = server.log();

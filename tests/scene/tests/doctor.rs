@@ -204,7 +204,7 @@ fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configurat
     assert_finds(&stage, "config.file", "warning", "version|/etc/containerd/config.toml");
     assert_finds(&stage, "config.file", "warning", "attahc|spelling");
     fs::write(&config, format!("{good}attach = 3\n")).expect("the configuration can be written");
-    assert_finds(&stage, "config.file", "problem", "attach = 3 is not possible");
+    assert_finds(&stage, "config.file", "problem", "invalid value 3 for attach");
     fs::write(&config, &good).expect("the configuration can be written");
 
     stage.repository.with_client(Mount::kill);

@@ -101,7 +101,7 @@ fn root_a_start_that_takes_long_fails_no_call_behind_its_socket() {
     drop(lock);
     call.join().unwrap().unwrap();
     dead.wait().unwrap();
-    assert!(snapshotter.log().contains(" serves "), "it did start late");
+    assert!(snapshotter.log().contains("\"event\":\"daemon_started\""), "it did start late");
 }
 
 /// What a process of another user hears when it speaks HTTP/2 to the socket.

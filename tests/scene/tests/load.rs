@@ -260,7 +260,7 @@ fn root_a_list_under_way_is_finished_at_a_stop_and_one_that_nobody_reads_is_give
     let first = read.next().unwrap().unwrap().len();
     unread.next().unwrap().unwrap();
     d.snapshotter.server().signal(Signal::SIGTERM);
-    eventually("it stops", || d.snapshotter.log().contains("stopping; snapshots and mounts stay"));
+    eventually("it stops", || d.snapshotter.log().contains("\"event\":\"daemon_stopping\""));
     let rest: Answer<usize> = read.map(|message| message.map(|infos| infos.len())).sum();
     assert_eq!(rest.unwrap() + first, SNAPSHOTS);
     assert!(d.snapshotter.server().wait_for_end().success());

@@ -144,11 +144,11 @@ fn root_slow_start_takes_signals_and_can_be_stopped() {
     assert_eq!(health(&client).unwrap(), ServingStatus::NOT_SERVING);
     let waiting = std::thread::spawn(move || client.stat("key"));
     snapshotter.server().signal(Signal::SIGUSR1);
-    eventually("the level of the log changes", || snapshotter.log().contains("log level TRACE"));
+    eventually("the level of the log changes", || snapshotter.log().contains("\"log_level\":\"TRACE\""));
     let status = snapshotter.end(Signal::SIGTERM);
     let log = snapshotter.log();
     assert!(status.success(), "{status}: {log}");
-    assert!(log.contains("before the start was over"), "{log}");
+    assert!(log.contains("\"event\":\"start_aborted\""), "{log}");
     refused(waiting.join().unwrap(), Code::UNAVAILABLE);
     drop(held);
     snapshotter.start_again();

@@ -133,7 +133,7 @@ fn root_every_record_of_the_go_snapshotter_is_taken_over() {
             ),
         "{log}"
     );
-    assert!(log.contains("2 entries of another snapshotter"), "{log}");
+    assert!(log.contains("\"event\":\"foreign_directories\",\"count\":\"2\""), "{log}");
     // Ids go on above the last one, directories that nobody knows included.
     let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
     assert!(source.ends_with("78/fs"), "{}", source.display());

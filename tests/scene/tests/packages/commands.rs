@@ -341,7 +341,7 @@ fn everyday(docs: &mut Reader, image: &str) {
         ("systemctl kill --signal=SIGUSR2 cvmfs-snapshotter", "INFO"),
         ("systemctl reload cvmfs-snapshotter", "INFO"),
     ] {
-        let line = format!("log level {level}");
+        let line = format!("\"log_level\":\"{level}\"");
         let said = || node.machine.journal(SERVICE).matches(&line).count();
         let before = said();
         docs.run(ADMIN, command, 0);
