@@ -1,9 +1,9 @@
-//! What ingest makes of a tar. `tests/scene/tests/publisher.rs` compares whole images with what the real
-//! one made; here is what those do not have.
+//! The tree that ingest makes of a tar. `tests/scene/tests/publisher.rs` compares whole images with those of the real
+//! publisher; these tests have the cases that do not occur there.
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -11,7 +11,7 @@ use std::path::Path;
 
 use cvmfs_testbed::ingest::{Ingest, Ownership};
 use cvmfs_testbed::publisher::Settings;
-use stage::Stage;
+use fixture::RepositoryFixture;
 use tar::{Builder, EntryType, Header};
 
 const BASE: &str = ".layers/ab/abcd/layerfs";
@@ -57,7 +57,7 @@ fn shown(layer: &Path, path: &str) -> (u32, (u32, u32), bool) {
 
 #[test]
 fn root_ingest_keeping_owners_gives_implicit_directories_to_uid_minus_one() {
-    let mut stage = Stage::with(Settings::default());
+    let mut stage = RepositoryFixture::with(Settings::default());
     let ingest = Ingest { owner: (991, 990), ownership: Ownership::Kept, auto_catalogs: None };
     ingest.unpack(layer().as_slice(), &stage.source(), Path::new(BASE));
     stage.publish();
@@ -79,7 +79,7 @@ fn root_ingest_keeping_owners_gives_implicit_directories_to_uid_minus_one() {
 
 #[test]
 fn root_ingest_takes_top_directory_from_tar_that_names_it() {
-    let stage = Stage::new();
+    let stage = RepositoryFixture::new();
     let entries = [("./", EntryType::Directory, 0o711, 7, ""), ("./file", EntryType::Regular, 0o644, 7, "")];
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
     ingest.unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
@@ -92,14 +92,14 @@ fn root_ingest_takes_top_directory_from_tar_that_names_it() {
 #[test]
 #[should_panic(expected = "its target \".layers/ab/abcd/layerfs/other\" is not in the same layer")]
 fn root_ingest_fails_on_hard_link_into_another_layer() {
-    let stage = Stage::new();
+    let stage = RepositoryFixture::new();
     let entries = [("link", EntryType::Link, 0o644, 0, "other")];
     Ingest::default().unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
 }
 
 #[test]
 fn root_ingest_of_empty_layer_makes_directory_with_marker() {
-    let stage = Stage::new();
+    let stage = RepositoryFixture::new();
     Ingest::default().unpack(tar(&[]).as_slice(), &stage.source(), Path::new(BASE));
     let names: Vec<_> = fs::read_dir(stage.source().join(BASE)).expect("the layer is there").flatten().collect();
     assert_eq!(names.len(), 1);
