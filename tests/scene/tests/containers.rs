@@ -7,11 +7,11 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 use scene::client::Client;
 use scene::containerd::Writable;
+use scene::e2e_fixture::{E2eFixture, PAUSE, names};
 use scene::image::Blob;
 use scene::process::eventually;
 use scene::publisher::{Repository, Settings};
 use scene::sandbox::mounts_below;
-use scene::stage::{PAUSE, Stage, names};
 
 fn committed(client: &Client) -> usize {
     client.list(&["kind==committed"]).expect("snapshots can be listed").len()
@@ -20,11 +20,11 @@ fn committed(client: &Client) -> usize {
 #[test]
 fn root_pull_of_published_image_writes_only_records() {
     for publisher in [Repository::mounted, Repository::plain] {
-        check_that_a_pull_writes_only_records(&Stage::with("records", "", publisher));
+        check_that_a_pull_writes_only_records(&E2eFixture::start_with_repository("records", "", publisher));
     }
 }
 
-fn check_that_a_pull_writes_only_records(stage: &Stage) {
+fn check_that_a_pull_writes_only_records(stage: &E2eFixture) {
     let image = stage.shell_image("records:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -35,7 +35,7 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
     let output = stage.ours.run(&reference, "first", &["/bin/sh", "-c", "cat /data/text; ls /data"]).ok();
     assert_eq!(output, "xtext\ntop\n");
     let log = stage.snapshotter.log();
-    // What the daemon found out about the repository itself; of a layer it says the digest too.
+    // Lines about the repository itself have no digest; lines about a layer have one.
     let is_of_repository = |line: &str| line.contains("\"repository\":") && !line.contains("\"digest\":");
     let is_of_call = |line: &&str| !line.contains("\"level\":\"debug\"") && !is_of_repository(line);
     let lines: Vec<&str> = log.lines().filter(is_of_call).collect();
@@ -55,7 +55,9 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
 #[test]
 fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
     let client = &["--magic-xattrs", "always"];
-    let stage = Stage::with("listed", "", |dir| Repository::mounted_with(dir, Settings::with_client(client)));
+    let stage = E2eFixture::start_with_repository("listed", "", |dir| {
+        Repository::mounted_with(dir, Settings::with_client(client))
+    });
     let image = stage.shell_image("listed:1", "x");
     let reference = stage.publish_and_push(&image);
     let listed = xattr::list(stage.repository.dir().join(".layers"));
@@ -79,7 +81,7 @@ fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
 
 #[test]
 fn root_reordered_and_repulled_layers_are_not_fetched() {
-    let stage = Stage::set("order", "");
+    let stage = E2eFixture::start("order", "");
     let b = &stage.builder;
     let base = stage.base_layer();
     let others: Vec<_> = (0..3)
@@ -113,7 +115,7 @@ fn root_reordered_and_repulled_layers_are_not_fetched() {
 #[test]
 fn root_removed_images_and_containers_leave_nothing_behind() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
-        let stage = Stage::set("removed", config);
+        let stage = E2eFixture::start("removed", config);
         let image = stage.shell_image("removed:1", "x");
         let unpublished = stage.shell_image("local:1", "y");
         stage.repository.publish_layers(&unpublished.layers[..1]);
@@ -143,7 +145,7 @@ fn root_removed_images_and_containers_leave_nothing_behind() {
 
 #[test]
 fn root_layers_are_detached_when_no_container_uses_them() {
-    let stage = Stage::set("detached", "attach = \"bind\"");
+    let stage = E2eFixture::start("detached", "attach = \"bind\"");
     let image = stage.shell_image("detached:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -170,7 +172,7 @@ fn root_layers_are_detached_when_no_container_uses_them() {
 #[test]
 fn root_container_survives_every_way_of_stopping_the_snapshotter() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
-        let mut stage = Stage::set("stopping", config);
+        let mut stage = E2eFixture::start("stopping", config);
         let image = stage.shell_image("stopping:1", "x");
         let reference = stage.publish_and_push(&image);
         stage.ours.pull(&reference);
@@ -216,7 +218,7 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
 
 #[test]
 fn root_kubernetes_runs_a_pod_from_published_layers() {
-    let stage = Stage::set("pod", "");
+    let stage = E2eFixture::start("pod", "");
     let base = stage.base_layer();
     let pause = stage.builder.image_that_runs(PAUSE, &[base], &[], &["/bin/sleep", "1000"]);
     let image = stage.shell_image("pod:1", "x");
@@ -246,7 +248,7 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
 
 #[test]
 fn root_nerdctl_pulls_and_runs() {
-    let stage = Stage::set("nerdctl", "");
+    let stage = E2eFixture::start("nerdctl", "");
     let image = stage.shell_image("nerdctl:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.nerdctl(&["pull", &reference]).ok();
@@ -264,7 +266,7 @@ fn root_nerdctl_pulls_and_runs() {
 
 #[test]
 fn root_ctr_pulls_an_image_normally_and_lists_it() {
-    let stage = Stage::set("ctr", "");
+    let stage = E2eFixture::start("ctr", "");
     let image = stage.shell_image("ctr:1", "x");
     let reference = stage.publish_and_push(&image);
     // ctr 1.6 never asks for remote layers.
@@ -279,7 +281,7 @@ fn root_ctr_pulls_an_image_normally_and_lists_it() {
 
 #[test]
 fn root_two_namespaces_pull_the_same_image_on_different_parents() {
-    let stage = Stage::set("namespaces", "");
+    let stage = E2eFixture::start("namespaces", "");
     let image = stage.shell_image("namespaces:1", "x");
     // The lowest layer is not published, so each namespace has its own local one.
     stage.repository.publish_layers(&image.layers[1..]);
@@ -306,7 +308,7 @@ fn root_two_namespaces_pull_the_same_image_on_different_parents() {
 
 #[test]
 fn root_missing_repository_affects_only_containers_that_need_it() {
-    let stage = Stage::set("goes-away", "");
+    let stage = E2eFixture::start("goes-away", "");
     let image = stage.shell_image("away:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -331,7 +333,7 @@ fn root_missing_repository_affects_only_containers_that_need_it() {
 
 #[test]
 fn root_bind_mounted_layers_are_read_only() {
-    let stage = Stage::set("read-only", "attach = \"bind\"");
+    let stage = E2eFixture::start("read-only", "attach = \"bind\"");
     let image = stage.shell_image("ro:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::refused;
 use scene::disk::Disk;
 use scene::process::SetOnDrop;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
+use scene::snapshotter_fixture::assert_refused;
 
 #[test]
 fn root_full_disk_loses_nothing_and_recovers() {
@@ -52,13 +52,13 @@ fn root_full_disk_loses_nothing_and_recovers() {
                     }
                 }
             }
-            // Whoever only asks has an answer.
+            // Calls that only read succeed.
             assert_eq!(c.stat("before").unwrap().name, "before", "{name}");
             assert_eq!(c.list(&["kind==active"]).unwrap().len(), made.len() + 4, "{name}");
             c.mounts("before").unwrap();
         }
         assert!(failed > 20, "{name}: the disk never got full");
-        // What containerd frees space with works all the same, and so does a start.
+        // The calls with which containerd frees space succeed, and so does a start.
         c.remove("removed-0").unwrap();
         c.cleanup().unwrap();
         snapshotter.end(Signal::SIGKILL);
@@ -183,7 +183,7 @@ fn root_rebuild_failing_on_full_disk_changes_nothing() {
     fs::write(&file, &damaged).unwrap();
     fs::remove_file(home.join("metadata.reserve")).unwrap();
     disk.fill();
-    let before = scene::stage::names(&home);
+    let before = scene::e2e_fixture::names(&home);
     let rebuild = |snapshotter: &Snapshotter| {
         let mut command = snapshotter.command();
         command.args(["--rebuild-metadata", "--containerd-metadata", "none"]).output().unwrap()
@@ -192,7 +192,7 @@ fn root_rebuild_failing_on_full_disk_changes_nothing() {
     let message = String::from_utf8_lossy(&failed.stderr).into_owned();
     assert_eq!(failed.status.code(), Some(1), "{message}");
     assert!(message.contains("ENOSPC") && message.contains("nothing was changed"), "{message}");
-    assert_eq!(scene::stage::names(&home), before);
+    assert_eq!(scene::e2e_fixture::names(&home), before);
     assert!(fs::read(&file).unwrap() == damaged);
     disk.make_room();
     assert!(rebuild(&snapshotter).status.success());
@@ -215,7 +215,7 @@ fn root_read_only_disk_still_serves_reads() {
     c.prepare("extract", "", &[]).unwrap();
     c.commit("committed", "extract", &[]).unwrap();
     let mounts = c.mounts("key").unwrap();
-    // As it would be after a while.
+    // Without this, ext4 would write the changes only after a while.
     run_sync();
     disk.find_error();
     for _ in 0..3 {
@@ -226,7 +226,7 @@ fn root_read_only_disk_still_serves_reads() {
             c.update(c.stat("key").unwrap(), &["labels"]).map(drop),
         ];
         for answer in answers {
-            let message = refused(answer, Code::INTERNAL);
+            let message = assert_refused(answer, Code::INTERNAL);
             assert!(message.contains("ead-only file system") || message.contains("(EROFS)"), "{message}");
         }
         assert_eq!(c.mounts("key").unwrap(), mounts);
@@ -252,7 +252,7 @@ fn root_read_only_disk_still_serves_reads() {
     c.remove("name").unwrap();
     c.remove("committed").unwrap();
     c.cleanup().unwrap();
-    assert_eq!(scene::stage::names(&snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(scene::e2e_fixture::names(&snapshotter.snapshots()), Vec::<String>::new());
 }
 
 fn run_sync() {

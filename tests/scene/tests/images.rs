@@ -5,19 +5,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::stat::SFlag;
-use scene::image::{Blob, Image, Layer, Stage as LayerStage};
+use scene::e2e_fixture::E2eFixture;
+use scene::image::{Blob, Image, Layer, LayerDir};
 use scene::publisher::{Ingest, Ownership, Repository, Settings};
-use scene::stage::Stage;
 
 /// Ends a chain of calls that fill a layer.
-fn done(_: &LayerStage) {}
+fn done(_: &LayerDir) {}
 
 fn all(image: &Image) -> Vec<&Blob> {
     image.layers.iter().collect()
 }
 
 /// Directories and files that the layers above delete and replace.
-fn lower(l: &LayerStage) {
+fn lower(l: &LayerDir) {
     for dir in ["data", "opaque", "opaque/inner", "gone", "gone/deep", "swapped", "etc/app", "odd", "kept"] {
         l.dir(dir);
     }
@@ -54,7 +54,7 @@ fn odd_names() -> Vec<Vec<u8>> {
     ]
 }
 
-fn upper(l: &LayerStage) {
+fn upper(l: &LayerDir) {
     l.delete("data/secret").file("data/new", "upper");
     l.dir("opaque").opaque("opaque").file("opaque/new", "upper").mode("opaque", 0o701).owner("opaque", 78, 90);
     l.delete("gone");
@@ -69,8 +69,8 @@ fn upper(l: &LayerStage) {
     l.dir("own").delete("own/never").file("own/file", "x");
 }
 
-/// What images hold besides plain files.
-fn special(l: &LayerStage) {
+/// Makes the entries of images that are not plain files.
+fn special(l: &LayerDir) {
     l.file("s/setuid", "#!").mode("s/setuid", 0o4711).owner("s/setuid", 0, 7);
     l.file("s/hard", "linked").hard_link("s/hard", "s/hard2").hard_link("s/hard", "s/\u{e9}hard3");
     l.symlink("../nowhere", "s/dangling").symlink("/etc", "s/absolute");
@@ -83,7 +83,7 @@ fn special(l: &LayerStage) {
 const CAP_NET_RAW: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// An image of everything above.
-fn everything(stage: &Stage) -> Image {
+fn everything(stage: &E2eFixture) -> Image {
     let b = &stage.builder;
     let layers = [stage.base_layer(), b.layer(lower), b.layer(special), b.layer(upper)];
     b.image("all:1", &layers, &[])
@@ -101,7 +101,7 @@ fn root_published_layers_equal_a_normal_pull() {
     let [mounted, plain]: [fn(&Path) -> Repository; 2] = [Repository::mounted, Repository::plain];
     for (attach, publishers) in [("bind", [mounted, without_losses]), ("symlink", [with_owners, plain])] {
         for publisher in publishers {
-            let stage = Stage::with("published", &format!("attach = \"{attach}\""), publisher);
+            let stage = E2eFixture::start_with_repository("published", &format!("attach = \"{attach}\""), publisher);
             let image = everything(&stage);
             stage.assert_same(&image, &all(&image));
             assert!(!stage.snapshotter.log().contains("error"), "{}", stage.snapshotter.log());
@@ -116,10 +116,10 @@ fn root_published_layers_equal_a_normal_pull() {
 fn root_lost_owners_are_logged_once() {
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
     let lost = |dir: &Path| Repository::mounted_with(dir, Settings { ingest, ..Settings::default() });
-    let stage = Stage::with("owners", "", lost);
+    let stage = E2eFixture::start_with_repository("owners", "", lost);
     for n in 0..2 {
         let b = &stage.builder;
-        let mark = |l: &LayerStage| done(l.file("n", n.to_string()).file("etc/n", "x"));
+        let mark = |l: &LayerDir| done(l.file("n", n.to_string()).file("etc/n", "x"));
         let image =
             b.image(&format!("all:{n}"), &[b.layer(mark), b.layer(lower), b.layer(special), b.layer(upper)], &[]);
         stage.assert_same(&image, &all(&image));
@@ -137,7 +137,7 @@ fn root_lost_owners_are_logged_once() {
 #[test]
 fn root_independent_cvmfs_client_shows_the_same_files() {
     let theirs = |dir: &Path| Repository::mounted_with(dir, Settings::with_client(&["--backend", "crate"]));
-    let stage = Stage::with("theirs", "", theirs);
+    let stage = E2eFixture::start_with_repository("theirs", "", theirs);
     let b = &stage.builder;
     let layers = [
         b.layer(|l| {
@@ -165,11 +165,11 @@ fn root_independent_cvmfs_client_shows_the_same_files() {
 
 #[test]
 fn root_whiteouts_apply_across_local_and_published_layers() {
-    let stage = Stage::set("mixed", "");
+    let stage = E2eFixture::start("mixed", "");
     let b = &stage.builder;
     // Every subset of the three upper layers is published once.
     for subset in 0..8_usize {
-        let mark = |l: &LayerStage| {
+        let mark = |l: &LayerDir| {
             l.file("subset", subset.to_string());
         };
         let layers = [
@@ -197,7 +197,7 @@ fn root_whiteouts_apply_across_local_and_published_layers() {
 
 #[test]
 fn root_unusual_layer_contents_equal_a_normal_pull() {
-    let stage = Stage::set("odd", "");
+    let stage = E2eFixture::start("odd", "");
     let b = &stage.builder;
     let base = || b.layer(lower);
     let cases: Vec<(&str, Vec<Layer>)> = vec![
@@ -254,7 +254,7 @@ fn root_unusual_layer_contents_equal_a_normal_pull() {
 
 #[test]
 fn root_image_may_contain_a_layer_three_times() {
-    let stage = Stage::set("repeated", "");
+    let stage = E2eFixture::start("repeated", "");
     let b = &stage.builder;
     let (base, repeated) =
         (b.layer(lower), b.layer(|l| done(l.file("again", "again").delete("data/secret").opaque("opaque"))));
@@ -266,7 +266,7 @@ fn root_image_may_contain_a_layer_three_times() {
 
 #[test]
 fn root_chain_of_127_layers_works() {
-    let stage = Stage::set("long", "");
+    let stage = E2eFixture::start("long", "");
     let b = &stage.builder;
     let mut layers = vec![b.layer(lower)];
     layers.extend((1..127).map(|n| {

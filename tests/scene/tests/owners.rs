@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
 use nix::sys::signal::Signal;
-use scene::alone::{digest, refused};
 use scene::client::Client;
 use scene::disk::Disk;
 use scene::doctor::{Finding, read};
+use scene::e2e_fixture::names;
 use scene::process::eventually;
 use scene::publisher::{NAME, NO_OWNER, Repository, Settings};
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{assert_refused, digest};
 
 const MODES: [&str; 2] = ["attach = \"bind\"", "attach = \"symlink\""];
-/// What the kernel says of such an owner.
+/// The id that the kernel reports for an owner without a mapping.
 const NOBODY: u32 = 65_534;
 
 fn mounted(sandbox: &Sandbox, client: &[&str]) -> Repository {
@@ -69,14 +69,14 @@ fn status(snapshotter: &Snapshotter) -> (serde_json::Value, String) {
 struct Case {
     name: &'static str,
     client: &'static [&'static str],
-    /// Of everything but one file, and of that one.
+    /// The owner of all files but one, and the owner of that one.
     owners: [(u32, u32); 2],
-    /// As status has it, with the one owner.
+    /// The state that status reports, and the owner with it.
     state: &'static str,
     owner: Option<(u32, u32)>,
-    /// Of the doctor.
+    /// The state of the doctor's finding.
     finding: &'static str,
-    /// What the remedy names, and what it must not.
+    /// The settings that the remedy must name, and those that it must not name.
     settings: &'static [&'static str],
     others: &'static [&'static str],
 }
@@ -242,7 +242,7 @@ fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file
         let chain = pull_two(&c);
         repository.command("magic-xattrs always");
         let setting = "CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly";
-        let message = refused(c.prepare("early", &chain, &[]), RpcStatusCode::UNAVAILABLE);
+        let message = assert_refused(c.prepare("early", &chain, &[]), RpcStatusCode::UNAVAILABLE);
         assert!(message.contains(setting), "{config}: {message}");
         let found = diagnosed(&snapshotter, "repository.attributes");
         let [one] = &found[..] else { panic!("{found:#?}") };
@@ -280,7 +280,7 @@ fn root_error_names_attribute_that_state_root_rejects_and_its_directory() {
         let c = snapshotter.client();
         let chain = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
         for key in ["first", "second"] {
-            let message = refused(c.prepare(key, &chain, &[]), RpcStatusCode::FAILED_PRECONDITION);
+            let message = assert_refused(c.prepare(key, &chain, &[]), RpcStatusCode::FAILED_PRECONDITION);
             for part in [digest(1).as_str(), "\"d\"", "\"user.big\"", "5000", "file system of the state root"] {
                 assert!(message.contains(part), "{config}: {part} is missing in: {message}");
             }

@@ -1,13 +1,13 @@
-//! Promise 7, the repository is only read: strace records every system call of the daemon over
-//! its whole life, and each that names something of the repository is looked at.
+//! Promise 7, the repository is only read: strace records every system call of the daemon over its whole life, and each
+//! call that names a path of the repository is checked.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
+use scene::e2e_fixture::E2eFixture;
 use scene::process::eventually;
-use scene::stage::Stage;
 
 /// Calls that change nothing that they name. Any other call counts as a change.
 const READING: &str = "access close dup dup2 dup3 epoll_ctl epoll_wait execve faccessat faccessat2 fadvise64 fcntl \
@@ -23,16 +23,16 @@ const FOLLOWING: &str = "chmod fchmodat chown fchownat setxattr removexattr trun
 #[test]
 fn root_daemon_opens_nothing_in_repository_for_writing() {
     for attach in ["bind", "symlink"] {
-        let mut stage = Stage::set("read-only", &format!("attach = \"{attach}\""));
+        let mut stage = E2eFixture::start("read-only", &format!("attach = \"{attach}\""));
         stage.snapshotter.end(Signal::SIGTERM);
         let mut text = String::new();
-        let mut life = |stage: &mut Stage, n: usize, how: Signal, act: &dyn Fn(&Stage)| {
+        let mut life = |stage: &mut E2eFixture, n: usize, how: Signal, act: &dyn Fn(&E2eFixture)| {
             let trace = stage.sandbox.path(&format!("trace-{n}"));
             let record = format!("--output={}", trace.display());
-            // As a child of its own (-D), so that our signals reach the daemon.
+            // With -D strace is a child of the daemon, so that our signals reach the daemon.
             let strace =
                 ["strace", "-D", "--follow-forks", "--decode-fds=all", "--trace=%file,%desc", "--quiet=attach"];
-            stage.snapshotter.start_again_under(&[&strace[..], &[&record]].concat());
+            stage.snapshotter.start_again_below(&[&strace[..], &[&record]].concat());
             let containerd = stage.ours.snapshots();
             eventually("containerd has connected again", || containerd.prepare("probe", "", &[]).is_ok());
             act(stage);
@@ -73,19 +73,19 @@ fn root_daemon_opens_nothing_in_repository_for_writing() {
             trace.reads
         ));
         assert_eq!(trace.changes, Vec::<String>::new(), "{attach}");
-        // Else the trace proves nothing.
+        // An empty trace would prove nothing.
         assert!(trace.reads > 10, "{attach}: it does not even show what is read: {}", trace.reads);
         assert!(trace.places.len() >= 3, "{attach}: it does not show what is attached: {:?}", trace.places);
     }
 }
 
-/// What a trace says about the repository.
+/// The calls of a trace that concern the repository.
 struct Trace {
     repository: PathBuf,
-    /// Where parts of it were attached, at any time, and where they are now.
+    /// The paths at which parts of it were attached at any time, and at which they are attached now.
     places: BTreeSet<PathBuf>,
     attached: BTreeSet<PathBuf>,
-    /// So often something was opened, for reading only.
+    /// How many times a path was opened for reading only.
     reads: usize,
     /// The calls that change, or open for a change.
     changes: Vec<String>,
@@ -158,7 +158,7 @@ fn call(line: &str) -> Option<(&str, &str)> {
     name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_').then_some((name, arguments))
 }
 
-/// What stands between two signs, without the paths of descriptors that are no files.
+/// The strings between two delimiters, without the paths of descriptors that are not files.
 fn parts(arguments: &str, open: char, close: char) -> Vec<PathBuf> {
     let mut parts = Vec::new();
     let mut rest = arguments;

@@ -12,19 +12,19 @@ use std::thread;
 use std::time::Duration;
 
 use cvmfs_snapshotter::proto::mount::Mount;
-use scene::alone::digest;
-use scene::calls::Calls;
-use scene::client::{Answer, Client};
+use scene::background_calls::BackgroundCalls;
+use scene::client::{CallResult, Client};
 use scene::compare::compare;
 use scene::containerd::{NAMESPACE, Writable};
 use scene::cri::Cri;
+use scene::e2e_fixture::names;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
 use scene::process::eventually;
 use scene::publisher::{Repository, Settings};
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
-use scene::stage::names;
+use scene::snapshotter_fixture::digest;
 
 /// The numbers of the capabilities that the unit names and docs/privileges.md explains.
 const CAPABILITIES: [(&str, u32); 7] = [
@@ -198,7 +198,7 @@ impl<'m> Root<'m> {
         image: &Image,
         writable: Writable,
     ) -> Self {
-        let containerd = Client::of_containerd(&machine.path(CONTAINERD), namespace, snapshotter);
+        let containerd = Client::connect_to_containerd(&machine.path(CONTAINERD), namespace, snapshotter);
         let (key, at) = (format!("look {writable:?}"), format!("/mnt/{snapshotter}"));
         let parent = image.chain_ids.last().expect("an image has layers");
         // Without the label containerd would collect it at once.
@@ -228,7 +228,7 @@ fn snapshot_dirs(machine: &Machine) -> Vec<String> {
     names(&machine.path(&format!("{STATE}/snapshotter/snapshots")))
 }
 
-/// What only one of the capabilities allows, as far as this kernel asks for it.
+/// Each capability of the unit is needed by some work, as far as this kernel checks it.
 #[test]
 fn root_service_fails_without_any_one_of_its_capabilities() {
     let sandbox = Sandbox::enter("capabilities");
@@ -263,7 +263,7 @@ fn root_service_fails_without_any_one_of_its_capabilities() {
     }
 }
 
-/// What one could not remove, the next one can.
+/// Removes what a daemon without a capability could not remove.
 fn clear(machine: &Machine) {
     let client = machine.client();
     for snapshot in client.list(&["kind!=committed"]).expect("a good filter") {
@@ -291,18 +291,18 @@ fn publish_odd_layers(repository: &Repository) {
     repository.commit();
 }
 
-/// One of everything that the daemon does, and what of it failed.
+/// Does everything once that the daemon does. The result is what failed.
 fn work(machine: &Machine) -> Vec<String> {
     let mut failures = Vec::new();
     let client = machine.client();
     let lower = client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     let upper = client.pull_remote("extract-2", &lower, "sha256:c2", &digest(2));
-    let mut done = |result: Answer<()>| failures.extend(result.err().map(|status| status.message().to_owned()));
+    let mut done = |result: CallResult<()>| failures.extend(result.err().map(|status| status.message().to_owned()));
     // A container on published layers.
     let below = client.prepare("container", &upper, &[]);
     let masks: Vec<PathBuf> = below.iter().flat_map(|mounts| directories(mounts)).map(|d| machine.path(&d)).collect();
     done(below.map(drop));
-    // One that wrote what only its owner may enter, and has no layers.
+    // A container without layers has made a directory that only its owner may enter.
     let own = client.prepare("writer", "", &[]).expect("a directory can be made");
     let locked = machine.path(&own[0].source).join("locked");
     fs::create_dir_all(locked.join("inner")).expect("a directory can be made");
@@ -327,7 +327,7 @@ fn work(machine: &Machine) -> Vec<String> {
     failures
 }
 
-/// What an overlay consists of.
+/// The directories of an overlay.
 fn directories(mounts: &[Mount]) -> Vec<String> {
     mounts
         .iter()
@@ -396,13 +396,13 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
-    let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    let containerd = Client::connect_to_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
     // With the service stopped, a call starts it.
     machine.run(&["systemctl", "stop", SERVICE]).ok();
     containerd.prepare("first", "", &[("containerd.io/gc.root", "scene")]).expect("the socket starts the service");
-    let client = || Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    let client = || Client::connect_to_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
     let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
-    let calls = Calls::beside(&clients, |calls| {
+    let calls = BackgroundCalls::run_during(&clients, |calls| {
         let pid = || machine.property(SERVICE, "MainPID");
         for _ in 0..RESTARTS {
             let before = pid();
@@ -410,7 +410,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
             assert_ne!(pid(), before, "it was not restarted");
             calls.wait_for_more(20);
         }
-        let (made, failed) = (calls.made(), calls.take_failed());
+        let (made, failed) = (calls.made(), calls.drain_failures());
         scene::report::print(format_args!("under systemd: {RESTARTS} restarts, {made} calls, {} failed", failed.len()));
         assert_eq!(failed, Vec::<String>::new());
         for _ in 0..KILLS {
@@ -421,7 +421,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
         }
         println!("{} at most", machine.status(SERVICE)("VmHWM"));
     });
-    let failed = calls.take_failed();
+    let failed = calls.drain_failures();
     println!("{KILLS} kills, {} calls failed: {failed:#?}", failed.len());
     // What was under way at a kill, and what of its key follows from that. (More, if systemd
     // takes longer than the second that containerd gives a new connection.)
@@ -461,19 +461,24 @@ fn beside(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("{name} is built first: cargo build --workspace"))
 }
 
-/// A daemon that is there and does nothing is worse than none.
+/// A daemon that runs and does nothing is worse than none.
 #[test]
 fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
+    const WATCHDOG: Duration = Duration::from_secs(2);
     let sandbox = Sandbox::enter("watchdog");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     assert_ne!(machine.property(SERVICE, "WatchdogUSec"), "0", "the unit has a watchdog");
-    machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\n");
+    machine.drop_in(
+        SERVICE,
+        "watchdog",
+        &format!("[Service]\nWatchdogSec={0}\nTimeoutStopSec={0}\n", WATCHDOG.as_secs()),
+    );
     machine.restart(SERVICE);
     let pid = || machine.property(SERVICE, "MainPID");
     let first = pid();
-    thread::sleep(Duration::from_secs(5));
-    assert_eq!(pid(), first, "it idles, and lives");
+    thread::sleep(2 * WATCHDOG + Duration::from_secs(1));
+    assert_eq!(pid(), first, "an idle daemon is not restarted");
     machine.run(&["systemctl", "kill", "--signal=SIGSTOP", SERVICE]).ok();
     eventually("systemd starts it again", || ![first.as_str(), "0"].contains(&pid().as_str()));
     let journal = machine.journal(SERVICE);
@@ -481,7 +486,7 @@ fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
     machine.client().stat("key").expect_err("it answers: there is no such snapshot");
 }
 
-/// What the doctor says of this check.
+/// The doctor's lines about a check, and its exit code.
 fn diagnosis(machine: &Machine, check: &str) -> (String, Option<i32>) {
     let output = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]);
     let of_check = |line: &&str| line.split_whitespace().nth(1) == Some(check);
@@ -501,7 +506,7 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     assert_eq!(code, Some(0), "a node as the packages leave it is good:\n{all}");
     scene::report::print(format_args!("the doctor of a good node:\n{all}"));
 
-    // Of a containerd that does not run, the file that its unit names counts.
+    // The file that the unit names is checked for a containerd that does not run.
     let start = machine.property(CONTAINERD, "ExecStart");
     let program = start.split("path=").nth(1).and_then(|rest| rest.split(' ').next()).expect("it starts a program");
     let good = fs::read_to_string(machine.path("/etc/containerd/config.toml")).expect("it is there");
@@ -543,7 +548,7 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     let (said, _) = diagnosis(&machine, "config.file");
     assert!(said.contains("/etc/other.toml, line 1: workers = 0 is not possible"), "{said}");
 
-    // Who runs under the unit, and is not ours, must not be told to restart: the Go one loses everything by that.
+    // The doctor must not advise to restart a unit that runs another program: the Go snapshotter would lose everything.
     let start = "[Service]\nType=simple\nExecStart=\nExecStart=/bin/sleep 1000\n";
     machine.drop_in(SERVICE, "other", start);
     machine.run(&["systemctl", "start", SERVICE]).ok();
@@ -577,7 +582,7 @@ fn root_metrics_are_served_under_the_unit_on_socket_and_address() {
     let journal = machine.journal(SERVICE);
     assert!(journal.contains("RestrictAddressFamilies=AF_INET AF_INET6"), "the log has the remedy: {journal}");
     machine.client().stat("key").expect_err("it serves containerd all the same");
-    // As docs/metrics.md has it.
+    // docs/metrics.md shows these lines.
     let lines = "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressDeny=any\nIPAddressAllow=localhost\n";
     machine.drop_in(SERVICE, "metrics", lines);
     machine.restart(SERVICE);

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{digest, refused};
+use scene::e2e_fixture::names;
 use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{assert_refused, digest};
 
 /// Long enough that a busy machine does not reach it by itself.
 const TIMEOUT: Duration = Duration::from_secs(4);
@@ -59,7 +59,7 @@ fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
         std::thread::scope(|scope| {
             for n in 0..20 {
                 let (c, second) = (snapshotter.client(), &second);
-                scope.spawn(move || refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
+                scope.spawn(move || assert_refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
             }
             std::thread::sleep(Duration::from_millis(500));
             let begun = Instant::now();
@@ -82,7 +82,7 @@ fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
         drop(running);
         // The second one has the only copy of layer 2; where it came from is known.
         two.unmount();
-        let message = refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
+        let message = assert_refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
         assert!(message.contains(&digest(2)) && message.contains(two.dir().to_str().expect("a path")), "{message}");
         eventually("the first one is found to answer again", || c.prepare("d", &first, &[]).is_ok());
         for key in ["a", "b", "d"] {

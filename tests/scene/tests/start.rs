@@ -16,22 +16,22 @@ use cvmfs_snapshotter::server::service;
 use grpcio::RpcStatusCode as Code;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
-use scene::alone::refused;
-use scene::client::{Answer, Client};
+use scene::client::{CallResult, Client};
 use scene::disk::Disk;
 use scene::process::{Output, eventually, run};
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
+use scene::snapshotter_fixture::assert_refused;
 
-/// What the daemon says of its health.
-fn health(client: &Client) -> Answer<ServingStatus> {
+/// The health that the daemon reports.
+fn health(client: &Client) -> CallResult<ServingStatus> {
     let request = HealthCheckRequest::default();
     client.call(&service::HEALTH_CHECK, &request).map(|answer| answer.status.enum_value_or_default())
 }
 
-/// Others may have taken the last place in the queue.
-fn stat_when_there_is_room(client: &Client, key: &str) -> Answer<Info> {
+/// Calls Stat again as long as other calls fill the queue.
+fn stat_when_there_is_room(client: &Client, key: &str) -> CallResult<Info> {
     loop {
         match client.stat(key) {
             Err(status) if status.code() == Code::RESOURCE_EXHAUSTED => std::thread::sleep(Duration::from_millis(50)),
@@ -57,7 +57,7 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
     snapshotter.start_again();
     let client = snapshotter.client();
     // It would have had the only worker.
-    refused(client.with_timeout(Duration::from_secs(1)).prepare("late", "", &[]), Code::DEADLINE_EXCEEDED);
+    assert_refused(client.with_timeout(Duration::from_secs(1)).prepare("late", "", &[]), Code::DEADLINE_EXCEEDED);
     let waiting: Vec<_> = (0..QUEUE - 1)
         .map(|_| {
             let client = client.clone();
@@ -80,7 +80,7 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
         call.join().unwrap().unwrap();
     }
     assert_eq!(health(&client).unwrap(), ServingStatus::SERVING);
-    refused(client.stat("late"), Code::NOT_FOUND);
+    assert_refused(client.stat("late"), Code::NOT_FOUND);
     assert!(snapshotter.end(Signal::SIGTERM).success());
 }
 
@@ -149,7 +149,7 @@ fn root_slow_start_handles_signals_and_can_be_stopped() {
     let log = snapshotter.log();
     assert!(status.success(), "{status}: {log}");
     assert!(log.contains("before the start was over"), "{log}");
-    refused(waiting.join().unwrap(), Code::UNAVAILABLE);
+    assert_refused(waiting.join().unwrap(), Code::UNAVAILABLE);
     drop(held);
     snapshotter.start_again();
     snapshotter.client().stat("key").unwrap();
@@ -164,7 +164,7 @@ fn unstarted(name: &str) -> (Sandbox, Snapshotter) {
     (sandbox, snapshotter)
 }
 
-/// What a start with this state root says. One that is not refused is ended after a while.
+/// The output of a start with this state root. A daemon that does start is stopped after a while.
 fn start_at(snapshotter: &Snapshotter, root: &Path) -> Output {
     let command = snapshotter.command();
     let usual = snapshotter.root();
@@ -172,13 +172,13 @@ fn start_at(snapshotter: &Snapshotter, root: &Path) -> Output {
     run("timeout", [OsStr::new("20"), command.get_program()].into_iter().chain(arguments))
 }
 
-fn assert_refused(what: &str, output: &Output, parts: &[&str]) {
+fn assert_start_refused(what: &str, output: &Output, parts: &[&str]) {
     assert_eq!(output.status.code(), Some(78), "{what}: {output:?}");
     let said = output.stderr.lines().last().unwrap_or_default();
     assert!(parts.iter().all(|part| said.contains(part)), "{what}: {said}");
 }
 
-/// Whoever could write there put metadata and a link of theirs in it, and root removed what the link led to.
+/// A user who could write to the directory put metadata and a symlink there, and root removed the symlink's target.
 #[test]
 fn root_start_refuses_state_root_with_foreign_directories() {
     let (sandbox, snapshotter) = unstarted("others");
@@ -203,7 +203,7 @@ fn root_start_refuses_state_root_with_foreign_directories() {
             "chown root",
             "chmod go-w",
         ];
-        assert_refused(what, &start_at(&snapshotter, &root), &parts);
+        assert_start_refused(what, &start_at(&snapshotter, &root), &parts);
         assert!(!root.join("snapshotter/metadata.sqlite").exists(), "{what}");
     }
     for link in ["snapshotter", "snapshotter/snapshots"] {
@@ -211,12 +211,12 @@ fn root_start_refuses_state_root_with_foreign_directories() {
         let link = root.join(link);
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         symlink(victim.parent().unwrap(), &link).unwrap();
-        assert_refused("a link", &start_at(&snapshotter, &root), &[&link.display().to_string(), "link"]);
+        assert_start_refused("a link", &start_at(&snapshotter, &root), &[&link.display().to_string(), "link"]);
     }
     let (theirs, link) = (sandbox.make_dir("theirs"), sandbox.path("their-link"));
     symlink(&theirs, &link).unwrap();
     lchown(&link, Some(1234), None).unwrap();
-    assert_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
+    assert_start_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
     assert!(victim.exists());
 }
 
@@ -269,7 +269,11 @@ fn root_unusable_state_root_is_a_configuration_error() {
     ] {
         let root = sandbox.path(root);
         let shown = root.display().to_string();
-        assert_refused(&shown, &start_at(&snapshotter, &root), &[shown.trim_end_matches("/."), parts[0], parts[1]]);
+        assert_start_refused(
+            &shown,
+            &start_at(&snapshotter, &root),
+            &[shown.trim_end_matches("/."), parts[0], parts[1]],
+        );
     }
     // Its disk may be mounted later: systemd tries again.
     symlink("nowhere", sandbox.path("dangling")).unwrap();

@@ -1,4 +1,4 @@
-//! What becomes of work for which no thread can be started.
+//! The daemon in a control group in which it cannot start threads.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
-use scene::alone::{Alone, digest};
 use scene::process::eventually;
+use scene::snapshotter_fixture::{SnapshotterFixture, digest};
 
 /// A control group that bounds how many processes and threads there are in it.
 struct PidsGroup(PathBuf);
@@ -42,7 +42,7 @@ impl Drop for PidsGroup {
 /// layer waited for `repository-timeout`, and then its healthy repository was taken for dead.
 #[test]
 fn root_scan_succeeds_without_additional_threads() {
-    let mut d = Alone::start("threads", "repository-timeout = 4");
+    let mut d = SnapshotterFixture::start("threads", "repository-timeout = 4");
     let top = d.repository.layer_dir(&digest(1)).join("layerfs");
     for n in 0..500 {
         fs::create_dir(top.join(n.to_string())).unwrap();
@@ -50,7 +50,7 @@ fn root_scan_succeeds_without_additional_threads() {
     fs::write(top.join("499/.wh.gone"), "").unwrap();
     d.repository.commit();
     let group = PidsGroup::around(d.snapshotter.server().pid());
-    // One that asks the repository, and one that scans.
+    // The two threads are one that queries the repository, and one that scans.
     group.allow_more(2);
     let layer = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     d.client.prepare("container", &layer, &[]).expect("a container starts");

@@ -5,15 +5,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use scene::e2e_fixture::names;
 use scene::machine::{HOST, SERVICE, STATE};
 use scene::process::{eventually, tool};
 use scene::release::read;
-use scene::stage::names;
 
 use crate::node::{CONFIG, Node};
 use crate::{DEB, RPM, folder, go, next, one};
 
-/// Who runs a command that is not run here.
+/// The place that runs a command which is not run here.
 enum By {
     /// `.ci/run`.
     Ci,
@@ -66,7 +66,7 @@ fn bare(line: &str) -> String {
     line.split("  #").next().unwrap_or_default().trim().to_owned()
 }
 
-/// What the documentation tells people to type, page by page.
+/// The commands that the documentation shows, page by page.
 fn commands() -> Vec<Command> {
     let mut files = Vec::new();
     pages("", false, &mut files);
@@ -109,9 +109,9 @@ fn commands() -> Vec<Command> {
 struct Reader<'a> {
     node: &'a Node,
     commands: Vec<Command>,
-    /// What stands for something else on a page, and what is typed for it.
+    /// Placeholders of the pages, and the texts that replace them.
     substitutions: Vec<(String, String)>,
-    /// What did not do what its page says.
+    /// The commands that did not do what their page says.
     wrong: Vec<String>,
 }
 
@@ -145,7 +145,7 @@ impl Reader<'_> {
         output.stdout
     }
 
-    /// As `run`, to a good end, and it must say these words.
+    /// As `run`, for a command that must succeed and print these words.
     #[track_caller]
     fn run_and_see(&mut self, page: &str, text: &str, words: &[&str]) {
         let said = self.run(page, text, 0);
@@ -224,8 +224,8 @@ const TAKEOVER: &str = "docs/takeover.md";
 const CACHE: &str = "/var/lib/cvmfs";
 const TROUBLE: &str = "docs/troubleshooting.md";
 
-/// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
-/// that loses nothing.
+/// The life of a node: the Go snapshotter, then ours installed by hand, as a DEB, as an RPM, and as a DEB again, while a
+/// container runs and loses nothing.
 #[test]
 fn root_every_documented_command_does_what_its_page_says() {
     let Some(node) = go::boot_node_or_skip("commands", "/etc/systemd/system") else { return };
@@ -301,7 +301,7 @@ fn root_every_documented_command_does_what_its_page_says() {
     assert_eq!(missing(&docs.commands), Vec::<String>::new(), "commands that nobody runs");
 }
 
-/// What the readme says of an installation without a package.
+/// The commands of the readme for an installation without a package.
 fn by_hand(docs: &mut Reader) {
     let node = docs.node;
     // Where the sources were built.
@@ -327,7 +327,7 @@ fn by_hand(docs: &mut Reader) {
     assert!(journal.contains("takeover_finished") && journal.contains(r#""lost_files":"0""#), "{journal}");
 }
 
-/// What an administrator does with one that serves, on which `image` was pulled.
+/// The commands for a daemon that serves, through which `image` was pulled.
 fn everyday(docs: &mut Reader, image: &str) {
     let node = docs.node;
     for page in [README, ADMIN] {

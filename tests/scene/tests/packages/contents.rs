@@ -1,4 +1,4 @@
-//! What is in the packages, without installing them.
+//! The contents of the packages, which are read without installing them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -7,7 +7,7 @@ use scene::machine::{SERVICE, STATE};
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
 use crate::{DEB, folder, next, one};
 
-/// What `systemd-analyze security` may say of the unit, in tenths.
+/// The highest exposure that `systemd-analyze security` may report for the unit, in tenths.
 const EXPOSURE: &str = "47";
 
 #[test]
@@ -55,7 +55,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
     machine.restart(SERVICE);
     node.assert_nothing_is_lost(&running);
-    // What was stopped by hand is not started by an upgrade.
+    // An upgrade does not start units that were stopped by hand.
     node.shell(&format!("systemctl stop {SERVICE} {SOCKET_UNIT}")).ok();
     node.dpkg(&upgrade);
     assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
@@ -73,7 +73,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
 
-    // Else containerd may still have something cleaned up that was in use just now.
+    // containerd might still clean up snapshots that were in use until now.
     node.shell(&format!("systemctl stop {SERVICE} {SOCKET_UNIT}")).ok();
     let state = node.state();
     let said = node.dpkg("--purge cvmfs-snapshotter");

@@ -9,28 +9,28 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use scene::client::Client;
+use scene::e2e_fixture::names;
 use scene::machine::{PROXY, SERVICE, SOCKET, STATE};
 use scene::process::{Server, eventually, tool};
 use scene::sandbox::Sandbox;
-use scene::stage::names;
 
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
 use crate::{DEB, RPM, folder, next, one};
 
-/// As it is on such a node.
+/// The configuration on a node with the Go snapshotter.
 pub const CONFIGURATION: &str = "repository = \"scene.test\"\n";
-/// What replaces it once the configuration is right, as docs/install.md has it.
+/// The command of docs/install.md that replaces the Go snapshotter once the configuration is valid.
 pub const BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && \
                            systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
 const PROGRAM: &str = "/usr/bin/cvmfs_snapshotter";
-/// What replaces it under another unit.
+/// The command that replaces a Go snapshotter of another unit.
 pub const ANY_BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit replace-any && \
                                systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
-/// Of its engine.
+/// The arguments of the test program that runs the Go snapshotter's engine.
 const ARGUMENTS: &str = "bind /cvmfs/scene.test /var/lib/containerd-cvmfs-grpc/snapshotter \
                          /run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 
-/// As an administrator writes them.
+/// The directory of the units that an administrator writes.
 const UNITS: &str = "/etc/systemd/system";
 
 /// A node that runs the Go snapshotter, whose unit lies in `folder`.
@@ -102,7 +102,7 @@ fn assert_replaced_by_what_is_said(
     machine.write(CONFIG, &wrong);
     let said = install();
     serves_on(&said, "it ended at the second installation");
-    // Nobody asked an upgrade to replace it.
+    // An upgrade must not replace it unasked.
     machine.write(CONFIG, CONFIGURATION);
     let upgraded = upgrade();
     serves_on(&upgraded, "it ended at an upgrade");
@@ -114,7 +114,7 @@ fn assert_replaced_by_what_is_said(
     node.assert_nothing_is_lost(&running);
 }
 
-/// What is true after the package took its place, and said `said`.
+/// Asserts that the package has replaced it. `said` is the output of the installation.
 #[track_caller]
 fn assert_replaced(node: &Node, pid: &str, said: &str) {
     let machine = &node.machine;
@@ -127,7 +127,7 @@ fn assert_replaced(node: &Node, pid: &str, said: &str) {
     assert_eq!(node.shell("cat /proc/[0-9]*/comm | grep cvmfs_ || true").stdout, "");
 }
 
-/// What the other tests would see if a scriptlet stopped it.
+/// Shows what the other tests would find if a scriptlet stopped the Go snapshotter.
 #[test]
 fn root_go_snapshotter_empties_its_snapshots_on_normal_stop() {
     for (signal, left) in [(Signal::SIGKILL, 1), (Signal::SIGTERM, 0)] {
@@ -151,7 +151,7 @@ fn root_deb_replaces_go_snapshotter_whose_unit_is_in_etc() {
     let Some(node) = boot_node_or_skip("go-deb", "/etc/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
-    // Else dpkg asks whether the file that somebody wrote stays.
+    // Without the option dpkg asks whether to keep the file that an administrator wrote.
     let said = node.dpkg(&format!("--force-confold --install {}", node.give(&one(&folder(), DEB))));
     assert!(said.contains(&format!("/etc/systemd/system/{SERVICE}.go-saved")), "{said}");
     assert!(node.machine.path(&format!("/etc/systemd/system/{SERVICE}.go-saved")).exists());
@@ -202,7 +202,7 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
     let text = format!("[Service]\nExecStart=\nExecStart=-{elsewhere} {ARGUMENTS}\n");
     let drop_in = format!("{unit}.d/override.conf");
     machine.write(&drop_in, &text);
-    // For all units whose names begin so: nobody but systemd finds it.
+    // A drop-in for all units whose names begin with `cvmfs-`, which only systemd resolves.
     let hidden = format!("{UNITS}/cvmfs-.service.d/override.conf");
     machine.write(&hidden, &text);
     serve(&node, SERVICE);
@@ -227,7 +227,7 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
     assert_replaced(&node, &pid, &said);
     node.assert_nothing_is_lost(&running);
 
-    // What comes later is not started by an upgrade either.
+    // A drop-in that was added later is not applied by an upgrade either.
     let pid = machine.property(SERVICE, "MainPID");
     machine.write(&drop_in, &text);
     let said = node.dpkg(&format!("--install {deb}"));

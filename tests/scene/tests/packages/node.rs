@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use scene::calls::Calls;
+use scene::background_calls::BackgroundCalls;
 use scene::client::Client;
 use scene::containerd::NAMESPACE;
 use scene::cri::Cri;
@@ -36,7 +36,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// What the container runs.
+    /// The image of the container.
     pub fn image(&self) -> &str {
         &self.references[0]
     }
@@ -66,13 +66,14 @@ impl Node {
         to
     }
 
-    /// What dpkg said.
+    /// Runs dpkg. The result is its output.
     #[track_caller]
     pub fn dpkg(&self, arguments: &str) -> String {
         self.shell(&format!("dpkg {arguments} </dev/null")).ok()
     }
 
-    /// What rpm said. It is this host's: the machine has none, and so no package that ours needs.
+    /// Runs rpm. The result is its output. It is the program of this host: the machine has no rpm, and therefore no rpm
+    /// package that ours requires.
     #[track_caller]
     pub fn rpm(&self, arguments: &str) -> String {
         let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
@@ -100,7 +101,8 @@ impl Node {
         assert_eq!(fs::read_link(program).expect("it runs"), Path::new("/usr/bin/cvmfs-snapshotter"));
     }
 
-    /// As an image is made: what is installed is enabled, and nothing is started.
+    /// Asserts that an installation without a running systemd, as in the build of an image, enables the units and starts
+    /// nothing.
     #[track_caller]
     pub fn assert_installs_without_systemd(&self, install: impl FnOnce() -> String) {
         self.shell("mount -t tmpfs none /run/systemd").ok();
@@ -208,13 +210,13 @@ impl Node {
 
     /// Calls of containerd while `work` is done: how many there were, and which failed.
     pub fn calls_during(&self, work: impl FnOnce()) -> (usize, Vec<String>) {
-        let client = Client::of_containerd(&self.machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
-        let calls = Calls::beside(&[client], |calls| {
+        let client = Client::connect_to_containerd(&self.machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+        let calls = BackgroundCalls::run_during(&[client], |calls| {
             calls.wait_for_more(20);
             work();
             calls.wait_for_more(20);
         });
-        (calls.made(), calls.take_failed())
+        (calls.made(), calls.drain_failures())
     }
 
     /// The unit's place in time: the same if it was neither stopped nor started meanwhile.

@@ -1,5 +1,5 @@
-//! What `replace-go-unit`, which root runs at every installation, makes of processes that are no snapshotter of
-//! this node, and of names that others chose.
+//! `replace-go-unit`, which root runs at every installation, must not touch processes that are no snapshotter of this
+//! node, and must not trust names that other users choose.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -85,13 +85,13 @@ fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
         assert_eq!((output.status.code(), output.stdout.contains("listens at")), (Some(0), false), "{output:?}");
     }
 
-    // One of root in a container on the network of the host is none either.
+    // A process of root in a container on the network of the host is none either.
     let contained = format!("exec unshare --mount sh -c \"mount -t tmpfs none /run && {}\"", listen("contained"));
     start(&machine, &contained);
     let output = shell(&machine, SCRIPT);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
 
-    // And one of root that has the path on the host is said.
+    // A process of root that listens at the path on the host is reported.
     let pid = start(&machine, &listen("real"));
     let output = shell(&machine, SCRIPT);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
@@ -117,7 +117,7 @@ fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
     assert!(output.stdout.contains(&format!("process {pid} (odd) listens at")), "{output:?}");
 }
 
-/// What the script recommends, `replace-any`, killed whoever had the number of the process by then.
+/// The command `replace-any`, which the script recommends, killed any process that had the reported PID by then.
 #[test]
 fn root_process_with_reused_pid_is_not_killed() {
     let sandbox = Sandbox::enter("number");

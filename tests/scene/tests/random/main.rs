@@ -23,11 +23,11 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};
 use protobuf::well_known_types::timestamp::Timestamp;
-use scene::alone::{Alone, digest};
-use scene::client::{Answer, Client, LAYER_DIGEST, REF};
+use scene::client::{CallResult, Client, LAYER_DIGEST, REF};
+use scene::e2e_fixture::names;
 use scene::sandbox::mounts_below;
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{SnapshotterFixture, digest};
 
 use self::model::{Files, Labels, Model, Test};
 
@@ -36,7 +36,7 @@ use self::model::{Files, Labels, Model, Test};
 enum Who {
     /// This one, there or not.
     Named(char),
-    /// Of those of this kind the one with this number, by name and from the beginning again.
+    /// The snapshot with this number among those of a kind, sorted by name and counted round.
     Nth(Kind, usize),
 }
 
@@ -185,13 +185,13 @@ struct Run {
     operations: Vec<(i128, i128)>,
     /// The times of each snapshot as they were first seen, by its name and when it was changed.
     times: BTreeMap<(String, usize), (i128, i128)>,
-    /// What Prepare and View answered.
+    /// The mounts that Prepare and View returned.
     given: BTreeMap<String, Vec<Mount>>,
     compared: usize,
 }
 
 /// The value, if there is one and should be one.
-fn agree<T: std::fmt::Debug>(expected: model::Answer, actual: Answer<T>) -> Checked<Option<T>> {
+fn agree<T: std::fmt::Debug>(expected: model::CallResult, actual: CallResult<T>) -> Checked<Option<T>> {
     match (expected, actual) {
         (Ok(()), Ok(value)) => Ok(Some(value)),
         (Err(code), Err(status)) if status.code() == code => Ok(None),
@@ -202,7 +202,7 @@ fn agree<T: std::fmt::Debug>(expected: model::Answer, actual: Answer<T>) -> Chec
     }
 }
 
-fn done<T>(answer: Answer<T>) -> Checked<T> {
+fn done<T>(answer: CallResult<T>) -> Checked<T> {
     answer.map_err(|status| TestCaseError::fail(format!("{:?}: {}", status.code(), status.message())))
 }
 
@@ -352,7 +352,7 @@ impl Run {
         };
         labels.extend(wanted.map(|digest| (LAYER_DIGEST.to_owned(), digest)));
         let actual = self.client.prepare(&key, &parent, &pairs(&labels));
-        // As containerd finds out the name.
+        // containerd finds the name of the snapshot with this filter.
         let filter = format!("labels.{REF:?}=={reference},parent=={parent:?}");
         let found = done(self.client.list(&[&filter]))?;
         let is_new = |info: &&Info| {
@@ -480,7 +480,7 @@ impl Run {
         Ok(())
     }
 
-    /// What is below `snapshots/` and in the mount table is what the records need.
+    /// Checks that `snapshots/` and the mount table hold exactly what the records need.
     fn check_disk(&self) -> Checked {
         let (local, live) = self.model.on_disk();
         let snapshots = self.snapshotter.snapshots();
@@ -526,7 +526,7 @@ fn last_lines(log: &str) -> String {
 #[test]
 fn root_random_operations_agree_with_the_model() {
     let begun = Instant::now();
-    let shared = Alone::start("random", "");
+    let shared = SnapshotterFixture::start("random", "");
     let dir = shared.sandbox.path("case");
     let mut config = Config { failure_persistence: None, max_shrink_iters: 400, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_none() {
@@ -570,7 +570,8 @@ fn root_random_operations_agree_with_the_model() {
     }
 }
 
-/// What the shrinking leaves may hold operations that only earlier forms of others needed.
+/// Removes operations from a shrunk case that it does not need: shrinking may leave some that only an earlier form of the
+/// case needed.
 fn fewest(
     mut list: Vec<Operation>,
     mut why: String,

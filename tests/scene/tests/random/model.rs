@@ -7,7 +7,7 @@ use grpcio::RpcStatusCode as Code;
 use scene::client::REF;
 
 pub type Labels = BTreeMap<String, String>;
-pub type Answer = Result<(), Code>;
+pub type CallResult = Result<(), Code>;
 
 /// The label that marks a remote snapshot.
 const REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
@@ -29,16 +29,16 @@ pub struct Snapshot {
     pub files: Files,
 }
 
-/// What a snapshot adds to those below it.
+/// The files that a snapshot adds to those of its parents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Files {
     /// Its own, with the number of the operation that made it.
     Own(usize),
-    /// Those of a published layer.
+    /// The files of a published layer.
     Layer(u8),
 }
 
-/// One test of a filter.
+/// A condition of a filter.
 #[derive(Clone, Debug)]
 pub enum Test<Name> {
     Kind(Kind),
@@ -58,7 +58,7 @@ impl Model {
         self.snapshots.get(key).ok_or(Code::NOT_FOUND)
     }
 
-    fn check_new(&self, key: &str, parent: &str) -> Answer {
+    fn check_new(&self, key: &str, parent: &str) -> CallResult {
         if !parent.is_empty() && self.get(parent)?.kind != Kind::COMMITTED {
             return Err(Code::INVALID_ARGUMENT);
         }
@@ -70,7 +70,7 @@ impl Model {
         self.snapshots.insert(key.to_owned(), Snapshot { parent, kind, labels, created: now, updated: now, files });
     }
 
-    pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Answer {
+    pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> CallResult {
         self.check_new(key, parent)?;
         self.insert(key, parent, kind, labels, Files::Own(self.now));
         Ok(())
@@ -78,7 +78,7 @@ impl Model {
 
     /// A Prepare of layer `published`, or of one that is not. The names of remote snapshots are
     /// the snapshotter's own: `name` is that of a new one, if it made one.
-    pub fn pull(&mut self, key: &str, parent: &str, labels: Labels, published: Option<u8>, name: &str) -> Answer {
+    pub fn pull(&mut self, key: &str, parent: &str, labels: Labels, published: Option<u8>, name: &str) -> CallResult {
         self.check_new(key, parent)?;
         let Some(layer) = published else { return self.create(Kind::ACTIVE, key, parent, labels) };
         let reference = labels[REF].clone();
@@ -109,7 +109,7 @@ impl Model {
         self.snapshots.iter().any(|(name, snapshot)| name.ends_with(&end) && snapshot.parent == parent)
     }
 
-    pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> Answer {
+    pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> CallResult {
         let active = self.get(key)?.clone();
         if self.snapshots.contains_key(name) {
             return Err(Code::ALREADY_EXISTS);
@@ -129,7 +129,7 @@ impl Model {
         Ok(())
     }
 
-    pub fn remove(&mut self, key: &str) -> Answer {
+    pub fn remove(&mut self, key: &str) -> CallResult {
         self.get(key)?;
         if self.snapshots.values().any(|s| s.parent == key) {
             return Err(Code::FAILED_PRECONDITION);
@@ -138,16 +138,16 @@ impl Model {
         Ok(())
     }
 
-    pub fn stat(&self, key: &str) -> Answer {
+    pub fn stat(&self, key: &str) -> CallResult {
         self.get(key).map(drop)
     }
 
-    pub fn mounts(&self, key: &str) -> Answer {
+    pub fn mounts(&self, key: &str) -> CallResult {
         if self.get(key)?.kind == Kind::COMMITTED { Err(Code::FAILED_PRECONDITION) } else { Ok(()) }
     }
 
     /// `mask` names fields; an empty one means all labels.
-    pub fn update(&mut self, key: &str, labels: &Labels, mask: &[String]) -> Answer {
+    pub fn update(&mut self, key: &str, labels: &Labels, mask: &[String]) -> CallResult {
         if mask.iter().any(|path| path != "labels" && !path.starts_with("labels.")) {
             return Err(Code::INVALID_ARGUMENT);
         }
@@ -173,7 +173,7 @@ impl Model {
             Test::Parent(wanted) => snapshot.parent == wanted.as_deref().unwrap_or(""),
             Test::Has(label) => snapshot.labels.contains_key(*label),
             Test::Is(label, value) => snapshot.labels.get(*label).is_some_and(|v| v == value),
-            // What is absent counts as empty here.
+            // containerd compares an absent label as an empty text here.
             Test::IsNot(label, value) => snapshot.labels.get(*label).map_or("", String::as_str) != *value,
         };
         let matches = |name: &str, snapshot: &Snapshot| {

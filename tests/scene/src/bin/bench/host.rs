@@ -1,4 +1,4 @@
-//! What was measured on, and of what: else nobody can compare two runs.
+//! The host and the programs of a run, which must be known to compare two runs.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -9,7 +9,7 @@ use scene::process::{run, tool};
 use scene::snapshotter::binary;
 use serde_json::{Value, json};
 
-/// Of a process so far: seconds of processor time.
+/// The seconds of processor time that a process has used.
 pub fn processor_seconds(pid: Pid) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The name in brackets may hold anything.
@@ -23,7 +23,7 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Of the file system that holds `path`.
+/// The file system that holds `path`.
 pub fn file_system(path: &Path) -> String {
     let of = |column: &str| run("findmnt", ["-no", column, "-T", &path.display().to_string()]).stdout.trim().to_owned();
     format!("{} on {}", of("FSTYPE"), of("SOURCE"))
@@ -57,7 +57,7 @@ pub fn describe(state: &Path) -> Value {
     })
 }
 
-/// One line for each thing.
+/// The facts, one on each line.
 pub fn told(facts: &Value) -> String {
     let mut text = String::new();
     for (name, value) in facts.as_object().into_iter().flatten() {

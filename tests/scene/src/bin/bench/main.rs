@@ -31,7 +31,7 @@ use settings::Settings;
 
 type Part = fn(&Sandbox, &Settings, &Say) -> Group;
 
-/// What `BENCH_PARTS` names, and whether it is done without being named.
+/// The parts that `BENCH_PARTS` can name, and whether they run by default.
 const PARTS: [(&str, Part, bool); 8] = [
     ("cycles", cycles::run, true),
     ("making", making::run, true),

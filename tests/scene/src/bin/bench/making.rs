@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
+use crate::contestant::{Contestant, Failure, clients, failure, prefix, run_concurrently};
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
 use crate::stats::{Cell, float, seconds};
@@ -58,15 +58,15 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     group
 }
 
-/// One round; the result is how many per second.
-fn make(contestant: &Contestant, round: usize, by: usize) -> Result<f64, Trouble> {
+/// Makes the snapshots of a round. The result is their number per second.
+fn make(contestant: &Contestant, round: usize, by: usize) -> Result<f64, Failure> {
     let (clients, prefix) = (clients(contestant, by), prefix());
     let (took, result) = seconds(|| {
-        crowd(&clients, SNAPSHOTS / ROUNDS, |client, n| {
+        run_concurrently(&clients, SNAPSHOTS / ROUNDS, |client, n| {
             let name = format!("{prefix}made-{round}-{n}");
             let key = format!("{name} extract");
-            client.prepare(&key, "", &[]).map_err(trouble)?;
-            client.commit(&name, &key, &[]).map_err(trouble)
+            client.prepare(&key, "", &[]).map_err(failure)?;
+            client.commit(&name, &key, &[]).map_err(failure)
         })
     });
     result.map(|()| float(SNAPSHOTS / ROUNDS) / took)

@@ -16,7 +16,7 @@ pub enum Unit {
     Megabytes,
     PerSecond,
     Pieces,
-    /// Of all that the cores could have done. Only for JSON.
+    /// The share of the time of all cores. It appears only in JSON.
     Share,
 }
 
