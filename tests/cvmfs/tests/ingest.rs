@@ -50,7 +50,7 @@ fn layer() -> Vec<u8> {
 }
 
 /// Type and mode, owner, and whether the time is that of the tar.
-fn shown(layer: &Path, path: &str) -> (u32, (u32, u32), bool) {
+fn mode_owner_and_time(layer: &Path, path: &str) -> (u32, (u32, u32), bool) {
     let found = layer.join(path).symlink_metadata().unwrap_or_else(|error| panic!("look at {path}: {error}"));
     (found.mode(), (found.uid(), found.gid()), found.mtime() == 1_500_000_000)
 }
@@ -66,14 +66,14 @@ fn root_ingest_keeping_owners_gives_implicit_directories_to_uid_minus_one() {
     // The kernel shows the owner -1, which no file can have, as this number.
     let overflow = fs::read_to_string("/proc/sys/kernel/overflowuid").expect("the kernel has a number for that");
     let nobody = overflow.trim().parse().map(|id| (id, id)).expect("the kernel's number is one");
-    assert_eq!(shown(&layer, "named/setuid"), (0o104_755, (1000, 1001), true));
-    assert_eq!(shown(&layer, "named/link"), (0o120_777, (1000, 1001), true));
-    assert_eq!(shown(&layer, "un/named/same"), (0o104_755, (1000, 1001), true));
-    assert_eq!(shown(&layer, "named"), (0o042_750, (991, 990), true));
-    assert_eq!(shown(&layer, "late"), (0o041_777, (991, 990), true));
-    assert_eq!(shown(&layer, ".cvmfscatalog"), (0o100_664, (991, 990), false));
+    assert_eq!(mode_owner_and_time(&layer, "named/setuid"), (0o104_755, (1000, 1001), true));
+    assert_eq!(mode_owner_and_time(&layer, "named/link"), (0o120_777, (1000, 1001), true));
+    assert_eq!(mode_owner_and_time(&layer, "un/named/same"), (0o104_755, (1000, 1001), true));
+    assert_eq!(mode_owner_and_time(&layer, "named"), (0o042_750, (991, 990), true));
+    assert_eq!(mode_owner_and_time(&layer, "late"), (0o041_777, (991, 990), true));
+    assert_eq!(mode_owner_and_time(&layer, ".cvmfscatalog"), (0o100_664, (991, 990), false));
     for invented in ["un", "un/named", "", "../../../ab"] {
-        assert_eq!(shown(&layer, invented), (0o040_755, nobody, false), "{invented}");
+        assert_eq!(mode_owner_and_time(&layer, invented), (0o040_755, nobody, false), "{invented}");
     }
 }
 
@@ -84,9 +84,9 @@ fn root_ingest_takes_top_directory_from_tar_that_names_it() {
     let ingest = Ingest { owner: (991, 990), ..Ingest::default() };
     ingest.unpack(tar(&entries).as_slice(), &stage.source(), Path::new(BASE));
     let layer = stage.source().join(BASE);
-    assert_eq!(shown(&layer, ""), (0o040_711, (991, 990), true));
-    assert_eq!(shown(&layer, "file"), (0o100_644, (991, 990), true));
-    assert_eq!(shown(&layer, ".."), (0o040_755, (991, 990), false));
+    assert_eq!(mode_owner_and_time(&layer, ""), (0o040_711, (991, 990), true));
+    assert_eq!(mode_owner_and_time(&layer, "file"), (0o100_644, (991, 990), true));
+    assert_eq!(mode_owner_and_time(&layer, ".."), (0o040_755, (991, 990), false));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::thread;
 
-use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, plain_tree, seen, write};
+use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, list_tree, plain_tree, write};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const CRATE: [&str; 2] = ["--backend", "crate"];
@@ -58,12 +58,12 @@ fn root_cvmfs_crate_serves_four_concurrent_cold_readers_twenty_times() {
     let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
-    let expected = seen(&stage.source(), Detail::Plain);
+    let expected = list_tree(&stage.source(), Detail::Plain);
     for _ in 0..20 {
         let mount = stage.mount("mount", &CRATE);
         thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| assert_equal(&expected, &seen(mount.mountpoint(), Detail::Plain)));
+                scope.spawn(|| assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Plain)));
             }
         });
     }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use cvmfs_testbed::publisher::Settings;
-use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, noise, odd_tree, plain_tree, seen, write};
+use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, list_tree, noise, odd_tree, plain_tree, write};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 
@@ -56,12 +56,12 @@ fn root_four_concurrent_cold_readers_see_the_source() {
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
-    let expected = seen(&stage.source(), Detail::Everything);
+    let expected = list_tree(&stage.source(), Detail::Everything);
     for _ in 0..3 {
         let mount = stage.mount("mount", &[]);
         thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| assert_equal(&expected, &seen(mount.mountpoint(), Detail::Everything)));
+                scope.spawn(|| assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Everything)));
             }
         });
     }
@@ -74,13 +74,13 @@ fn root_publisher_omits_hard_links_xattrs_and_nanoseconds_by_default() {
     odd_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
-    let mut expected = seen(&stage.source(), Detail::Everything);
+    let mut expected = list_tree(&stage.source(), Detail::Everything);
     assert!(expected.entries.values().any(|entry| entry.contains_key("links") && entry["nanoseconds"] != "0"));
     assert!(expected.entries.values().any(|entry| entry.contains_key("xattrs")));
     expected.leave_out("links");
     expected.leave_out("xattrs");
     expected.entries.values_mut().for_each(|entry| drop(entry.insert("nanoseconds", "0".to_owned())));
-    assert_equal(&expected, &seen(mount.mountpoint(), Detail::Everything));
+    assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Everything));
 }
 
 #[test]

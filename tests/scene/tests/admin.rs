@@ -35,7 +35,7 @@ fn status(stage: &E2eFixture) -> Value {
     json(output)
 }
 
-/// The image of this reference.
+/// The image with this reference in a status.
 fn image<'s>(status: &'s Value, reference: &str) -> &'s Value {
     let images = status["images"].as_array().expect("images are a list");
     images.iter().find(|one| one["image"] == reference).unwrap_or_else(|| panic!("no {reference} in {status:#}"))
@@ -125,7 +125,7 @@ fn root_status_pages_through_any_number_of_snapshots() {
     assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(COUNT));
 }
 
-/// With `SCENE_SHOW`, what a person sees of it.
+/// Prints the status as a person sees it, with `SCENE_SHOW`.
 fn show_status(stage: &E2eFixture) {
     if std::env::var_os("SCENE_SHOW").is_some() {
         scene::report::print(format_args!(
@@ -231,7 +231,7 @@ fn listed_top(stage: &E2eFixture, chain: &str) -> String {
     top.expect("the chain is there").name.clone()
 }
 
-/// Prometheus' own opinion of what it is given, and of the rules that are packaged.
+/// Checks the metrics and the packaged rules with Prometheus' promtool.
 fn promtool(stage: &E2eFixture, metrics: &str, older: &str) {
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     let rules = run(
@@ -247,7 +247,7 @@ fn promtool(stage: &E2eFixture, metrics: &str, older: &str) {
     let command = format!("{} check metrics <{}", tool("promtool").display(), file.display());
     let lint = run("sh", ["-c", &command]);
     assert!(lint.status.success() && lint.stderr.is_empty(), "{}{}", lint.stdout, lint.stderr);
-    // Whatever the rules and the dashboard ask for is there.
+    // Every metric of the rules and the dashboard exists.
     let known = |name: &str| metrics.lines().any(|line| line.starts_with(name));
     for file in ["prometheus-alerts.yaml", "grafana-dashboard.json"] {
         let text = fs::read_to_string(packaging.join(file)).expect("a packaged file can be read");
@@ -258,7 +258,7 @@ fn promtool(stage: &E2eFixture, metrics: &str, older: &str) {
     }
 }
 
-/// There was none, and a job of another name has no alert.
+/// The page had no configuration of Prometheus, and the rules have no alert for a job with another name.
 #[test]
 fn root_prometheus_accepts_documented_configuration_and_alert_rules_match_its_job() {
     const RULES: &str = "/etc/prometheus/rules/cvmfs-snapshotter.yaml";
@@ -304,7 +304,7 @@ fn root_signals_change_the_log_level() {
     assert!(!log.contains("quiet") && !log.contains("silent"), "{log}");
 }
 
-/// Each of them waited for two minutes, for a daemon that greeted and for nothing else had an ear.
+/// Each command waited for two minutes for a daemon that accepted connections and answered nothing.
 #[test]
 fn root_admin_commands_time_out_on_unresponsive_daemon() {
     const LIMIT: Duration = Duration::from_secs(90);
@@ -316,7 +316,7 @@ fn root_admin_commands_time_out_on_unresponsive_daemon() {
         for connection in listener.incoming() {
             let mut connection = connection.expect("a connection can be taken");
             std::thread::spawn(move || {
-                // The test itself connects once to see that the socket is there, and is gone by now, so errors are no failure.
+                // The test connects once to see that the socket exists, and disconnects, so errors here are no failure.
                 let _ = connection.write_all(&frame(SETTINGS, 0, 0, &[]));
                 let _ = io::copy(&mut connection, &mut io::sink());
             });

@@ -1,5 +1,5 @@
-//! Layers on their way under a container, and away again: in both ways of attaching, at once, after
-//! a reboot, half-way, and scanned before.
+//! Attaching and detaching of layers below containers: in both modes, concurrently, after a reboot, after failures, and
+//! after a scan.
 
 #![allow(clippy::unwrap_used)]
 
@@ -101,7 +101,7 @@ fn root_stale_attachment_is_replaced() {
     run("umount", [layer()]).ok();
     fine("nothing is mounted there");
     d.client.remove("container").unwrap();
-    // Busy for a moment if another test's thread is just starting a process.
+    // The mount may be busy for a moment, because the thread of another test is just forking a process.
     eventually("the layer is detached", || {
         d.client.cleanup().unwrap();
         mounts_below(&d.snapshotter.snapshots()).is_empty()
@@ -130,7 +130,7 @@ fn root_failed_container_start_leaves_no_layer_attached() {
 #[test]
 fn root_next_container_sees_republished_layer() {
     let sandbox = Sandbox::enter("anew");
-    // On a device of its own, as a repository is.
+    // The repository is on its own device, as a mounted repository is.
     mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let top = repository.layer_dir(&digest(1)).join("layerfs");
@@ -183,8 +183,8 @@ fn root_open_file_in_detached_layer_stays_readable_without_its_mount() {
     assert_eq!(text, "1");
 }
 
-/// CernVM-FS says that names have 0 bytes at most. Overlayfs takes the largest of what its
-/// layers say, so without a local one every lookup fails.
+/// CernVM-FS reports a name length of 0. Overlayfs takes the largest name length of its layers, so without a local
+/// layer every lookup fails.
 #[test]
 fn root_view_of_layers_without_markers_is_readable() {
     let sandbox = Sandbox::enter("names");
@@ -207,7 +207,7 @@ fn root_view_of_layers_without_markers_is_readable() {
         let mounted = Mounted::new(&view, &at).expect("an overlay");
         assert_eq!(names(&at.join("dir")), ["1", "2"]);
         drop(mounted);
-        // The test can fail: without our directory it does not work.
+        // This proves that the test can fail: without our directory the lookup does not work.
         let mut without = view.clone();
         let directories: Vec<&str> = lower.trim_start_matches("lowerdir=").split(':').collect();
         assert_eq!(directories.len(), 3, "{lower}");
@@ -310,13 +310,13 @@ fn root_incomplete_scan_is_not_taken_for_a_layer_without_deletions() {
     assert_eq!(reads(), before, "no directory was read");
 }
 
-/// The refusal of a layer is kept, and `status` and the doctor called its image good; the message of each start advised
-/// to retry, to look at the repository, and to pull the image.
+/// The refusal of a layer is stored, yet `status` and the doctor called its image good, and the message of each start
+/// gave useless advice.
 #[test]
 fn root_image_on_refused_layer_fails_until_pulled_again() {
     let sandbox = Sandbox::enter("refused");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    // Its path is longer than that of a directory of a mask may be.
+    // The path is longer than a directory of a mask may be.
     let deep: PathBuf = vec!["d".repeat(250); 15].iter().collect();
     let marked = repository.layer_dir(&digest(1)).join("layerfs").join(deep);
     fs::create_dir_all(&marked).expect("a layer can be made");
@@ -368,8 +368,8 @@ fn root_image_on_refused_layer_fails_until_pulled_again() {
     assert_eq!(diagnosed().state, "good");
 }
 
-/// The first container on a very large layer must not wait for ever, nor be told that the
-/// repository is to blame; one that comes later finds the work done.
+/// The first container on a very large layer must not wait for ever, and must not blame the repository. A later
+/// container finds the finished scan.
 #[test]
 fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
     let sandbox = Sandbox::enter("long-scan");
@@ -395,7 +395,7 @@ fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
     let message = assert_unavailable(c.prepare("container", &chain, &[]));
     assert!(message.contains("its scan is not finished") && message.contains("directories so far"), "{message}");
     assert!(message.ends_with("try again"), "nothing else is to be done: {message}");
-    // Six walks, four threads each, two at once: they are not waited for one after the other.
+    // Six scans of four threads run two at a time, so their waits do not add up.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     // Other images need no scan, and their calls do not blame the repository.
     for n in 0..5 {
@@ -403,7 +403,7 @@ fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
     }
     repository.command("hang all");
     let begun = Instant::now();
-    // The first layer that is missing is named, whose scan has not begun perhaps.
+    // The error names the first layer that is missing, whose scan may not have begun.
     assert_unavailable(c.prepare("container", &chain, &[]));
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     eventually("the log says who is to blame", || snapshotter.log().contains("repository_down"));

@@ -1,5 +1,5 @@
-//! The cache of the repository's client and the state root on one file system, where overlayfs and FUSE can wait
-//! for each other, and on two.
+//! The client's cache on the file system of the state root, where overlayfs and FUSE can wait for each other, and on
+//! another.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ fn cache(stage: &E2eFixture) -> PathBuf {
     stage.repository.dir().with_extension("cache")
 }
 
-/// The line of the log about the cache, once the start has looked at the repository.
+/// The log's line about the cache, after the daemon has examined the repository.
 fn logged(stage: &E2eFixture) -> Option<String> {
     eventually("the start has looked at the repository", || stage.snapshotter.log().contains("repository_available"));
     let log = stage.snapshotter.log();
@@ -32,13 +32,13 @@ fn forget_log(stage: &E2eFixture) {
 }
 
 /// The cache in the status, as JSON and as text.
-fn shown(stage: &E2eFixture) -> (Option<String>, String) {
+fn cache_in_status(stage: &E2eFixture) -> (Option<String>, String) {
     let ask = |form: &[&str]| stage.snapshotter.admin(&[&["status"], form].concat()).ok();
     let json: serde_json::Value = serde_json::from_str(&ask(&["--json"])).expect("it is JSON");
     (json["repositories"][0]["cache_on_state_file_system"].as_str().map(str::to_owned), ask(&[]))
 }
 
-/// State, what, and remedy.
+/// The state, text and remedy of a finding.
 fn diagnosed(stage: &E2eFixture) -> (String, String, Option<String>) {
     let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
     let mut found = all.iter().filter(|one| one.check == "repository.cache-device");
@@ -55,7 +55,7 @@ fn root_client_cache_on_file_system_of_state_root_causes_a_warning() {
     {
         assert!(line.contains(words), "no {words} in {line}");
     }
-    let (json, text) = shown(&stage);
+    let (json, text) = cache_in_status(&stage);
     assert_eq!(json.as_deref(), Some(place.as_str()));
     assert!(text.contains(&format!("cache, {place}, is on the file system of the snapshots")), "{text}");
     let warns = |stage: &E2eFixture| {
@@ -94,7 +94,7 @@ fn configure_client(stage: &E2eFixture, text: &str) {
 fn root_client_cache_on_other_file_system_causes_no_warning() {
     let stage = E2eFixture::start_with_repository("two-devices", "", Repository::mounted_with_own_cache_disk);
     assert_eq!(logged(&stage), None);
-    let (json, text) = shown(&stage);
+    let (json, text) = cache_in_status(&stage);
     assert_eq!(json, None);
     assert!(!text.contains("file system of the snapshots"), "{text}");
     let (state, what, _) = diagnosed(&stage);
@@ -102,7 +102,7 @@ fn root_client_cache_on_other_file_system_causes_no_warning() {
     assert!(what.contains(&cache(&stage).display().to_string()), "{what}");
 }
 
-/// A repository that hangs does not keep the doctor at this question either.
+/// The doctor's check of the cache does not wait for a repository that hangs either.
 #[test]
 fn root_cache_check_does_not_wait_for_hung_repository() {
     let stage = E2eFixture::start("hung-device", "repository-timeout = 2");
@@ -123,7 +123,7 @@ fn root_aborting_fuse_connection_frees_hung_programs() {
     stage.repository.command("hang all");
     let mut hung =
         Command::new("ls").arg(stage.repository.dir().join("nobody-has-looked-there")).spawn().expect("ls runs");
-    // The number is the second half of the device, in the mount table.
+    // The number of the connection is the minor number of the device in the mount table.
     let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("the mount table can be read");
     let point = stage.repository.dir().display().to_string();
     let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == Some(point.as_str()));

@@ -1,5 +1,5 @@
-//! Containers and images over their whole life: pulled, run, kept through a stop of the
-//! snapshotter, removed. With the real containerd, runc and registry.
+//! The life of containers and images: they are pulled, run, kept through a stop of the snapshotter, and removed, with
+//! the real containerd, runc and registry.
 
 use std::fs;
 use std::path::Path;
@@ -40,7 +40,7 @@ fn check_that_a_pull_writes_only_records(stage: &E2eFixture) {
     let is_of_call = |line: &&str| !line.contains("\"level\":\"debug\"") && !is_of_repository(line);
     let lines: Vec<&str> = log.lines().filter(is_of_call).collect();
     assert_eq!(lines.len(), 2, "healthy calls say nothing at info, only the start does: {lines:?}");
-    // In the shape of the Go snapshotter's log.
+    // The log has the format of the Go snapshotter.
     for line in log.lines() {
         let line: serde_json::Value = serde_json::from_str(line).expect("a line of the log is JSON");
         let field = |name: &str| line[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}"));
@@ -51,7 +51,7 @@ fn check_that_a_pull_writes_only_records(stage: &E2eFixture) {
     }
 }
 
-/// It started on the layers of the repository, with 40 attributes on every file that no image has.
+/// Containers started on the layers of the repository, with 40 attributes on every file that no image has.
 #[test]
 fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
     let client = &["--magic-xattrs", "always"];
@@ -167,8 +167,8 @@ fn root_layers_are_detached_when_no_container_uses_them() {
     assert_eq!(stage.ours.run(&reference, "three", &["/bin/cat", "/data/text"]).ok(), "x");
 }
 
-/// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then
-/// prints nothing, and no image of the node starts any more.
+/// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then prints nothing, and no image of
+/// the node starts any more.
 #[test]
 fn root_container_survives_every_way_of_stopping_the_snapshotter() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
@@ -184,8 +184,8 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
         eventually("the container writes", || count() > 0);
         let settled = stage.snapshot_dirs();
         for (round, signal) in [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGINT].into_iter().enumerate() {
-            // containerd collects what other containers left in its own time, which is not to be
-            // taken for the work of the stop.
+            // containerd removes the snapshots of other containers at a time of its choice, which must not be taken for
+            // an effect of the stop.
             eventually("what other containers left is taken away", || {
                 stage.ours.collect_garbage();
                 stage.snapshot_dirs() == settled
@@ -201,7 +201,7 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
             stage.snapshotter.start_again();
             assert_eq!(read("text"), "x");
             let id = format!("after-{round}");
-            // containerd notices after its own back-off that the socket is served again.
+            // containerd connects again after a pause.
             eventually("new containers start", || {
                 let output = stage.ours.run(&reference, &id, &["/bin/cat", "/data/top"]);
                 output.status.success() && output.stdout == "x"
@@ -229,12 +229,12 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
     let name = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
     let pod = cri.run_pod(&name, &reference, &["/bin/sleep", "1000"]);
     assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", "cat /data/text; ls /data; echo new > /data/new"]), "xtext\ntop\n");
-    // The pod goes on without the snapshotter.
+    // The pod keeps running without the snapshotter.
     let mut stage = stage;
     stage.snapshotter.end(Signal::SIGKILL);
     assert_eq!(cri.exec(&pod, &["/bin/cat", "/data/new"]), "new\n");
     stage.snapshotter.start_again();
-    // A collection while containerd has not connected again is not repeated.
+    // containerd does not repeat a collection that fails because it has not connected again.
     eventually("containerd has connected again", || {
         stage.ours.run(&reference, "again", &["/bin/true"]).status.success()
     });
@@ -256,7 +256,7 @@ fn root_nerdctl_pulls_and_runs() {
     let output =
         stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/sh", "-c", "cat /data/text; ls /data"]);
     assert_eq!(output.ok(), "xtext\ntop\n");
-    // run pulls what is not there.
+    // nerdctl run pulls an image that is missing.
     let other = stage.shell_image("nerdctl:2", "y");
     let reference = stage.publish_and_push(&other);
     let output = stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/cat", "/data/top"]);
@@ -318,12 +318,12 @@ fn root_missing_repository_affects_only_containers_that_need_it() {
     for part in ["is not available", &image.layers[2].digest, "scene.test", "no repository is mounted"] {
         assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
     }
-    // A pull falls back to the ordinary way.
+    // A pull downloads the layers.
     let local = stage.shell_image("local:1", "y");
     let pulled = stage.registry.push(&local);
     stage.ours.pull(&pulled);
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
-    // Something may have been asked of it in the moment in which it went.
+    // A call may have been under way when the repository was unmounted.
     let log = stage.snapshotter.log();
     let downloaded = log.lines().filter(|line| line.contains("will be downloaded: scene.test: "));
     assert_eq!(downloaded.filter(|line| line.contains("no repository is mounted")).count(), 3, "{log}");

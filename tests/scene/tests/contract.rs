@@ -46,7 +46,7 @@ fn root_invalid_calls_return_the_documented_codes() {
         c.update(Info { name: "absent".into(), ..Info::default() }, &[]).map(drop),
         c.prepare("new", "absent", &[]).map(drop),
         c.view("new", "absent", &[]).map(drop),
-        // The parent is looked at before the key.
+        // The parent is checked before the key.
         c.prepare("active", "absent", &[]).map(drop),
     ] {
         assert_refused(absent, Code::NOT_FOUND);
@@ -106,7 +106,7 @@ fn root_labels_and_times_follow_the_contract() {
     assert_eq!(made.labels, labels(&[("a", "1"), ("containerd.io/gc.root", "x")]));
     assert_eq!((made.kind.enum_value(), made.parent.as_str()), (Ok(Kind::ACTIVE), ""));
 
-    // Immutable fields that no mask names are passed over.
+    // Immutable fields that the mask does not name are ignored.
     let change = |with: &[(&str, &str)]| Info {
         name: "key".into(),
         parent: "doesnotexist".into(),
@@ -231,7 +231,7 @@ fn root_prepare_of_remote_layers_follows_the_protocol() {
     let c = &d.client;
     let first = c.pull_remote("default/1/extract-1 sha256:c1", "", "sha256:c1", &digest(1));
     let second = c.pull_remote("default/2/extract-2 sha256:c2", &first, "sha256:c2", &digest(2));
-    // Again, and for another namespace: the same snapshot.
+    // A second pull, and a pull in another namespace, give the same snapshot.
     assert_eq!(c.pull_remote("other/3/extract-3 sha256:c1", "", "sha256:c1", &digest(1)), first);
     assert_refused(c.stat("default/1/extract-1 sha256:c1"), Code::NOT_FOUND);
     let info = c.stat(&first).unwrap();
@@ -295,15 +295,15 @@ fn root_unpublished_layer_becomes_an_ordinary_snapshot() {
     let log = d.snapshotter.log();
     assert_eq!(log.matches("will be downloaded").count(), 10, "one line for each");
     assert!(log.contains("containerd must be configured to pass image annotations"));
-    // The repository is asked anew each time.
+    // The repository is checked again each time.
     fs::create_dir_all(d.repository.layer_dir(&digest(9)).join("layerfs")).unwrap();
     d.repository.commit();
     c.pull_remote("extract-y sha256:c", "", "sha256:c", &digest(9));
-    // A name that somebody took makes no wrong answer.
+    // A name that is taken by another snapshot causes no wrong answer.
     c.prepare("squatter", "", &[]).unwrap();
     c.commit("cvmfs/0/sha256:taken", "squatter", &[]).unwrap();
     c.prepare("extract-z", "", &[(REF, "sha256:taken"), (LAYER_DIGEST, &digest(1))]).unwrap();
-    // Nor does a reference that is too long for a name.
+    // A reference that is too long for a name causes no wrong answer either.
     let long = "r".repeat(32_761);
     c.prepare("extract-l", "", &[(REF, &long), (LAYER_DIGEST, &digest(1))]).unwrap();
     // A key that just fits is cut in the message, so that gRPC delivers it.

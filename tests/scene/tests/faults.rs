@@ -50,7 +50,7 @@ fn root_start_leaves_existing_directories_alone() {
     let sandbox = Sandbox::enter("foreign");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
-    // Numbers at the end of their range are nobody's ids.
+    // Numbers at the end of the range are no ids of snapshots.
     sandbox.make_dir("s/root/snapshotter/snapshots/18446744073709551615");
     fs::write(theirs.join("precious"), "x").unwrap();
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
@@ -91,7 +91,7 @@ fn root_second_daemon_is_refused_on_socket_and_state_root_in_use() {
     assert_eq!(other.status.code(), Some(1));
     assert!(other.stderr.contains("another cvmfs-snapshotter uses the state root"), "{}", other.stderr);
     d.client.prepare("still-served", "", &[]).unwrap();
-    // Killed, it leaves a socket that the next start replaces; stopped, it takes it away.
+    // A killed daemon leaves a socket that the next start replaces; a stopped daemon removes its socket.
     d.snapshotter.end(Signal::SIGKILL);
     assert!(socket.exists());
     d.snapshotter.start_again();
@@ -111,7 +111,7 @@ fn root_stop_finishes_running_calls_within_its_limit() {
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
     assert!(begun.elapsed() < Duration::from_secs(10));
     assert_eq!(running.join().unwrap().unwrap().1, 300 * 2 + 1, "a call under way is finished");
-    // A connection that only sits there holds nobody up.
+    // An idle connection does not delay the stop.
     d.snapshotter.start_again();
     let idle = UnixStream::connect(d.snapshotter.socket()).unwrap();
     let begun = Instant::now();
@@ -141,7 +141,7 @@ fn root_invalid_configuration_is_refused_and_log_level_can_change() {
         assert_eq!(output.status.code(), Some(78), "{text}");
         assert!(output.stderr.contains(message), "{}", output.stderr);
     }
-    // A wrong value stops the start as well, and changes nothing.
+    // An invalid value prevents the start as well, and changes nothing.
     d.snapshotter.end(Signal::SIGTERM);
     let good = fs::read_to_string(d.sandbox.path("s/config.toml")).unwrap();
     fs::write(d.sandbox.path("s/config.toml"), "workers = 0").unwrap();
@@ -161,7 +161,7 @@ fn root_invalid_configuration_is_refused_and_log_level_can_change() {
     scene::process::eventually("SIGHUP makes the log quiet", || quiet(&d));
 }
 
-/// The start waited for a writer of the FIFO for ever, and said nothing.
+/// The start waited for a writer of the FIFO for ever, without a message.
 #[test]
 fn root_start_refuses_configuration_that_is_not_a_file() {
     let sandbox = Sandbox::enter("fifo");
@@ -181,8 +181,8 @@ fn root_start_refuses_configuration_that_is_not_a_file() {
     assert!(!root.exists(), "nothing is made");
 }
 
-/// The mount table names things by their real paths. With a root behind a link, the look for
-/// foreign mounts found none, and a cleanup emptied a directory that was mounted below us.
+/// The mount table has real paths. With a state root behind a symlink the search for foreign mounts found none, and a
+/// cleanup emptied a directory that was mounted below ours.
 #[test]
 fn root_removal_never_empties_a_mount_in_a_snapshot() {
     let sandbox = Sandbox::enter("linked-root");
@@ -208,8 +208,8 @@ fn root_removal_never_empties_a_mount_in_a_snapshot() {
     assert!(!source.exists(), "it is taken away once nothing is mounted there");
 }
 
-/// A container can make a tree that no path can name. Removing it ran out of stack, in the
-/// daemon and again at every start.
+/// A container can make a tree whose paths are longer than a path may be. Its removal ran out of stack, in the daemon
+/// and again at every start.
 #[test]
 fn root_very_deep_tree_is_measured_and_removed() {
     let mut d = SnapshotterFixture::start("deep", "");
@@ -228,8 +228,8 @@ fn root_very_deep_tree_is_measured_and_removed() {
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// An older copy of the metadata knows nothing of what was made since: those directories
-/// looked like what a crash leaves, and were removed at the start.
+/// An older copy of the metadata has no records of later snapshots. Their directories looked like leftovers of a crash,
+/// and were removed at the start.
 #[test]
 fn root_restored_older_metadata_keeps_newer_files() {
     let mut d = SnapshotterFixture::start("restored", "");
@@ -273,8 +273,8 @@ fn root_unusable_address_is_a_configuration_error() {
     assert_eq!(status.code(), Some(78));
 }
 
-/// A pipe that nobody reads: the first worker that logged waited for ever, then the others,
-/// and SIGTERM did nothing.
+/// When standard error was a pipe that was not read, the first worker that logged waited for ever, then the others, and
+/// SIGTERM did nothing.
 #[test]
 fn root_unread_log_blocks_neither_calls_nor_stop() {
     let mut d = SnapshotterFixture::start("stalled-log", "");
@@ -300,7 +300,7 @@ fn root_unread_log_blocks_neither_calls_nor_stop() {
     drop(std::io::Read::read(&mut unread, &mut [0; 1]));
 }
 
-/// A reader that was slow finds out how much it missed.
+/// A slow reader of the log learns how many lines are missing.
 #[test]
 fn root_dropped_log_lines_are_counted_in_the_log() {
     let mut d = SnapshotterFixture::start("dropped", "log-format = \"text\"");

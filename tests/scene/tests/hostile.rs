@@ -65,7 +65,7 @@ macro_rules! raw_methods {
     ($($name:literal)*) => { [$(raw(concat!("/containerd.services.snapshots.v1.Snapshots/", $name))),*] };
 }
 
-/// The ten, and two that nobody serves.
+/// The ten methods of the service, and two that do not exist.
 const METHODS: [Method<Vec<u8>, Vec<u8>>; 12] = raw_methods![
     "Prepare" "View" "Mounts" "Commit" "Remove" "Stat" "Update" "List" "Usage" "Cleanup" "Nothing" "../Prepare"
 ];
@@ -87,7 +87,7 @@ impl RequestGenerator {
         texts[self.below(texts.len())]
     }
 
-    /// A key, a label or anything else that is a text.
+    /// A random text, for a key, a label or another field.
     fn text(&mut self) -> String {
         const ODD: [&str; 16] = [
             "",
@@ -125,7 +125,7 @@ impl RequestGenerator {
         let uid = self.choose(&["0:1:1", "0:4294967295:1", "-1:0:0", "::", "0:0:1,0:1:1"]);
         with.extend(labels(&[("containerd.io/snapshot/uidmapping", uid)]));
         let written = match method {
-            // Making snapshots is tested elsewhere; here most Prepares are for what is there.
+            // Other tests make snapshots; most Prepares here use existing parents.
             0 | 1 => {
                 let parent = if self.below(3) == 0 { String::new() } else { parent };
                 PrepareSnapshotRequest { key, parent, labels: with, ..Default::default() }.write_to_bytes()
@@ -148,7 +148,7 @@ impl RequestGenerator {
         };
         let mut bytes = written.unwrap();
         match self.below(4) {
-            // Half valid: a few bytes of it are others.
+            // A valid message in which a few bytes are changed.
             0 if !bytes.is_empty() => {
                 for _ in 0..=self.below(4) {
                     let at = self.below(bytes.len());
@@ -156,7 +156,7 @@ impl RequestGenerator {
                 }
                 bytes.truncate(1 + self.below(bytes.len()));
             }
-            // No message at all.
+            // Random bytes.
             1 => bytes = (0..self.below(300)).map(|_| self.0.byte()).collect(),
             _ => {}
         }
@@ -164,7 +164,7 @@ impl RequestGenerator {
     }
 }
 
-/// Sends so many requests, some at once; the result is how many were answered with each code.
+/// Sends `count` requests, some concurrently. The result is the number of answers with each code.
 fn storm(socket: &Path, seed: u64, count: usize) -> BTreeMap<String, usize> {
     let channel = connect(socket);
     let client = grpcio::Client::new(channel);
@@ -199,7 +199,7 @@ fn requests() -> usize {
 
 type Codes = BTreeMap<String, usize>;
 
-/// Storms from all clients at once.
+/// Sends requests from all clients at once.
 fn storms(socket: &Path, seed: u64, count: usize) -> Codes {
     let mut all = Codes::new();
     std::thread::scope(|scope| {
@@ -240,7 +240,7 @@ fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
         let now = ResourceUsage::read(pid);
         now.files <= before.files && now.threads <= before.threads
     });
-    // Each kind of answer was there, and none that says that something is wrong.
+    // Every expected kind of answer occurred, and none that reports an internal error.
     let answers = |code: Code| codes.get(&code.to_string()).copied().unwrap_or(0);
     for code in [Code::OK, Code::INVALID_ARGUMENT, Code::NOT_FOUND, Code::ALREADY_EXISTS, Code::UNIMPLEMENTED] {
         assert!(answers(code) > requests / 1_000, "{code}: {codes:?}");
@@ -248,14 +248,14 @@ fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
     as_before(&mut d);
 }
 
-/// It does all that it did, and its log tells of no bug.
+/// Asserts that the daemon works as before, and that its log reports no bug.
 fn as_before(d: &mut SnapshotterFixture) {
     d.client.prepare("still here", "", &[]).unwrap();
     d.client.commit("still there", "still here", &[("a", "1")]).unwrap();
     d.client.view("looked at", "still there", &[]).unwrap();
     assert_eq!(d.client.list(&["labels.a==1,name~=there"]).unwrap().len(), 1);
     assert_refused(d.client.remove("still there"), Code::FAILED_PRECONDITION);
-    // All can be removed, whatever it is named.
+    // Everything can be removed, whatever its name.
     loop {
         let all = d.client.list(&[]).unwrap();
         let removed = all.iter().filter(|one| d.client.remove(&one.name).is_ok()).count();
@@ -271,7 +271,7 @@ fn as_before(d: &mut SnapshotterFixture) {
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// A log of lines that are one JSON object each, whatever stands in keys, labels and filters.
+/// Every line of the log is one JSON object, whatever keys, labels and filters contain.
 #[test]
 fn root_client_strings_cannot_break_log_lines() {
     let d = SnapshotterFixture::start("log", "");
@@ -287,7 +287,7 @@ fn root_client_strings_cannot_break_log_lines() {
 
 const SOON: Duration = Duration::from_secs(5);
 
-/// Something to be done to a socket.
+/// An attack on a socket.
 type Attack = (&'static str, fn(&Path));
 
 const ATTACKS: [Attack; 11] = [
@@ -319,7 +319,7 @@ const ATTACKS: [Attack; 11] = [
     ("floods of SETTINGS whose answers are not read", |socket| {
         flood(socket, &frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 1]), 500_000);
     }),
-    // gRPC kept 8 KiB for each, until it could have closed the connection: 8.5 GiB for 126 connections.
+    // gRPC kept 8 KiB for each frame until it closed the connection: 8.5 GiB with 126 connections.
     ("floods of PINGs whose answers are not read", |socket| flood(socket, &frame(PING, 0, 0, &[7; 8]), 500_000)),
     ("a flood of PINGs", |socket| {
         RawConnection::connect_with_preface(socket)
@@ -353,7 +353,7 @@ const ATTACKS: [Attack; 11] = [
     }),
 ];
 
-/// The same again and again, on some connections, without reading what comes back.
+/// Sends the same bytes again and again on some connections, without reading the answers.
 fn flood(socket: &Path, frame: &[u8], count: usize) {
     let frames = frame.repeat(count);
     let mut raws: Vec<RawConnection> = (0..8).map(|_| RawConnection::connect_with_preface(socket)).collect();
@@ -361,7 +361,7 @@ fn flood(socket: &Path, frame: &[u8], count: usize) {
     eprintln!("    {sent:?} of {}", frames.len());
 }
 
-/// Opens calls and takes each back at once.
+/// Opens calls and cancels each at once.
 fn reset(socket: &Path, count: usize, opened: &[u8]) {
     let taken_back = frame(RST_STREAM, 0, 0, &[0, 0, 0, 8]);
     let frames: Vec<u8> = (0..u32::try_from(count).unwrap())
@@ -385,7 +385,7 @@ fn for_stream(frames: &[u8], stream: u32) -> Vec<u8> {
     all
 }
 
-/// Does `attack` while somebody else is served.
+/// Makes an attack while another client is served.
 fn beside_a_witness<T>(d: &SnapshotterFixture, attack: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -429,9 +429,9 @@ fn root_garbage_frames_are_rejected_without_leaks() {
     as_before(&mut d);
 }
 
-/// gRPC's core takes calls in faster than they are looked at, and bounds neither how fast they are
-/// taken back nor how many wait meanwhile, about 14 KiB each. But they are worked off, others are
-/// served, and what they took is used again.
+/// gRPC's core accepts calls faster than they are handled, and limits neither the rate of cancellations nor the number
+/// of cancelled calls that wait, about 14 KiB each. They are worked off, other clients are served, and the memory is
+/// used again.
 #[test]
 fn root_immediately_cancelled_calls_do_not_accumulate() {
     let mut d = SnapshotterFixture::start("reset", "");

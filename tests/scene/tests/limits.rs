@@ -48,7 +48,7 @@ fn rest(listing: ListStream) -> CallResult<usize> {
     listing.map(|message| message.map(|infos| infos.len())).sum()
 }
 
-/// A node with this many snapshots could never collect its garbage: a List of them was too much.
+/// A node with this many snapshots could never collect garbage, because a List of them was too large.
 #[test]
 fn root_unread_lists_hold_one_batch_each_and_block_nobody() {
     const SNAPSHOTS: usize = 20_000;
@@ -126,7 +126,7 @@ fn root_memory_of_largest_requests_is_bounded_in_total() {
                         Code::INVALID_ARGUMENT | Code::RESOURCE_EXHAUSTED => {
                             answered.fetch_add(1, Ordering::SeqCst);
                         }
-                        // gRPC has enough, and closes connections.
+                        // gRPC refuses more memory and closes connections.
                         Code::UNAVAILABLE => {}
                         other => panic!("{other:?} {}", status.message()),
                     }
@@ -182,7 +182,7 @@ fn root_thread_count_does_not_grow_under_load() {
     });
 }
 
-/// Every descriptor is in use: calls say so, nothing ends, and what is freed is used again.
+/// When every descriptor is in use, calls report it, the daemon keeps running, and freed descriptors are used again.
 #[test]
 fn root_exhausted_descriptors_are_logged_and_recovered_from() {
     let mut d = SnapshotterFixture::start("descriptors", "");
@@ -208,8 +208,8 @@ fn root_exhausted_descriptors_are_logged_and_recovered_from() {
     d.client.cleanup().unwrap();
 }
 
-/// Makes so many names in `directory`, each as long as a name can be. They are links to a few files, because
-/// ext4 takes 65,000 for each. `beside` becomes a further link to one of these files.
+/// Makes `count` names in `directory`, each of the greatest length. They are links to a few files, because ext4 takes
+/// 65,000 links to each. `beside` becomes a further link to one of these files.
 fn make_names(directory: &Path, count: usize, beside: &Path) {
     const LINKS: usize = 60_000;
     let mut file = PathBuf::new();
@@ -263,7 +263,7 @@ fn root_directory_of_500000_names_is_measured_and_removed_in_64_mib() {
     let begun = Instant::now();
     d.snapshotter.start_again_below(&words);
     d.client = d.snapshotter.client().with_timeout(LIMIT);
-    // It waits for what the start does in the background.
+    // The call waits for the background work of the start.
     let cleaned = d.client.cleanup();
     assert_eq!(group.oom_kills(), 0, "the kernel killed the daemon for the memory that a Cleanup took");
     cleaned.unwrap();

@@ -10,15 +10,15 @@ use scene::e2e_fixture::E2eFixture;
 use scene::process::eventually;
 
 /// Calls that change nothing that they name. Any other call counts as a change.
-const READING: &str = "access close dup dup2 dup3 epoll_ctl epoll_wait execve faccessat faccessat2 fadvise64 fcntl \
+const READING_CALLS: &str = "access close dup dup2 dup3 epoll_ctl epoll_wait execve faccessat faccessat2 fadvise64 fcntl \
     fgetxattr flistxattr flock fstat fstatfs getcwd getdents64 getxattr lgetxattr listxattr llistxattr lseek lstat mmap \
     newfstatat poll pread64 read readlink readlinkat stat statfs statx";
 /// Calls whose strings are content, not paths.
-const CARRYING: &str = "write writev pwrite64 sendmsg sendto recvmsg recvfrom";
+const CONTENT_CALLS: &str = "write writev pwrite64 sendmsg sendto recvmsg recvfrom";
 /// Calls whose first string is only written down somewhere, or mounted elsewhere.
-const PLACING: &str = "symlink symlinkat mount";
+const ATTACHING_CALLS: &str = "symlink symlinkat mount";
 /// Calls that change what a link leads to.
-const FOLLOWING: &str = "chmod fchmodat chown fchownat setxattr removexattr truncate utimensat";
+const LINK_FOLLOWING_CALLS: &str = "chmod fchmodat chown fchownat setxattr removexattr truncate utimensat";
 
 #[test]
 fn root_daemon_opens_nothing_in_repository_for_writing() {
@@ -66,7 +66,7 @@ fn root_daemon_opens_nothing_in_repository_for_writing() {
                 stage.snapshot_dirs().is_empty()
             });
         });
-        let trace = Trace::of(&text, stage.repository.dir());
+        let trace = Trace::parse(&text, stage.repository.dir());
         scene::report::print(format_args!(
             "{attach}: {} calls traced, {} opened the repository for reading, none for writing",
             text.lines().count(),
@@ -92,7 +92,7 @@ struct Trace {
 }
 
 impl Trace {
-    fn of(text: &str, repository: &Path) -> Self {
+    fn parse(text: &str, repository: &Path) -> Self {
         let mut trace = Self {
             repository: repository.to_owned(),
             places: BTreeSet::new(),
@@ -101,7 +101,7 @@ impl Trace {
             changes: Vec::new(),
         };
         for (call, arguments) in text.lines().filter_map(call) {
-            trace.judge(call, arguments);
+            trace.check_call(call, arguments);
         }
         trace
     }
@@ -111,11 +111,11 @@ impl Trace {
         path.starts_with(&self.repository) || path.ancestors().skip(1).any(|above| self.places.contains(above))
     }
 
-    fn judge(&mut self, call: &str, arguments: &str) {
+    fn check_call(&mut self, call: &str, arguments: &str) {
         let is = |calls: &str| calls.split_whitespace().any(|name| name == call);
         let strings = parts(arguments, '"', '"');
         let mut paths = parts(arguments, '<', '>');
-        if is(PLACING) {
+        if is(ATTACHING_CALLS) {
             if let [from, to, ..] = &strings[..]
                 && (self.holds(from) || self.attached.contains(from))
             {
@@ -123,7 +123,7 @@ impl Trace {
                 self.attached.insert(to.clone());
             }
             paths.extend(strings.into_iter().skip(1));
-        } else if !is(CARRYING) {
+        } else if !is(CONTENT_CALLS) {
             if let ("rename", [from, to, ..]) = (call, &strings[..])
                 && self.attached.contains(from)
             {
@@ -135,8 +135,9 @@ impl Trace {
             paths.extend(strings);
         }
         let held = paths.iter().any(|path| self.holds(path));
-        let through =
-            is(FOLLOWING) && !arguments.contains("NOFOLLOW") && paths.iter().any(|p| self.attached.contains(p));
+        let through = is(LINK_FOLLOWING_CALLS)
+            && !arguments.contains("NOFOLLOW")
+            && paths.iter().any(|p| self.attached.contains(p));
         if is("open openat openat2") && held {
             let more = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"];
             if arguments.contains("O_RDONLY") && !more.iter().any(|flag| arguments.contains(flag)) {
@@ -144,7 +145,7 @@ impl Trace {
                 return;
             }
         }
-        if through || held && !is(READING) {
+        if through || held && !is(READING_CALLS) {
             self.changes.push(format!("{call}({arguments}"));
         }
     }
@@ -194,7 +195,7 @@ fn trace_check_detects_each_call_that_changes_the_repository() {
         "12 fchmod(9</r/x>, 0600) = 0",
         "12 creat(\"/r/x\", 0600) = 3",
     ] {
-        let trace = Trace::of(&format!("{attached}{line}\n"), repository);
+        let trace = Trace::parse(&format!("{attached}{line}\n"), repository);
         assert_eq!(trace.changes.len(), 1, "{line}");
     }
     for line in [
@@ -207,7 +208,7 @@ fn trace_check_detects_each_call_that_changes_the_repository() {
         "12 umount2(\"/s/8/fs\", UMOUNT_NOFOLLOW) = 0",
         "12 statfs(\"/r/layer\", {}) = 0",
     ] {
-        let trace = Trace::of(&format!("{attached}{line}\n"), repository);
+        let trace = Trace::parse(&format!("{attached}{line}\n"), repository);
         assert_eq!(trace.changes, Vec::<String>::new(), "{line}");
         assert_eq!(trace.reads, usize::from(line.contains("O_RDONLY")), "{line}");
     }

@@ -157,7 +157,7 @@ fn push(stage: &E2eFixture) -> Vec<(&'static str, Image, String)> {
 }
 
 /// The listing of a container of the image, or of a view. Times that the pull or the ingest set are replaced by words.
-fn show(stage: &E2eFixture, side: &Containerd, image: &Image, writable: Writable) -> Listing {
+fn list_root(stage: &E2eFixture, side: &Containerd, image: &Image, writable: Writable) -> Listing {
     let key = format!("show {} {writable:?}", image.name);
     let mounted = side.mount_image(image, &key, &stage.sandbox.path("mnt"), writable);
     let mut listing = Listing::read(mounted.path());
@@ -222,10 +222,10 @@ fn root_containers_on_real_repositories_differ_from_normal_pull_only_by_publishe
         for (name, image, reference) in &images {
             stage.normal.pull(reference);
             for writable in [Writable::No, Writable::Yes] {
-                let mut normal = show(&stage, &stage.normal, image, writable);
+                let mut normal = list_root(&stage, &stage.normal, image, writable);
                 name_times(&mut normal, dated(name), OF_THE_PULL, started);
                 assert_as_recorded(name, &normal);
-                let mut ours = show(&stage, &stage.ours, image, writable);
+                let mut ours = list_root(&stage, &stage.ours, image, writable);
                 name_times(&mut ours, dated(name), OF_THE_INGEST, LATEST_TIME_IN_A_LAYER);
                 assert_differences(fqrn, name, &normal, &ours);
             }

@@ -1,5 +1,5 @@
-//! Metadata that is damaged: the daemon refuses it and touches nothing, and it is rebuilt from
-//! the directories and containerd's own.
+//! Damaged metadata: the daemon refuses it and changes nothing, and a rebuild restores it from the directories and from
+//! containerd's metadata.
 
 #![allow(clippy::unwrap_used)]
 
@@ -62,7 +62,7 @@ fn records(c: &Client) -> BTreeSet<(String, String, i32, BTreeMap<String, String
 }
 
 /// A chain of published layers, local ones on it and beside it, in every kind.
-fn fill(c: &Client) -> String {
+fn create_all_kinds(c: &Client) -> String {
     let chain = pull_chain(c);
     for (name, parent) in [("on-remote", chain.as_str()), ("base", ""), ("on-base", "base")] {
         let source = c.prepare("extract", parent, &[]).unwrap();
@@ -87,7 +87,7 @@ fn newer_schema(path: &Path) {
 #[test]
 fn root_rebuild_and_daemon_refuse_metadata_that_the_other_has_open() {
     let mut d = SnapshotterFixture::start("open", "");
-    fill(&d.client);
+    create_all_kinds(&d.client);
     let file = metadata(&d.snapshotter);
     let count = |other: &rusqlite::Connection| -> rusqlite::Result<i64> {
         other.query_row("SELECT count(*) FROM snapshots", [], |row| row.get(0))
@@ -108,7 +108,7 @@ fn root_rebuild_and_daemon_refuse_metadata_that_the_other_has_open() {
     assert_eq!(i64::try_from(d.snapshotter.client().list(&[]).unwrap().len()).unwrap(), snapshots);
 }
 
-/// The start waited for somebody to write into it, and said nothing.
+/// The start waited for a writer of the FIFO for ever, without a message.
 #[test]
 fn root_start_refuses_metadata_that_is_not_a_regular_file() {
     let mut d = SnapshotterFixture::start("fifo", "");
@@ -124,7 +124,7 @@ fn root_start_refuses_metadata_that_is_not_a_regular_file() {
 #[test]
 fn root_start_refuses_damaged_metadata_and_changes_nothing() {
     let mut d = SnapshotterFixture::start("damaged", "");
-    fill(&d.client);
+    create_all_kinds(&d.client);
     d.snapshotter.end(Signal::SIGTERM);
     let file = metadata(&d.snapshotter);
     let whole = fs::read(&file).unwrap();
@@ -185,12 +185,12 @@ fn root_start_refuses_damaged_metadata_and_changes_nothing() {
 #[test]
 fn root_rebuild_restores_metadata_from_snapshot_directories() {
     let mut d = SnapshotterFixture::start("alone", "");
-    let chain = fill(&d.client);
+    let chain = create_all_kinds(&d.client);
     let before = records(&d.client);
     let usage = d.client.usage("on-base").unwrap();
     let snapshots = d.snapshotter.snapshots();
     let sources: Vec<_> = ["box", "view"].map(|key| d.client.mounts(key).unwrap()).to_vec();
-    // A snapshot that is gone, with its directory still there.
+    // The directory of a removed snapshot still exists.
     d.client.prepare("removed", "", &[]).unwrap();
     d.client.remove("removed").unwrap();
 
@@ -262,7 +262,7 @@ fn root_rebuild_restores_metadata_from_snapshot_directories() {
     let fresh = PathBuf::from(&c.prepare("fresh", "", &[]).unwrap()[0].source);
     let fresh: u64 = fresh.parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
     assert!(fresh > 9, "{fresh}");
-    // Attachments of layers that are not there any more are taken away, the layers are pulled again.
+    // Attachments of layers without a record are removed, and the layers are pulled again.
     eventually("old attachments are gone", || {
         c.cleanup().unwrap();
         [1, 2, 3].iter().all(|id| !snapshots.join(id.to_string()).exists())
@@ -336,7 +336,7 @@ fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
         stage.ours.start_container(reference, &format!("running-{n}"), &["/bin/sleep", "1000"]);
         stage.ours.exec(&format!("running-{n}"), &["/bin/sh", "-c", "echo mine > /tmp/mine"]).ok();
     }
-    // Their layers are shared, and so is what is said of them.
+    // The images share layers, so they share the finding.
     stage
         .ours
         .ctr(&[
@@ -371,7 +371,7 @@ fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
     assert_eq!(records(&stage.snapshotter.client()), before);
     stage.ours.start_again();
     for (n, (reference, text)) in references.iter().zip(["x", "y", "z"]).enumerate() {
-        // The container ran on, with what it wrote; the image starts others; both can go.
+        // The container kept running with its files, the image starts others, and both can be removed.
         let running = format!("running-{n}");
         let root = stage.ours.root_of(&running);
         assert_eq!(fs::read_to_string(root.join("tmp/mine")).unwrap(), "mine\n");

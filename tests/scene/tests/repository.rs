@@ -1,5 +1,5 @@
-//! Repositories that misbehave: that hang, die, come back, are late, lose what they had. With a
-//! real FUSE mount below a real containerd, in both ways of attaching.
+//! Repositories that hang, die, return, are late, or lose layers, with a real FUSE mount below a real containerd, in
+//! both attach modes.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -22,7 +22,7 @@ use scene::snapshotter_fixture::{
     SnapshotterFixture, assert_unavailable, assert_unavailable_with_advice, digest, pull_chain,
 };
 
-/// Long enough that a busy machine does not reach it by itself.
+/// The timeout is long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(4);
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
 
@@ -33,7 +33,7 @@ fn metrics_socket(name: &str) -> PathBuf {
     PathBuf::from(format!("/run/scene-{name}-{}.sock", std::process::id()))
 }
 
-/// Every kind of call that needs no repository, once; the result is the longest time of one.
+/// Makes every kind of call that needs no repository. The result is the longest duration.
 fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> Duration {
     let (key, name) = (format!("active-{round}"), format!("name-{round}"));
     let mut longest = Duration::ZERO;
@@ -57,8 +57,8 @@ fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> 
     longest
 }
 
-/// A client that goes on, and threads that end, when this is dropped: an assertion that failed
-/// beside them was never heard of, because both were waited for.
+/// Continues the client and ends the threads on drop. Otherwise a failed assertion beside them would wait for both and
+/// never be reported.
 struct Stopped<'a> {
     repository: &'a Repository,
     over: &'a AtomicBool,
@@ -71,7 +71,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// Clients that go on when this is dropped.
+/// Continues stopped clients on drop.
 struct Resumed<'a>(&'a Repository);
 
 impl Drop for Resumed<'_> {
@@ -106,7 +106,7 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
                 }
                 longest
             });
-            // More than there are workers.
+            // These are more calls than there are workers.
             let begun = Instant::now();
             std::thread::scope(|starts| {
                 for n in 0..12 {
@@ -115,7 +115,7 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
                 }
             });
             assert!(begun.elapsed() < TIMEOUT * 3, "container starts took {:?}", begun.elapsed());
-            // From now on everybody knows.
+            // From now on the repository is known to hang.
             let begun = Instant::now();
             let message = assert_unavailable_with_advice(c.mounts("running"));
             assert!(message.contains("it has not answered for"), "{message}");
@@ -147,7 +147,7 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
         for (line, times) in [("repository_down", 1), ("repository_up", 1)] {
             assert_eq!(log.matches(line).count(), times, "{line}");
         }
-        // Threads that hung have come back and left nothing behind.
+        // The threads that hung have ended and left nothing behind.
         c.remove("after").expect("it is there");
         eventually("everything is detached", || {
             c.cleanup().expect("a cleanup succeeds");
@@ -173,8 +173,8 @@ fn root_repository_that_answers_only_statfs_is_reported_down() {
     }
 }
 
-/// The client hangs for good, and the admin mounts the repository anew over it. Threads, probes,
-/// walks and locks that hang in the old mount were taken for the new one's.
+/// The client hangs for ever, and an administrator mounts the repository again over it. Threads, probes, scans and
+/// locks that hung in the old mount were taken for those of the new one.
 #[test]
 fn root_hung_mount_does_not_affect_its_replacement() {
     let socket = metrics_socket("in-its-place");
@@ -193,7 +193,7 @@ fn root_hung_mount_does_not_affect_its_replacement() {
         for round in 0..2 {
             d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
             let until = Instant::now() + Duration::from_secs(6);
-            // This question begins a look that hangs.
+            // This call starts a probe that hangs.
             c.is_serving(NAME);
             while Instant::now() < until {
                 n += 1;
@@ -206,12 +206,12 @@ fn root_hung_mount_does_not_affect_its_replacement() {
                 c.prepare(&format!("after-{n}"), &chain, &[]).is_ok()
             });
             assert!(begun.elapsed() < Duration::from_secs(10), "round {round}: {:?}", begun.elapsed());
-            // The look for health that hangs in the old mount said "no" for as long as it hung.
+            // The probe that hung in the old mount reported the repository as down for as long as it hung.
             eventually("health is that of the new mount", || c.is_serving(NAME) && sample(&scrape(&socket), UP) == 1);
         }
         let new = c.pull_remote("extract-7", &chain, "sha256:c7", &digest(7));
         c.prepare("new", &new, &[]).expect("a layer that was never scanned is scanned now");
-        // The one in its place dies, and yet another one comes.
+        // The second mount dies as well, and is replaced by a third.
         d.repository.with_client(scene::publisher::Mount::kill);
         assert_unavailable(c.prepare("dead", &new, &[]));
         d.repository.mount();
@@ -230,8 +230,8 @@ fn root_hung_mount_does_not_affect_its_replacement() {
     }
 }
 
-/// A new mount was looked for at exactly the repository's path, so there it was never noticed: no container
-/// started until the client that hung was killed.
+/// A new mount was searched for at exactly the repository's path and never noticed elsewhere: no container started
+/// until the client that hung was killed.
 #[test]
 fn root_remount_is_noticed_through_subdirectory_and_symlink() {
     for attach in ["bind", "symlink"] {
@@ -273,8 +273,8 @@ fn root_remount_is_noticed_through_subdirectory_and_symlink() {
     }
 }
 
-/// Killed while a thread hangs in a repository, a process cannot end, and the next one was told that
-/// another daemon runs, which nobody could stop.
+/// A process that is killed while a thread hangs in a repository cannot end, and its successor reported that another
+/// daemon was running, which could not be stopped.
 #[test]
 fn root_start_beside_unkillable_predecessor_explains_remedy() {
     let mut d = SnapshotterFixture::start("held", "repository-timeout = 1");
@@ -330,7 +330,7 @@ fn root_repository_that_died_and_returned_serves_the_next_container() {
         let mut pull_downloads = |why: &str| {
             pulls += 1;
             let other = stage.shell_image(&format!("other:{pulls}"), &pulls.to_string());
-            // Published, but nobody can know.
+            // The layer is published, but that cannot be known while the repository is down.
             let reference = stage.registry.push(&other);
             let begun = Instant::now();
             stage.ours.pull(&reference);
@@ -418,7 +418,7 @@ fn root_access_makes_autofs_mount_the_repository() {
         assert_eq!(answer.expect("it is downloaded").len(), 1);
         assert!(!mounts_below(&automounter.dir).contains(&path));
         fs::write(&automounter.ready, "").expect("a file can be made");
-        // The automounter remembers for a second that there was nothing.
+        // The automounter caches for a second that the repository was missing.
         eventually("the layer is found", || {
             let key = "extract until it is found";
             match c.prepare(key, "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]) {
@@ -433,7 +433,7 @@ fn root_access_makes_autofs_mount_the_repository() {
         assert!(mounts_below(&automounter.dir).contains(&path), "the question has mounted it");
         let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
         c.prepare("container", &name, &[]).expect("it is mounted");
-        // It went away while nobody used it: the next question brings it back.
+        // After the automounter has unmounted the unused repository, the next access mounts it again.
         c.remove("container").expect("it is there");
         c.cleanup().expect("a cleanup succeeds");
         scene::process::run("umount", [&path]).ok();

@@ -1,4 +1,4 @@
-//! Requests that are small on the wire and large in memory, and answers that nobody takes.
+//! Requests that are small on the wire and large in memory, and answers that clients do not read.
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,7 +26,7 @@ use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused};
 /// Tolerated growth beside what is measured, in KiB.
 const MARGIN: usize = 24 << 10;
 
-/// A daemon, and what it takes at rest.
+/// A daemon, and its memory at rest.
 struct Measured {
     d: SnapshotterFixture,
     at_rest: usize,
@@ -40,7 +40,7 @@ impl Measured {
         Self { d, at_rest }
     }
 
-    /// By how many KiB the daemon was larger than at rest while `attack` went on, at most.
+    /// The most memory in KiB by which the daemon exceeded its memory at rest during `attack`.
     fn growth(&mut self, what: &str, attack: impl FnOnce(&SnapshotterFixture)) -> usize {
         let pid = self.d.snapshotter.server().pid();
         reset_peak(pid);
@@ -51,7 +51,7 @@ impl Measured {
     }
 }
 
-/// gRPC's core inflated whatever came, and looked at its size then: 611,530 bytes took 670 MiB.
+/// gRPC's core decompressed a message before it checked the size: 611,530 bytes took 670 MiB.
 #[test]
 fn root_compressed_message_is_refused_and_not_inflated() {
     const INFLATED: usize = 670 << 20;
@@ -83,7 +83,7 @@ fn root_compressed_message_is_refused_and_not_inflated() {
 
 const SIZE: usize = 15 << 20;
 
-/// Requests of 15 MiB, all of it fields of a few bytes.
+/// Requests of 15 MiB that consist of fields of a few bytes.
 fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let tiny = (0..SIZE / 14).map(|n| (format!("{n:x}"), "v".to_owned())).collect();
     let prepare = PrepareSnapshotRequest { key: "new".to_owned(), labels: tiny, ..PrepareSnapshotRequest::default() };
@@ -95,7 +95,7 @@ fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         update_mask: Some(FieldMask { paths, ..FieldMask::default() }).into(),
         ..UpdateSnapshotRequest::default()
     };
-    // Protobuf keeps fields that it does not know, too. These are 2000, 2001, and so on, each a number.
+    // Protobuf keeps unknown fields. These are the fields 2000, 2001, and so on, each with a number.
     let mut unknown = Vec::new();
     for field in 2_000..2_000 + u32::try_from(SIZE / 5).unwrap() {
         let mut tag = field << 3;
@@ -125,10 +125,10 @@ fn root_requests_with_too_many_fields_are_refused_before_decoding() {
             let mut raw = RawConnection::connect_with_preface(&d.snapshotter.socket());
             assert!(raw.upload(&call(method), &message(&request), Duration::from_mins(1)), "{what}");
         });
-        // The message, and a copy of it.
+        // The limit covers the message and a copy of it.
         assert!(grown < MARGIN + 2 * (SIZE >> 10), "{what}: {} bytes take {} MiB", request.len(), grown >> 10);
     }
-    // Such requests of a client that is no more than careless are answered with the reason.
+    // A client that sends such requests by mistake gets the reason.
     let d = &m.d;
     let names: Vec<String> = (0..1_100).map(|n| n.to_string()).collect();
     let with: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "v")).collect();
@@ -138,7 +138,7 @@ fn root_requests_with_too_many_fields_are_refused_before_decoding() {
         assert!(message.contains("more than 1024 fields"), "{message}");
     }
     d.client.prepare("new", "", &with[..900]).unwrap();
-    // A snapshot gets no more labels in several steps.
+    // Several updates cannot give a snapshot more labels.
     let add = |range: Range<usize>| {
         let paths: Vec<String> = names[range.clone()].iter().map(|name| format!("labels.{name}")).collect();
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
@@ -183,11 +183,11 @@ fn root_memory_of_lists_with_large_filters_is_bounded_in_total() {
     }
 }
 
-/// Answers of 1 MiB that nobody reads, a thousand on each connection, were in no count.
+/// Answers of 1 MiB that were not read, a thousand on each connection, were not counted.
 #[test]
 fn root_memory_of_unread_responses_is_bounded_in_total() {
     const CALLS: usize = 1_000;
-    /// In KiB: 192 MiB of them.
+    /// The limit of 192 MiB, in KiB.
     const LIMIT: usize = 320 << 10;
     let dir = PathBuf::from(format!("/run/scene-answers-{}", std::process::id()));
     let metrics = dir.join("m.sock");
@@ -222,8 +222,8 @@ fn root_memory_of_unread_responses_is_bounded_in_total() {
     fs::remove_dir_all(&dir).unwrap();
 }
 
-/// gRPC held a slot for each call until its message had come, and had 1,024 of them for all clients: one who began as
-/// many calls and sent no message made the daemon deaf.
+/// gRPC held one of 1,024 slots for each call until its message had come, for all clients together: a client that began
+/// as many calls without a message blocked the daemon.
 #[test]
 fn root_calls_without_a_message_do_not_block_other_clients() {
     const CONNECTIONS: usize = 4;
@@ -240,7 +240,7 @@ fn root_calls_without_a_message_do_not_block_other_clients() {
             raw
         })
         .collect();
-    // gRPC has seen all that came before a ping when it answers that.
+    // The answer to a ping shows that gRPC has read everything before it.
     for raw in &mut connections {
         raw.send(&frame(PING, 0, 0, &[0; 8]), Duration::from_mins(1));
         assert!(raw.receives(PING, Duration::from_mins(1)));
@@ -249,12 +249,12 @@ fn root_calls_without_a_message_do_not_block_other_clients() {
         client.stat("key").unwrap();
         assert_eq!(client.list(&[]).unwrap().len(), 1);
     }
-    // Messages that come late are answered.
+    // Calls whose messages come later are answered.
     let request = StatSnapshotRequest { key: "key".to_owned(), ..StatSnapshotRequest::default() };
     let request = message(&request.write_to_bytes().unwrap());
     connections[0].send(&frame(DATA, END_STREAM, 1, &request), Duration::from_mins(1));
     assert!(connections[0].receives(HEADERS, Duration::from_mins(1)));
-    // A call that ends without a message is refused, and its connection goes on.
+    // A call without a message is refused, and its connection stays open.
     connections[0].send(&frame(DATA, END_STREAM, 5, &[]), Duration::from_mins(1));
     assert!(connections[0].receives(HEADERS, Duration::from_mins(1)));
     drop(connections);

@@ -1,5 +1,5 @@
-//! A start that takes long, behind a socket that systemd holds: who is answered meanwhile, what waits, and that it
-//! can be stopped.
+//! A slow start behind a socket that systemd holds: health is answered meanwhile, calls wait, and the start can be
+//! stopped.
 
 #![allow(clippy::unwrap_used)]
 
@@ -40,8 +40,8 @@ fn stat_when_there_is_room(client: &Client, key: &str) -> CallResult<Info> {
     }
 }
 
-/// The calls that came first held the workers: health was not told to anybody. And when the start was over they were
-/// all carried out, although nobody waited any more.
+/// The first calls held the workers, so health was not answered. After the start they were all carried out, although
+/// their clients had gone.
 #[test]
 fn root_calls_wait_and_health_is_answered_during_slow_start() {
     const QUEUE: usize = 3;
@@ -56,7 +56,7 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
     let frozen = disk.freeze();
     snapshotter.start_again();
     let client = snapshotter.client();
-    // It would have had the only worker.
+    // This call would have held the only worker.
     assert_refused(client.with_timeout(Duration::from_secs(1)).prepare("late", "", &[]), Code::DEADLINE_EXCEEDED);
     let waiting: Vec<_> = (0..QUEUE - 1)
         .map(|_| {
@@ -84,7 +84,7 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
     assert!(snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// A restart that came while the daemon was still starting, as of a node that boots under load, failed the calls that
+/// A restart of a daemon that was still starting, for example on a node that boots under load, failed the calls that
 /// waited for the start.
 #[test]
 fn root_stop_during_start_answers_waiting_calls() {
@@ -108,7 +108,7 @@ fn root_stop_during_start_answers_waiting_calls() {
     assert!(snapshotter.server().wait_for_end().success());
 }
 
-/// A daemon that was killed and cannot end yet still has the lock.
+/// A stand-in for a daemon that was killed, cannot end yet, and still has the lock.
 struct Held {
     _lock: Flock<fs::File>,
     dead: std::process::Child,
@@ -130,7 +130,7 @@ impl Drop for Held {
     }
 }
 
-/// Signals were looked at only after the start: systemd ended the stop of a long one with SIGKILL.
+/// Signals were handled only after the start, so systemd ended the stop of a slow one with SIGKILL.
 #[test]
 fn root_slow_start_handles_signals_and_can_be_stopped() {
     let sandbox = Sandbox::enter("stopped-start");
@@ -253,7 +253,8 @@ fn root_start_accepts_state_root_made_by_go_snapshotter_or_admin() {
     assert!(sandbox.path("elsewhere/snapshotter/metadata.sqlite").exists());
 }
 
-/// A file was "File exists (os error 17)", and tried for ever; a state root in a repository was taken, and written to.
+/// A file as state root gave "File exists (os error 17)" and was tried for ever; a state root in a repository was
+/// accepted and written to.
 #[test]
 fn root_unusable_state_root_is_a_configuration_error() {
     let (sandbox, snapshotter) = unstarted("no-root");
@@ -275,7 +276,7 @@ fn root_unusable_state_root_is_a_configuration_error() {
             &[shown.trim_end_matches("/."), parts[0], parts[1]],
         );
     }
-    // Its disk may be mounted later: systemd tries again.
+    // The disk may be mounted later, so systemd tries again.
     symlink("nowhere", sandbox.path("dangling")).unwrap();
     let output = start_at(&snapshotter, &sandbox.path("dangling"));
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);

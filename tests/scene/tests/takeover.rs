@@ -1,5 +1,5 @@
-//! A node that ran the Go snapshotter: its records are ours after the first start, and nothing
-//! of what it wrote is touched. The states are written by containerd's own storage package.
+//! A node that ran the Go snapshotter: the first start takes over its records and changes none of its files. The states
+//! are written by containerd's own storage package.
 
 #![allow(clippy::unwrap_used)]
 
@@ -55,7 +55,7 @@ fn nanoseconds(time: &protobuf::well_known_types::timestamp::Timestamp) -> i64 {
     time.seconds * 1_000_000_000 + i64::from(time.nanos)
 }
 
-/// A snapshot on the wire, as containerd's storage package describes it; ids are not on it.
+/// A snapshot in the form of the API, made from a record of containerd's storage package; the API has no ids.
 fn described(info: &Info) -> (String, String, String, i64, i64, BTreeMap<String, String>) {
     let kind = match info.kind.enum_value().unwrap() {
         Kind::VIEW => "view",
@@ -85,7 +85,7 @@ fn assert_same_records(c: &Client, records: &[Record]) {
     }
 }
 
-/// The ids that the directories of an option are of.
+/// The ids in the directories of an option.
 fn ids(mounts: &[Mount], option: &str) -> Vec<u64> {
     let Some(value) = options(mounts).iter().find_map(|o| o.strip_prefix(option)) else { return Vec::new() };
     let id = |path: &str| Path::new(path).parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
@@ -125,7 +125,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
             _ => assert_eq!(sources.iter().filter(|id| record.parents.contains(id)).count(), record.parents.len()),
         }
     }
-    // Everything that was there is there, as it was.
+    // Every record exists with the same properties.
     let after = tree(&d.snapshotter.root());
     let in_use = |path: &Path| path.ends_with("fs") && fs::symlink_metadata(path).unwrap().is_symlink();
     for (path, content) in before.iter().filter(|(path, _)| !in_use(path)) {
@@ -145,7 +145,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
         assert_eq!(finished[count], expected, "{count}: {finished}");
     }
     assert!(log.contains("2 entries of another snapshotter"), "{log}");
-    // Ids go on above the last one, directories that nobody knows included.
+    // New ids begin above the last one, and above directories without a record.
     let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
     assert!(source.ends_with("78/fs"), "{}", source.display());
     // Removed snapshots do not come back.
@@ -163,7 +163,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     // The same image, pulled by another namespace, finds its layers.
     let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::snapshotter_fixture::digest(2));
     assert_eq!(again, "sha256:c2");
-    // Once there was new metadata, the old is true no more, and is not taken over again.
+    // The old metadata is outdated once there is new metadata, and is not taken over again.
     d.snapshotter.end(Signal::SIGTERM);
     fs::remove_file(home.join("metadata.sqlite")).unwrap();
     let message = refusal(&d.snapshotter);
@@ -178,7 +178,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     assert_eq!(records.len(), 2000);
     let file = sandbox.path("s/root/snapshotter/metadata.db");
     let before = fs::read(&file).unwrap();
-    // Killed before, in the middle of and after it.
+    // The daemon is killed before, during and after the takeover.
     let (root, address, config) = (sandbox.path("s/root"), sandbox.path("s.sock"), sandbox.path("config.toml"));
     fs::write(&config, format!("absolute-mountpoint = {:?}\n", repository.dir())).unwrap();
     let home = root.join("snapshotter");
@@ -187,7 +187,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
         let mut command = Command::new(binary());
         command.arg("--root").arg(&root).arg("--address").arg(&address).arg("--config").arg(&config);
         let mut server = Server::start(&mut command, &sandbox.path("log"));
-        // The first one before it begins, the others when something of it can be seen.
+        // The first kill comes before it begins, the others when files of it appear.
         let begun = || ["metadata.new", "metadata.sqlite"].map(|name| home.join(name).exists()).contains(&true);
         server.wait_until("begin", || n == 0 || begun());
         std::thread::sleep(Duration::from_millis(n * 20));
@@ -207,7 +207,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     assert!(!sandbox.path("s/root/snapshotter/metadata.new").exists());
 }
 
-/// Starts a snapshotter that must refuse, and change nothing but its lock; the result is its message.
+/// Starts a snapshotter that must refuse and change nothing but its lock. The result is its message.
 #[track_caller]
 fn refusal(snapshotter: &Snapshotter) -> String {
     let lock = snapshotter.root().join("snapshotter/lock");
@@ -267,7 +267,7 @@ fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
     std::os::unix::fs::symlink("nowhere", &file).unwrap();
     assert!(refusal(&d.snapshotter).contains("snapshotter/metadata.db"));
     fs::remove_file(&file).unwrap();
-    // With a copy put back it goes on.
+    // After a copy is restored the takeover succeeds.
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
     assert_same_records(&d.snapshotter.client(), &records);
@@ -356,8 +356,8 @@ fn root_takeover_omits_invalid_records_and_names_them() {
     assert_eq!(events(&log, "takeover_finished")[0]["rejected"], "13");
 }
 
-/// The Go one binds layers read-write, and a kill leaves the mounts: what a container then
-/// writes below the layer must not go into the repository, and the layer must show.
+/// The Go snapshotter binds layers read-write, and a kill leaves its mounts. Writes of a container below the layer must
+/// not reach the repository, and the layer must be visible.
 #[test]
 fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
     for attach in ["symlink", "bind"] {
@@ -400,8 +400,8 @@ fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
     }
 }
 
-/// containerd's own overlayfs behind our socket is a Go snapshotter that writes its state with the
-/// same package. So a real containerd can be led from the one to the other.
+/// containerd's own overlayfs snapshotter behind our socket writes its state with the same package as the Go
+/// snapshotter, so it stands for that here.
 #[test]
 fn root_containerd_keeps_working_with_snapshots_taken_over() {
     let mut stage = E2eFixture::start("goes-on", "");
@@ -412,7 +412,7 @@ fn root_containerd_keeps_working_with_snapshots_taken_over() {
     command.arg("serve").arg(&home).arg(stage.snapshotter.socket());
     let mut go = Server::start(&mut command, &stage.sandbox.path("go.log"));
     go.wait_until("listen", || stage.snapshotter.socket().exists());
-    // It may have called while nobody was there, and waits before it calls again.
+    // containerd may have called while no daemon was running, and pauses before it calls again.
     eventually("containerd finds the Go one", || stage.ours.snapshots().list(&[]).is_ok());
     let image = stage.shell_image("local:1", "x");
     let reference = stage.registry.push(&image);
@@ -446,7 +446,7 @@ fn root_containerd_keeps_working_with_snapshots_taken_over() {
     assert_eq!(published.len(), image.layers.len(), "this time its layers come from the repository");
 }
 
-/// Reads everything; the result is the number of values.
+/// Reads all values. The result is their number.
 fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::migration::bolt::Error> {
     let bolt = Database::parse(bytes)?;
     let mut unread = vec![bolt.root()];
@@ -479,7 +479,7 @@ fn damaged_bolt_file_is_read_or_refused_without_panic() {
         if all.is_ok() { read += 1 } else { refused += 1 }
     };
     let mut bytes = whole.clone();
-    // The heads of all pages, and a part of the rest.
+    // The bytes are the heads of all pages, and a part of the rest.
     for at in (0..=used).filter(|at| at % 4096 < 128 || at % 7 == 0) {
         for value in [whole[at] ^ 1, whole[at] ^ 0x80, 0, 0xff] {
             bytes[at] = value;

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use scene::process::eventually;
 use scene::snapshotter_fixture::{SnapshotterFixture, digest};
 
-/// A control group that bounds how many processes and threads there are in it.
+/// A control group that limits the number of processes and threads in it.
 struct PidsGroup(PathBuf);
 
 impl PidsGroup {
@@ -24,7 +24,7 @@ impl PidsGroup {
         Self(group)
     }
 
-    /// From now on there are no more than `count` beside those that there are.
+    /// Allows at most `count` threads more than there are.
     fn allow_more(&self, count: usize) {
         let current: usize = fs::read_to_string(self.0.join("pids.current")).unwrap().trim().parse().unwrap();
         fs::write(self.0.join("pids.max"), (current + count).to_string()).unwrap();
@@ -33,13 +33,13 @@ impl PidsGroup {
 
 impl Drop for PidsGroup {
     fn drop(&mut self) {
-        // The kernel lets go of it a moment after the last process of it has ended.
+        // The kernel frees the group a moment after its last process has ended.
         eventually("the control group can be removed", || fs::remove_dir(&self.0).is_ok());
     }
 }
 
-/// A scan whose helper threads could not be started panicked and was never finished: whoever needed the
-/// layer waited for `repository-timeout`, and then its healthy repository was taken for dead.
+/// A scan whose helper threads could not be started panicked and never finished: containers on the layer waited for
+/// `repository-timeout`, and then its healthy repository was reported as down.
 #[test]
 fn root_scan_succeeds_without_additional_threads() {
     let mut d = SnapshotterFixture::start("threads", "repository-timeout = 4");

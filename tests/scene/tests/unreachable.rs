@@ -1,5 +1,5 @@
-//! A repository whose client goes on while its server cannot be reached: what is cached can be had, and
-//! all else is answered with an input/output error.
+//! A repository whose client runs while its server cannot be reached: cached files are served, and all other reads fail
+//! with an input/output error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ fn everybody_says_it(stage: &E2eFixture, socket: &Path, url: &str) {
     assert!(text.contains("cvmfs_talk -i scene.test"), "{text}");
 }
 
-/// A pull waited for one layer after the other, and nobody said why.
+/// A pull waited for one layer after the other, without a message.
 #[test]
 fn root_unreachable_server_is_reported_everywhere_and_delays_a_pull_once() {
     let socket = PathBuf::from(format!("/run/scene-unreachable-{}.sock", std::process::id()));
@@ -120,7 +120,7 @@ fn root_unreachable_server_is_reported_everywhere_and_delays_a_pull_once() {
     }
 }
 
-/// The daemon asks for nothing then, and does not meet it.
+/// The daemon reads nothing at that time, so it does not meet the error itself.
 #[test]
 fn root_read_errors_of_containers_are_reported_from_client_counters() {
     let d = SnapshotterFixture::start("counters", "");
@@ -148,7 +148,7 @@ fn root_read_errors_of_containers_are_reported_from_client_counters() {
 #[test]
 fn root_unreadable_layer_does_not_block_containers_on_other_layers() {
     let sandbox = Sandbox::enter("damaged");
-    // Nothing is answered from the kernel's caches.
+    // The kernel caches nothing.
     let repository = Repository::mounted_with(&sandbox.path("cvmfs"), Settings::with_client(&["--ttl", "0"]));
     for n in [1, 2] {
         fs::create_dir_all(repository.layer_dir(&digest(n)).join("layerfs/dir")).expect("a layer can be made");

@@ -1,6 +1,6 @@
-//! Each command that the documentation shows is run: here, on a node where the Go snapshotter runs at first, or by
-//! whom `ELSEWHERE` names. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of
-//! a block of a shell. Of what stands in prose, whole commands are run as well, but nobody looks for more.
+//! Runs each command that the documentation shows, on a node that begins with the Go snapshotter, or names in
+//! `ELSEWHERE` who runs it. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of a
+//! block of a shell. Some whole commands in prose are run as well; nothing checks that these are all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use scene::process::{eventually, tool};
 use scene::release::read;
 
 use crate::node::{CONFIG, Node};
-use crate::{DEB, RPM, folder, go, next, one};
+use crate::{DEB, RPM, find_package, folder, go, next};
 
 /// The place that runs a command which is not run here.
 enum By {
@@ -23,7 +23,7 @@ enum By {
     File(&'static str, &'static str),
 }
 
-/// The page, the command, who runs it, and why it is not run here.
+/// The page, the command, the place that runs it, and why it is not run here.
 const ELSEWHERE: &[(&str, &str, By, &str)] = &[
     ("README.md", "make demo", By::Release, "it ends with a table that somebody has to look at"),
     ("README.md", "make test", By::Ci, "this is a part of it"),
@@ -39,7 +39,7 @@ const ELSEWHERE: &[(&str, &str, By, &str)] = &[
 
 struct Command {
     page: String,
-    /// Counted over all pages.
+    /// The position of the command among those of all pages.
     block: usize,
     text: String,
     done: bool,
@@ -49,7 +49,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The Markdown in a folder, and in those below it if `deep`; as the tests' `read` names it.
+/// The Markdown files in a directory, and if `deep` in those below it, with the names that `read` of the harness takes.
 fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
     for name in names(&root().join(folder)) {
         let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
@@ -61,8 +61,8 @@ fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
     }
 }
 
-/// Without the comment behind it.
-fn bare(line: &str) -> String {
+/// The command without a trailing comment.
+fn without_comment(line: &str) -> String {
     line.split("  #").next().unwrap_or_default().trim().to_owned()
 }
 
@@ -94,7 +94,7 @@ fn commands() -> Vec<Command> {
                 (Some(name), None) if name == "sh" || name == "bash" => Some(line).filter(|l| !l.starts_with('#')),
                 _ => None,
             };
-            let text = command.map(bare).filter(|text| !text.is_empty());
+            let text = command.map(without_comment).filter(|text| !text.is_empty());
             if let Some(text) = text {
                 assert!(!text.ends_with('\\'), "{page}: a command has one line here: {text}");
                 commands.push(Command { page: page.clone(), block, text, done: false });
@@ -105,7 +105,7 @@ fn commands() -> Vec<Command> {
     commands
 }
 
-/// Runs them.
+/// Runs the commands on a node.
 struct Reader<'a> {
     node: &'a Node,
     commands: Vec<Command>,
@@ -116,7 +116,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Runs a command of a page, in its order there, which must end so. The result is what it said.
+    /// Runs the next command of a page and checks its exit status. The result is its output.
     #[track_caller]
     fn run(&mut self, page: &str, text: &str, code: i32) -> String {
         let found = self.commands.iter().position(|c| c.page == page && c.text == text && !c.done);
@@ -154,7 +154,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The others are still run, and all that is wrong is said at once.
+    /// Records a failure, so that the other commands still run and all failures are reported at once.
     fn is_wrong(&mut self, what: String) {
         println!("{what}");
         self.wrong.push(what);
@@ -164,10 +164,10 @@ impl Reader<'_> {
         self.substitutions.extend(more.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())));
     }
 
-    /// Other packages than before stand for those of the pages.
+    /// Replaces the packages that stand for those of the pages.
     fn take_packages(&mut self, folder: &Path) {
         let packages = [("_0.1.0-1", DEB), ("-0.1.0-1", RPM)].map(|(version, end)| {
-            let given = self.node.give(&one(folder, end));
+            let given = self.node.give(&find_package(folder, end));
             (format!("cvmfs-snapshotter{version}{end}"), given.trim_start_matches("/root/").to_owned())
         });
         self.substitutions.retain(|(from, _)| packages.iter().all(|(shown, _)| shown != from));
@@ -175,7 +175,7 @@ impl Reader<'_> {
     }
 }
 
-/// No command is forgotten, and the table has none that is gone.
+/// Every command has somebody who runs it, and the table has no command that the pages do not show.
 fn missing(commands: &[Command]) -> Vec<String> {
     let elsewhere = |c: &Command| ELSEWHERE.iter().any(|(page, text, ..)| c.page == *page && c.text == *text);
     let missing = commands.iter().filter(|c| !c.done && !elsewhere(c));
@@ -183,7 +183,7 @@ fn missing(commands: &[Command]) -> Vec<String> {
 }
 
 #[test]
-fn every_command_attributed_to_another_test_is_run_there() {
+fn every_command_listed_as_run_elsewhere_is_run_there() {
     let commands = commands();
     for (page, text, by, why) in ELSEWHERE {
         assert!(commands.iter().any(|c| c.page == *page && c.text == *text), "{page} has no command {text} any more");
@@ -193,7 +193,7 @@ fn every_command_attributed_to_another_test_is_run_there() {
             By::Release => ("docs/releasing.md", format!("{text}`")),
             By::File(file, words) => (*file, (*words).to_owned()),
         };
-        // However it is indented there.
+        // The indentation does not matter.
         let lines: Vec<String> = read(file).lines().map(|line| line.trim().to_owned()).collect();
         assert!(format!("\n{}\n", lines.join("\n")).contains(&words), "{file} has no {words:?}");
         if let Some(target) = text.strip_prefix("make ") {
@@ -202,7 +202,7 @@ fn every_command_attributed_to_another_test_is_run_there() {
     }
 }
 
-/// Debian's rpm knows nothing of Debian's packages, which have what ours needs.
+/// Debian's rpm has no database of Debian's packages, which provide what our package requires.
 fn provide_rpm(node: &Node) {
     let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
     let script = format!(
@@ -241,7 +241,7 @@ fn root_every_documented_command_does_what_its_page_says() {
     docs.run(TAKEOVER, away, 0);
     node.assert_counts();
 
-    by_hand(&mut docs);
+    run_manual_installation(&mut docs);
 
     docs.run(README, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
     node.assert_serves();
@@ -254,9 +254,9 @@ fn root_every_documented_command_does_what_its_page_says() {
     let two = format!("df --output=target,source {CACHE} {STATE}");
     docs.run_and_see(INSTALL, &two, &[STATE]);
 
-    everyday(&mut docs, running.image());
+    run_everyday_commands(&mut docs, running.image());
 
-    // Upgraded, and what is installed last is never older.
+    // The upgrade installs a version that is not older.
     docs.take_packages(&next(&node.sandbox));
     docs.run(INSTALL, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
     node.assert_serves();
@@ -302,9 +302,9 @@ fn root_every_documented_command_does_what_its_page_says() {
 }
 
 /// The commands of the readme for an installation without a package.
-fn by_hand(docs: &mut Reader) {
+fn run_manual_installation(docs: &mut Reader) {
     let node = docs.node;
-    // Where the sources were built.
+    // The build leaves its program there.
     let program =
         "dpkg-deb --extract /root/*.deb /root/unpacked && install -D /root/unpacked/usr/bin/cvmfs-snapshotter";
     node.shell(&format!("{program} /root/target/release/cvmfs-snapshotter")).ok();
@@ -328,7 +328,7 @@ fn by_hand(docs: &mut Reader) {
 }
 
 /// The commands for a daemon that serves, through which `image` was pulled.
-fn everyday(docs: &mut Reader, image: &str) {
+fn run_everyday_commands(docs: &mut Reader, image: &str) {
     let node = docs.node;
     for page in [README, ADMIN] {
         docs.run_and_see(page, "cvmfs-snapshotter doctor", &["good     daemon.running", "good     repository.answers"]);

@@ -10,7 +10,7 @@ use scene::machine::{HOST, SERVICE};
 use scene::process::eventually;
 
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
-use crate::{DEB, folder, one};
+use crate::{DEB, find_package, folder};
 
 /// The highest exposure that `systemd-analyze security` may report for the unit with the drop-in, in tenths.
 const EXPOSURE: &str = "26";
@@ -23,7 +23,7 @@ const NEGATIVE_TIMEOUT: Duration = Duration::from_secs(1);
 fn root_service_with_own_mount_namespace_sees_autofs_mounts_and_loses_nothing() {
     let Some(node) = Node::boot_or_skip("symlink-only") else { return };
     let machine = &node.machine;
-    node.dpkg(&format!("--install {}", node.give(&one(&folder(), DEB))));
+    node.dpkg(&format!("--install {}", node.give(&find_package(&folder(), DEB))));
     start_automounter(&node);
     node.configure("absolute-mountpoint = \"/auto/scene.test\"");
     // The file says that it is to be installed in this way.
@@ -39,7 +39,7 @@ fn root_service_with_own_mount_namespace_sees_autofs_mounts_and_loses_nothing() 
     thread::sleep(2 * NEGATIVE_TIMEOUT);
     let running = node.run_container();
     node.assert_nothing_is_lost(&running);
-    // Somebody else unmounts it: the next question brings it back, in both namespaces.
+    // After another process has unmounted the repository, the next access mounts it again in both namespaces.
     node.shell("umount --lazy /auto/scene.test").ok();
     node.assert_nothing_is_lost(&running);
     node.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
@@ -67,7 +67,7 @@ fn root_service_with_own_mount_namespace_sees_autofs_mounts_and_loses_nothing() 
         let started = machine.run(&["systemctl", "restart", SERVICE]).status.success();
         assert_eq!(started, starts, "{line}: {}", machine.journal(SERVICE));
         if !starts {
-            // It is not tried for ever, and says why.
+            // systemd does not restart the service for ever, and the journal has the reason.
             for words in ["is not possible in the mount namespace", "status=78"] {
                 let count = || machine.journal(SERVICE).matches(words).count();
                 eventually("the journal says why", || count() > before.matches(words).count());

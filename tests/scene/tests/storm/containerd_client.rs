@@ -79,7 +79,7 @@ pub fn complaints(log: &str) -> Vec<&str> {
     log.lines().filter(is_complaint).filter(|line| line.contains("snapshot") && !is_outage(line)).collect()
 }
 
-fn said(output: Output) -> Result<String, String> {
+fn output_or_error(output: Output) -> Result<String, String> {
     if output.status.success() { Ok(output.stdout) } else { Err(format!("{}{}", output.stdout, output.stderr)) }
 }
 
@@ -125,8 +125,8 @@ impl<'s> ContainerdClient<'s> {
             1 => {
                 // The removal of a lease makes containerd collect garbage in the snapshotter.
                 let lease = self.new_id("lease");
-                self.retry("lease", |p| said(p.ours.ctr(&["leases", "create", "--id", &lease])));
-                self.retry("collection", |p| said(p.ours.ctr(&["leases", "rm", "--sync", &lease])));
+                self.retry("lease", |p| output_or_error(p.ours.ctr(&["leases", "create", "--id", &lease])));
+                self.retry("collection", |p| output_or_error(p.ours.ctr(&["leases", "rm", "--sync", &lease])));
             }
             _ => self.run(&reference, number),
         }
@@ -142,7 +142,7 @@ impl<'s> ContainerdClient<'s> {
         let script = "cat /data/text /data/top; ls /data; echo new > /data/new; cat /data/new; sleep 0.3";
         let output = self.retry("run", |p| {
             let id = p.new_id("run");
-            said(p.ours.run(reference, &id, &["/bin/sh", "-c", script]))
+            output_or_error(p.ours.run(reference, &id, &["/bin/sh", "-c", script]))
         });
         let text = &self.images[number].text;
         assert_eq!(output, format!("{text}{text}text\ntop\nnew\n"));

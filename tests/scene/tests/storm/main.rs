@@ -41,7 +41,7 @@ const KILLS_BETWEEN_CHECKS: usize = 8;
 /// whose transaction never committed was handed out again. The Go snapshotter empties its state
 /// when it is stopped, below running containers.
 #[test]
-fn root_acknowledged_changes_survive_hundreds_of_kills() {
+fn root_acknowledged_changes_survive_repeated_kills() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let by_time = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let seed = number("STORM_SEED").unwrap_or_else(by_time);

@@ -27,7 +27,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let contestants = contestants(sandbox, settings, "cleanup", None);
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Cleanup of {number} removed snapshots"), &names);
-    group.note(
+    group.add_note(
         "calls: Stat, Prepare, Remove of one client; the slowest and p99 of one such cycle in a round".to_owned(),
     );
     let mut results: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
@@ -37,7 +37,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             say.that(&format!("cleanup, round {}, {name}", n + 1));
             match round(&contestants[turn], number, n) {
                 Ok(round) => results[turn].push(round),
-                Err(why) => group.note(format!("{name}: {why}")),
+                Err(why) => group.add_note(format!("{name}: {why}")),
             }
         }
     }

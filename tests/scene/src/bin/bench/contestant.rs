@@ -161,7 +161,7 @@ impl Contestant {
         Client::connect(&self.socket)
     }
 
-    pub fn footprint(&self) -> Option<ResourceUsage> {
+    pub fn usage(&self) -> Option<ResourceUsage> {
         self.pid().map(ResourceUsage::read)
     }
 

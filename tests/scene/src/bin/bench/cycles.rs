@@ -31,7 +31,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
                 for turn in turns(contestants.len(), n) {
                     match round(&contestants[turn], on_parent, number, n) {
                         Ok(round) => rounds[turn].push(round),
-                        Err(why) => group.note(format!("{}, {what}: {why}", contestants[turn].name)),
+                        Err(why) => group.add_note(format!("{}, {what}: {why}", contestants[turn].name)),
                     }
                 }
             }

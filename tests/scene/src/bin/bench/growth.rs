@@ -71,7 +71,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let names: Vec<String> = contestants.iter().map(|c| c.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut group = Group::new("One call of one client, in a store of so many snapshots", &names);
-    group.note(format!(
+    group.add_note(format!(
         "chains of {DEPTH}, one in {PUBLISHED} of published layers; overlayfs has all of them as local ones"
     ));
     let mut stores: Vec<Store> = contestants
@@ -82,13 +82,13 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
         })
         .collect();
     for store in &stores {
-        take(&mut group, store, None);
+        record_memory(&mut group, store, None);
     }
     for size in SIZES.into_iter().filter(|&size| size <= up_to) {
         for store in stores.iter_mut().filter(|store| size <= store.up_to) {
             say.that(&format!("growth to {size} snapshots, {}", store.contestant.name));
             if let Err(why) = grow(&mut group, store, size) {
-                group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 store.up_to = 0;
             }
         }
@@ -101,7 +101,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
                 }
                 nix::unistd::sync();
                 if let Err(why) = calls(store, &format!("{size}-{round}")) {
-                    group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                    group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 }
             }
         }
@@ -109,10 +109,10 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             for (name, unit, samples) in std::mem::take(&mut store.samples).calls {
                 group.put_at(name, Some(size), unit, &store.contestant.name, Cell::of(&samples));
             }
-            take(&mut group, store, Some(size));
+            record_memory(&mut group, store, Some(size));
             say.that(&format!("starts with {size} snapshots, {}", store.contestant.name));
             if let Err(why) = start(&mut group, store, size) {
-                group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 store.up_to = 0;
             }
         }
@@ -290,16 +290,16 @@ fn attach(client: &Client, published: &[&Chain], prefix: &str, samples: &mut Sam
     Ok(())
 }
 
-fn take(group: &mut Group, store: &Store, at: Option<usize>) {
-    let Some(footprint) = store.contestant.footprint() else { return };
+fn record_memory(group: &mut Group, store: &Store, at: Option<usize>) {
+    let Some(usage) = store.contestant.usage() else { return };
     let fresh = if at.is_none() { " when fresh" } else { "" };
     let name = &store.contestant.name;
     let mut put = |what: &str, unit, number: usize| {
         group.put_at(&format!("{what}{fresh}"), at, unit, name, Cell::one(float(number)));
     };
-    put("memory", Unit::Megabytes, footprint.memory * 1024);
-    put("threads", Unit::Pieces, footprint.threads);
-    put("open files", Unit::Pieces, footprint.files);
+    put("memory", Unit::Megabytes, usage.memory * 1024);
+    put("threads", Unit::Pieces, usage.threads);
+    put("open files", Unit::Pieces, usage.files);
 }
 
 fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Failure> {
@@ -314,7 +314,7 @@ fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Failur
     }
     contestant.settle();
     group.put_at("start", Some(size), Unit::Millis, &contestant.name, Cell::of(&starts));
-    let memory = contestant.footprint().and_then(|footprint| Cell::one(float(footprint.memory * 1024)));
+    let memory = contestant.usage().and_then(|usage| Cell::one(float(usage.memory * 1024)));
     group.put_at("memory after a start", Some(size), Unit::Megabytes, &contestant.name, memory);
     Ok(())
 }

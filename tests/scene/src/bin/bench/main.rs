@@ -67,7 +67,7 @@ fn measure(settings: &Settings) {
     let say = Say(Instant::now());
     let sandbox = Sandbox::enter("bench");
     let facts = host::describe(sandbox.dir());
-    println!("{}", host::told(&facts));
+    println!("{}", host::format_facts(&facts));
     if facts["state roots"].as_str().is_some_and(|fs| fs.starts_with("tmpfs")) {
         println!("  !! nothing is durable on tmpfs: set TMPDIR to a directory on a disk\n");
     }

@@ -23,7 +23,7 @@ const FILE: usize = 4096;
 pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
     let columns = [OURS, MEMORY, GO, OVERLAYFS];
     let mut group = Group::new("Pull through the CRI of containerd 1.6, all layers published", &columns);
-    group.note(format!(
+    group.add_note(format!(
         "{MEMORY} does nothing: the time is containerd's own; overlayfs fetches and unpacks, here tiny layers \
          ({FILES} files of {} KiB) over loopback",
         FILE / 1024

@@ -48,7 +48,7 @@ fn scan(home: &Path, repository: &Path) -> (f64, f64) {
     let chain = pull(&client);
     let (took, result) = seconds(|| client.prepare("container", &chain, &[]));
     result.expect("a container starts");
-    let peak = contestant.footprint().expect("it is ours").peak;
+    let peak = contestant.usage().expect("it is ours").peak;
     (took, float(peak * 1024))
 }
 

@@ -41,14 +41,14 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     contestants.extend(Contestant::foreign(settings));
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Prepare and Mounts of a container on {LAYERS} layers"), &names);
-    group.note(format!(
+    group.add_note(format!(
         "the repository is a FUSE mount; {GO} binds layers at the pull and has no first use; overlayfs and others \
          have {LAYERS} local layers"
     ));
     let chains: Vec<Option<String>> = contestants
         .iter()
         .map(|contestant| {
-            pull(contestant, &image).map_err(|why| group.note(format!("{}: {why}", contestant.name))).ok()
+            pull(contestant, &image).map_err(|why| group.add_note(format!("{}: {why}", contestant.name))).ok()
         })
         .collect();
     let mut all: Vec<Round> = contestants.iter().map(|_| Round::default()).collect();
@@ -58,7 +58,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             let Some(chain) = &chains[turn] else { continue };
             nix::unistd::sync();
             if let Err(why) = starts(&contestants[turn], chain, &mut all[turn]) {
-                group.note(format!("{}: {why}", contestants[turn].name));
+                group.add_note(format!("{}: {why}", contestants[turn].name));
             }
         }
     }
