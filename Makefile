@@ -22,7 +22,7 @@
 export CVMFS_SNAPSHOTTER_CACHE ?= $(HOME)/.cache/cvmfs-snapshotter
 export CARGO_TARGET_DIR ?= $(CVMFS_SNAPSHOTTER_CACHE)/target
 export CVMFS_SNAPSHOTTER_BINARY ?= $(CARGO_TARGET_DIR)/debug/cvmfs-snapshotter
-# Of the program that is there anyway, for the tests.
+# Packages of the debug program, which the tests install.
 export CVMFS_SNAPSHOTTER_PACKAGES ?= $(CARGO_TARGET_DIR)/packages-dev
 tools := $(CVMFS_SNAPSHOTTER_CACHE)/tools
 
@@ -81,16 +81,16 @@ test-unit:
 test-schedules:
 	cargo test --locked --package cvmfs-snapshotter --lib --features shuttle schedules::
 
-# The publisher and the FUSE clients that the other tests stand on, against the source trees.
+# Tests the publisher and the FUSE clients that the other tests use, against the source trees.
 test-testbed:
 	cargo test --locked --package cvmfs-testbed --features cvmfs-crate
 
-# containerd's own test suite for snapshotters, against the daemon.
+# Runs containerd's own test suite for snapshotters against the daemon.
 test-suite:
 	cd tests/containerd && "$(tools)/go" vet ./... && "$(tools)/go" test -count=1 ./...
 
-# The daemon over its socket, and with the real containerd, runc and registry. Each test
-# starts several servers, so the number of tests at once is kept low.
+# Tests the daemon over its socket, and with the real containerd, runc and registry. Each test starts several servers,
+# so only two run at a time.
 test-scene:
 	cargo test --locked --no-fail-fast --package scene -- --test-threads 2
 
@@ -114,13 +114,13 @@ package:
 manual:
 	cargo run --locked --package pages -- manual docs
 
-# One machine's architecture only: its packages are installed.
+# Tests only the packages of this machine's architecture, because they are installed.
 test-packages: build
 	tests/setup.sh test
 	CVMFS_SNAPSHOTTER_PACKAGES="$(CARGO_TARGET_DIR)/packages" \
 		cargo test --locked --package scene --test packages -- --test-threads 2
 
-# The long forms of two tests; STORM_SEED and PROPTEST_RNG_SEED repeat a run.
+# These are the long forms of two tests. STORM_SEED and PROPTEST_RNG_SEED repeat a run.
 storm: build
 	tests/setup.sh test
 	STORM_KILLS="$${STORM_KILLS:-300}" cargo test --locked --package scene --test storm -- --nocapture

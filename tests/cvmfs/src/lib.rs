@@ -2,9 +2,9 @@
 //!
 //! [`ingest`] unpacks layers into a directory tree, [`publisher`] writes a signed repository of it,
 //! [`web`] serves that, and [`client`] mounts it through the binary `cvmfs-test-client` of this package,
-//! which can be told to hang, to be slow, to fail, or to take up a new revision. [`format`] is what
-//! publisher and client agree on. [`listing`] is what a tree shows, [`real`] has what the real publisher
-//! made. This is test code: what cannot go on panics with a sentence.
+//! which can be told to hang, to be slow, to fail, or to load a new revision. [`format`] is the format that
+//! publisher and client share. [`listing`] describes a file tree as text, [`real`] has repositories of the real
+//! publisher. This is test code: an error panics with a sentence.
 
 #![forbid(unsafe_code)]
 

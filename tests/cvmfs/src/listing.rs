@@ -1,5 +1,5 @@
-//! What a file tree shows, as text that can be compared: read from a directory, or from a JSON file of
-//! `tests/data/real-repositories`, whose README says what is in there.
+//! The properties of a file tree as text that can be compared. They are read from a directory, or from a JSON file of
+//! `tests/data/real-repositories`, whose README describes it.
 
 #![forbid(unsafe_code)]
 
@@ -24,7 +24,7 @@ pub struct Listing {
     pub entries: BTreeMap<PathBuf, Properties>,
 }
 
-/// One property in which two trees differ. An entry that only one of them has differs in its type.
+/// A property in which two trees differ. An entry that only one of them has differs in its type.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Difference {
     pub path: PathBuf,
@@ -96,7 +96,7 @@ impl Listing {
         self.entries.values().filter_map(|entry| entry.get("size")?.parse::<u64>().ok()).sum()
     }
 
-    /// What is different in `found`, in the order of the paths.
+    /// The differences of `found` from this tree, in the order of the paths.
     pub fn compare(&self, found: &Self) -> Vec<Difference> {
         let none = Properties::new();
         let mut differences = Vec::new();

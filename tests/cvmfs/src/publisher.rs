@@ -21,7 +21,7 @@ use keys::Keys;
 use store::Store;
 use tree::Catalog;
 
-/// What of a source tree is published. A release manager's settings, and its union file system.
+/// The properties of a source tree that are published, which depend on a release manager's settings and union file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// Extended attributes (`CVMFS_INCLUDE_XATTRS`).

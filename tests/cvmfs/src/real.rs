@@ -35,13 +35,13 @@ fn unpack(archive: &str, dir: &Path) {
     assert!(status.success(), "tar cannot unpack {archive}; it needs xz (Debian package xz-utils)");
 }
 
-/// What the real client shows of the repository `fqrn`.
+/// The listing of the repository `fqrn` in a mount of the real client.
 pub fn listing(fqrn: &str) -> Listing {
     let name = fqrn.split('.').next().expect("a name has a first part");
     read(&format!("{name}.listing.json.xz"))
 }
 
-/// What a normal pull of the image shows.
+/// The listing of a normal pull of the image.
 pub fn expected(image: &str) -> Listing {
     read(&format!("{image}.expected.json.xz"))
 }

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::io;
@@ -12,16 +12,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cvmfs_testbed::client::Mount;
+use fixture::{Detail, RepositoryFixture, assert_same, plain_tree, write};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
-use stage::{Detail, Stage, assert_same, plain_tree, write};
 
 /// Attributes and names are asked for again at once.
 const NO_CACHE: [&str; 2] = ["--ttl", "0"];
 
-fn stage() -> Stage {
-    let mut stage = Stage::new();
+fn stage() -> RepositoryFixture {
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     stage
@@ -234,7 +234,7 @@ fn root_unknown_command_is_an_error() {
 #[test]
 #[should_panic(expected = "the client did not mount")]
 fn root_client_without_repository_reports_the_reason() {
-    let stage = Stage::new();
+    let stage = RepositoryFixture::new();
     write(&stage.source().join("file"), "never published");
     drop(stage.mount("mount", &[]));
 }

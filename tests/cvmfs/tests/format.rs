@@ -1,4 +1,4 @@
-//! What is published, judged by programs other than ours.
+//! The published format, checked by programs of others.
 
 #![forbid(unsafe_code)]
 

@@ -3,26 +3,26 @@
 #![forbid(unsafe_code)]
 #![cfg(feature = "cvmfs-crate")]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::io::ErrorKind;
 use std::thread;
 
+use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, list_tree, plain_tree, write};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use stage::{Detail, Stage, assert_equal, assert_same, plain_tree, seen, write};
 
 const CRATE: [&str; 2] = ["--backend", "crate"];
 
 #[test]
 fn root_cvmfs_crate_reads_our_repositories() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &CRATE);
     assert_same(&stage.source(), mount.mountpoint(), Detail::Plain);
     let attribute = |name| xattr::get(mount.mountpoint(), name).expect("the root answers");
-    assert_eq!(attribute("user.fqrn").as_deref(), Some(stage::FQRN.as_bytes()));
+    assert_eq!(attribute("user.fqrn").as_deref(), Some(fixture::FQRN.as_bytes()));
     assert_eq!(attribute("user.unknown"), None);
     for missing in ["missing", "layers/one/inner/missing"] {
         let error = mount.mountpoint().join(missing).metadata().expect_err("nobody published that");
@@ -32,7 +32,7 @@ fn root_cvmfs_crate_reads_our_repositories() {
 
 #[test]
 fn root_cvmfs_crate_mount_works_as_lower_layer() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source().join("top"));
     write(&stage.source().join("bottom/home/user/other"), "seen through");
     stage.publish();
@@ -55,15 +55,15 @@ fn root_cvmfs_crate_mount_works_as_lower_layer() {
 
 #[test]
 fn root_cvmfs_crate_serves_four_concurrent_cold_readers_twenty_times() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
-    let expected = seen(&stage.source(), Detail::Plain);
+    let expected = list_tree(&stage.source(), Detail::Plain);
     for _ in 0..20 {
         let mount = stage.mount("mount", &CRATE);
         thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| assert_equal(&expected, &seen(mount.mountpoint(), Detail::Plain)));
+                scope.spawn(|| assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Plain)));
             }
         });
     }
@@ -71,7 +71,7 @@ fn root_cvmfs_crate_serves_four_concurrent_cold_readers_twenty_times() {
 
 #[test]
 fn root_reopened_cvmfs_crate_sees_new_revision() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mut mount = stage.mount("mount", &CRATE);

@@ -1,9 +1,8 @@
-//! What the client makes up and changes as the real one does: attributes, owners, and the signs of a
-//! server that cannot be reached.
+//! Magic attributes, owners and counters of an unreachable server, which the client presents as the real one does.
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,12 +11,12 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cvmfs_testbed::client::Mount;
+use fixture::{RepositoryFixture, odd_tree, plain_tree};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
-use stage::{Stage, odd_tree, plain_tree};
 
-fn stage() -> Stage {
-    let mut stage = Stage::new();
+fn stage() -> RepositoryFixture {
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
@@ -48,7 +47,7 @@ fn root_magic_attributes_are_listed_on_the_root_alone_and_answered_everywhere() 
     assert_eq!(names(root).len(), 36);
     for path in ["hello", "home", "layers/one"] {
         assert_eq!(names(&root.join(path)), BTreeSet::new(), "{path}");
-        assert_eq!(value(&mount, path, "user.fqrn").as_deref(), Some(stage::FQRN), "{path}");
+        assert_eq!(value(&mount, path, "user.fqrn").as_deref(), Some(fixture::FQRN), "{path}");
     }
     assert_eq!(names(&root.join("odd")), BTreeSet::from(["user.dir".to_owned()]));
     assert_eq!(value(&mount, "hello", "user.compression").as_deref(), Some("zlib"));
@@ -73,7 +72,7 @@ fn root_magic_attributes_can_be_listed_on_every_inode() {
     assert_eq!(only_on_files, BTreeSet::from(expected));
     let only_on_links: BTreeSet<_> = names(&root.join("dangling")).difference(&on_root).cloned().collect();
     assert_eq!(only_on_links, BTreeSet::from(["user.rawlink", "xfsroot.rawlink"].map(str::to_owned)));
-    // Those of the publisher come with them.
+    // The attributes that the publisher stored are listed with them.
     assert_eq!(names(&root.join("odd")), on_root.iter().cloned().chain(["user.dir".to_owned()]).collect());
     for name in &on_root {
         assert!(value(&mount, "home", name).is_some(), "{name} has no value");
@@ -139,7 +138,7 @@ fn root_client_counters_show_unreachable_server() {
     assert!(number(&mount, "user.timestamp_last_ioerr") >= begin);
     let log = value(&mount, "", "user.logbuffer").unwrap_or_default();
     assert!(log.contains(&stage.web.url()), "{log}");
-    // What is cached, the root and statfs go on.
+    // Cached files, the root and statfs still work.
     fs::read(root.join("hello")).expect("a cached file can be read");
     assert!(fs::read_dir(root).expect("the root can be listed").count() > 5);
     statvfs(root).expect("statfs is answered");
@@ -151,7 +150,7 @@ fn root_client_counters_show_unreachable_server() {
     assert_eq!(number(&mount, "user.nioerr"), errors);
 }
 
-/// For tests that need no server that is down to have its signs.
+/// Tests can have the counters of an unreachable server without one.
 #[test]
 fn root_injected_failures_are_counted_as_io_errors() {
     let stage = stage();

@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
@@ -11,13 +11,13 @@ use std::thread;
 use std::time::Instant;
 
 use cvmfs_testbed::publisher::Settings;
+use fixture::{Detail, RepositoryFixture, assert_equal, assert_same, list_tree, noise, odd_tree, plain_tree, write};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
-use stage::{Detail, Stage, assert_equal, assert_same, noise, odd_tree, plain_tree, seen, write};
 
 #[test]
 fn root_mounted_repository_equals_its_source() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     assert_eq!(stage.publish(), 1);
@@ -31,7 +31,7 @@ fn root_mounted_repository_equals_its_source() {
 
 #[test]
 fn root_mount_attributes_equal_those_of_the_real_client() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &["--name-length", "0"]);
@@ -44,7 +44,7 @@ fn root_mount_attributes_equal_those_of_the_real_client() {
     }
     assert_eq!(statvfs(root).expect("statfs is answered").name_max(), 0);
     let attribute = |name| xattr::get(root, name).expect("the root answers");
-    assert_eq!(attribute("user.fqrn").as_deref(), Some(stage::FQRN.as_bytes()));
+    assert_eq!(attribute("user.fqrn").as_deref(), Some(fixture::FQRN.as_bytes()));
     assert_eq!(attribute("user.revision").as_deref(), Some(&b"1"[..]));
     // The crate xattr turns ENODATA, and only that, into None.
     assert_eq!(attribute("user.unknown"), None);
@@ -52,16 +52,16 @@ fn root_mount_attributes_equal_those_of_the_real_client() {
 
 #[test]
 fn root_four_concurrent_cold_readers_see_the_source() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
-    let expected = seen(&stage.source(), Detail::Everything);
+    let expected = list_tree(&stage.source(), Detail::Everything);
     for _ in 0..3 {
         let mount = stage.mount("mount", &[]);
         thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| assert_equal(&expected, &seen(mount.mountpoint(), Detail::Everything)));
+                scope.spawn(|| assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Everything)));
             }
         });
     }
@@ -69,23 +69,23 @@ fn root_four_concurrent_cold_readers_see_the_source() {
 
 #[test]
 fn root_publisher_omits_hard_links_xattrs_and_nanoseconds_by_default() {
-    let mut stage = Stage::with(Settings::default());
+    let mut stage = RepositoryFixture::with(Settings::default());
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
-    let mut expected = seen(&stage.source(), Detail::Everything);
+    let mut expected = list_tree(&stage.source(), Detail::Everything);
     assert!(expected.entries.values().any(|entry| entry.contains_key("links") && entry["nanoseconds"] != "0"));
     assert!(expected.entries.values().any(|entry| entry.contains_key("xattrs")));
     expected.leave_out("links");
     expected.leave_out("xattrs");
     expected.entries.values_mut().for_each(|entry| drop(entry.insert("nanoseconds", "0".to_owned())));
-    assert_equal(&expected, &seen(mount.mountpoint(), Detail::Everything));
+    assert_equal(&expected, &list_tree(mount.mountpoint(), Detail::Everything));
 }
 
 #[test]
 fn root_reload_shows_additions_changes_and_removals_of_a_revision() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     odd_tree(&stage.source());
     stage.publish();
@@ -114,7 +114,7 @@ fn root_reload_shows_additions_changes_and_removals_of_a_revision() {
 
 #[test]
 fn root_further_revision_writes_only_changed_objects() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mut mount = stage.mount("mount", &[]);
@@ -131,7 +131,7 @@ fn root_further_revision_writes_only_changed_objects() {
 /// They say how the publisher's disk is stacked, and would hide files below another overlay.
 #[test]
 fn root_overlayfs_attributes_are_not_published() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     let dir = stage.source().join("dir");
     write(&dir.join("file"), "text");
     for (name, value) in [("trusted.overlay.opaque", &b"y"[..]), ("user.kept", b"yes")] {
@@ -145,7 +145,7 @@ fn root_overlayfs_attributes_are_not_published() {
 
 #[test]
 fn root_nested_catalogs_are_fetched_on_demand() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -159,7 +159,7 @@ fn root_nested_catalogs_are_fetched_on_demand() {
 /// Many requests for one object: one download.
 #[test]
 fn root_object_is_fetched_once() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -174,7 +174,7 @@ fn root_object_is_fetched_once() {
 
 #[test]
 fn root_dead_server_fails_only_uncached_reads() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source());
     stage.publish();
     let mount = stage.mount("mount", &[]);
@@ -193,7 +193,7 @@ fn root_dead_server_fails_only_uncached_reads() {
 /// Bytes that do not have their name are not handed out.
 #[test]
 fn root_forged_object_is_refused() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     write(&stage.source().join("file"), "true");
     stage.publish();
     let data = stage.publisher.dir().join("data");

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -10,9 +10,9 @@ use std::io::Write as _;
 use std::path::Path;
 
 use cvmfs_testbed::client::Mount;
+use fixture::{RepositoryFixture, odd_tree, plain_tree, write};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use stage::{Stage, odd_tree, plain_tree, write};
 
 struct Overlay<'a>(&'a Path);
 
@@ -36,8 +36,8 @@ fn names(dir: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.expect("a listing ends").file_name().to_string_lossy().into_owned()).collect()
 }
 
-fn two_layers(options: &[&str]) -> (Stage, Mount) {
-    let mut stage = Stage::new();
+fn two_layers(options: &[&str]) -> (RepositoryFixture, Mount) {
+    let mut stage = RepositoryFixture::new();
     plain_tree(&stage.source().join("top"));
     odd_tree(&stage.source().join("top"));
     write(&stage.source().join("bottom/hello"), "hidden by the layer above");

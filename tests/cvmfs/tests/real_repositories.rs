@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use cvmfs_testbed::client::Mount;
 use cvmfs_testbed::listing::Listing;
 use cvmfs_testbed::real;
 use cvmfs_testbed::web::Web;
-use stage::private_namespace;
+use fixture::private_namespace;
 
 /// Files whose objects were taken out of the repositories: listed, but not to be read.
 fn is_without_object(path: &Path) -> bool {

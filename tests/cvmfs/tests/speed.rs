@@ -2,14 +2,14 @@
 
 #![forbid(unsafe_code)]
 
-mod stage;
+mod fixture;
 
 use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stage::{Stage, noise, write};
+use fixture::{RepositoryFixture, noise, write};
 
 fn walk(dir: &Path, read: bool) -> usize {
     let mut count = 0;
@@ -29,7 +29,7 @@ fn walk(dir: &Path, read: bool) -> usize {
 #[test]
 #[ignore = "writes 365 MB"]
 fn root_20_000_files_are_published_in_15_s_and_walked_in_5_s() {
-    let mut stage = Stage::new();
+    let mut stage = RepositoryFixture::new();
     for layer in 0..10 {
         write(&stage.source().join(format!("layer{layer}/.cvmfscatalog")), "");
         for file in 0..2000_u64 {

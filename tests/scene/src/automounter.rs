@@ -1,4 +1,4 @@
-//! The kernel's autofs with Debian's automounter, as sites mount `/cvmfs`.
+//! The kernel's autofs with Debian's automounter, which is how sites mount `/cvmfs`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,11 +10,11 @@ use crate::prerequisite;
 use crate::process::{Server, cache, run, tool};
 use crate::sandbox::{Sandbox, mounts_below};
 
-/// Debian's automounter, with one key that leads to a repository once a file says that it is ready.
+/// Debian's automounter with one key, which it mounts once the file `ready` exists.
 pub struct Automounter {
-    /// What it mounts comes up below.
+    /// The directory below which the automounter mounts.
     pub dir: PathBuf,
-    /// The file that says so.
+    /// The automounter finds the repository from the moment at which this file exists.
     pub ready: PathBuf,
     _server: Server,
 }
@@ -28,7 +28,8 @@ impl Automounter {
             return None;
         }
         let program = tool("automount");
-        // It looks for its modules in one place only; nobody else sees this mount.
+        // The automounter loads its modules only from the directory that it was built for. The overlay that shows them
+        // there is visible in the sandbox alone.
         let libraries = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
         let own = cache().join("tools/debian").join(&libraries);
         let stacked = format!("lowerdir={}:/{libraries}", own.display());
@@ -46,7 +47,7 @@ impl Automounter {
         fs::write(&master, line).expect("a master map can be written");
         let mut command = Command::new(program);
         command.args(["--foreground", "--dont-check-daemon", "--pid-file"]).arg(sandbox.path("pid")).arg(&master);
-        // Autofs lets the automounter's own process group pass.
+        // Autofs lets the automounter's own process group pass without mounting.
         command.process_group(0);
         let mut server = Server::start(&mut command, &sandbox.path("automount.log"));
         server.wait_until("be mounted", || mounts_below(&dir).contains(&dir));

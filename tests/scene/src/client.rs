@@ -27,14 +27,14 @@ pub const REF: &str = "containerd.io/snapshot.ref";
 pub const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 pub const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 
-pub type Answer<T> = Result<T, RpcStatus>;
+pub type CallResult<T> = Result<T, RpcStatus>;
 
 #[derive(Clone)]
 pub struct Client {
     grpc: grpcio::Client,
     channel: Channel,
     timeout: Duration,
-    /// Of containerd, when this talks to containerd.
+    /// The namespace of containerd, for a client of containerd's own service.
     namespace: Option<&'static str>,
     snapshotter: &'static str,
 }
@@ -44,17 +44,19 @@ pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 }
 
 pub fn connect(socket: &Path) -> Channel {
-    connect_as(socket, |channel| channel)
+    connect_with(socket, |channel| channel)
 }
 
-pub fn connect_as(socket: &Path, how: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
+/// As `connect`, with a channel that `configure` has changed.
+pub fn connect_with(socket: &Path, configure: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
     let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
     let channel = ChannelBuilder::new(environment)
-        // Else a new client waits as long as an old one that found nobody at home.
+        // Subchannels are shared by default, and with them the pause before the next attempt to connect: a new client
+        // would wait because an old one could not connect.
         .use_local_subchannel_pool(true)
         .max_receive_message_len(-1)
         .max_send_message_len(-1);
-    how(channel).connect(&format!("unix:{}", socket.display()))
+    configure(channel).connect(&format!("unix:{}", socket.display()))
 }
 
 pub fn call<Q: 'static, R: Unpin + 'static>(
@@ -62,7 +64,7 @@ pub fn call<Q: 'static, R: Unpin + 'static>(
     method: &Method<Q, R>,
     request: &Q,
     option: CallOption,
-) -> Answer<R> {
+) -> CallResult<R> {
     grpc.unary_call(method, request, option).map_err(status)
 }
 
@@ -73,15 +75,15 @@ fn status(error: grpcio::Error) -> RpcStatus {
     }
 }
 
-/// The messages of a List that are still to be read, each with its snapshots.
-pub struct Listing {
+/// The stream of a List call. Each item is the snapshots of one message.
+pub struct ListStream {
     stream: ClientSStreamReceiver<ListSnapshotsResponse>,
-    /// It ends with its channel.
+    /// The stream ends when its channel is dropped.
     _channel: Channel,
 }
 
-impl Iterator for Listing {
-    type Item = Answer<Vec<Info>>;
+impl Iterator for ListStream {
+    type Item = CallResult<Vec<Info>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         futures_executor::block_on(self.stream.next()).map(|message| message.map(|m| m.info).map_err(status))
@@ -90,21 +92,21 @@ impl Iterator for Listing {
 
 impl Client {
     pub fn connect(socket: &Path) -> Self {
-        Self::on(connect(socket))
+        Self::from_channel(connect(socket))
     }
 
-    /// One that lets gRPC read little of what nobody asked it for yet: 64 KiB of a stream, not 5 MiB.
-    pub fn connect_idle(socket: &Path) -> Self {
-        Self::on(connect_as(socket, |channel| channel.http2_bdp_probe(false)))
+    /// Connects with a fixed flow-control window: gRPC then buffers 64 KiB of an unread stream, not 5 MiB.
+    pub fn connect_with_small_window(socket: &Path) -> Self {
+        Self::from_channel(connect_with(socket, |channel| channel.http2_bdp_probe(false)))
     }
 
-    fn on(channel: Channel) -> Self {
+    fn from_channel(channel: Channel) -> Self {
         let grpc = grpcio::Client::new(channel.clone());
         Self { grpc, channel, timeout: Duration::from_mins(1), namespace: None, snapshotter: "" }
     }
 
-    /// A client of containerd's own snapshots service, which passes calls on.
-    pub fn of_containerd(socket: &Path, namespace: &'static str, snapshotter: &'static str) -> Self {
+    /// Connects to containerd's own snapshots service, which forwards calls to `snapshotter`.
+    pub fn connect_to_containerd(socket: &Path, namespace: &'static str, snapshotter: &'static str) -> Self {
         Self { namespace: Some(namespace), snapshotter, ..Self::connect(socket) }
     }
 
@@ -121,11 +123,11 @@ impl Client {
         CallOption::default().timeout(self.timeout).headers(headers.build())
     }
 
-    pub fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> Answer<R> {
+    pub fn call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> CallResult<R> {
         call(&self.grpc, method, request, self.option())
     }
 
-    pub fn prepare(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<Vec<Mount>> {
+    pub fn prepare(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> CallResult<Vec<Mount>> {
         let request = PrepareSnapshotRequest {
             snapshotter: self.snapshotter.to_owned(),
             key: key.to_owned(),
@@ -136,7 +138,7 @@ impl Client {
         self.call(&service::PREPARE, &request).map(|answer| answer.mounts)
     }
 
-    pub fn view(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<Vec<Mount>> {
+    pub fn view(&self, key: &str, parent: &str, with: &[(&str, &str)]) -> CallResult<Vec<Mount>> {
         let request = ViewSnapshotRequest {
             snapshotter: self.snapshotter.to_owned(),
             key: key.to_owned(),
@@ -147,17 +149,17 @@ impl Client {
         self.call(&service::VIEW, &request).map(|answer| answer.mounts)
     }
 
-    pub fn mounts(&self, key: &str) -> Answer<Vec<Mount>> {
+    pub fn mounts(&self, key: &str) -> CallResult<Vec<Mount>> {
         let request =
             MountsRequest { snapshotter: self.snapshotter.to_owned(), key: key.to_owned(), ..MountsRequest::default() };
         self.call(&service::MOUNTS, &request).map(|answer| answer.mounts)
     }
 
-    pub fn commit(&self, name: &str, key: &str, with: &[(&str, &str)]) -> Answer<()> {
+    pub fn commit(&self, name: &str, key: &str, with: &[(&str, &str)]) -> CallResult<()> {
         self.commit_on(name, key, "", with)
     }
 
-    pub fn commit_on(&self, name: &str, key: &str, parent: &str, with: &[(&str, &str)]) -> Answer<()> {
+    pub fn commit_on(&self, name: &str, key: &str, parent: &str, with: &[(&str, &str)]) -> CallResult<()> {
         let request = CommitSnapshotRequest {
             name: name.to_owned(),
             key: key.to_owned(),
@@ -168,7 +170,7 @@ impl Client {
         self.call(&service::COMMIT, &request).map(drop)
     }
 
-    pub fn remove(&self, key: &str) -> Answer<()> {
+    pub fn remove(&self, key: &str) -> CallResult<()> {
         let request = RemoveSnapshotRequest {
             snapshotter: self.snapshotter.to_owned(),
             key: key.to_owned(),
@@ -177,7 +179,7 @@ impl Client {
         self.call(&service::REMOVE, &request).map(drop)
     }
 
-    pub fn stat(&self, key: &str) -> Answer<Info> {
+    pub fn stat(&self, key: &str) -> CallResult<Info> {
         let request = StatSnapshotRequest {
             snapshotter: self.snapshotter.to_owned(),
             key: key.to_owned(),
@@ -186,7 +188,7 @@ impl Client {
         self.call(&service::STAT, &request).map(|answer| answer.info.unwrap_or_default())
     }
 
-    pub fn update(&self, info: Info, paths: &[&str]) -> Answer<Info> {
+    pub fn update(&self, info: Info, paths: &[&str]) -> CallResult<Info> {
         let mask = FieldMask { paths: paths.iter().map(|&p| p.to_owned()).collect(), ..FieldMask::default() };
         let request = UpdateSnapshotRequest {
             info: Some(info).into(),
@@ -196,67 +198,74 @@ impl Client {
         self.call(&service::UPDATE, &request).map(|answer| answer.info.unwrap_or_default())
     }
 
-    pub fn usage(&self, key: &str) -> Answer<(i64, i64)> {
+    pub fn usage(&self, key: &str) -> CallResult<(i64, i64)> {
         let request =
             UsageRequest { snapshotter: self.snapshotter.to_owned(), key: key.to_owned(), ..UsageRequest::default() };
         self.call(&service::USAGE, &request).map(|answer| (answer.size, answer.inodes))
     }
 
-    pub fn cleanup(&self) -> Answer<()> {
+    pub fn cleanup(&self) -> CallResult<()> {
         self.call(&service::CLEANUP, &CleanupRequest::default()).map(drop)
     }
 
-    /// What the daemon says when it is asked for the health of `service`, which may be a repository.
+    /// Whether the daemon's health service reports `service`, which may be a repository, as serving.
     pub fn is_serving(&self, service: &str) -> bool {
         let request = HealthCheckRequest { service: service.to_owned(), ..HealthCheckRequest::default() };
         let answer = self.call(&service::HEALTH_CHECK, &request).expect("health is answered");
         answer.status.enum_value_or_default() == ServingStatus::SERVING
     }
 
-    /// A List that is read as far as somebody asks for it.
-    pub fn listing(&self, filters: &[&str]) -> Answer<Listing> {
+    /// Starts a List whose messages are read one at a time.
+    pub fn open_list(&self, filters: &[&str]) -> CallResult<ListStream> {
         let request = ListSnapshotsRequest {
             snapshotter: self.snapshotter.to_owned(),
             filters: filters.iter().map(|&f| f.to_owned()).collect(),
             ..ListSnapshotsRequest::default()
         };
         let stream = self.grpc.server_streaming(&service::LIST, &request, self.option()).map_err(status)?;
-        Ok(Listing { stream, _channel: self.channel.clone() })
+        Ok(ListStream { stream, _channel: self.channel.clone() })
     }
 
-    /// The messages of the stream, each with its snapshots.
-    pub fn list_batches(&self, filters: &[&str]) -> Answer<Vec<Vec<Info>>> {
-        self.listing(filters)?.collect()
+    /// All messages of a List, each with its snapshots.
+    pub fn list_batches(&self, filters: &[&str]) -> CallResult<Vec<Vec<Info>>> {
+        self.open_list(filters)?.collect()
     }
 
-    pub fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {
+    pub fn list(&self, filters: &[&str]) -> CallResult<Vec<Info>> {
         Ok(self.list_batches(filters)?.into_iter().flatten().collect())
     }
 
-    /// What containerd does for a published layer: Prepare, and then ask for the snapshot
-    /// that the answer AlreadyExists is about. The result is its name.
+    /// Pulls a published layer as containerd does: it calls Prepare, gets AlreadyExists, and looks up the snapshot that
+    /// stands for the layer. The result is the name of that snapshot.
     #[track_caller]
     pub fn pull_remote(&self, key: &str, parent: &str, reference: &str, digest: &str) -> String {
-        self.pull_with(key, parent, reference, digest, &[])
+        self.pull_remote_with_labels(key, parent, reference, digest, &[])
     }
 
     #[track_caller]
-    fn pull_with(&self, key: &str, parent: &str, reference: &str, digest: &str, more: &[(&str, &str)]) -> String {
-        let answer = self.prepare(key, parent, &[&[(REF, reference), (LAYER_DIGEST, digest)], more].concat());
-        let status = answer.expect_err("a published layer is not unpacked");
+    fn pull_remote_with_labels(
+        &self,
+        key: &str,
+        parent: &str,
+        reference: &str,
+        digest: &str,
+        more: &[(&str, &str)],
+    ) -> String {
+        let result = self.prepare(key, parent, &[&[(REF, reference), (LAYER_DIGEST, digest)], more].concat());
+        let status = result.expect_err("a published layer is not unpacked");
         assert_eq!(status.code(), RpcStatusCode::ALREADY_EXISTS, "{}", status.message());
         let filter = format!("labels.\"{REF}\"=={reference},parent=={parent:?},kind==committed");
-        let found = self.list(&[&filter]).expect("the filter is containerd's own");
-        assert_eq!(found.len(), 1, "one snapshot stands for (ref, parent)");
-        found[0].name.clone()
+        let snapshots = self.list(&[&filter]).expect("the filter is containerd's own");
+        assert_eq!(snapshots.len(), 1, "one snapshot stands for (ref, parent)");
+        snapshots[0].name.clone()
     }
 
-    /// As `pull_remote` for each layer of a published image, whose reference comes along.
+    /// Pulls each layer of a published image as `pull_remote` does, with the image's reference as a label.
     #[track_caller]
     pub fn pull_image(&self, image: &Image, reference: &str) -> String {
         image.chain_ids.iter().zip(&image.layers).fold(String::new(), |parent, (chain_id, layer)| {
             let key = format!("extract {chain_id}");
-            self.pull_with(&key, &parent, chain_id, &layer.digest, &[(IMAGE_REF, reference)])
+            self.pull_remote_with_labels(&key, &parent, chain_id, &layer.digest, &[(IMAGE_REF, reference)])
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Compares two root file systems in everything a program can see.
+//! Comparison of two root file systems in everything that a program can see.
 
 use std::path::Path;
 
@@ -7,21 +7,21 @@ use cvmfs_testbed::listing::Listing;
 
 pub struct Comparison {
     pub entries: usize,
-    /// Of content that was compared.
+    /// The size of the content that was compared.
     pub bytes: u64,
     pub differences: Vec<Difference>,
 }
 
-/// Says what is different in the tree below `found`.
-pub fn compare(expected: &Path, found: &Path) -> Comparison {
-    let (expected, found) = (read(expected), read(found));
-    let differences = expected.compare(&found);
+/// Compares the tree below `actual` with the one below `expected`.
+pub fn compare(expected: &Path, actual: &Path) -> Comparison {
+    let (expected, actual) = (read(expected), read(actual));
+    let differences = expected.compare(&actual);
     Comparison { entries: expected.entries.len(), bytes: expected.bytes(), differences }
 }
 
 fn read(top: &Path) -> Listing {
     let mut listing = Listing::read(top);
-    // At the top it is when containerd unpacked the image, and differs between any two pulls.
+    // The time of the top directory is that of the pull, so it differs between any two pulls.
     for property in ["mtime", "nanoseconds"] {
         listing.entries.get_mut(Path::new(".")).expect("a tree has a top").remove(property);
     }

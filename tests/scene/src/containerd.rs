@@ -1,4 +1,4 @@
-//! A containerd with its own root, state and socket, and the ways to talk to it.
+//! A containerd with its own root, state and socket, and its clients: ctr, nerdctl, the CRI and the snapshots service.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,14 +11,14 @@ use crate::cri::Cri;
 use crate::image::Image;
 use crate::machine::STATE;
 use crate::process::{Output, Server, run, run_on, tool};
-use crate::release::{Configuration, Release, Way};
+use crate::release::{ConfigVariant, Configuration, Release};
 use crate::rootfs::Mounted;
 use crate::snapshotter::Snapshotter;
 
 /// The namespace of the CRI.
 pub const NAMESPACE: &str = "k8s.io";
-/// The name of our plugin.
-pub const OURS: &str = "cvmfs-snapshotter";
+/// The name under which containerd knows our snapshotter.
+pub const PLUGIN_NAME: &str = "cvmfs-snapshotter";
 
 pub struct Containerd {
     dir: PathBuf,
@@ -28,33 +28,39 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// With containerd's own overlayfs as the snapshotter of the CRI.
+    /// Starts containerd 1.6 with its own overlayfs as the snapshotter of the CRI.
     pub fn with_overlayfs(dir: &Path, pause_image: &str) -> Self {
         Self::normal(dir, Release::V1_6, pause_image)
     }
 
-    /// As `with_overlayfs`, of another version.
+    /// As `with_overlayfs`, in any version.
     pub fn normal(dir: &Path, release: Release, pause_image: &str) -> Self {
         let main = if release < Release::V2_1 { "version = 2\n" } else { "version = 3\n" };
         let configuration = Configuration { main: main.to_owned(), conf_d: None };
         Self::start(dir, release, "overlayfs", pause_image, configuration)
     }
 
-    /// With ours, behind `socket`.
+    /// Starts containerd 1.6 with our snapshotter, which listens at `socket`.
     pub fn with_snapshotter(dir: &Path, pause_image: &str, socket: &Path) -> Self {
-        let configuration = Way::Client1.configuration(socket, Path::new(STATE));
-        Self::start(dir, Release::V1_6, OURS, pause_image, configuration)
+        let configuration = ConfigVariant::Client1.configuration(socket, Path::new(STATE));
+        Self::start(dir, Release::V1_6, PLUGIN_NAME, pause_image, configuration)
     }
 
-    /// With ours, configured as the documentation says.
-    pub fn of(dir: &Path, release: Release, way: Way, pause_image: &str, snapshotter: &Snapshotter) -> Self {
-        let configuration = way.configuration(&snapshotter.socket(), &snapshotter.root());
-        Self::start(dir, release, OURS, pause_image, configuration)
+    /// Starts containerd with our snapshotter, configured as the documentation says.
+    pub fn with_config_variant(
+        dir: &Path,
+        release: Release,
+        variant: ConfigVariant,
+        pause_image: &str,
+        snapshotter: &Snapshotter,
+    ) -> Self {
+        let configuration = variant.configuration(&snapshotter.socket(), &snapshotter.root());
+        Self::start(dir, release, PLUGIN_NAME, pause_image, configuration)
     }
 
-    /// With ours, configured in any way.
+    /// Starts containerd with our snapshotter and any configuration.
     pub fn configured(dir: &Path, release: Release, pause_image: &str, configuration: Configuration) -> Self {
-        Self::start(dir, release, OURS, pause_image, configuration)
+        Self::start(dir, release, PLUGIN_NAME, pause_image, configuration)
     }
 
     fn start(
@@ -75,7 +81,7 @@ impl Containerd {
         let disabled = "disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \
                         \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.devmapper\"]\n";
         let disabled = if configuration.main.contains("disabled_plugins") { "" } else { disabled };
-        // Around the file of a user: what stands before any table, and tables of our own.
+        // The file of a user gets keys before its first table, and tables of ours after it.
         let config = format!(
             "root = {root:?}
 state = {state:?}
@@ -97,7 +103,7 @@ oom_score = 0
         Self { dir: dir.to_owned(), release, snapshotter, server: serve(dir, release) }
     }
 
-    /// Ends the daemon; its containers run on.
+    /// Stops the daemon; its containers keep running.
     pub fn end(&mut self) {
         self.server.end(Signal::SIGTERM);
     }
@@ -118,7 +124,7 @@ oom_score = 0
         self.dir.join("config.toml")
     }
 
-    /// Where the content store and the snapshots lie.
+    /// The directory of the content store and the snapshots.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")
     }
@@ -137,7 +143,7 @@ oom_score = 0
         run_on(&self.release.search_path(), self.release.program("ctr"), first.iter().chain(arguments))
     }
 
-    /// nerdctl with its state in our directory.
+    /// Runs nerdctl with its state in this containerd's directory.
     pub fn nerdctl(&self, arguments: &[&str]) -> Output {
         let (socket, data) = (self.socket().display().to_string(), self.dir.join("nerdctl").display().to_string());
         let first = ["--address", &socket, "--data-root", &data, "--cgroup-manager", "cgroupfs", "--insecure-registry"];
@@ -161,7 +167,8 @@ oom_score = 0
         self.collect_garbage();
     }
 
-    /// containerd collects in the background; removing an image synchronously makes it now.
+    /// Makes containerd collect garbage now, which it does otherwise in the background: a synchronous removal of an image
+    /// or a lease waits for a collection.
     pub fn collect_garbage(&self) {
         let import = "gc.scene/nothing:1";
         let any = self.ctr(&["images", "ls", "-q"]).ok();
@@ -177,14 +184,14 @@ oom_score = 0
 
     /// A client of containerd's snapshots service, in the namespace of the CRI.
     pub fn snapshots(&self) -> Client {
-        Client::of_containerd(&self.socket(), NAMESPACE, self.snapshotter)
+        Client::connect_to_containerd(&self.socket(), NAMESPACE, self.snapshotter)
     }
 
-    /// A root file system of the image, under the name `key`.
+    /// Mounts a root file system of the image, from a new snapshot with the name `key`.
     #[track_caller]
     pub fn mount_image(&self, image: &Image, key: &str, at: &Path, writable: Writable) -> Mounted {
         let parent = image.chain_ids.last().expect("an image has layers");
-        // Without the label containerd would collect it at once.
+        // Without the label containerd's garbage collector would remove the snapshot at once.
         let with = [("containerd.io/gc.root", "scene")];
         let mounts = match writable {
             Writable::Yes => self.snapshots().prepare(key, parent, &with),
@@ -194,13 +201,13 @@ oom_score = 0
         Mounted::new(&mounts, at).unwrap_or_else(|e| panic!("cannot mount {}: {e}\n{mounts:?}", image.name))
     }
 
-    /// The containers of all tests share one directory of runc's.
+    /// A name that no other test uses, because the containers of all tests share runc's directory.
     fn unique(&self, id: &str) -> String {
-        let stage = self.dir.parent().and_then(Path::file_name).expect("containerd lives in a sandbox");
-        format!("{}-{id}", stage.display())
+        let sandbox = self.dir.parent().and_then(Path::file_name).expect("containerd lives in a sandbox");
+        format!("{}-{id}", sandbox.display())
     }
 
-    /// Runs a program in a container to its end.
+    /// Runs a program in a container until it ends.
     pub fn run(&self, reference: &str, id: &str, program: &[&str]) -> Output {
         let id = self.unique(id);
         let mut arguments = vec!["run", "--rm", "--snapshotter", self.snapshotter, reference, &id];
@@ -208,7 +215,7 @@ oom_score = 0
         self.ctr(&arguments)
     }
 
-    /// Starts a container that goes on until it is ended.
+    /// Starts a container that runs until `end_container`.
     pub fn start_container(&self, reference: &str, id: &str, program: &[&str]) {
         let id = self.unique(id);
         let mut arguments = vec!["run", "--detach", "--snapshotter", self.snapshotter, reference, &id];
@@ -224,7 +231,7 @@ oom_score = 0
         PathBuf::from(format!("/proc/{}/root", task.expect("the container runs")[1]))
     }
 
-    /// Runs a program in a running container. Of its output ctr 1.6 may lose the end.
+    /// Runs a program in a running container. ctr 1.6 may lose the end of its output.
     pub fn exec(&self, id: &str, program: &[&str]) -> Output {
         let id = self.unique(id);
         let mut arguments = vec!["tasks", "exec", "--exec-id", "scene", &id];
@@ -249,7 +256,7 @@ oom_score = 0
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // Containers live on without containerd.
+        // Containers keep running without containerd, so they are ended first.
         for namespace in self.ctr(&["namespaces", "ls", "-q"]).stdout.lines() {
             for task in self.ctr(&["--namespace", namespace, "tasks", "ls", "-q"]).stdout.lines() {
                 self.end_task(namespace, task);
@@ -258,7 +265,7 @@ impl Drop for Containerd {
     }
 }
 
-/// What tests need of the CRI beside what a user writes.
+/// Settings of the CRI that tests need beside those of a user.
 fn cri_tables(version_2: bool, pause_image: &str) -> String {
     if version_2 {
         return format!(
@@ -270,7 +277,7 @@ fn cri_tables(version_2: bool, pause_image: &str) -> String {
 "
         );
     }
-    // The socket of NRI is one for the whole machine.
+    // All instances of containerd on a machine would share the socket of NRI.
     format!(
         "[plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = \"{pause_image}\"

@@ -1,4 +1,4 @@
-//! containerd as the kubelet talks to it.
+//! A client of the CRI, which is how the kubelet calls containerd.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use grpcio::{CallOption, Marshaller, Method, MethodType, pb_de, pb_ser};
 use protobuf::EnumOrUnknown;
 
-use crate::client::{self, Answer};
+use crate::client::{self, CallResult};
 use crate::proto::cri::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, CreateContainerResponse, Empty, ExecSyncRequest,
     ExecSyncResponse, ImageFsInfoResponse, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
@@ -56,7 +56,7 @@ impl Cri {
         Self { grpc: grpcio::Client::new(client::connect(socket)) }
     }
 
-    fn try_call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> Answer<R> {
+    fn try_call<Q: 'static, R: Unpin + 'static>(&self, method: &Method<Q, R>, request: &Q) -> CallResult<R> {
         let option = CallOption::default().timeout(Duration::from_mins(10)).wait_for_ready(true);
         client::call(&self.grpc, method, request, option)
     }
@@ -66,7 +66,7 @@ impl Cri {
         self.try_call(method, request).unwrap_or_else(|status| panic!("{}: {}", method.name, status.message()))
     }
 
-    pub fn try_pull(&self, reference: &str) -> Answer<()> {
+    pub fn try_pull(&self, reference: &str) -> CallResult<()> {
         let request = PullImageRequest { image: Some(image(reference)).into(), ..PullImageRequest::default() };
         self.try_call(&PULL_IMAGE, &request).map(drop)
     }
@@ -76,7 +76,7 @@ impl Cri {
         self.try_pull(reference).unwrap_or_else(|status| panic!("cannot pull {reference}: {}", status.message()));
     }
 
-    pub fn try_remove(&self, reference: &str) -> Answer<()> {
+    pub fn try_remove(&self, reference: &str) -> CallResult<()> {
         let request = RemoveImageRequest { image: Some(image(reference)).into(), ..RemoveImageRequest::default() };
         self.try_call(&REMOVE_IMAGE, &request).map(drop)
     }
@@ -86,7 +86,7 @@ impl Cri {
         self.try_remove(reference).unwrap_or_else(|status| panic!("cannot remove {reference}: {}", status.message()));
     }
 
-    /// Where the file systems of images are: the kubelet reads their size there.
+    /// The mount points that the CRI reports for images; the kubelet reads the size of these file systems.
     #[track_caller]
     pub fn image_file_systems(&self) -> Vec<String> {
         let answer = self.call(&IMAGE_FS_INFO, &Empty::default());

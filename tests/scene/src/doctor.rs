@@ -1,4 +1,4 @@
-//! `cvmfs-snapshotter doctor --json`, and what it found.
+//! The findings of `cvmfs-snapshotter doctor --json`.
 
 use std::path::Path;
 
@@ -22,14 +22,14 @@ impl Finding {
     }
 }
 
-/// All that the doctor finds, of our daemon and of the containerd at `socket` with its `file`.
+/// The doctor's findings about our daemon and the containerd at `socket` with the configuration `file`.
 #[track_caller]
 pub fn findings(snapshotter: &Snapshotter, socket: &Path, file: &Path) -> Vec<Finding> {
     let (socket, file) = (socket.display().to_string(), file.display().to_string());
     read(&snapshotter.admin(&["doctor", "--json", "--containerd", &socket, "--containerd-config", &file]))
 }
 
-/// What a doctor printed as JSON.
+/// The findings in the JSON that a doctor printed.
 #[track_caller]
 pub fn read(output: &Output) -> Vec<Finding> {
     let text = &output.stdout;
@@ -43,7 +43,7 @@ fn finding(value: &Value) -> Finding {
     let text = |key: &str| value[key].as_str().map(str::to_owned);
     let said = |key: &str| text(key).unwrap_or_else(|| panic!("{key} is a text in {value}"));
     let found = Finding { check: said("check"), state: said("state"), what: said("what"), remedy: text("remedy") };
-    // What is wrong comes with what to do.
+    // Every fault comes with a remedy.
     assert_eq!(found.is_fault(), found.remedy.is_some(), "{found:?}");
     found
 }

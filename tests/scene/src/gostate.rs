@@ -1,17 +1,17 @@
-//! The state of a Go snapshotter, written by the libraries that it is made of.
+//! The state root of a Go snapshotter, written by the program `gostate`, which uses the libraries of the Go snapshotter.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::process::{run, tool};
 
-/// What containerd's storage package says of a snapshot.
+/// A snapshot, as containerd's storage package returns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     pub id: u64,
     pub name: String,
     pub parent: String,
-    /// As in containerd's filters.
+    /// The word for the kind that containerd's filters use.
     pub kind: String,
     /// Nanoseconds since 1970.
     pub created: i64,
@@ -19,7 +19,7 @@ pub struct Record {
     pub labels: BTreeMap<String, String>,
     pub size: i64,
     pub inodes: i64,
-    /// Of active snapshots and views: the ids of the chain below, nearest first.
+    /// The ids of the chain below, nearest first; empty for committed snapshots.
     pub parents: Vec<u64>,
 }
 
@@ -29,11 +29,11 @@ impl Record {
     }
 }
 
-/// Writes `what` (small, large or odd) below a state root; the result is what is in it.
+/// Writes the state `name` (small, large or odd) below a state root. The result is its snapshots.
 #[track_caller]
-pub fn write(what: &str, root: &Path) -> Vec<Record> {
+pub fn write(name: &str, root: &Path) -> Vec<Record> {
     let home = root.join("snapshotter").display().to_string();
-    let json = run(tool("gostate"), [what, &home]).ok();
+    let json = run(tool("gostate"), [name, &home]).ok();
     let all: serde_json::Value = serde_json::from_str(&json).expect("gostate prints JSON");
     all.as_array().expect("a list of records").iter().map(record).collect()
 }

@@ -1,6 +1,5 @@
-//! Images made from directories: each becomes a layer, packed by GNU tar, so that links,
-//! devices, owners, times and extended attributes are what real layers have. A deletion is
-//! made as builders write it, as an empty file `.wh.<name>`.
+//! Images that are made from directories. GNU tar packs each directory into a layer, so links, devices, owners, times and
+//! extended attributes are like those of real layers. A deletion is an empty file `.wh.<name>`, which builders write.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -12,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::process::tool;
 
-/// Bytes with a digest, in a file.
+/// A file that is named by the digest of its content.
 #[derive(Clone, Debug)]
 pub struct Blob {
     pub media_type: String,
@@ -44,7 +43,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 impl Image {
-    /// Of each layer, as the configuration names it.
+    /// The digest of each uncompressed layer, from the configuration.
     pub fn diff_ids(&self) -> Vec<String> {
         let config = fs::read(&self.config.path).expect("a configuration can be read");
         let config: serde_json::Value = serde_json::from_slice(&config).expect("a configuration is JSON");
@@ -52,27 +51,27 @@ impl Image {
     }
 }
 
-/// Makes layers and images; the blobs live in its directory.
+/// Makes layers and images, whose blobs lie in its directory.
 pub struct Builder {
     dir: PathBuf,
-    stages: std::cell::Cell<usize>,
+    layer_count: std::cell::Cell<usize>,
 }
 
 impl Builder {
     pub fn new(dir: &Path) -> Self {
         fs::create_dir_all(dir.join("blobs")).expect("the builder's directory can be made");
-        Self { dir: dir.to_owned(), stages: 0.into() }
+        Self { dir: dir.to_owned(), layer_count: 0.into() }
     }
 
-    /// A layer with whatever `fill` puts into an empty directory.
-    pub fn layer(&self, fill: impl FnOnce(&Stage)) -> Layer {
-        let number = self.stages.get();
-        self.stages.set(number + 1);
-        let stage = Stage { top: self.dir.join(format!("stage-{number}")) };
-        fs::create_dir(&stage.top).expect("a stage is new");
-        fill(&stage);
-        let layer = self.pack(&stage.top);
-        fs::remove_dir_all(&stage.top).expect("a stage can be removed");
+    /// A layer with the entries that `fill` makes in an empty directory.
+    pub fn layer(&self, fill: impl FnOnce(&LayerDir)) -> Layer {
+        let number = self.layer_count.get();
+        self.layer_count.set(number + 1);
+        let dir = LayerDir { top: self.dir.join(format!("layer-{number}")) };
+        fs::create_dir(&dir.top).expect("the layer's directory is new");
+        fill(&dir);
+        let layer = self.pack(&dir.top);
+        fs::remove_dir_all(&dir.top).expect("the layer's directory can be removed");
         layer
     }
 
@@ -87,7 +86,7 @@ impl Builder {
         })
     }
 
-    /// A layer of the tree below `top`.
+    /// A layer with the tree below `top`.
     pub fn pack(&self, top: &Path) -> Layer {
         self.pack_without(top, &[])
     }
@@ -113,7 +112,7 @@ impl Builder {
         let status = Command::new("gzip").arg("-1nc").arg(&tar).stdout(Stdio::from(out)).status().expect("gzip runs");
         assert!(status.success(), "gzip failed");
         fs::remove_file(&tar).expect("the plain tar can be removed");
-        Layer { blob: self.keep(&packed, LAYER), diff_id }
+        Layer { blob: self.store(&packed, LAYER), diff_id }
     }
 
     pub fn image(&self, name: &str, layers: &[Layer], environment: &[&str]) -> Image {
@@ -145,19 +144,19 @@ impl Builder {
     fn write(&self, name: &str, text: &str, media_type: &str) -> Blob {
         let path = self.dir.join(name);
         fs::write(&path, text).expect("a blob can be written");
-        self.keep(&path, media_type)
+        self.store(&path, media_type)
     }
 
-    fn keep(&self, path: &Path, media_type: &str) -> Blob {
+    fn store(&self, path: &Path, media_type: &str) -> Blob {
         let digest = sha256(path);
-        let kept = self.dir.join("blobs").join(digest.trim_start_matches("sha256:"));
-        fs::rename(path, &kept).expect("a blob can be kept");
-        let size = fs::metadata(&kept).expect("a blob has a size").len();
-        Blob { media_type: media_type.to_owned(), digest, size, path: kept }
+        let stored = self.dir.join("blobs").join(digest.trim_start_matches("sha256:"));
+        fs::rename(path, &stored).expect("a blob can be moved");
+        let size = fs::metadata(&stored).expect("a blob has a size").len();
+        Blob { media_type: media_type.to_owned(), digest, size, path: stored }
     }
 }
 
-/// The OCI chainIDs: each layer's name is a function of all below it.
+/// The OCI chain IDs. Each is a digest of the layer and of all layers below it.
 pub fn chain_ids<S: AsRef<str>>(diff_ids: &[S]) -> Vec<String> {
     let mut ids: Vec<String> = Vec::new();
     for diff_id in diff_ids.iter().map(AsRef::as_ref) {
@@ -180,23 +179,23 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |text, b| format!("{text}{b:02x}"))
 }
 
-/// The directory that becomes a layer.
-pub struct Stage {
+/// A directory that becomes a layer.
+pub struct LayerDir {
     top: PathBuf,
 }
 
-impl Stage {
+impl LayerDir {
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         self.top.join(path)
     }
 
-    /// A directory, with those above it.
+    /// Makes a directory and its parents.
     pub fn dir(&self, path: impl AsRef<Path>) -> &Self {
         fs::create_dir_all(self.path(path)).expect("a directory can be made");
         self
     }
 
-    /// A file, with the directories above it.
+    /// Makes a file and its parent directories.
     pub fn file(&self, path: impl AsRef<Path>, text: impl AsRef<[u8]>) -> &Self {
         let path = self.path(path);
         fs::create_dir_all(path.parent().expect("a file has a directory")).expect("a directory can be made");
@@ -235,14 +234,14 @@ impl Stage {
         self
     }
 
-    /// Gives everything one time, without parts of seconds.
+    /// Gives every entry the same time, without a fraction of a second.
     pub fn whole_seconds(&self) -> &Self {
         let touch = ["-exec", "touch", "--no-dereference", "--date=@1600000000", "{}", "+"].map(Path::new);
         crate::process::run("find", [self.top.as_path()].iter().chain(&touch)).ok();
         self
     }
 
-    /// The layer deletes `path` from the layers below.
+    /// Makes the layer delete `path` of the layers below.
     pub fn delete(&self, path: impl AsRef<Path>) -> &Self {
         let path = path.as_ref();
         let mut name = std::ffi::OsString::from(".wh.");
@@ -250,7 +249,7 @@ impl Stage {
         self.file(path.with_file_name(name), "")
     }
 
-    /// Nothing of directory `path` shows from the layers below.
+    /// Makes the directory `path` hide its entries in the layers below.
     pub fn opaque(&self, path: &str) -> &Self {
         self.file(Path::new(path).join(".wh..wh..opq"), "")
     }

@@ -1,36 +1,38 @@
-//! The real things around the snapshotter: containerd, runc, a registry, a repository of
-//! unpacked layers, images made from files, and a comparison of root file systems. The demo
-//! and the end-to-end tests are written with these.
+//! The harness of the end-to-end tests, the demo and the benchmark. It starts the programs that surround the
+//! snapshotter on a node (containerd, runc, a registry, a mounted repository), makes images from files, and compares
+//! root file systems. `SnapshotterFixture` is a daemon without containerd, `E2eFixture` has all of it.
 
-pub mod alone;
 pub mod automounter;
-pub mod calls;
+pub mod background_calls;
 pub mod client;
 pub mod compare;
 pub mod containerd;
 pub mod cri;
 pub mod disk;
 pub mod doctor;
-pub mod footprint;
+pub mod e2e_fixture;
 pub mod gostate;
+pub mod http2;
 pub mod image;
-pub mod layout;
+pub mod log;
 pub mod machine;
-pub mod memory;
+pub mod memory_cgroup;
 pub mod metrics;
+pub mod oci_layout;
 pub mod prerequisite;
 pub mod process;
 pub mod publisher;
+pub mod random;
 pub mod registry;
 pub mod release;
 pub mod remedy;
 pub mod report;
+pub mod resource_usage;
 pub mod rootfs;
 pub mod sandbox;
 pub mod slip;
 pub mod snapshotter;
-pub mod stage;
-pub mod wire;
+pub mod snapshotter_fixture;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 pub mod proto {

@@ -1,8 +1,8 @@
-//! A machine that a systemd has booted, in a container: the daemon stands there as a package
-//! would put it, with the units of `packaging/`; or it has none, for tests of the packages.
+//! A container in which systemd boots, as a stand-in for a whole machine. The daemon is installed in it as a package would
+//! do it, with the units of `packaging/`; for tests of the packages it has no daemon.
 //!
-//! Its processes share our network, so a registry on loopback is the same one. Its files and
-//! sockets are reached through `/proc/<its first process>/root`.
+//! The machine shares the network of the test, so both reach the same registry on loopback. Its files and sockets are
+//! reached through `/proc/<its first process>/root`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,8 +14,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::client::Client;
+use crate::log::{self, Entry};
 use crate::prerequisite;
 use crate::process::{Output, Server, cache, eventually, run, tool};
+use crate::resource_usage::find_status_field;
 use crate::sandbox::Sandbox;
 use crate::snapshotter::binary;
 
@@ -23,25 +25,25 @@ use crate::snapshotter::binary;
 pub const SERVICE: &str = "cvmfs-snapshotter.service";
 /// Where a machine sees the repository.
 pub const REPOSITORY: &str = "/cvmfs/scene.test";
-/// The state root, and the daemon's socket, as they are by default.
+/// The default paths of the state root and of the daemon's socket.
 pub const STATE: &str = "/var/lib/containerd-cvmfs-grpc";
 pub const SOCKET: &str = "/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
-/// Debian's containerd and runc.
+/// The directory in which a machine sees Debian's containerd and runc.
 const PROGRAMS: &str = "/opt/debian";
-/// A machine without the daemon has this host's programs here: both are the same Debian.
+/// The directory in which a machine without the daemon sees this host's `/usr`. Both are the same Debian.
 pub const HOST: &str = "/opt/host";
 const UNITS: &str = "/etc/systemd/system";
-/// As `SOCKET`.
+/// The registration of the daemon in containerd's configuration, with the path of `SOCKET`.
 pub const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]
   type = \"snapshot\"
   address = \"/run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock\"
 ";
 
-/// Dropped, it is switched off.
+/// A booted machine. It is switched off on drop.
 pub struct Machine {
     init: Pid,
     nspawn: Server,
-    /// The groups that it lives in, one for each hierarchy of this host.
+    /// The control groups that it runs in, one for each hierarchy of this host.
     groups: Vec<PathBuf>,
 }
 
@@ -50,26 +52,26 @@ impl Machine {
     /// allowed.
     pub fn boot_or_skip(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
         let machine = Self::boot_with(sandbox, repository, &[], |root| {
-            furnish(root);
-            furnish_containerd(root, "", PROXY);
+            install_daemon(root);
+            install_containerd(root, "", PROXY);
         })?;
-        // As the installation of a package ends.
+        // The installation of a package ends with this command.
         machine.run(&["systemctl", "enable", "--now", "--quiet", SERVICE]).ok();
         Some(machine)
     }
 
-    /// Boots a machine that has a containerd, which reads `conf.d`, and no daemon yet.
+    /// As `boot_or_skip`, for a machine without the daemon, whose containerd reads `conf.d`.
     pub fn boot_without_daemon_or_skip(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
         let imports = "imports = [\"/etc/containerd/conf.d/*.toml\"]";
-        Self::boot_with(sandbox, repository, &[("/usr", HOST)], |root| furnish_containerd(root, imports, ""))
+        Self::boot_with(sandbox, repository, &[("/usr", HOST)], |root| install_containerd(root, imports, ""))
     }
 
-    /// `shown` are folders of this host that it can read.
+    /// `shown` are directories of this host that the machine can read, with their paths in it.
     fn boot_with(
         sandbox: &Sandbox,
         repository: &Path,
         shown: &[(&str, &str)],
-        furnish: impl FnOnce(&Path),
+        install_daemon: impl FnOnce(&Path),
     ) -> Option<Self> {
         if !prerequisite::is_met(missing_prerequisite()) {
             return None;
@@ -78,9 +80,9 @@ impl Machine {
         let stacked = format!("lowerdir={},upperdir={},workdir={}", tree().display(), upper.display(), work.display());
         run("mount", [Path::new("-t"), "overlay".as_ref(), "machine".as_ref(), "-o".as_ref(), stacked.as_ref(), &root])
             .ok();
-        furnish(&root);
+        install_daemon(&root);
         let mut bound = vec![(repository.to_owned(), REPOSITORY), (programs(), PROGRAMS)];
-        // An overlay cannot stand on an overlay.
+        // The upper directory of an overlay cannot lie on an overlay, so these are bound from the sandbox.
         for state in [STATE, "/var/lib/containerd"] {
             let name = state.rsplit_once('/').map_or(state, |(_, name)| name);
             bound.push((sandbox.make_dir(&format!("state/{name}")), state));
@@ -88,7 +90,7 @@ impl Machine {
         let name = sandbox.dir().file_name().expect("a sandbox has a name").to_string_lossy().into_owned();
         let groups = make_groups(&name);
         let mut command = Command::new("sh");
-        // The first process of a container sees the groups that it was born into as the whole.
+        // The first process of a container sees the groups in which it was started as the root of the hierarchy.
         command.arg("-c").arg("for g in $GROUPS_OF; do echo $$ >$g/cgroup.procs || exit 1; done; exec \"$@\"").arg("-");
         command.env("GROUPS_OF", groups.iter().map(|g| g.display().to_string()).collect::<Vec<_>>().join(" "));
         command.args(["systemd-nspawn", "--boot", "--console=pipe", "--register=no", "--keep-unit", "--quiet"]);
@@ -107,20 +109,20 @@ impl Machine {
             let state = machine.run(&["systemctl", "is-system-running"]).stdout;
             ["running", "degraded"].contains(&state.trim())
         });
-        // Else neither containers in it nor services can be given limits. A systemd that begins
-        // anew sees that it may now.
+        // Without writable control groups neither containers nor services in the machine could have limits. systemd
+        // notices that they are writable when it executes itself anew.
         let writable = "for g in /sys/fs/cgroup/*/; do mount -o remount,rw,bind $g; done; systemctl daemon-reexec";
         machine.run(&["sh", "-c", writable]).ok();
         Some(machine)
     }
 
-    /// Runs a program in the machine to its end.
+    /// Runs a program in the machine until it ends.
     pub fn run(&self, program: &[&str]) -> Output {
         let init = self.init.to_string();
         run("nsenter", ["-t", &init, "-m", "-p", "-u", "-i", "--"].iter().chain(program))
     }
 
-    /// Where we find what the machine has at `path`.
+    /// The path at which this host sees `path` of the machine.
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.init))
     }
@@ -131,14 +133,14 @@ impl Machine {
         fs::write(&path, text).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
     }
 
-    /// Starts a unit, or starts it again.
+    /// Restarts a unit, or starts it if it does not run.
     #[track_caller]
     pub fn restart(&self, unit: &str) {
         let output = self.run(&["systemctl", "restart", unit]);
         assert!(output.status.success(), "{unit} does not start: {}{}", output.stderr, self.journal(unit));
     }
 
-    /// Lines that change a unit, under a name; they hold from its next start.
+    /// Writes a drop-in that changes a unit from its next start on.
     pub fn drop_in(&self, unit: &str, name: &str, text: &str) {
         self.write(&format!("{UNITS}/{unit}.d/{name}.conf"), text);
         self.run(&["systemctl", "daemon-reload"]).ok();
@@ -149,23 +151,28 @@ impl Machine {
         self.run(&["journalctl", "--no-pager", "--output", "cat", "--unit", unit]).stdout
     }
 
-    /// A client of the daemon, without a containerd between.
+    /// The entries that the daemon's journal has for an event.
+    pub fn events(&self, event: &str) -> Vec<Entry> {
+        log::events(&self.journal(SERVICE), event)
+    }
+
+    /// A client that calls the daemon directly.
     pub fn client(&self) -> Client {
         Client::connect(&self.path(SOCKET))
     }
 
-    /// A property of a unit, as `systemctl show` has it.
+    /// A property of a unit, as `systemctl show` prints it.
     pub fn property(&self, unit: &str, name: &str) -> String {
         self.run(&["systemctl", "show", "--value", "--property", name, unit]).ok().trim().to_owned()
     }
 
-    /// The main process of a unit: what its `/proc/<pid>/status` says, by name.
+    /// A function from the names to the values in `/proc/<pid>/status` of a unit's main process.
     pub fn status(&self, unit: &str) -> impl Fn(&str) -> String + use<> {
         let pid = self.property(unit, "MainPID");
         let text = fs::read_to_string(self.path(&format!("/proc/{pid}/status"))).expect("the process is there");
         move |name| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().to_owned()
+            let value = find_status_field(&text, name);
+            value.unwrap_or_else(|| panic!("no {name} in {text}")).trim().to_owned()
         }
     }
 
@@ -175,7 +182,7 @@ impl Machine {
     }
 }
 
-/// The folder that has Debian's containerd in its `bin`.
+/// The directory whose `bin` has Debian's containerd.
 fn programs() -> PathBuf {
     tool("containerd").ancestors().nth(2).expect("a program lies in a folder of a folder").to_owned()
 }
@@ -192,33 +199,33 @@ fn missing_prerequisite() -> Option<String> {
     (!trial.status.success()).then(|| format!("no machine can be booted without namespaces: {}", trial.stderr.trim()))
 }
 
-/// A Debian with systemd. It is never changed: each machine is an overlay on it.
+/// The tree of a Debian with systemd. It is never changed, because each machine is an overlay on it.
 fn tree() -> PathBuf {
     cache().join("machine/bookworm")
 }
 
-/// Where something can be put.
-fn place(root: &Path, path: &str) -> PathBuf {
+/// The path of a file in the machine, whose directory is made.
+fn create_parent(root: &Path, path: &str) -> PathBuf {
     let path = root.join(path.trim_start_matches('/'));
     fs::create_dir_all(path.parent().expect("a file has a directory")).expect("a directory can be made");
     path
 }
 
-/// What a package puts into a machine.
-fn furnish(root: &Path) {
-    fs::copy(binary(), place(root, "/usr/bin/cvmfs-snapshotter")).expect("the daemon can be installed");
+/// Installs what a package installs.
+fn install_daemon(root: &Path) {
+    fs::copy(binary(), create_parent(root, "/usr/bin/cvmfs-snapshotter")).expect("the daemon can be installed");
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     for unit in [SERVICE, "cvmfs-snapshotter.socket"] {
-        let to = place(root, &format!("/usr/lib/systemd/system/{unit}"));
+        let to = create_parent(root, &format!("/usr/lib/systemd/system/{unit}"));
         fs::copy(packaging.join(unit), &to).expect("a unit can be installed");
         fs::set_permissions(&to, fs::Permissions::from_mode(0o644)).expect("a mode can be set");
     }
     configure(root, "");
 }
 
-/// Debian's containerd. `imports` is of its configuration, and so is `proxy`, which tells it of the daemon.
-fn furnish_containerd(root: &Path, imports: &str, proxy: &str) {
-    let write = |path: &str, text: &str| fs::write(place(root, path), text).expect("a file can be written");
+/// Installs Debian's containerd. `imports` and `proxy`, the registration of the daemon, are parts of its configuration.
+fn install_containerd(root: &Path, imports: &str, proxy: &str) {
+    let write = |path: &str, text: &str| fs::write(create_parent(root, path), text).expect("a file can be written");
     write(
         "/etc/containerd/config.toml",
         &format!(
@@ -231,7 +238,7 @@ disabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snap
 {proxy}"
         ),
     );
-    // As Debian's, from another folder.
+    // This is Debian's unit with another path of the program.
     write(
         &format!("{UNITS}/containerd.service"),
         &format!(
@@ -246,14 +253,14 @@ KillMode=process
     );
 }
 
-/// The configuration of the daemon in the machine whose files are at `root`.
+/// Writes the daemon's configuration into the machine whose root directory is `root`.
 pub fn configure(root: &Path, more: &str) {
     let path = root.join("etc/containerd-cvmfs-grpc/config.toml");
     fs::create_dir_all(path.parent().expect("a file has a directory")).expect("a directory can be made");
     fs::write(path, format!("repository = \"scene.test\"\n{more}\n")).expect("the configuration can be written");
 }
 
-/// A group of this name in each hierarchy.
+/// Makes a control group of this name in each hierarchy.
 fn make_groups(name: &str) -> Vec<PathBuf> {
     let top = Path::new("/sys/fs/cgroup");
     let version_1 = fs::read_dir(top).expect("control groups are mounted").flatten().map(|entry| entry.path());
@@ -265,7 +272,7 @@ fn make_groups(name: &str) -> Vec<PathBuf> {
     let make = |hierarchy: &PathBuf| {
         let group = hierarchy.join(name);
         fs::create_dir(&group).expect("a control group can be made");
-        // These begin empty, and let nobody in.
+        // In version 1 these files of a new group are empty, and no process can enter a group without processors.
         for file in ["cpuset.cpus", "cpuset.mems"] {
             if hierarchy.join("cgroup.clone_children").exists()
                 && let Ok(all) = fs::read(hierarchy.join(file))
@@ -278,7 +285,7 @@ fn make_groups(name: &str) -> Vec<PathBuf> {
     hierarchies.iter().map(make).collect()
 }
 
-/// With all groups in it; whether that was possible.
+/// Removes a group and all groups in it. The result is whether that was possible.
 fn remove_groups(group: &Path) -> bool {
     for entry in fs::read_dir(group).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
         remove_groups(&entry.path());
@@ -286,7 +293,7 @@ fn remove_groups(group: &Path) -> bool {
     fs::remove_dir(group).is_ok()
 }
 
-/// The process that is the first of its own name space, and its parent's second.
+/// The child of nspawn that is the first process of its own PID namespace.
 fn first_process(nspawn: Pid) -> Option<Pid> {
     let children = fs::read_to_string(format!("/proc/{nspawn}/task/{nspawn}/children")).ok()?;
     children.split_whitespace().find_map(|child| {
@@ -298,11 +305,11 @@ fn first_process(nspawn: Pid) -> Option<Pid> {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // The end of the first process is the end of all.
+        // The kernel ends all processes of a PID namespace with the first one.
         let _ = kill(self.init, Signal::SIGKILL);
         let _ = self.nspawn.wait_for_end();
         for group in &self.groups {
-            // Not empty before the last process is gone.
+            // A group can be removed only after the kernel has reaped its last process.
             let until = Instant::now() + Duration::from_secs(10);
             while !remove_groups(group) && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(20));

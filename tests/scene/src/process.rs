@@ -1,4 +1,4 @@
-//! Programs: where the set-up put them, running one to its end, and servers that are gone
+//! Programs that `tests/setup.sh` has installed: where they are, running one until it ends, and servers that are killed
 //! when they are dropped.
 
 use std::ffi::OsStr;
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::resource_usage::{count_open_files, status_number};
+
 /// The cache folder that `tests/setup.sh` fills.
 pub fn cache() -> PathBuf {
     std::env::var_os("CVMFS_SNAPSHOTTER_CACHE").map_or_else(
@@ -19,7 +21,7 @@ pub fn cache() -> PathBuf {
     )
 }
 
-/// A program that the set-up provides.
+/// The path of a program that `tests/setup.sh` installs.
 pub fn tool(name: &str) -> PathBuf {
     let tools = cache().join("tools");
     let places = [
@@ -40,7 +42,7 @@ pub fn search_path() -> String {
     format!("{0}/bin:{0}/sbin:{1}", debian.display(), std::env::var("PATH").unwrap_or_default())
 }
 
-/// What a finished program said.
+/// The result of a program that has ended.
 #[derive(Debug)]
 pub struct Output {
     pub status: ExitStatus,
@@ -49,7 +51,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Its standard output, if it succeeded.
+    /// Asserts that the program succeeded. The result is its standard output.
     #[track_caller]
     pub fn ok(self) -> String {
         assert!(self.status.success(), "{}\n{}{}", self.status, self.stdout, self.stderr);
@@ -81,7 +83,7 @@ pub fn run_on<S: AsRef<OsStr>>(
     }
 }
 
-/// A server with its log in a file. Dropped, it is killed.
+/// A server that writes its log to a file. It is killed on drop.
 pub struct Server {
     child: Child,
     log: PathBuf,
@@ -114,26 +116,23 @@ impl Server {
 
     /// A number of `/proc/<pid>/status`: `VmRSS` and `VmHWM` in KiB, `Threads`.
     #[track_caller]
-    pub fn status(&self, field: &str) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server is there");
-        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-        let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-        number.unwrap_or_else(|| panic!("{field} is a number in {status}"))
+    pub fn status(&self, field: &str) -> usize {
+        status_number(self.pid(), field)
     }
 
     /// The names of its threads, sorted; the kernel keeps 15 characters of each.
     pub fn threads(&self) -> Vec<String> {
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the server is there");
         let names = threads.map(|thread| thread.and_then(|thread| fs::read_to_string(thread.path().join("comm"))));
-        // One may end between the two.
+        // A thread may end between the listing and the reading of its name.
         let mut names: Vec<_> = names.flatten().map(|name| name.trim_end().to_owned()).collect();
         names.sort();
         names
     }
 
-    /// Descriptors that it has open.
+    /// The number of its open descriptors.
     pub fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server is there").count()
+        count_open_files(self.pid())
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -144,7 +143,7 @@ impl Server {
         self.child.try_wait().expect("the server is our child").is_none()
     }
 
-    /// Waits for `ready`, as long as the server lives.
+    /// Waits until `ready` is true, and fails when the server ends before that.
     #[track_caller]
     pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
         let until = Instant::now() + Duration::from_mins(1);
@@ -155,7 +154,7 @@ impl Server {
         }
     }
 
-    /// Sends `signal` and waits for the end.
+    /// Sends `signal` and waits until the server has ended.
     #[track_caller]
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
         self.signal(signal);
@@ -188,8 +187,8 @@ impl Drop for Server {
     }
 }
 
-/// Sets the flag when it is dropped, so that threads that run until then end when an assertion beside them fails, too:
-/// the scope that waits for them would hide the failure for ever.
+/// Sets a flag on drop, so that threads that run until it is set end also when an assertion beside them fails. Otherwise
+/// the scope would wait for them for ever and hide the failure.
 pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -198,7 +197,7 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Waits until `condition` holds, and says what did not happen if it never does.
+/// Waits up to 30 seconds until `condition` is true. `what` says in the failure what did not happen.
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);

@@ -1,8 +1,8 @@
-//! A repository of unpacked images, laid out as DUCC publishes them: the layers, and where a
-//! test wants it, manifests and whole root file systems. It is a signed CernVM-FS repository,
-//! served over HTTP and mounted by a FUSE client, or a plain directory.
+//! A repository of unpacked images in the layout of DUCC: layers, and where a test needs them, manifests and whole root
+//! file systems. It is a signed CernVM-FS repository that is served over HTTP and mounted by a FUSE client, or a plain
+//! directory.
 //!
-//! What the real publisher loses of an image is lost here too: `tests/publisher.rs` compares the two.
+//! This publisher loses the same properties of an image as the real one; `tests/publisher.rs` compares the two.
 
 mod ducc;
 mod flat;
@@ -28,27 +28,27 @@ use crate::sandbox::mount_tmpfs;
 
 /// Its fully qualified name.
 pub const NAME: &str = "scene.test";
-/// As the real client answers: overlayfs must live with it.
+/// The name length that the real client reports in statfs, so that the tests prove that overlayfs works with it.
 const NAME_LENGTH: &str = "0";
 
 pub struct Repository {
-    /// Where a snapshotter finds it.
+    /// The directory at which a snapshotter finds the repository.
     dir: PathBuf,
     ingest: Ingest,
     unpacking: Unpacking,
-    /// What is published, at the next `commit`.
+    /// The tree that the next `commit` publishes.
     tree: PathBuf,
-    /// None: a plain directory, and `dir` is `tree`.
+    /// None for a plain directory, whose `dir` is `tree`.
     real: Option<Mutex<Real>>,
 }
 
-/// Fields are dropped in order: the client before its server.
+/// Rust drops fields in their order: the client goes before its server.
 struct Real {
     mount: Option<Mount>,
-    /// Clients that hang beside it, without a mount point.
+    /// Earlier clients that hang, and whose mounts are detached.
     old: Vec<Mount>,
     web: Web,
-    /// None: somebody else published it.
+    /// None for a repository that was published elsewhere.
     publisher: Option<Publisher>,
     cache: PathBuf,
     options: Vec<String>,
@@ -57,39 +57,39 @@ struct Real {
 /// How layers become directories of the repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Unpacking {
-    /// As DUCC has it done.
+    /// By `cvmfs_server ingest`, which DUCC calls.
     #[default]
     Ingest,
-    /// By tar, in a transaction: what a site without DUCC can do to lose nothing.
+    /// By tar in a transaction, with which a site without DUCC loses nothing.
     Transaction,
 }
 
-/// How a repository is published and mounted. The default is that of the real programs, with root
-/// for the repository's owner: owners are lost.
+/// How a repository is published and mounted. The default is that of the real programs with root as the repository's
+/// owner, by which the owners of files are lost.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Settings<'a> {
     pub ingest: Ingest,
     pub unpacking: Unpacking,
-    /// What is published of what the files in the tree have.
+    /// The properties of files that are published.
     pub publisher: publisher::Settings,
     /// Options of the client.
     pub client: &'a [&'a str],
 }
 
 impl<'a> Settings<'a> {
-    /// The default, with options of the client.
+    /// The default settings with these options of the client.
     pub fn with_client(client: &'a [&'a str]) -> Self {
         Self { client, ..Self::default() }
     }
 
-    /// Layers have all that their tars say: owners, hard links, attributes, parts of seconds.
+    /// Settings that keep owners, hard links, extended attributes and fractions of seconds.
     pub fn without_losses() -> Self {
         Self { unpacking: Unpacking::Transaction, publisher: publisher::Settings::EVERYTHING, ..Self::default() }
     }
 }
 
 impl Repository {
-    /// A repository that is mounted on `dir`.
+    /// Makes a repository and mounts it on `dir`.
     pub fn mounted(dir: &Path) -> Self {
         Self::mounted_with(dir, Settings::default())
     }
@@ -106,16 +106,16 @@ impl Repository {
         Self::start(dir, tree, Some(publisher), web, settings)
     }
 
-    /// As `mounted`, with the client's cache on a file system of its own, as it should be on a node.
-    pub fn mounted_apart(dir: &Path) -> Self {
+    /// As `mounted`, with the client's cache on its own file system, as it should be on a node.
+    pub fn mounted_with_own_cache_disk(dir: &Path) -> Self {
         let cache = dir.with_extension("cache");
         fs::create_dir_all(&cache).expect("the cache's directory can be made");
         mount_tmpfs(&cache, "mode=700");
         Self::mounted(dir)
     }
 
-    /// A repository that somebody else published: a web server's files lie in `served`. Mounted on `dir`.
-    pub fn of_others(dir: &Path, served: &Path) -> Self {
+    /// Mounts a repository that was published elsewhere on `dir`. `served` holds the files of its web server.
+    pub fn published_by_others(dir: &Path, served: &Path) -> Self {
         fs::create_dir_all(dir).expect("the mount point can be made");
         Self::start(dir, served.to_owned(), None, Web::start(served), Settings::default())
     }
@@ -140,7 +140,7 @@ impl Repository {
         &self.dir
     }
 
-    /// Where the next revision is made ready.
+    /// The tree of the next revision.
     pub fn tree(&self) -> &Path {
         &self.tree
     }
@@ -150,7 +150,7 @@ impl Repository {
         real.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Mounts it anew; whatever was mounted before is let go of, lazily.
+    /// Mounts the repository again, after a lazy unmount of an earlier mount.
     pub fn mount(&self) {
         let mut real = self.real();
         real.mount = None;
@@ -159,9 +159,9 @@ impl Repository {
         real.mount = Some(mount);
     }
 
-    /// Mounts it anew, while the client that was there goes on as it is, hanging perhaps.
+    /// Mounts the repository again, while the earlier client keeps running in its present state, which may be a hang.
     pub fn mount_beside(&self) {
-        // Not in the condition: there the lock would be held to the end of the block.
+        // Within the condition the lock would be held until the end of the block.
         let old = self.real().mount.take();
         if let Some(old) = old {
             umount2(&self.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).expect("a mount can be detached");
@@ -170,7 +170,7 @@ impl Repository {
         self.mount();
     }
 
-    /// Clients that a test has stopped go on: a daemon that hangs in one of them could not end.
+    /// Continues clients that a test has stopped, because a daemon that hangs in one of them could not end.
     pub fn resume_clients(&self) {
         let real = &mut *self.real();
         for mount in real.mount.iter_mut().chain(&mut real.old) {
@@ -180,7 +180,7 @@ impl Repository {
         }
     }
 
-    /// As `mount`, with nothing in any cache.
+    /// As `mount`, with empty caches.
     pub fn mount_cold(&self) {
         self.unmount();
         let cache = self.real().cache.clone();
@@ -188,13 +188,12 @@ impl Repository {
         self.mount();
     }
 
-    /// Kills the client and lets go of its mount: an empty directory stays.
+    /// Kills the client and removes its mount, which leaves an empty directory.
     pub fn unmount(&self) {
         self.real().mount = None;
     }
 
-    /// The web server answers nothing any more, while the client goes on. The client's option
-    /// `--retry-delay` says how long it then tries.
+    /// Stops the web server while the client keeps running. The client's option `--retry-delay` sets how long it retries.
     pub fn stop_server(&self) {
         self.real().web.stop_answering();
     }
@@ -203,19 +202,19 @@ impl Repository {
         self.real().web.answer();
     }
 
-    /// Talks to the client that is mounted.
+    /// Calls `with` with the client that is mounted.
     pub fn with_client<T>(&self, with: impl FnOnce(&mut Mount) -> T) -> T {
         with(self.real().mount.as_mut().expect("the repository is mounted"))
     }
 
-    /// Has the client do `command`, see its manual.
+    /// Sends the test client a command; its `--help` lists them.
     #[track_caller]
     pub fn command(&self, command: &str) -> String {
         let answer = self.with_client(|mount| mount.command(command));
         answer.strip_prefix("ok").unwrap_or_else(|| panic!("{command}: {answer}")).trim().to_owned()
     }
 
-    /// What the tree holds becomes the next revision, and the client takes it up.
+    /// Publishes the tree as the next revision, and makes the client load it.
     pub fn commit(&self) {
         if self.real.is_none() {
             return;
@@ -226,9 +225,8 @@ impl Repository {
         }
     }
 
-    /// The image as the publisher left it: layers that are published are packed again from what lies in the
-    /// repository. A normal pull of that shows what a container through us has to show: what the publisher
-    /// loses nobody can give back. `tests/real_repositories.rs` lists it.
+    /// The image with each published layer packed again from the repository. A normal pull of it shows what a container
+    /// through us must show, because we cannot restore what the publisher loses. `tests/real_repositories.rs` lists that.
     pub fn as_published(&self, builder: &Builder, image: &Image) -> Image {
         if self.unpacking == Unpacking::Transaction {
             return image.clone();
@@ -251,7 +249,7 @@ impl Repository {
     }
 }
 
-/// The directories that DUCC makes at first, each a catalog.
+/// Makes the directories with which DUCC begins, each with a catalog.
 fn make_stores(tree: &Path, ingest: &Ingest) {
     for store in [".layers", ".flat"] {
         fs::create_dir_all(tree.join(store)).expect("the repository's tree can be made");

@@ -1,4 +1,4 @@
-//! Debian's docker-registry on loopback, and pushing images to it.
+//! Debian's docker-registry on loopback, to which tests push images.
 
 use std::fs;
 use std::net::TcpListener;
@@ -81,7 +81,7 @@ impl Registry {
             .expect("a blob can be pushed");
     }
 
-    /// What clients fetched so far: requests and bytes of blobs and manifests.
+    /// The requests and bytes of blobs and manifests that clients fetched so far.
     pub fn fetched(&self) -> Fetched {
         let mut fetched = Fetched::default();
         for line in self.server.log().lines() {
@@ -110,7 +110,7 @@ pub struct Fetched {
 }
 
 impl Fetched {
-    /// What was fetched after `earlier`.
+    /// The part that was fetched after `earlier`.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         Self { bytes: self.bytes - earlier.bytes, blobs: self.blobs[earlier.blobs.len()..].to_vec() }

@@ -1,10 +1,10 @@
-//! Versions of containerd that the set-up provides, each with its own programs, and the ways in
-//! which its configuration can name the snapshotter: the files of `docs/containerd`.
+//! Versions of containerd that `tests/setup.sh` installs, each with its own programs, and the variants of a configuration
+//! that registers the snapshotter, which are the files of `docs/containerd`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::containerd::OURS;
+use crate::containerd::PLUGIN_NAME;
 use crate::machine::{SOCKET, STATE};
 use crate::prerequisite;
 use crate::process::{cache, run};
@@ -76,7 +76,7 @@ impl Release {
         )
     }
 
-    /// Where its programs lie: containerd, ctr, the shim and runc.
+    /// The directory of its programs: containerd, ctr, the shim and runc.
     pub fn programs(self) -> PathBuf {
         cache().join("tools/containerd").join(self.minor()).join("bin")
     }
@@ -90,75 +90,78 @@ impl Release {
         format!("{}:{}", self.programs().display(), std::env::var("PATH").unwrap_or_default())
     }
 
-    /// Whether images are pulled by a service in containerd, which asks for layers as the
-    /// configuration says, and not as its client does.
+    /// Whether images are pulled by the transfer service in containerd, which uses the snapshotter that its configuration
+    /// names, and not the one that the client names.
     pub fn has_transfer(self) -> bool {
         self >= Self::V2_1
     }
 
-    /// Whether the registration can have a file of its own in `/etc/containerd/conf.d`.
+    /// Whether the default configuration imports `/etc/containerd/conf.d`, so the registration can be a file there.
     pub fn has_conf_d(self) -> bool {
         self >= Self::V2_2
     }
 
-    /// Whether it passes on what a proxy plugin exports: Debian's 1.6 is older than that.
+    /// Whether it passes on the exports of a proxy plugin, which Debian's 1.6 is too old for.
     pub fn has_exports(self) -> bool {
         self >= Self::V1_7
     }
 
-    /// Whether it passes on capabilities of a proxy plugin: 1.7 does from 1.7.23 on.
+    /// Whether it passes on the capabilities of a proxy plugin, as 1.7.23 and later do.
     pub fn has_capabilities(self) -> bool {
         self >= Self::V1_7
     }
 
-    /// As `containerd --version` says it.
+    /// The full version, from `containerd --version`.
     pub fn version(self) -> String {
-        let said = run(self.program("containerd"), ["--version"]).ok();
-        said.split_whitespace().nth(2).expect("it says its version").to_owned()
+        let output = run(self.program("containerd"), ["--version"]).ok();
+        output.split_whitespace().nth(2).expect("containerd prints its version").to_owned()
     }
 
-    /// All that the documentation has for it, and what is left of an upgrade.
-    pub fn ways(self) -> Vec<Way> {
-        let client = if self.has_transfer() { Way::Client2 } else { Way::Client1 };
-        let later = [Way::Transfer, Way::Upgraded].into_iter().filter(|_| self.has_transfer());
-        let latest = [Way::ConfD].into_iter().filter(|_| self.has_conf_d());
+    /// The variants that the documentation has for this version, and the one that an upgrade leaves behind.
+    pub fn config_variants(self) -> Vec<ConfigVariant> {
+        let client = if self.has_transfer() { ConfigVariant::Client2 } else { ConfigVariant::Client1 };
+        let later = [ConfigVariant::Transfer, ConfigVariant::Upgraded].into_iter().filter(|_| self.has_transfer());
+        let latest = [ConfigVariant::ConfD].into_iter().filter(|_| self.has_conf_d());
         [client].into_iter().chain(later).chain(latest).collect()
     }
 
-    /// The one that makes the most of it.
-    pub fn best_way(self) -> Way {
-        if self.has_transfer() { Way::Transfer } else { Way::Client1 }
+    /// The variant that uses the most features of this version.
+    pub fn best_config_variant(self) -> ConfigVariant {
+        if self.has_transfer() { ConfigVariant::Transfer } else { ConfigVariant::Client1 }
     }
 }
 
 /// How containerd is told about the snapshotter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum ConfigVariant {
+    /// `client-1.toml`: the client pulls, in 1.x.
     Client1,
-    /// A file that was written for 1.x, as it stands on many nodes, with a table of runtimes.
+    /// `client-1.toml` and a table of runtimes, in 2.x: a file that an upgrade of containerd has left on many nodes.
     Upgraded,
+    /// `client-2.toml`: the client pulls, in 2.x.
     Client2,
+    /// `transfer.toml`: the transfer service pulls.
     Transfer,
-    /// As `Transfer`, with the plugin in the file that the packages bring.
+    /// `transfer.toml`, with the registration in the file that the packages install.
     ConfD,
-    /// As `Transfer`; where containerd can unpack several layers of an image at the same time, it
-    /// may, but for a snapshotter that does not say it takes layers without their parents.
+    /// `transfer.toml` and the permission to unpack several layers of an image at the same time. containerd does so only
+    /// for a snapshotter that declares that it takes layers without their parents.
     ManyUnpacks,
-    /// Nothing but the plugin, under the name that nerdctl's own page has for it.
+    /// Nothing but the registration, under the name that nerdctl's page has for it.
     OtherName,
 }
 
-/// A main file of containerd, and what its folder `conf.d` holds.
+/// A main file of containerd, and the content of a file in its directory `conf.d`.
 pub struct Configuration {
     pub main: String,
     pub conf_d: Option<String>,
 }
 
-impl Way {
-    /// As a user would have it, with our own places in it.
+impl ConfigVariant {
+    /// The files as a user would write them, with the given socket and state root.
     pub fn configuration(self, socket: &Path, root: &Path) -> Configuration {
-        let place = |text: String| placed(&text, socket, root);
-        let snippet = |name: &str| place(read(&format!("docs/containerd/{name}")));
+        let with_paths = |text: String| with_paths(&text, socket, root);
+        let snippet = |name: &str| with_paths(read(&format!("docs/containerd/{name}")));
         let main = match self {
             Self::Client1 => snippet("client-1.toml"),
             Self::Upgraded => {
@@ -172,19 +175,19 @@ impl Way {
                 let many = "[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 4\n";
                 snippet("transfer.toml") + many
             }
-            Self::ConfD => parted(&snippet("transfer.toml")).0.to_owned(),
+            Self::ConfD => split_at_registration(&snippet("transfer.toml")).0.to_owned(),
             Self::OtherName => {
-                let plugin = parted(&snippet("client-1.toml")).1.replace(OURS, "cvmfs");
+                let plugin = split_at_registration(&snippet("client-1.toml")).1.replace(PLUGIN_NAME, "cvmfs");
                 format!("version = 2\n{plugin}")
             }
         };
-        let conf_d = (self == Self::ConfD).then(|| place(read("packaging/containerd-conf.d.toml")));
+        let conf_d = (self == Self::ConfD).then(|| with_paths(read("packaging/containerd-conf.d.toml")));
         Configuration { main, conf_d }
     }
 }
 
-/// A snippet up to the registration of the plugin, and from there.
-fn parted(snippet: &str) -> (&str, &str) {
+/// Splits a snippet before the registration of the plugin.
+fn split_at_registration(snippet: &str) -> (&str, &str) {
     snippet.split_at(snippet.find("[proxy_plugins").expect("a snippet registers the plugin"))
 }
 
@@ -194,7 +197,8 @@ pub fn read(name: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("cannot read {}: {e}", path.display()))
 }
 
-fn placed(text: &str, socket: &Path, root: &Path) -> String {
+/// Replaces the default paths in a text.
+fn with_paths(text: &str, socket: &Path, root: &Path) -> String {
     let quoted = |path: &str| format!("\"{path}\"");
     assert!(text.contains(&quoted(SOCKET)) || !text.contains("address"), "another address than the default:\n{text}");
     text.replace(&quoted(SOCKET), &format!("{socket:?}")).replace(&quoted(STATE), &format!("{root:?}"))

@@ -1,4 +1,4 @@
-//! A place of its own for one test: a directory, and a mount namespace that nobody else sees.
+//! The sandbox of one test: a directory, and a private mount namespace. Its end removes both.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,19 +9,19 @@ use nix::sched::{CloneFlags, unshare};
 
 static NUMBER: AtomicUsize = AtomicUsize::new(0);
 
-/// The calling thread, and every process it starts, lives in here from now on.
+/// The thread that enters a sandbox, and every process that it starts, stays in its mount namespace.
 pub struct Sandbox {
     dir: PathBuf,
 }
 
 impl Sandbox {
-    /// Must be the first thing on its thread, before any server or client starts.
+    /// Must be called on a thread before it starts any server or client.
     pub fn enter(name: &str) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "{name} needs root: run make test as root");
         unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace can be made");
         private(Path::new("/"), MsFlags::MS_REC);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        // Short: the path of a unix socket has 107 bytes at most.
+        // The name is short, because the path of a unix socket has at most 107 bytes.
         let dir = std::env::temp_dir().join(format!("scene-{}-{number}", std::process::id()));
         fs::create_dir(&dir).expect("the sandbox's directory is new");
         Self { dir }

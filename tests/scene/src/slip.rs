@@ -1,9 +1,9 @@
 //! Configurations of containerd in which something is wrong, made of the documentation's good ones: what
 //! people forget, misspell, leave behind or copy from the wrong page.
 
-use crate::containerd::OURS;
-use crate::release::{Configuration, Release, Way};
-use crate::stage::Stage;
+use crate::containerd::PLUGIN_NAME;
+use crate::e2e_fixture::E2eFixture;
+use crate::release::{ConfigVariant, Configuration, Release};
 
 pub const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]";
 pub const EXPORTS: &str = "[proxy_plugins.cvmfs-snapshotter.exports]";
@@ -41,7 +41,7 @@ pub struct Slip {
 
 /// A good file, and slips in it.
 struct Good {
-    way: Way,
+    way: ConfigVariant,
     release: Release,
     text: String,
     slips: Vec<Slip>,
@@ -85,14 +85,14 @@ pub fn bare(text: &str) -> String {
 }
 
 /// In each file that the documentation has for this version.
-pub fn slips(release: Release, stage: &Stage) -> Vec<Slip> {
-    let ways = release.ways().into_iter().filter(|way| *way != Way::ConfD);
+pub fn slips(release: Release, stage: &E2eFixture) -> Vec<Slip> {
+    let ways = release.config_variants().into_iter().filter(|way| *way != ConfigVariant::ConfD);
     let mut all: Vec<Slip> = ways.flat_map(|way| of_way(way, release, stage)).collect();
     all.extend(imported(release, stage));
     all
 }
 
-fn of_way(way: Way, release: Release, stage: &Stage) -> Vec<Slip> {
+fn of_way(way: ConfigVariant, release: Release, stage: &E2eFixture) -> Vec<Slip> {
     let (socket, root) = (stage.snapshotter.socket(), stage.snapshotter.root());
     let configuration = way.configuration(&socket, &root);
     let mut good = Good { way, release, text: bare(&configuration.main), slips: Vec::new() };
@@ -100,7 +100,7 @@ fn of_way(way: Way, release: Release, stage: &Stage) -> Vec<Slip> {
     one_by_one(&mut good, &socket, &root);
     of_the_cri(&mut good);
     // `Transfer` has all that `Client2` has here.
-    if way != Way::Client2 {
+    if way != ConfigVariant::Client2 {
         of_lists_of_plugins(&mut good);
         without_headings(&mut good, &socket, &root);
     }
@@ -127,7 +127,7 @@ fn one_by_one(good: &mut Good, socket: &str, root: &str) {
     good.replace((release == Release::V1_7).then_some("containerd.plugin"), socket, &scheme);
     good.replace("containerd.plugin", PROXY, "[proxy_plugins.cvmfs]");
     good.replace("containerd.plugin", "[proxy_plugins.cvmfs-snapshotter", "[proxy_plugins.cvmfs");
-    good.replace("containerd.plugin", OURS, "cvmfs");
+    good.replace("containerd.plugin", PLUGIN_NAME, "cvmfs");
     // A rest of what was renamed.
     good.replace("containerd.type", EXPORTS, "[proxy_plugins.cvmfs.exports]");
     good.below(
@@ -184,7 +184,7 @@ fn of_the_cri(good: &mut Good) {
         }
         good.below(None, CRI_2, "max_concurrent_downloads = 3");
     }
-    if good.way == Way::Upgraded {
+    if good.way == ConfigVariant::Upgraded {
         let text = good
             .text
             .replace(&format!("{SAYS}\n"), "")
@@ -219,7 +219,7 @@ fn without_headings(good: &mut Good, socket: &str, root: &str) {
     good.replace(says, &old, &format!("{cri}\ncontainerd.{OF_CRI}\n"));
     good.replace("containerd.snapshotter", &old, &format!("{cri}\ncontainerd.{SAYS}\n"));
     // Braces take no heading of runtimes.
-    if good.way == Way::Client1 {
+    if good.way == ConfigVariant::Client1 {
         good.replace(says, &old, &format!("{cri}\ncontainerd = {{ {OF_CRI} }}\n"));
         good.replace("containerd.snapshotter", &old, &format!("{cri}\ncontainerd = {{ {SAYS} }}\n"));
     }
@@ -265,7 +265,7 @@ fn of_the_transfer_service(good: &mut Good) {
         return;
     }
     let ours = format!("{UNPACK}\nplatform = \"linux\"\n{OF_CRI}\n");
-    let overlayfs = ours.replace(OURS, "overlayfs");
+    let overlayfs = ours.replace(PLUGIN_NAME, "overlayfs");
     let (platform, missing) = ("containerd.platform", "containerd.annotations");
     good.replace(missing, &ours, "");
     good.replace(missing, &format!("{ours}{overlayfs}"), "");
@@ -338,12 +338,12 @@ fn several(good: &mut Good, socket: &str, root: &str) {
 }
 
 /// In the file that a package brings, which the main one imports.
-fn imported(release: Release, stage: &Stage) -> Vec<Slip> {
+fn imported(release: Release, stage: &E2eFixture) -> Vec<Slip> {
     if !release.has_conf_d() {
         return Vec::new();
     }
     let root = stage.snapshotter.root();
-    let good = Way::ConfD.configuration(&stage.snapshotter.socket(), &root);
+    let good = ConfigVariant::ConfD.configuration(&stage.snapshotter.socket(), &root);
     let of_package = good.conf_d.expect("this way has a file of its own");
     let slip = |name: &str, check, from: &str, to: &str| {
         assert!(of_package.contains(from), "{from} is not in {of_package}");
@@ -354,7 +354,7 @@ fn imported(release: Release, stage: &Stage) -> Vec<Slip> {
         slip("another root", "containerd.exports", &format!("{root:?}"), "\"/var/lib/other\""),
         slip("annotations", "containerd.annotations", TOLD, ""),
         slip("type", "containerd.type", "type = \"snapshot\"", ""),
-        slip("name", "containerd.plugin", OURS, "cvmfs"),
+        slip("name", "containerd.plugin", PLUGIN_NAME, "cvmfs"),
     ];
     let cri = format!("disabled_plugins = [\"io.containerd.cri.v1.images\"]\n{PROXY}");
     all.push(slip("no CRI", "containerd.parts", PROXY, &cri));

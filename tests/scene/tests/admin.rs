@@ -1,4 +1,4 @@
-//! What an admin has: status, gc, metrics, health, the level of the log. With the real containerd,
+//! The means of an administrator: status, gc, metrics, health, and the level of the log, with the real containerd,
 //! registry and FUSE mounts.
 
 use std::fs;
@@ -16,12 +16,12 @@ use grpcio::{CallOption, Marshaller, Method, RpcStatusCode};
 use nix::sys::signal::Signal;
 use protobuf::well_known_types::wrappers::BytesValue;
 use scene::client::{call, connect, labels};
+use scene::e2e_fixture::E2eFixture;
+use scene::http2::{SETTINGS, frame};
 use scene::metrics::{sample, scrape, scrape_as};
 use scene::process::{Output, eventually, run, tool};
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
-use scene::stage::Stage;
-use scene::wire::{SETTINGS, frame};
 use serde_json::Value;
 
 fn json(output: Output) -> Value {
@@ -29,13 +29,13 @@ fn json(output: Output) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{}", output.stderr))
 }
 
-fn status(stage: &Stage) -> Value {
+fn status(stage: &E2eFixture) -> Value {
     let output = stage.snapshotter.admin(&["status", "--json"]);
     assert!(output.status.success(), "{}", output.stderr);
     json(output)
 }
 
-/// The image of this reference.
+/// The image with this reference in a status.
 fn image<'s>(status: &'s Value, reference: &str) -> &'s Value {
     let images = status["images"].as_array().expect("images are a list");
     images.iter().find(|one| one["image"] == reference).unwrap_or_else(|| panic!("no {reference} in {status:#}"))
@@ -43,7 +43,7 @@ fn image<'s>(status: &'s Value, reference: &str) -> &'s Value {
 
 #[test]
 fn root_status_shows_source_and_users_of_images() {
-    let stage = Stage::set("status", "");
+    let stage = E2eFixture::start("status", "");
     let (lazy, local) = (stage.shell_image("lazy:1", "a"), stage.shell_image("local:1", "b"));
     stage.repository.publish_layers(&local.layers[..1]);
     let (lazy, local) = (stage.publish_and_push(&lazy), stage.registry.push(&local));
@@ -68,7 +68,7 @@ fn root_status_shows_source_and_users_of_images() {
     assert_eq!(image(&now, &lazy)["used_by"].as_array().map(Vec::len), Some(1));
     assert_eq!(json(stage.snapshotter.admin(&["status", "--json", "--quick"]))["containers"][0]["bytes"], Value::Null);
 
-    // What a layer is withdrawn from is broken, and only that.
+    // Only the image whose layer was withdrawn is broken.
     let digest = image(&now, &lazy)["snapshot"].as_str().expect("a key is a text").to_owned();
     let listed = stage.snapshotter.client().list(&[]).expect("snapshots can be listed");
     let top = listed.iter().find(|one| one.name == digest).expect("it is listed");
@@ -86,7 +86,7 @@ fn root_status_shows_source_and_users_of_images() {
 
 #[test]
 fn root_gc_lists_and_removes_unused_files() {
-    let stage = Stage::with("gc", "", scene::publisher::Repository::plain);
+    let stage = E2eFixture::start_with_repository("gc", "", scene::publisher::Repository::plain);
     let client = stage.snapshotter.client();
     for key in ["a", "b"] {
         client.prepare(key, "", &[]).expect("a snapshot can be made");
@@ -111,7 +111,7 @@ fn root_gc_lists_and_removes_unused_files() {
 #[test]
 fn root_status_pages_through_any_number_of_snapshots() {
     const COUNT: usize = 2_300;
-    let stage = Stage::with("pages", "", scene::publisher::Repository::plain);
+    let stage = E2eFixture::start_with_repository("pages", "", scene::publisher::Repository::plain);
     let client = stage.snapshotter.client();
     for n in 0..COUNT {
         client.prepare(&format!("key-{n}"), "", &[]).expect("a snapshot can be made");
@@ -125,8 +125,8 @@ fn root_status_pages_through_any_number_of_snapshots() {
     assert_eq!(shown["leftovers"].as_array().map(Vec::len), Some(COUNT));
 }
 
-/// With `SCENE_SHOW`, what a person sees of it.
-fn show_status(stage: &Stage) {
+/// Prints the status as a person sees it, with `SCENE_SHOW`.
+fn show_status(stage: &E2eFixture) {
     if std::env::var_os("SCENE_SHOW").is_some() {
         scene::report::print(format_args!(
             "# cvmfs-snapshotter status\n{}",
@@ -137,7 +137,7 @@ fn show_status(stage: &Stage) {
 
 #[test]
 fn root_health_is_reported_for_the_service_and_each_repository() {
-    let stage = Stage::set("health", "repository-timeout = 1");
+    let stage = E2eFixture::start("health", "repository-timeout = 1");
     let grpc = grpcio::Client::new(connect(&stage.snapshotter.socket()));
     let check = |name: &str| {
         let request = HealthCheckRequest { service: name.to_owned(), ..HealthCheckRequest::default() };
@@ -165,7 +165,7 @@ fn root_health_is_reported_for_the_service_and_each_repository() {
 fn root_metrics_count_events_and_pass_promtool() {
     let dir = PathBuf::from(format!("/run/scene-metrics-{}", std::process::id()));
     let socket = dir.join("m.sock");
-    let mut stage = Stage::set("metrics", &format!("metrics-address = {socket:?}"));
+    let mut stage = E2eFixture::start("metrics", &format!("metrics-address = {socket:?}"));
     let before = scrape(&socket);
     assert_eq!(sample(&before, "layers_published_total{repository=\"scene.test\"}"), 0);
     assert_eq!(sample(&before, "layers_downloaded_total{reason=\"no_digest\"}"), 0);
@@ -194,7 +194,7 @@ fn root_metrics_count_events_and_pass_promtool() {
     assert!(sample(&after, "repository_wait_seconds_count{repository=\"scene.test\"}") > 0);
     assert!(sample(&after, "scan_duration_seconds_count{result=\"done\"}") >= 3);
     assert!(sample(&after, "resident_memory_bytes") > 1_000_000);
-    // And the container's, until containerd has removed it.
+    // The container's snapshot is counted until containerd has removed it.
     assert!(sample(&after, "snapshots") >= 6);
 
     stage.repository.with_client(Mount::kill);
@@ -225,14 +225,14 @@ fn send_garbage(socket: &Path) {
 }
 
 /// The key of the snapshot that stands for this chain.
-fn listed_top(stage: &Stage, chain: &str) -> String {
+fn listed_top(stage: &E2eFixture, chain: &str) -> String {
     let all = stage.snapshotter.client().list(&[]).expect("snapshots can be listed");
     let top = all.iter().find(|one| one.labels.get("containerd.io/snapshot.ref").is_some_and(|found| found == chain));
     top.expect("the chain is there").name.clone()
 }
 
-/// Prometheus' own opinion of what it is given, and of the rules that are packaged.
-fn promtool(stage: &Stage, metrics: &str, older: &str) {
+/// Checks the metrics and the packaged rules with Prometheus' promtool.
+fn promtool(stage: &E2eFixture, metrics: &str, older: &str) {
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
     let rules = run(
         tool("promtool"),
@@ -247,7 +247,7 @@ fn promtool(stage: &Stage, metrics: &str, older: &str) {
     let command = format!("{} check metrics <{}", tool("promtool").display(), file.display());
     let lint = run("sh", ["-c", &command]);
     assert!(lint.status.success() && lint.stderr.is_empty(), "{}{}", lint.stdout, lint.stderr);
-    // Whatever the rules and the dashboard ask for is there.
+    // Every metric of the rules and the dashboard exists.
     let known = |name: &str| metrics.lines().any(|line| line.starts_with(name));
     for file in ["prometheus-alerts.yaml", "grafana-dashboard.json"] {
         let text = fs::read_to_string(packaging.join(file)).expect("a packaged file can be read");
@@ -258,7 +258,7 @@ fn promtool(stage: &Stage, metrics: &str, older: &str) {
     }
 }
 
-/// There was none, and a job of another name has no alert.
+/// The page had no configuration of Prometheus, and the rules have no alert for a job with another name.
 #[test]
 fn root_prometheus_accepts_documented_configuration_and_alert_rules_match_its_job() {
     const RULES: &str = "/etc/prometheus/rules/cvmfs-snapshotter.yaml";
@@ -280,7 +280,7 @@ fn root_prometheus_accepts_documented_configuration_and_alert_rules_match_its_jo
 
 #[test]
 fn root_signals_change_the_log_level() {
-    let stage = Stage::with("level", "", scene::publisher::Repository::plain);
+    let stage = E2eFixture::start_with_repository("level", "", scene::publisher::Repository::plain);
     let mut snapshotter = stage.snapshotter;
     snapshotter.end(Signal::SIGTERM);
     let mut command = snapshotter.command_that_logs("info");
@@ -304,7 +304,7 @@ fn root_signals_change_the_log_level() {
     assert!(!log.contains("quiet") && !log.contains("silent"), "{log}");
 }
 
-/// Each of them waited for two minutes, for a daemon that greeted and for nothing else had an ear.
+/// Each command waited for two minutes for a daemon that accepted connections and answered nothing.
 #[test]
 fn root_admin_commands_time_out_on_unresponsive_daemon() {
     const LIMIT: Duration = Duration::from_secs(90);
@@ -316,7 +316,7 @@ fn root_admin_commands_time_out_on_unresponsive_daemon() {
         for connection in listener.incoming() {
             let mut connection = connection.expect("a connection can be taken");
             std::thread::spawn(move || {
-                // The test itself connects once to see that the socket is there, and is gone by now, so errors are no failure.
+                // The test connects once to see that the socket exists, and disconnects, so errors here are no failure.
                 let _ = connection.write_all(&frame(SETTINGS, 0, 0, &[]));
                 let _ = io::copy(&mut connection, &mut io::sink());
             });

@@ -1,5 +1,5 @@
-//! Layers on their way under a container, and away again: in both ways of attaching, at once, after
-//! a reboot, half-way, and scanned before.
+//! Attaching and detaching of layers below containers: in both modes, concurrently, after a reboot, after failures, and
+//! after a scan.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,22 +9,24 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, options, pull_chain, refused, unavailable, unavailable_with_advice};
 use scene::client::Client;
 use scene::doctor::read;
+use scene::e2e_fixture::names;
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs, mounts_below};
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{
+    SnapshotterFixture, assert_refused, assert_unavailable, assert_unavailable_with_advice, digest, options, pull_chain,
+};
 use serde_json::Value;
 
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
 
 #[test]
 fn root_changing_attach_mode_works_with_existing_snapshots() {
-    let mut d = Alone::start("modes", "attach = \"bind\"");
+    let mut d = SnapshotterFixture::start("modes", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
     for (config, mounts) in [("attach = \"symlink\"", 0), ("attach = \"bind\"", 1)] {
@@ -52,7 +54,7 @@ fn root_changing_attach_mode_works_with_existing_snapshots() {
 
 #[test]
 fn root_attachments_lost_in_reboot_are_restored() {
-    let mut d = Alone::start("reboot", "attach = \"bind\"");
+    let mut d = SnapshotterFixture::start("reboot", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let before = d.client.prepare("container", &name, &[]).unwrap();
     d.snapshotter.end(Signal::SIGKILL);
@@ -69,7 +71,7 @@ fn root_attachments_lost_in_reboot_are_restored() {
 
 #[test]
 fn root_stale_attachment_is_replaced() {
-    let d = Alone::start("stale", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("stale", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
     let layer = || match &mounts_below(&d.snapshotter.snapshots())[..] {
@@ -99,7 +101,7 @@ fn root_stale_attachment_is_replaced() {
     run("umount", [layer()]).ok();
     fine("nothing is mounted there");
     d.client.remove("container").unwrap();
-    // Busy for a moment if another test's thread is just starting a process.
+    // The mount may be busy for a moment, because the thread of another test is just forking a process.
     eventually("the layer is detached", || {
         d.client.cleanup().unwrap();
         mounts_below(&d.snapshotter.snapshots()).is_empty()
@@ -108,18 +110,18 @@ fn root_stale_attachment_is_replaced() {
 
 #[test]
 fn root_failed_container_start_leaves_no_layer_attached() {
-    let d = Alone::start("half-way", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("half-way", "attach = \"bind\"");
     let first = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     let second = d.client.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
     d.repository.withdraw(&digest(1));
-    let message = refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
+    let message = assert_refused(d.client.prepare("container", &second, &[]), Code::UNAVAILABLE);
     assert!(
         message.contains(&digest(1)) && message.contains("scene.test") && message.contains("pull it anew"),
         "{message}"
     );
     d.client.cleanup().unwrap();
     assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(scene::e2e_fixture::names(&d.snapshotter.snapshots()), Vec::<String>::new());
     // The image can still be removed.
     d.client.remove(&second).unwrap();
     d.client.remove(&first).unwrap();
@@ -128,7 +130,7 @@ fn root_failed_container_start_leaves_no_layer_attached() {
 #[test]
 fn root_next_container_sees_republished_layer() {
     let sandbox = Sandbox::enter("anew");
-    // On a device of its own, as a repository is.
+    // The repository is on its own device, as a mounted repository is.
     mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let top = repository.layer_dir(&digest(1)).join("layerfs");
@@ -147,7 +149,7 @@ fn root_next_container_sees_republished_layer() {
     let seen = |key: &str| {
         let mounted = Mounted::new(&c.prepare(key, &name, &[]).unwrap(), &at).unwrap();
         let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(at.join("dir")).unwrap());
-        let names = scene::stage::names(mounted.path());
+        let names = scene::e2e_fixture::names(mounted.path());
         (fs::read_to_string(at.join("dir/file")).unwrap(), owner, names)
     };
     assert_eq!(seen("one"), ("first".to_owned(), 0, vec!["dir".to_owned()]), "no marker of the publisher shows");
@@ -168,7 +170,7 @@ fn root_next_container_sees_republished_layer() {
 
 #[test]
 fn root_open_file_in_detached_layer_stays_readable_without_its_mount() {
-    let d = Alone::start("open-file", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("open-file", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     d.client.prepare("container", &name, &[]).unwrap();
     let [layer] = &mounts_below(&d.snapshotter.snapshots())[..] else { panic!("the layer is attached") };
@@ -181,8 +183,8 @@ fn root_open_file_in_detached_layer_stays_readable_without_its_mount() {
     assert_eq!(text, "1");
 }
 
-/// CernVM-FS says that names have 0 bytes at most. Overlayfs takes the largest of what its
-/// layers say, so without a local one every lookup fails.
+/// CernVM-FS reports a name length of 0. Overlayfs takes the largest name length of its layers, so without a local
+/// layer every lookup fails.
 #[test]
 fn root_view_of_layers_without_markers_is_readable() {
     let sandbox = Sandbox::enter("names");
@@ -205,7 +207,7 @@ fn root_view_of_layers_without_markers_is_readable() {
         let mounted = Mounted::new(&view, &at).expect("an overlay");
         assert_eq!(names(&at.join("dir")), ["1", "2"]);
         drop(mounted);
-        // The test can fail: without our directory it does not work.
+        // This proves that the test can fail: without our directory the lookup does not work.
         let mut without = view.clone();
         let directories: Vec<&str> = lower.trim_start_matches("lowerdir=").split(':').collect();
         assert_eq!(directories.len(), 3, "{lower}");
@@ -220,7 +222,7 @@ fn root_view_of_layers_without_markers_is_readable() {
 #[test]
 fn root_concurrent_first_uses_attach_each_layer_once() {
     for (config, mounts) in MODES.into_iter().zip([3, 0]) {
-        let d = Alone::start("hundred", config);
+        let d = SnapshotterFixture::start("hundred", config);
         let chain = pull_chain(&d.client);
         std::thread::scope(|scope| {
             for n in 0..100 {
@@ -238,20 +240,20 @@ fn root_concurrent_first_uses_attach_each_layer_once() {
 #[test]
 fn root_failed_attach_is_undone_and_can_be_retried() {
     for config in MODES {
-        let d = Alone::start("undone", config);
+        let d = SnapshotterFixture::start("undone", config);
         let chain = pull_chain(&d.client);
         let nothing_is_left = |what: &str| {
             assert_eq!(names(&d.snapshotter.snapshots()), Vec::<String>::new(), "{what}");
             assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0, "{what}");
         };
         d.repository.command("fail EIO");
-        let message = unavailable_with_advice(d.client.prepare("container", &chain, &[]));
+        let message = assert_unavailable_with_advice(d.client.prepare("container", &chain, &[]));
         assert!(message.contains("EIO"), "{message}");
         nothing_is_left("every question failed");
         d.repository.command("normal");
-        // One layer of three is missing.
+        // The second of the three layers is missing.
         d.repository.withdraw(&digest(2));
-        let message = unavailable_with_advice(d.client.prepare("container", &chain, &[]));
+        let message = assert_unavailable_with_advice(d.client.prepare("container", &chain, &[]));
         assert!(message.contains(&digest(2)) && message.contains("does not have it"), "{message}");
         nothing_is_left("a layer is missing");
         let top = d.repository.layer_dir(&digest(2)).join("layerfs/dir");
@@ -278,14 +280,14 @@ fn root_incomplete_scan_is_not_taken_for_a_layer_without_deletions() {
     repository.command("slow 400");
     let second = c.pull_remote("extract-2", &first, "sha256:c2", &digest(2));
     repository.command("fail EIO");
-    unavailable(c.prepare("container", &second, &[]));
+    assert_unavailable(c.prepare("container", &second, &[]));
     repository.command("normal");
     let seen = |c: &Client, key: &str| {
         let mounted = Mounted::new(&c.prepare(key, &second, &[]).expect("it can be read"), &sandbox.path("mnt"));
         names(&mounted.expect("an overlay").path().join("dir"))
     };
     assert_eq!(seen(&c, "one"), Vec::<String>::new(), "the deletion counts");
-    // What was found is kept: after a restart nobody reads the layer again.
+    // The result of the scan is stored: after a restart the layer is not read again.
     c.remove("one").expect("it is there");
     c.cleanup().expect("a cleanup succeeds");
     snapshotter.end(Signal::SIGKILL);
@@ -308,13 +310,13 @@ fn root_incomplete_scan_is_not_taken_for_a_layer_without_deletions() {
     assert_eq!(reads(), before, "no directory was read");
 }
 
-/// The refusal of a layer is kept, and `status` and the doctor called its image good; the message of each start advised
-/// to retry, to look at the repository, and to pull the image.
+/// The refusal of a layer is stored, yet `status` and the doctor called its image good, and the message of each start
+/// gave useless advice.
 #[test]
 fn root_image_on_refused_layer_fails_until_pulled_again() {
     let sandbox = Sandbox::enter("refused");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
-    // Its path is longer than that of a directory of a mask may be.
+    // The path is longer than a directory of a mask may be.
     let deep: PathBuf = vec!["d".repeat(250); 15].iter().collect();
     let marked = repository.layer_dir(&digest(1)).join("layerfs").join(deep);
     fs::create_dir_all(&marked).expect("a layer can be made");
@@ -328,9 +330,9 @@ fn root_image_on_refused_layer_fails_until_pulled_again() {
         ("containerd.io/snapshot/cri.layer-digest", digest.as_str()),
         ("containerd.io/snapshot/cri.image-ref", "r.test/deep:1"),
     ];
-    refused(c.prepare("k8s.io/1/extract-1 sha256:c1", "", &labels), Code::ALREADY_EXISTS);
+    assert_refused(c.prepare("k8s.io/1/extract-1 sha256:c1", "", &labels), Code::ALREADY_EXISTS);
     let chain = c.list(&[]).expect("snapshots can be listed").swap_remove(0).name;
-    let message = unavailable(c.prepare("container", &chain, &[]));
+    let message = assert_unavailable(c.prepare("container", &chain, &[]));
     assert!(
         message.ends_with("; remove every image with this layer and pull it anew: the layer is downloaded then"),
         "{message}"
@@ -366,8 +368,8 @@ fn root_image_on_refused_layer_fails_until_pulled_again() {
     assert_eq!(diagnosed().state, "good");
 }
 
-/// The first container on a very large layer must not wait for ever, nor be told that the
-/// repository is to blame; one that comes later finds the work done.
+/// The first container on a very large layer must not wait for ever, and must not blame the repository. A later
+/// container finds the finished scan.
 #[test]
 fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
     let sandbox = Sandbox::enter("long-scan");
@@ -390,19 +392,19 @@ fn root_wait_for_slow_scan_is_limited_and_scan_continues() {
         chain = c.pull_remote(&format!("extract-{n}"), &chain, &format!("sha256:c{n}"), &digest(n));
     }
     let begun = Instant::now();
-    let message = unavailable(c.prepare("container", &chain, &[]));
+    let message = assert_unavailable(c.prepare("container", &chain, &[]));
     assert!(message.contains("its scan is not finished") && message.contains("directories so far"), "{message}");
     assert!(message.ends_with("try again"), "nothing else is to be done: {message}");
-    // Six walks, four threads each, two at once: they are not waited for one after the other.
+    // Six scans of four threads run two at a time, so their waits do not add up.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
-    // Others need no walk, and are not told that the repository is to blame.
+    // Other images need no scan, and their calls do not blame the repository.
     for n in 0..5 {
         c.prepare(&format!("other-{n}"), &first, &[]).expect("another image starts");
     }
     repository.command("hang all");
     let begun = Instant::now();
-    // The first layer that is missing is named, whose scan has not begun perhaps.
-    unavailable(c.prepare("container", &chain, &[]));
+    // The error names the first layer that is missing, whose scan may not have begun.
+    assert_unavailable(c.prepare("container", &chain, &[]));
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     eventually("the log says who is to blame", || snapshotter.log().contains("repository_down"));
     assert_eq!(snapshotter.log().matches("repository_down").count(), 1, "only once it hung it was to blame");

@@ -1,5 +1,5 @@
-//! The cache of the repository's client and the state root on one file system, where overlayfs and FUSE can wait
-//! for each other, and on two.
+//! The client's cache on the file system of the state root, where overlayfs and FUSE can wait for each other, and on
+//! another.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,17 +9,17 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 use scene::doctor;
+use scene::e2e_fixture::E2eFixture;
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::release::read;
-use scene::stage::Stage;
 
-fn cache(stage: &Stage) -> PathBuf {
+fn cache(stage: &E2eFixture) -> PathBuf {
     stage.repository.dir().with_extension("cache")
 }
 
-/// The line of the log about the cache, once the start has looked at the repository.
-fn logged(stage: &Stage) -> Option<String> {
+/// The log's line about the cache, after the daemon has examined the repository.
+fn logged(stage: &E2eFixture) -> Option<String> {
     eventually("the start has looked at the repository", || stage.snapshotter.log().contains("repository_available"));
     let log = stage.snapshotter.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("client_cache_on_state_root")).collect();
@@ -27,19 +27,19 @@ fn logged(stage: &Stage) -> Option<String> {
     lines.first().map(|&line| line.to_owned())
 }
 
-fn forget_log(stage: &Stage) {
+fn forget_log(stage: &E2eFixture) {
     fs::write(stage.sandbox.path("s/log"), "").expect("a log can be emptied");
 }
 
-/// What the status has of it.
-fn shown(stage: &Stage) -> (Option<String>, String) {
+/// The cache in the status, as JSON and as text.
+fn cache_in_status(stage: &E2eFixture) -> (Option<String>, String) {
     let ask = |form: &[&str]| stage.snapshotter.admin(&[&["status"], form].concat()).ok();
     let json: serde_json::Value = serde_json::from_str(&ask(&["--json"])).expect("it is JSON");
     (json["repositories"][0]["cache_on_state_file_system"].as_str().map(str::to_owned), ask(&[]))
 }
 
-/// State, what, and remedy.
-fn diagnosed(stage: &Stage) -> (String, String, Option<String>) {
+/// The state, text and remedy of a finding.
+fn diagnosed(stage: &E2eFixture) -> (String, String, Option<String>) {
     let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
     let mut found = all.iter().filter(|one| one.check == "repository.cache-device");
     let one = found.next().unwrap_or_else(|| panic!("it is not in {all:#?}"));
@@ -48,17 +48,17 @@ fn diagnosed(stage: &Stage) -> (String, String, Option<String>) {
 
 #[test]
 fn root_client_cache_on_file_system_of_state_root_causes_a_warning() {
-    let mut stage = Stage::set("one-device", "");
+    let mut stage = E2eFixture::start("one-device", "");
     let place = cache(&stage).display().to_string();
     let line = logged(&stage).expect("the start says it");
     for words in [place.as_str(), "\"warning\"", "scene.test", "CVMFS_CACHE_BASE in /etc/cvmfs/default.local", "--root"]
     {
         assert!(line.contains(words), "no {words} in {line}");
     }
-    let (json, text) = shown(&stage);
+    let (json, text) = cache_in_status(&stage);
     assert_eq!(json.as_deref(), Some(place.as_str()));
     assert!(text.contains(&format!("cache, {place}, is on the file system of the snapshots")), "{text}");
-    let warns = |stage: &Stage| {
+    let warns = |stage: &E2eFixture| {
         let (state, what, remedy) = diagnosed(stage);
         assert_eq!(state, "warning");
         assert!(what.contains(&place) && what.contains(&stage.snapshotter.root().display().to_string()), "{what}");
@@ -68,21 +68,21 @@ fn root_client_cache_on_file_system_of_state_root_causes_a_warning() {
     stage.snapshotter.end(Signal::SIGTERM);
     warns(&stage);
 
-    // As the unit starts it, which gives no CAP_SYS_PTRACE: then the client's configuration tells.
+    // The unit grants no CAP_SYS_PTRACE. Without it the daemon reads the client's configuration.
     let without = ["setpriv", "--bounding-set=-sys_ptrace"];
     forget_log(&stage);
-    stage.snapshotter.start_again_under(&without);
+    stage.snapshotter.start_again_below(&without);
     assert_eq!(logged(&stage), None, "nobody says where it is");
     stage.snapshotter.end(Signal::SIGTERM);
     configure_client(&stage, &format!("CVMFS_CACHE_DIR={place}\n"));
     forget_log(&stage);
-    stage.snapshotter.start_again_under(&without);
+    stage.snapshotter.start_again_below(&without);
     let line = logged(&stage).expect("the start says it");
     assert!(line.contains(&place), "{line}");
 }
 
-/// Of this sandbox: nobody else sees it.
-fn configure_client(stage: &Stage, text: &str) {
+/// Writes the client's configuration below `/etc`, on an overlay that only this sandbox sees.
+fn configure_client(stage: &E2eFixture, text: &str) {
     let [upper, work] = ["etc.upper", "etc.work"].map(|name| stage.sandbox.make_dir(name));
     let options = format!("lowerdir=/etc,upperdir={},workdir={}", upper.display(), work.display());
     mount(Some("etc"), "/etc", Some("overlay"), MsFlags::empty(), Some(options.as_str())).expect("/etc can be covered");
@@ -92,9 +92,9 @@ fn configure_client(stage: &Stage, text: &str) {
 
 #[test]
 fn root_client_cache_on_other_file_system_causes_no_warning() {
-    let stage = Stage::with("two-devices", "", Repository::mounted_apart);
+    let stage = E2eFixture::start_with_repository("two-devices", "", Repository::mounted_with_own_cache_disk);
     assert_eq!(logged(&stage), None);
-    let (json, text) = shown(&stage);
+    let (json, text) = cache_in_status(&stage);
     assert_eq!(json, None);
     assert!(!text.contains("file system of the snapshots"), "{text}");
     let (state, what, _) = diagnosed(&stage);
@@ -102,10 +102,10 @@ fn root_client_cache_on_other_file_system_causes_no_warning() {
     assert!(what.contains(&cache(&stage).display().to_string()), "{what}");
 }
 
-/// A repository that hangs does not keep the doctor at this question either.
+/// The doctor's check of the cache does not wait for a repository that hangs either.
 #[test]
 fn root_cache_check_does_not_wait_for_hung_repository() {
-    let stage = Stage::set("hung-device", "repository-timeout = 2");
+    let stage = E2eFixture::start("hung-device", "repository-timeout = 2");
     stage.repository.command("hang all");
     let all = doctor::read(&stage.snapshotter.admin(&["doctor", "--json"]));
     stage.repository.command("normal");
@@ -114,16 +114,16 @@ fn root_cache_check_does_not_wait_for_hung_repository() {
     assert!(Path::new(&cache(&stage)).exists());
 }
 
-/// What docs/repository.md says of a node that hangs: the kernel is told to end the connection.
+/// docs/repository.md says how to free a node that hangs: by telling the kernel to abort the FUSE connection.
 #[test]
 fn root_aborting_fuse_connection_frees_hung_programs() {
-    let stage = Stage::set("abort", "repository-timeout = 2");
+    let stage = E2eFixture::start("abort", "repository-timeout = 2");
     let line = read("docs/repository.md");
     let command = line.split('`').find(|text| text.starts_with("echo 1 >")).expect("the page has the command");
     stage.repository.command("hang all");
     let mut hung =
         Command::new("ls").arg(stage.repository.dir().join("nobody-has-looked-there")).spawn().expect("ls runs");
-    // The number is the second half of the device, in the mount table.
+    // The number of the connection is the minor number of the device in the mount table.
     let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("the mount table can be read");
     let point = stage.repository.dir().display().to_string();
     let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == Some(point.as_str()));

@@ -1,5 +1,5 @@
-//! Containers and images over their whole life: pulled, run, kept through a stop of the
-//! snapshotter, removed. With the real containerd, runc and registry.
+//! The life of containers and images: they are pulled, run, kept through a stop of the snapshotter, and removed, with
+//! the real containerd, runc and registry.
 
 use std::fs;
 use std::path::Path;
@@ -7,11 +7,11 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 use scene::client::Client;
 use scene::containerd::Writable;
+use scene::e2e_fixture::{E2eFixture, PAUSE, names};
 use scene::image::Blob;
 use scene::process::eventually;
 use scene::publisher::{Repository, Settings};
 use scene::sandbox::mounts_below;
-use scene::stage::{PAUSE, Stage, names};
 
 fn committed(client: &Client) -> usize {
     client.list(&["kind==committed"]).expect("snapshots can be listed").len()
@@ -20,11 +20,11 @@ fn committed(client: &Client) -> usize {
 #[test]
 fn root_pull_of_published_image_writes_only_records() {
     for publisher in [Repository::mounted, Repository::plain] {
-        check_that_a_pull_writes_only_records(&Stage::with("records", "", publisher));
+        check_that_a_pull_writes_only_records(&E2eFixture::start_with_repository("records", "", publisher));
     }
 }
 
-fn check_that_a_pull_writes_only_records(stage: &Stage) {
+fn check_that_a_pull_writes_only_records(stage: &E2eFixture) {
     let image = stage.shell_image("records:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -35,12 +35,12 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
     let output = stage.ours.run(&reference, "first", &["/bin/sh", "-c", "cat /data/text; ls /data"]).ok();
     assert_eq!(output, "xtext\ntop\n");
     let log = stage.snapshotter.log();
-    // What the daemon found out about the repository itself; of a layer it says the digest too.
+    // Lines about the repository itself have no digest; lines about a layer have one.
     let is_of_repository = |line: &str| line.contains("\"repository\":") && !line.contains("\"digest\":");
     let is_of_call = |line: &&str| !line.contains("\"level\":\"debug\"") && !is_of_repository(line);
     let lines: Vec<&str> = log.lines().filter(is_of_call).collect();
     assert_eq!(lines.len(), 2, "healthy calls say nothing at info, only the start does: {lines:?}");
-    // In the shape of the Go snapshotter's log.
+    // The log has the format of the Go snapshotter.
     for line in log.lines() {
         let line: serde_json::Value = serde_json::from_str(line).expect("a line of the log is JSON");
         let field = |name: &str| line[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}"));
@@ -51,11 +51,13 @@ fn check_that_a_pull_writes_only_records(stage: &Stage) {
     }
 }
 
-/// It started on the layers of the repository, with 40 attributes on every file that no image has.
+/// Containers started on the layers of the repository, with 40 attributes on every file that no image has.
 #[test]
 fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
     let client = &["--magic-xattrs", "always"];
-    let stage = Stage::with("listed", "", |dir| Repository::mounted_with(dir, Settings::with_client(client)));
+    let stage = E2eFixture::start_with_repository("listed", "", |dir| {
+        Repository::mounted_with(dir, Settings::with_client(client))
+    });
     let image = stage.shell_image("listed:1", "x");
     let reference = stage.publish_and_push(&image);
     let listed = xattr::list(stage.repository.dir().join(".layers"));
@@ -79,7 +81,7 @@ fn root_container_shows_no_magic_attributes_of_a_client_that_lists_them() {
 
 #[test]
 fn root_reordered_and_repulled_layers_are_not_fetched() {
-    let stage = Stage::set("order", "");
+    let stage = E2eFixture::start("order", "");
     let b = &stage.builder;
     let base = stage.base_layer();
     let others: Vec<_> = (0..3)
@@ -113,7 +115,7 @@ fn root_reordered_and_repulled_layers_are_not_fetched() {
 #[test]
 fn root_removed_images_and_containers_leave_nothing_behind() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
-        let stage = Stage::set("removed", config);
+        let stage = E2eFixture::start("removed", config);
         let image = stage.shell_image("removed:1", "x");
         let unpublished = stage.shell_image("local:1", "y");
         stage.repository.publish_layers(&unpublished.layers[..1]);
@@ -143,7 +145,7 @@ fn root_removed_images_and_containers_leave_nothing_behind() {
 
 #[test]
 fn root_layers_are_detached_when_no_container_uses_them() {
-    let stage = Stage::set("detached", "attach = \"bind\"");
+    let stage = E2eFixture::start("detached", "attach = \"bind\"");
     let image = stage.shell_image("detached:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -165,12 +167,12 @@ fn root_layers_are_detached_when_no_container_uses_them() {
     assert_eq!(stage.ours.run(&reference, "three", &["/bin/cat", "/data/text"]).ok(), "x");
 }
 
-/// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then
-/// prints nothing, and no image of the node starts any more.
+/// The Go snapshotter empties its state on SIGTERM: `ls /` in a running container then prints nothing, and no image of
+/// the node starts any more.
 #[test]
 fn root_container_survives_every_way_of_stopping_the_snapshotter() {
     for config in ["attach = \"bind\"", "attach = \"symlink\""] {
-        let mut stage = Stage::set("stopping", config);
+        let mut stage = E2eFixture::start("stopping", config);
         let image = stage.shell_image("stopping:1", "x");
         let reference = stage.publish_and_push(&image);
         stage.ours.pull(&reference);
@@ -182,8 +184,8 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
         eventually("the container writes", || count() > 0);
         let settled = stage.snapshot_dirs();
         for (round, signal) in [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGINT].into_iter().enumerate() {
-            // containerd collects what other containers left in its own time, which is not to be
-            // taken for the work of the stop.
+            // containerd removes the snapshots of other containers at a time of its choice, which must not be taken for
+            // an effect of the stop.
             eventually("what other containers left is taken away", || {
                 stage.ours.collect_garbage();
                 stage.snapshot_dirs() == settled
@@ -199,7 +201,7 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
             stage.snapshotter.start_again();
             assert_eq!(read("text"), "x");
             let id = format!("after-{round}");
-            // containerd notices after its own back-off that the socket is served again.
+            // containerd connects again after a pause.
             eventually("new containers start", || {
                 let output = stage.ours.run(&reference, &id, &["/bin/cat", "/data/top"]);
                 output.status.success() && output.stdout == "x"
@@ -216,7 +218,7 @@ fn root_container_survives_every_way_of_stopping_the_snapshotter() {
 
 #[test]
 fn root_kubernetes_runs_a_pod_from_published_layers() {
-    let stage = Stage::set("pod", "");
+    let stage = E2eFixture::start("pod", "");
     let base = stage.base_layer();
     let pause = stage.builder.image_that_runs(PAUSE, &[base], &[], &["/bin/sleep", "1000"]);
     let image = stage.shell_image("pod:1", "x");
@@ -227,12 +229,12 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
     let name = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
     let pod = cri.run_pod(&name, &reference, &["/bin/sleep", "1000"]);
     assert_eq!(cri.exec(&pod, &["/bin/sh", "-c", "cat /data/text; ls /data; echo new > /data/new"]), "xtext\ntop\n");
-    // The pod goes on without the snapshotter.
+    // The pod keeps running without the snapshotter.
     let mut stage = stage;
     stage.snapshotter.end(Signal::SIGKILL);
     assert_eq!(cri.exec(&pod, &["/bin/cat", "/data/new"]), "new\n");
     stage.snapshotter.start_again();
-    // A collection while containerd has not connected again is not repeated.
+    // containerd does not repeat a collection that fails because it has not connected again.
     eventually("containerd has connected again", || {
         stage.ours.run(&reference, "again", &["/bin/true"]).status.success()
     });
@@ -246,7 +248,7 @@ fn root_kubernetes_runs_a_pod_from_published_layers() {
 
 #[test]
 fn root_nerdctl_pulls_and_runs() {
-    let stage = Stage::set("nerdctl", "");
+    let stage = E2eFixture::start("nerdctl", "");
     let image = stage.shell_image("nerdctl:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.nerdctl(&["pull", &reference]).ok();
@@ -254,7 +256,7 @@ fn root_nerdctl_pulls_and_runs() {
     let output =
         stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/sh", "-c", "cat /data/text; ls /data"]);
     assert_eq!(output.ok(), "xtext\ntop\n");
-    // run pulls what is not there.
+    // nerdctl run pulls an image that is missing.
     let other = stage.shell_image("nerdctl:2", "y");
     let reference = stage.publish_and_push(&other);
     let output = stage.ours.nerdctl(&["run", "--net", "none", "--rm", &reference, "/bin/cat", "/data/top"]);
@@ -264,7 +266,7 @@ fn root_nerdctl_pulls_and_runs() {
 
 #[test]
 fn root_ctr_pulls_an_image_normally_and_lists_it() {
-    let stage = Stage::set("ctr", "");
+    let stage = E2eFixture::start("ctr", "");
     let image = stage.shell_image("ctr:1", "x");
     let reference = stage.publish_and_push(&image);
     // ctr 1.6 never asks for remote layers.
@@ -279,7 +281,7 @@ fn root_ctr_pulls_an_image_normally_and_lists_it() {
 
 #[test]
 fn root_two_namespaces_pull_the_same_image_on_different_parents() {
-    let stage = Stage::set("namespaces", "");
+    let stage = E2eFixture::start("namespaces", "");
     let image = stage.shell_image("namespaces:1", "x");
     // The lowest layer is not published, so each namespace has its own local one.
     stage.repository.publish_layers(&image.layers[1..]);
@@ -306,7 +308,7 @@ fn root_two_namespaces_pull_the_same_image_on_different_parents() {
 
 #[test]
 fn root_missing_repository_affects_only_containers_that_need_it() {
-    let stage = Stage::set("goes-away", "");
+    let stage = E2eFixture::start("goes-away", "");
     let image = stage.shell_image("away:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -316,12 +318,12 @@ fn root_missing_repository_affects_only_containers_that_need_it() {
     for part in ["is not available", &image.layers[2].digest, "scene.test", "no repository is mounted"] {
         assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
     }
-    // A pull falls back to the ordinary way.
+    // A pull downloads the layers.
     let local = stage.shell_image("local:1", "y");
     let pulled = stage.registry.push(&local);
     stage.ours.pull(&pulled);
     assert_eq!(stage.ours.run(&pulled, "d", &["/bin/cat", "/data/text"]).ok(), "y");
-    // Something may have been asked of it in the moment in which it went.
+    // A call may have been under way when the repository was unmounted.
     let log = stage.snapshotter.log();
     let downloaded = log.lines().filter(|line| line.contains("layer_download"));
     assert_eq!(downloaded.filter(|line| line.contains("no repository is mounted")).count(), 3, "{log}");
@@ -331,7 +333,7 @@ fn root_missing_repository_affects_only_containers_that_need_it() {
 
 #[test]
 fn root_bind_mounted_layers_are_read_only() {
-    let stage = Stage::set("read-only", "attach = \"bind\"");
+    let stage = E2eFixture::start("read-only", "attach = \"bind\"");
     let image = stage.shell_image("ro:1", "x");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);

@@ -11,11 +11,11 @@ use std::time::SystemTime;
 
 use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
 use grpcio::RpcStatusCode as Code;
-use scene::alone::{Alone, digest, options, refused};
 use scene::client::{LAYER_DIGEST, REF, labels};
 use scene::process::run;
 use scene::rootfs::Mounted;
 use scene::sandbox::mounts_below;
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused, digest, options};
 
 fn nanos(info: &Info) -> (i128, i128) {
     let all = |t: &protobuf::well_known_types::timestamp::Timestamp| {
@@ -30,7 +30,7 @@ fn now() -> i128 {
 
 #[test]
 fn root_invalid_calls_return_the_documented_codes() {
-    let d = Alone::start("codes", "");
+    let d = SnapshotterFixture::start("codes", "");
     let c = &d.client;
     c.prepare("active", "", &[]).unwrap();
     c.prepare("to-commit", "", &[]).unwrap();
@@ -46,35 +46,35 @@ fn root_invalid_calls_return_the_documented_codes() {
         c.update(Info { name: "absent".into(), ..Info::default() }, &[]).map(drop),
         c.prepare("new", "absent", &[]).map(drop),
         c.view("new", "absent", &[]).map(drop),
-        // The parent is looked at before the key.
+        // The parent is checked before the key.
         c.prepare("active", "absent", &[]).map(drop),
     ] {
-        refused(absent, Code::NOT_FOUND);
+        assert_refused(absent, Code::NOT_FOUND);
     }
     for parent in ["active", "view"] {
-        refused(c.prepare("new", parent, &[]), Code::INVALID_ARGUMENT);
-        refused(c.view("committed", parent, &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.prepare("new", parent, &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.view("committed", parent, &[]), Code::INVALID_ARGUMENT);
     }
     for key in ["active", "view", "committed"] {
-        refused(c.prepare(key, "", &[]), Code::ALREADY_EXISTS);
-        refused(c.view(key, "committed", &[]), Code::ALREADY_EXISTS);
-        refused(c.commit(key, "active", &[]), Code::ALREADY_EXISTS);
+        assert_refused(c.prepare(key, "", &[]), Code::ALREADY_EXISTS);
+        assert_refused(c.view(key, "committed", &[]), Code::ALREADY_EXISTS);
+        assert_refused(c.commit(key, "active", &[]), Code::ALREADY_EXISTS);
     }
-    refused(c.mounts("committed"), Code::FAILED_PRECONDITION);
+    assert_refused(c.mounts("committed"), Code::FAILED_PRECONDITION);
     for key in ["view", "committed"] {
-        refused(c.commit("new", key, &[]), Code::FAILED_PRECONDITION);
+        assert_refused(c.commit("new", key, &[]), Code::FAILED_PRECONDITION);
     }
-    let message = refused(c.remove("committed"), Code::FAILED_PRECONDITION);
+    let message = assert_refused(c.remove("committed"), Code::FAILED_PRECONDITION);
     assert!(message.contains("remove"), "{message}");
     c.remove("view").unwrap();
     c.remove("committed").unwrap();
-    refused(c.stat("committed"), Code::NOT_FOUND);
+    assert_refused(c.stat("committed"), Code::NOT_FOUND);
     c.commit("committed", "active", &[]).unwrap();
 }
 
 #[test]
 fn root_commit_may_name_the_parent() {
-    let d = Alone::start("rebase", "");
+    let d = SnapshotterFixture::start("rebase", "");
     let c = &d.client;
     for name in ["one", "two"] {
         c.prepare("key", "", &[]).unwrap();
@@ -82,21 +82,21 @@ fn root_commit_may_name_the_parent() {
     }
     c.prepare("other", "", &[]).unwrap();
     c.prepare("on-one", "one", &[]).unwrap();
-    refused(c.commit_on("new", "on-one", "two", &[]), Code::INVALID_ARGUMENT);
+    assert_refused(c.commit_on("new", "on-one", "two", &[]), Code::INVALID_ARGUMENT);
     c.commit_on("three", "on-one", "one", &[]).unwrap();
     c.prepare("free", "", &[]).unwrap();
-    refused(c.commit_on("new", "free", "absent", &[]), Code::NOT_FOUND);
-    refused(c.commit_on("new", "free", "other", &[]), Code::FAILED_PRECONDITION);
+    assert_refused(c.commit_on("new", "free", "absent", &[]), Code::NOT_FOUND);
+    assert_refused(c.commit_on("new", "free", "other", &[]), Code::FAILED_PRECONDITION);
     c.commit_on("four", "free", "two", &[]).unwrap();
     assert_eq!(c.stat("four").unwrap().parent, "two");
-    refused(c.remove("two"), Code::FAILED_PRECONDITION);
+    assert_refused(c.remove("two"), Code::FAILED_PRECONDITION);
     c.remove("four").unwrap();
     c.remove("two").unwrap();
 }
 
 #[test]
 fn root_labels_and_times_follow_the_contract() {
-    let d = Alone::start("labels", "");
+    let d = SnapshotterFixture::start("labels", "");
     let c = &d.client;
     let before = now();
     c.prepare("key", "", &[("a", "1"), ("empty", ""), ("containerd.io/gc.root", "x")]).unwrap();
@@ -106,7 +106,7 @@ fn root_labels_and_times_follow_the_contract() {
     assert_eq!(made.labels, labels(&[("a", "1"), ("containerd.io/gc.root", "x")]));
     assert_eq!((made.kind.enum_value(), made.parent.as_str()), (Ok(Kind::ACTIVE), ""));
 
-    // Immutable fields that no mask names are passed over.
+    // Immutable fields that the mask does not name are ignored.
     let change = |with: &[(&str, &str)]| Info {
         name: "key".into(),
         parent: "doesnotexist".into(),
@@ -120,7 +120,7 @@ fn root_labels_and_times_follow_the_contract() {
     assert_eq!(c.update(change(&[("b", "")]), &["labels.b"]).unwrap().labels.get("b"), None);
     assert_eq!(c.update(change(&[("x.y/z", "1")]), &["labels"]).unwrap().labels, labels(&[("x.y/z", "1")]));
     assert_eq!(c.update(change(&[("q", "1")]), &[]).unwrap().labels, labels(&[("q", "1")]));
-    refused(c.update(change(&[("b", "2")]), &["labels.b", "parent"]), Code::INVALID_ARGUMENT);
+    assert_refused(c.update(change(&[("b", "2")]), &["labels.b", "parent"]), Code::INVALID_ARGUMENT);
     let kept = c.stat("key").unwrap();
     assert_eq!(kept.labels, labels(&[("q", "1")]), "a refused update writes nothing");
     assert_eq!(c.list(&["name==key"]).unwrap(), [kept], "Stat and List say the same");
@@ -130,12 +130,12 @@ fn root_labels_and_times_follow_the_contract() {
     let committed = c.stat("name").unwrap();
     assert_eq!(committed.labels, labels(&[("own", "1")]), "Commit replaces the labels");
     assert!(nanos(&committed).0 >= before && nanos(&committed).0 == nanos(&committed).1);
-    refused(c.stat("key"), Code::NOT_FOUND);
+    assert_refused(c.stat("key"), Code::NOT_FOUND);
 }
 
 #[test]
 fn root_mounts_follow_the_contract_and_do_not_change() {
-    let d = Alone::start("mounts", "");
+    let d = SnapshotterFixture::start("mounts", "");
     let c = &d.client;
     let first = c.prepare("first", "", &[]).unwrap();
     assert_eq!((first[0].type_.as_str(), options(&first)), ("bind", ["rw", "rbind"].map(String::from).as_slice()));
@@ -175,7 +175,7 @@ fn root_mounts_follow_the_contract_and_do_not_change() {
         if bad.is_empty() {
             answer.unwrap(); // A label without a value is none.
         } else {
-            let message = refused(answer, Code::INVALID_ARGUMENT);
+            let message = assert_refused(answer, Code::INVALID_ARGUMENT);
             assert!(message.contains("uidmapping") && message.contains(bad), "{message}");
         }
     }
@@ -183,7 +183,7 @@ fn root_mounts_follow_the_contract_and_do_not_change() {
 
 #[test]
 fn root_usage_counts_only_files_of_the_snapshot() {
-    let d = Alone::start("usage", "");
+    let d = SnapshotterFixture::start("usage", "");
     let c = &d.client;
     let source = PathBuf::from(&c.prepare("key", "", &[]).unwrap()[0].source);
     fs::create_dir(source.join("dir")).unwrap();
@@ -209,7 +209,7 @@ fn root_usage_counts_only_files_of_the_snapshot() {
 
 #[test]
 fn root_list_is_sent_in_batches_and_filtered() {
-    let d = Alone::start("list", "");
+    let d = SnapshotterFixture::start("list", "");
     let c = &d.client;
     assert_eq!(c.list_batches(&[]).unwrap().len(), 0, "no message for no snapshot");
     for n in 0..250 {
@@ -221,24 +221,28 @@ fn root_list_is_sent_in_batches_and_filtered() {
     assert_eq!(names.len(), 250);
     assert_eq!(c.list(&["labels.n==7", "name==key-9,kind==active"]).unwrap().len(), 2);
     assert_eq!(c.list(&[""]).unwrap().len(), 250);
-    let message = refused(c.list(&["name==", "kind"]).map(|l| l.len()), Code::INVALID_ARGUMENT);
+    let message = assert_refused(c.list(&["name==", "kind"]).map(|l| l.len()), Code::INVALID_ARGUMENT);
     assert!(message.contains("\"name==\""), "{message}");
 }
 
 #[test]
 fn root_prepare_of_remote_layers_follows_the_protocol() {
-    let d = Alone::start("remote", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("remote", "attach = \"bind\"");
     let c = &d.client;
     let first = c.pull_remote("default/1/extract-1 sha256:c1", "", "sha256:c1", &digest(1));
     let second = c.pull_remote("default/2/extract-2 sha256:c2", &first, "sha256:c2", &digest(2));
-    // Again, and for another namespace: the same snapshot.
+    // A second pull, and a pull in another namespace, give the same snapshot.
     assert_eq!(c.pull_remote("other/3/extract-3 sha256:c1", "", "sha256:c1", &digest(1)), first);
-    refused(c.stat("default/1/extract-1 sha256:c1"), Code::NOT_FOUND);
+    assert_refused(c.stat("default/1/extract-1 sha256:c1"), Code::NOT_FOUND);
     let info = c.stat(&first).unwrap();
     assert_eq!(info.kind.enum_value(), Ok(Kind::COMMITTED));
     assert_eq!(info.labels.get(REF).map(String::as_str), Some("sha256:c1"));
     assert_eq!(info.labels.get("containerd.io/snapshot/remote").map(String::as_str), Some("remote snapshot"));
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new(), "nothing is made at pull time");
+    assert_eq!(
+        scene::e2e_fixture::names(&d.snapshotter.snapshots()),
+        Vec::<String>::new(),
+        "nothing is made at pull time"
+    );
     // The same chain over another parent is another snapshot.
     c.prepare("local", "", &[]).unwrap();
     c.commit("local-parent", "local", &[]).unwrap();
@@ -248,24 +252,24 @@ fn root_prepare_of_remote_layers_follows_the_protocol() {
     let view = c.view("view", &second, &[]).unwrap();
     let at = d.sandbox.path("mnt");
     let mounted = Mounted::new(&view, &at).unwrap();
-    assert_eq!(scene::stage::names(&at), ["dir"]);
-    assert_eq!(scene::stage::names(&at.join("dir")), ["file-1", "file-2"]);
+    assert_eq!(scene::e2e_fixture::names(&at), ["dir"]);
+    assert_eq!(scene::e2e_fixture::names(&at.join("dir")), ["file-1", "file-2"]);
     drop(mounted);
-    refused(c.remove(&first), Code::FAILED_PRECONDITION);
-    refused(c.remove(&second), Code::FAILED_PRECONDITION);
+    assert_refused(c.remove(&first), Code::FAILED_PRECONDITION);
+    assert_refused(c.remove(&second), Code::FAILED_PRECONDITION);
     assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 2);
     c.remove("view").unwrap();
     c.remove(&second).unwrap();
     c.remove(&first).unwrap();
     c.cleanup().unwrap();
     assert_eq!(mounts_below(&d.snapshotter.snapshots()).len(), 0);
-    // What is left: the local parent.
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()).len(), 1);
+    // Only the local parent is left.
+    assert_eq!(scene::e2e_fixture::names(&d.snapshotter.snapshots()).len(), 1);
 }
 
 #[test]
 fn root_unpublished_layer_becomes_an_ordinary_snapshot() {
-    let d = Alone::start("fallback", "");
+    let d = SnapshotterFixture::start("fallback", "");
     let c = &d.client;
     let hex = "0".repeat(64);
     for (n, bad) in [
@@ -291,32 +295,32 @@ fn root_unpublished_layer_becomes_an_ordinary_snapshot() {
     let log = d.snapshotter.log();
     assert_eq!(log.matches("layer_download").count(), 10, "one line for each");
     assert!(log.contains("containerd must be configured to pass image annotations"));
-    // The repository is asked anew each time.
+    // The repository is checked again each time.
     fs::create_dir_all(d.repository.layer_dir(&digest(9)).join("layerfs")).unwrap();
     d.repository.commit();
     c.pull_remote("extract-y sha256:c", "", "sha256:c", &digest(9));
-    // A name that somebody took makes no wrong answer.
+    // A name that is taken by another snapshot causes no wrong answer.
     c.prepare("squatter", "", &[]).unwrap();
     c.commit("cvmfs/0/sha256:taken", "squatter", &[]).unwrap();
     c.prepare("extract-z", "", &[(REF, "sha256:taken"), (LAYER_DIGEST, &digest(1))]).unwrap();
-    // Nor does a reference that is too long for a name.
+    // A reference that is too long for a name causes no wrong answer either.
     let long = "r".repeat(32_761);
     c.prepare("extract-l", "", &[(REF, &long), (LAYER_DIGEST, &digest(1))]).unwrap();
-    // One that just fits comes back in a message that is delivered, so it is cut.
+    // A key that just fits is cut in the message, so that gRPC delivers it.
     let answer = c.prepare("extract-m", "", &[(REF, &long[1..]), (LAYER_DIGEST, &digest(1))]);
-    let message = refused(answer, Code::ALREADY_EXISTS);
+    let message = assert_refused(answer, Code::ALREADY_EXISTS);
     assert!(message.contains("rrr\"… (32760 bytes)"), "{message}");
     for long in [&long, &"\u{1f980}\n".repeat(6000)] {
-        refused(c.stat(long), Code::NOT_FOUND);
-        refused(c.list(&[&format!("{long}==")]), Code::INVALID_ARGUMENT);
-        refused(c.update(Info { name: "squatter".into(), ..Info::default() }, &[long]), Code::INVALID_ARGUMENT);
-        refused(c.prepare("m", "", &[("containerd.io/snapshot/uidmapping", long)]), Code::INVALID_ARGUMENT);
+        assert_refused(c.stat(long), Code::NOT_FOUND);
+        assert_refused(c.list(&[&format!("{long}==")]), Code::INVALID_ARGUMENT);
+        assert_refused(c.update(Info { name: "squatter".into(), ..Info::default() }, &[long]), Code::INVALID_ARGUMENT);
+        assert_refused(c.prepare("m", "", &[("containerd.io/snapshot/uidmapping", long)]), Code::INVALID_ARGUMENT);
     }
 }
 
 #[test]
 fn root_keys_with_special_characters_are_accepted_unchanged() {
-    let d = Alone::start("keys", "");
+    let d = SnapshotterFixture::start("keys", "");
     let c = &d.client;
     let long = "k".repeat(32_768);
     for (n, key) in
@@ -334,18 +338,18 @@ fn root_keys_with_special_characters_are_accepted_unchanged() {
     }
     let too_long = "k".repeat(32_769);
     for bad in ["", &too_long] {
-        refused(c.prepare(bad, "", &[]), Code::INVALID_ARGUMENT);
-        refused(c.view(bad, "", &[]), Code::INVALID_ARGUMENT);
-        refused(c.stat(bad), Code::INVALID_ARGUMENT);
-        refused(c.mounts(bad), Code::INVALID_ARGUMENT);
-        refused(c.remove(bad), Code::INVALID_ARGUMENT);
-        refused(c.usage(bad), Code::INVALID_ARGUMENT);
-        refused(c.commit(bad, "x", &[]), Code::INVALID_ARGUMENT);
-        refused(c.commit("x", bad, &[]), Code::INVALID_ARGUMENT);
-        refused(c.update(Info { name: bad.into(), ..Info::default() }, &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.prepare(bad, "", &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.view(bad, "", &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.stat(bad), Code::INVALID_ARGUMENT);
+        assert_refused(c.mounts(bad), Code::INVALID_ARGUMENT);
+        assert_refused(c.remove(bad), Code::INVALID_ARGUMENT);
+        assert_refused(c.usage(bad), Code::INVALID_ARGUMENT);
+        assert_refused(c.commit(bad, "x", &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.commit("x", bad, &[]), Code::INVALID_ARGUMENT);
+        assert_refused(c.update(Info { name: bad.into(), ..Info::default() }, &[]), Code::INVALID_ARGUMENT);
     }
-    refused(c.prepare("x", &too_long, &[]), Code::INVALID_ARGUMENT);
-    let numbers = scene::stage::names(&d.snapshotter.snapshots());
+    assert_refused(c.prepare("x", &too_long, &[]), Code::INVALID_ARGUMENT);
+    let numbers = scene::e2e_fixture::names(&d.snapshotter.snapshots());
     assert!(numbers.iter().all(|name| name.parse::<u64>().is_ok()), "{numbers:?}");
     // A mebibyte of labels is fine; more is refused, and a message above the limit costs only
     // its own call.
@@ -353,8 +357,8 @@ fn root_keys_with_special_characters_are_accepted_unchanged() {
     for n in 0..20 {
         c.prepare(&format!("labels-{n}"), "", &[("big", &most)]).unwrap();
     }
-    refused(c.prepare("more", "", &[("bigger", &most)]), Code::INVALID_ARGUMENT);
-    refused(c.prepare("huge", "", &[("big", &"x".repeat(17 << 20))]), Code::RESOURCE_EXHAUSTED);
+    assert_refused(c.prepare("more", "", &[("bigger", &most)]), Code::INVALID_ARGUMENT);
+    assert_refused(c.prepare("huge", "", &[("big", &"x".repeat(17 << 20))]), Code::RESOURCE_EXHAUSTED);
     // Batches are cut so that a List of them can always be sent.
     assert_eq!(c.list(&["labels.big"]).unwrap().len(), 20);
 }

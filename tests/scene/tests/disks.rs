@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::refused;
 use scene::disk::Disk;
 use scene::process::SetOnDrop;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
+use scene::snapshotter_fixture::assert_refused;
 
 #[test]
 fn root_full_disk_loses_nothing_and_recovers() {
@@ -23,7 +23,7 @@ fn root_full_disk_loses_nothing_and_recovers() {
     for (name, make) in [
         ("tmpfs", (|at: &Path| Disk::tmpfs(at, 8)) as fn(&Path) -> Disk),
         ("ext4", |at| Disk::ext4(at, 16, &[])),
-        // Space enough, but no inodes.
+        // This disk has space and no inodes.
         ("inodes", |at| Disk::ext4(at, 64, &["-N", "200"])),
     ] {
         let dir = sandbox.path(name);
@@ -52,13 +52,13 @@ fn root_full_disk_loses_nothing_and_recovers() {
                     }
                 }
             }
-            // Whoever only asks has an answer.
+            // Calls that only read succeed.
             assert_eq!(c.stat("before").unwrap().name, "before", "{name}");
             assert_eq!(c.list(&["kind==active"]).unwrap().len(), made.len() + 4, "{name}");
             c.mounts("before").unwrap();
         }
         assert!(failed > 20, "{name}: the disk never got full");
-        // What containerd frees space with works all the same, and so does a start.
+        // The calls with which containerd frees space succeed, and so does a start.
         c.remove("removed-0").unwrap();
         c.cleanup().unwrap();
         snapshotter.end(Signal::SIGKILL);
@@ -86,7 +86,7 @@ fn root_full_disk_loses_nothing_and_recovers() {
     }
 }
 
-/// Whatever a removal frees, somebody else takes at once. A log that only grows would come to its end.
+/// Another process takes at once whatever a removal frees. A log that only grows would fill up.
 #[test]
 fn root_snapshots_can_be_removed_from_a_full_disk() {
     const SNAPSHOTS: usize = 600;
@@ -95,7 +95,7 @@ fn root_snapshots_can_be_removed_from_a_full_disk() {
     for (name, make) in [
         ("tmpfs", (|at: &Path| Disk::tmpfs(at, 16)) as fn(&Path) -> Disk),
         ("ext4", |at| Disk::ext4(at, 32, &["-N", "4000"])),
-        // A mapped file that has no block yet ended the process with SIGBUS.
+        // Access to a mapped file without an allocated block ended the process with SIGBUS.
         ("ext4 with small blocks", |at| Disk::ext4(at, 32, &["-N", "4000", "-b", "1024"])),
     ] {
         let dir = sandbox.path(name);
@@ -126,7 +126,7 @@ fn root_snapshots_can_be_removed_from_a_full_disk() {
     }
 }
 
-/// The log was made anew at each start, and who filled the disk had taken its blocks by then.
+/// The log was created anew at each start, when the process that filled the disk had taken its blocks.
 #[test]
 fn root_removals_succeed_while_a_container_keeps_the_disk_full() {
     const SNAPSHOTS: usize = 300;
@@ -163,7 +163,7 @@ fn root_removals_succeed_while_a_container_keeps_the_disk_full() {
     assert!(c.list(&[]).unwrap().is_empty());
 }
 
-/// The damaged file was moved away before there was a new one, and the message said that nothing was changed.
+/// The damaged file was moved away before there was a new one, although the message said that nothing was changed.
 #[test]
 fn root_rebuild_failing_on_full_disk_changes_nothing() {
     let sandbox = Sandbox::enter("rebuild");
@@ -183,7 +183,7 @@ fn root_rebuild_failing_on_full_disk_changes_nothing() {
     fs::write(&file, &damaged).unwrap();
     fs::remove_file(home.join("metadata.reserve")).unwrap();
     disk.fill();
-    let before = scene::stage::names(&home);
+    let before = scene::e2e_fixture::names(&home);
     let rebuild = |snapshotter: &Snapshotter| {
         let mut command = snapshotter.command();
         command.args(["--rebuild-metadata", "--containerd-metadata", "none"]).output().unwrap()
@@ -192,7 +192,7 @@ fn root_rebuild_failing_on_full_disk_changes_nothing() {
     let message = String::from_utf8_lossy(&failed.stderr).into_owned();
     assert_eq!(failed.status.code(), Some(1), "{message}");
     assert!(message.contains("ENOSPC") && message.contains("nothing was changed"), "{message}");
-    assert_eq!(scene::stage::names(&home), before);
+    assert_eq!(scene::e2e_fixture::names(&home), before);
     assert!(fs::read(&file).unwrap() == damaged);
     disk.make_room();
     assert!(rebuild(&snapshotter).status.success());
@@ -200,8 +200,7 @@ fn root_rebuild_failing_on_full_disk_changes_nothing() {
     assert_eq!(snapshotter.client().list(&[]).unwrap().len(), 300);
 }
 
-/// After the first write that failed, List and Mounts failed as well: the metadata was closed,
-/// and to be opened it had to be written.
+/// After the first failed write List and Mounts failed as well: the metadata was closed, and opening it needed a write.
 #[test]
 fn root_read_only_disk_still_serves_reads() {
     let sandbox = Sandbox::enter("read-only");
@@ -215,7 +214,7 @@ fn root_read_only_disk_still_serves_reads() {
     c.prepare("extract", "", &[]).unwrap();
     c.commit("committed", "extract", &[]).unwrap();
     let mounts = c.mounts("key").unwrap();
-    // As it would be after a while.
+    // Without this, ext4 would write the changes only after a while.
     run_sync();
     disk.find_error();
     for _ in 0..3 {
@@ -226,17 +225,17 @@ fn root_read_only_disk_still_serves_reads() {
             c.update(c.stat("key").unwrap(), &["labels"]).map(drop),
         ];
         for answer in answers {
-            let message = refused(answer, Code::INTERNAL);
+            let message = assert_refused(answer, Code::INTERNAL);
             assert!(message.contains("ead-only file system") || message.contains("(EROFS)"), "{message}");
         }
         assert_eq!(c.mounts("key").unwrap(), mounts);
         assert_eq!(c.list(&[]).unwrap().len(), 3);
         assert_eq!(c.stat("key").unwrap().labels.len(), 1);
         assert!(c.usage("key").unwrap().0 > 0);
-        // It is measured, and cannot be kept.
+        // The usage is measured, and cannot be stored.
         c.usage("committed").unwrap();
     }
-    // A start needs to write, and says what is in its way.
+    // A start must write, and reports what prevents it.
     snapshotter.end(Signal::SIGKILL);
     let output = snapshotter.command().output().unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -252,7 +251,7 @@ fn root_read_only_disk_still_serves_reads() {
     c.remove("name").unwrap();
     c.remove("committed").unwrap();
     c.cleanup().unwrap();
-    assert_eq!(scene::stage::names(&snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(scene::e2e_fixture::names(&snapshotter.snapshots()), Vec::<String>::new());
 }
 
 fn run_sync() {

@@ -16,28 +16,28 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use scene::containerd::OURS;
+use scene::containerd::PLUGIN_NAME;
 use scene::doctor::{Finding, read};
+use scene::e2e_fixture::{E2eFixture, PAUSE};
 use scene::process::{Output, Server, eventually, run, tool};
 use scene::publisher::Repository;
 use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::binary;
-use scene::stage::{PAUSE, Stage};
 
 /// What names the containerd of the stage.
-fn containerd(stage: &Stage) -> [String; 4] {
+fn containerd(stage: &E2eFixture) -> [String; 4] {
     let (socket, file) = (stage.ours.socket().display().to_string(), stage.ours.configuration().display().to_string());
     ["--containerd".to_owned(), socket, "--containerd-config".to_owned(), file]
 }
 
-fn doctor(stage: &Stage, more: &[&str]) -> Output {
+fn doctor(stage: &E2eFixture, more: &[&str]) -> Output {
     let containerd = containerd(stage);
     let words = containerd.iter().map(String::as_str);
     stage.snapshotter.admin(&["doctor"].into_iter().chain(words).chain(more.iter().copied()).collect::<Vec<_>>())
 }
 
 /// With `SCENE_SHOW`, what a person sees of it.
-fn show(stage: &Stage) {
+fn show(stage: &E2eFixture) {
     if std::env::var_os("SCENE_SHOW").is_some() {
         let output = doctor(stage, &[]);
         let code = output.status.code().unwrap_or(-1);
@@ -49,7 +49,7 @@ fn show(stage: &Stage) {
 }
 
 /// The doctor's findings of this check, and the exit code.
-fn findings(stage: &Stage, check: &str) -> (Vec<Finding>, i32) {
+fn findings(stage: &E2eFixture, check: &str) -> (Vec<Finding>, i32) {
     let output = doctor(stage, &["--json"]);
     let code = output.status.code().expect("the doctor ends by itself");
     let all = read(&output);
@@ -64,13 +64,13 @@ fn said_by(output: std::process::Output) -> Output {
 }
 
 #[track_caller]
-fn assert_says_nothing_of(stage: &Stage, check: &str) {
+fn assert_says_nothing_of(stage: &E2eFixture, check: &str) {
     let all = read(&doctor(stage, &["--json"]));
     assert!(all.iter().all(|one| one.check != check), "{all:#?}");
 }
 
 #[track_caller]
-fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
+fn assert_finds(stage: &E2eFixture, check: &str, state: &str, words: &str) {
     let (found, code) = findings(stage, check);
     let is_it = |one: &Finding| {
         let text = format!("{} {}", one.what, one.remedy.as_deref().unwrap_or_default());
@@ -87,7 +87,7 @@ fn assert_finds(stage: &Stage, check: &str, state: &str, words: &str) {
 
 #[test]
 fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
-    let stage = Stage::with("good", "", Repository::mounted_apart);
+    let stage = E2eFixture::start_with_repository("good", "", Repository::mounted_with_own_cache_disk);
     let image = stage.shell_image("good:1", "a");
     let reference = stage.publish_and_push(&image);
     // The client of the tests is root's, as everything in the layers is, and passes for one that claims it.
@@ -121,7 +121,7 @@ fn root_the_doctor_finds_nothing_wrong_with_a_good_node() {
 
 #[test]
 fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() {
-    let stage = Stage::with("sick", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("sick", "", Repository::plain);
     let file = stage.ours.configuration();
     let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
     let with = |from: &str, to: &str| {
@@ -162,7 +162,7 @@ fn root_the_doctor_names_what_is_wrong_with_containerd_and_the_line_to_change() 
 
 #[test]
 fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
-    let stage = Stage::with("before", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("before", "", Repository::plain);
     let (image, pause) = (stage.shell_image("before:1", "a"), stage.shell_image(PAUSE, "p"));
     let (reference, pause) = (stage.publish_and_push(&image), stage.publish_and_push(&pause));
     for one in [&reference, &pause] {
@@ -185,7 +185,7 @@ fn root_the_doctor_finds_images_that_were_pulled_before_the_switch() {
 
 #[test]
 fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configuration_apart() {
-    let mut stage = Stage::set("apart", "");
+    let mut stage = E2eFixture::start("apart", "");
     let image = stage.shell_image("apart:1", "a");
     let reference = stage.publish_and_push(&image);
     stage.ours.pull(&reference);
@@ -230,7 +230,7 @@ fn root_the_doctor_tells_a_dead_repository_a_stopped_daemon_and_a_bad_configurat
 /// Nobody knows when, and if, what hangs goes on.
 #[test]
 fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
-    let stage = Stage::set("hangs", "repository-timeout = 2");
+    let stage = E2eFixture::start("hangs", "repository-timeout = 2");
     stage.repository.command("hang all");
     assert_finds(&stage, "repository.answers", "problem", "did not answer within 2 s");
     // As if there were no daemon to ask, and everything were on the mount that hangs.
@@ -272,7 +272,7 @@ fn root_a_doctor_is_not_kept_by_what_hangs_or_never_ends() {
 /// A program whose first page is to be read from a mount that hangs keeps whoever starts it.
 #[test]
 fn root_a_containerd_whose_program_is_on_a_mount_that_hangs_does_not_keep_the_doctor() {
-    let stage = Stage::set("hung-program", "repository-timeout = 2");
+    let stage = E2eFixture::start("hung-program", "repository-timeout = 2");
     let image = stage.shell_image("hung:1", "a");
     stage.publish_and_push(&image);
     let digest = &image.layers[0].digest;
@@ -352,12 +352,15 @@ fn root_the_doctor_runs_no_program_that_is_not_roots_alone() {
 /// The state root was emptied under containerd, which still believes in what was there.
 #[test]
 fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
-    let mut stage = Stage::with("emptied", "", Repository::plain);
+    let mut stage = E2eFixture::start_with_repository("emptied", "", Repository::plain);
     let image = stage.shell_image("emptied:1", "a");
     let reference = stage.publish_and_push(&image);
     let other = stage.publish_and_push(&stage.shell_image("other:1", "b"));
     stage.ours.pull(&reference);
-    stage.ours.ctr(&["--namespace", "default", "images", "pull", "--plain-http", "--snapshotter", OURS, &other]).ok();
+    stage
+        .ours
+        .ctr(&["--namespace", "default", "images", "pull", "--plain-http", "--snapshotter", PLUGIN_NAME, &other])
+        .ok();
     assert_finds(&stage, "images.other-snapshotter", "good", "all 1 images");
     assert_says_nothing_of(&stage, "images.gone");
     stage.snapshotter.end(Signal::SIGTERM);
@@ -366,12 +369,12 @@ fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
     for (reference, namespace) in [(&reference, "k8s.io"), (&other, "default")] {
         assert_finds(&stage, "images.gone", "problem", &format!("{reference} (namespace {namespace})"));
     }
-    let pulls = format!("crictl pull {reference}|nerdctl --namespace default --snapshotter {OURS} pull {other}");
+    let pulls = format!("crictl pull {reference}|nerdctl --namespace default --snapshotter {PLUGIN_NAME} pull {other}");
     assert_finds(&stage, "images.gone", "problem", &pulls);
     assert_says_nothing_of(&stage, "images.other-snapshotter");
     show(&stage);
     // It says what helps, and what does not.
-    let runs = |stage: &Stage, name: &str| stage.ours.run(&reference, name, &["/bin/true"]).status.success();
+    let runs = |stage: &E2eFixture, name: &str| stage.ours.run(&reference, name, &["/bin/true"]).status.success();
     let _ = stage.ours.cri().try_pull(&reference);
     assert!(!runs(&stage, "a"), "a new pull alone mends nothing");
     stage.ours.remove(&reference);
@@ -383,7 +386,7 @@ fn root_the_doctor_finds_images_whose_snapshots_went_with_the_state_root() {
 
 #[test]
 fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_whether_they_are_there_still() {
-    let stage = Stage::with("moved", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("moved", "", Repository::plain);
     let (root, config) = (stage.snapshotter.root(), stage.sandbox.path("s/config.toml"));
     // Nobody says them, as on a node whose unit has a drop-in.
     let socket = stage.snapshotter.socket().display().to_string();
@@ -430,7 +433,7 @@ fn root_the_doctor_knows_which_state_root_and_configuration_the_daemon_has_and_w
 
 #[test]
 fn root_the_doctor_finds_containers_whose_files_are_gone() {
-    let stage = Stage::with("lost", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("lost", "", Repository::plain);
     let client = stage.snapshotter.client();
     client.prepare("container", "", &[]).expect("a snapshot can be made");
     assert_says_nothing_of(&stage, "state.containers");
@@ -448,14 +451,15 @@ fn root_the_doctor_is_not_content_with_metrics_of_somebody_else() {
             let _ = client.read(&mut [0; 1000]).and_then(|_| client.write_all(b"HTTP/1.1 200 OK\r\n\r\nup 1\n"));
         }
     });
-    let stage = Stage::with("others", &format!("metrics-address = \"{address}\""), Repository::plain);
+    let stage =
+        E2eFixture::start_with_repository("others", &format!("metrics-address = \"{address}\""), Repository::plain);
     assert_finds(&stage, "config.metrics", "warning", &format!("at {address}|something else"));
 }
 
 /// Whatever reads the exit code must not take silence for a good report.
 #[test]
 fn root_a_report_that_cannot_be_written_is_told_by_the_exit_code() {
-    let stage = Stage::with("full", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("full", "", Repository::plain);
     let [flag, socket, other_flag, file] = containerd(&stage);
     for json in [&[][..], &["--json"]] {
         let full = fs::File::options().write(true).open("/dev/full").expect("a full disk is there");
@@ -473,7 +477,7 @@ fn root_a_report_that_cannot_be_written_is_told_by_the_exit_code() {
 
 #[test]
 fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_program() {
-    let mut stage = Stage::with("silent", "", Repository::plain);
+    let mut stage = E2eFixture::start_with_repository("silent", "", Repository::plain);
     let file = stage.ours.configuration();
     let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
     fs::write(&file, good.replace("disable_snapshot_annotations = false", "")).expect("it can be written");
@@ -495,7 +499,7 @@ fn root_a_containerd_that_does_not_answer_is_judged_by_the_version_of_its_progra
 /// The times of files tell nothing: packages and `cp -p` keep those of what they copy.
 #[test]
 fn root_a_containerd_that_has_not_read_its_file_is_found_by_what_it_knows() {
-    let mut stage = Stage::with("unread", "", Repository::plain);
+    let mut stage = E2eFixture::start_with_repository("unread", "", Repository::plain);
     let file = stage.ours.configuration();
     let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
     stage.ours.end();
@@ -529,7 +533,7 @@ fn root_a_containerd_that_has_not_read_its_file_is_found_by_what_it_knows() {
 /// It would not come back.
 #[test]
 fn root_no_restart_is_advised_to_a_containerd_that_refuses_its_file() {
-    let stage = Stage::with("refused", "", Repository::plain);
+    let stage = E2eFixture::start_with_repository("refused", "", Repository::plain);
     let file = stage.ours.configuration();
     let good = fs::read_to_string(&file).expect("containerd's configuration can be read");
     // A process counts as begun a little later than it did.

@@ -1,4 +1,4 @@
-//! What the documentation shows of configuration is what the tests use.
+//! The configuration that the documentation shows is that which the tests use.
 
 use std::collections::BTreeMap;
 use std::fs;

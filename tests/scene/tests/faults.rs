@@ -13,15 +13,15 @@ use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use scene::alone::{Alone, fill, options, refused};
 use scene::process::run;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::{Snapshotter, binary};
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused, create_wide_tree, options};
 
 #[test]
 fn root_broken_snapshot_blocks_neither_start_nor_its_removal() {
-    let mut d = Alone::start("broken", "");
+    let mut d = SnapshotterFixture::start("broken", "");
     let c = &d.client;
     for (key, name) in [("a", "bad"), ("b", "good")] {
         c.prepare(key, "", &[]).unwrap();
@@ -33,12 +33,12 @@ fn root_broken_snapshot_blocks_neither_start_nor_its_removal() {
     fs::remove_dir_all(Path::new(&bad).parent().unwrap()).unwrap();
     d.snapshotter.start_again();
     let c = d.snapshotter.client();
-    let message = refused(c.mounts("on-bad"), Code::UNAVAILABLE);
+    let message = assert_refused(c.mounts("on-bad"), Code::UNAVAILABLE);
     assert!(
         message.contains("\"bad\"") && message.contains("remove all containers and images that stand on it"),
         "{message}"
     );
-    refused(c.prepare("new", "bad", &[]), Code::UNAVAILABLE);
+    assert_refused(c.prepare("new", "bad", &[]), Code::UNAVAILABLE);
     c.prepare("fine", "good", &[]).unwrap();
     c.remove("on-bad").unwrap();
     c.remove("bad").unwrap();
@@ -50,7 +50,7 @@ fn root_start_leaves_existing_directories_alone() {
     let sandbox = Sandbox::enter("foreign");
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let theirs = sandbox.make_dir("s/root/snapshotter/snapshots/7/fs");
-    // Numbers at the end of their range are nobody's ids.
+    // Numbers at the end of the range are no ids of snapshots.
     sandbox.make_dir("s/root/snapshotter/snapshots/18446744073709551615");
     fs::write(theirs.join("precious"), "x").unwrap();
     let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
@@ -72,7 +72,7 @@ fn root_start_leaves_existing_directories_alone() {
 
 #[test]
 fn root_second_daemon_is_refused_on_socket_and_state_root_in_use() {
-    let mut d = Alone::start("exclusive", "");
+    let mut d = SnapshotterFixture::start("exclusive", "");
     let socket = d.snapshotter.socket();
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(fs::metadata(socket.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
@@ -91,7 +91,7 @@ fn root_second_daemon_is_refused_on_socket_and_state_root_in_use() {
     assert_eq!(other.status.code(), Some(1));
     assert!(other.stderr.contains("another cvmfs-snapshotter uses the state root"), "{}", other.stderr);
     d.client.prepare("still-served", "", &[]).unwrap();
-    // Killed, it leaves a socket that the next start replaces; stopped, it takes it away.
+    // A killed daemon leaves a socket that the next start replaces; a stopped daemon removes its socket.
     d.snapshotter.end(Signal::SIGKILL);
     assert!(socket.exists());
     d.snapshotter.start_again();
@@ -101,9 +101,9 @@ fn root_second_daemon_is_refused_on_socket_and_state_root_in_use() {
 
 #[test]
 fn root_stop_finishes_running_calls_within_its_limit() {
-    let mut d = Alone::start("stop", "workers = 1");
+    let mut d = SnapshotterFixture::start("stop", "workers = 1");
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    fill(&source, 300, 200);
+    create_wide_tree(&source, 300, 200);
     let c = d.client.clone();
     let running = std::thread::spawn(move || c.usage("big"));
     std::thread::sleep(Duration::from_millis(50));
@@ -111,7 +111,7 @@ fn root_stop_finishes_running_calls_within_its_limit() {
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
     assert!(begun.elapsed() < Duration::from_secs(10));
     assert_eq!(running.join().unwrap().unwrap().1, 300 * 2 + 1, "a call under way is finished");
-    // A connection that only sits there holds nobody up.
+    // An idle connection does not delay the stop.
     d.snapshotter.start_again();
     let idle = UnixStream::connect(d.snapshotter.socket()).unwrap();
     let begun = Instant::now();
@@ -122,7 +122,7 @@ fn root_stop_finishes_running_calls_within_its_limit() {
 
 #[test]
 fn root_invalid_configuration_is_refused_and_log_level_can_change() {
-    let mut d = Alone::start("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
+    let mut d = SnapshotterFixture::start("config", "log-format = \"text\"\n[plugins.cri]\nx = 1");
     let log = d.snapshotter.log();
     assert!(log.contains("event=unknown_config_key key=plugins line=4"), "{log}");
     assert!(log.contains(" info ") && !log.contains("{\""), "{log}");
@@ -141,7 +141,7 @@ fn root_invalid_configuration_is_refused_and_log_level_can_change() {
         assert_eq!(output.status.code(), Some(78), "{text}");
         assert!(output.stderr.contains(message), "{}", output.stderr);
     }
-    // A wrong value stops the start as well, and changes nothing.
+    // An invalid value prevents the start as well, and changes nothing.
     d.snapshotter.end(Signal::SIGTERM);
     let good = fs::read_to_string(d.sandbox.path("s/config.toml")).unwrap();
     fs::write(d.sandbox.path("s/config.toml"), "workers = 0").unwrap();
@@ -149,7 +149,7 @@ fn root_invalid_configuration_is_refused_and_log_level_can_change() {
     assert_eq!(output.status.code(), Some(78));
     fs::write(d.sandbox.path("s/config.toml"), format!("log-level = \"error\"\n{good}")).unwrap();
     d.snapshotter.start_again();
-    let quiet = |d: &Alone| {
+    let quiet = |d: &SnapshotterFixture| {
         let before = d.snapshotter.log().len();
         let _ = d.client.stat("absent");
         d.snapshotter.log().len() == before
@@ -161,7 +161,7 @@ fn root_invalid_configuration_is_refused_and_log_level_can_change() {
     scene::process::eventually("SIGHUP makes the log quiet", || quiet(&d));
 }
 
-/// The start waited for a writer of the FIFO for ever, and said nothing.
+/// The start waited for a writer of the FIFO for ever, without a message.
 #[test]
 fn root_start_refuses_configuration_that_is_not_a_file() {
     let sandbox = Sandbox::enter("fifo");
@@ -181,8 +181,8 @@ fn root_start_refuses_configuration_that_is_not_a_file() {
     assert!(!root.exists(), "nothing is made");
 }
 
-/// The mount table names things by their real paths. With a root behind a link, the look for
-/// foreign mounts found none, and a cleanup emptied a directory that was mounted below us.
+/// The mount table has real paths. With a state root behind a symlink the search for foreign mounts found none, and a
+/// cleanup emptied a directory that was mounted below ours.
 #[test]
 fn root_removal_never_empties_a_mount_in_a_snapshot() {
     let sandbox = Sandbox::enter("linked-root");
@@ -208,11 +208,11 @@ fn root_removal_never_empties_a_mount_in_a_snapshot() {
     assert!(!source.exists(), "it is taken away once nothing is mounted there");
 }
 
-/// A container can make a tree that no path can name. Removing it ran out of stack, in the
-/// daemon and again at every start.
+/// A container can make a tree whose paths are longer than a path may be. Its removal ran out of stack, in the daemon
+/// and again at every start.
 #[test]
 fn root_very_deep_tree_is_measured_and_removed() {
-    let mut d = Alone::start("deep", "");
+    let mut d = SnapshotterFixture::start("deep", "");
     let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
     let (flags, mode) = (nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::from_bits_truncate(0o755));
     let mut directory = nix::fcntl::open(&source, flags, mode).unwrap();
@@ -228,11 +228,11 @@ fn root_very_deep_tree_is_measured_and_removed() {
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// An older copy of the metadata knows nothing of what was made since: those directories
-/// looked like what a crash leaves, and were removed at the start.
+/// An older copy of the metadata has no records of later snapshots. Their directories looked like leftovers of a crash,
+/// and were removed at the start.
 #[test]
 fn root_restored_older_metadata_keeps_newer_files() {
-    let mut d = Alone::start("restored", "");
+    let mut d = SnapshotterFixture::start("restored", "");
     d.client.prepare("old", "", &[]).unwrap();
     d.snapshotter.end(Signal::SIGTERM);
     let metadata = d.snapshotter.root().join("snapshotter/metadata.sqlite");
@@ -266,18 +266,18 @@ fn root_unusable_address_is_a_configuration_error() {
         assert!(output.stderr.contains(address), "{}", output.stderr);
         assert!(!root.exists(), "nothing is made for a wrong address");
     }
-    // Nobody listens to the message; the exit code says it all the same.
+    // The message cannot be written; the exit code is the same.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let status = std::process::Command::new(binary()).args(["--address", "x"]).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(78));
 }
 
-/// A pipe that nobody reads: the first worker that logged waited for ever, then the others,
-/// and SIGTERM did nothing.
+/// When standard error was a pipe that was not read, the first worker that logged waited for ever, then the others, and
+/// SIGTERM did nothing.
 #[test]
 fn root_unread_log_blocks_neither_calls_nor_stop() {
-    let mut d = Alone::start("stalled-log", "");
+    let mut d = SnapshotterFixture::start("stalled-log", "");
     d.snapshotter.end(Signal::SIGTERM);
     let mut command = d.snapshotter.command();
     let mut daemon = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
@@ -300,17 +300,17 @@ fn root_unread_log_blocks_neither_calls_nor_stop() {
     drop(std::io::Read::read(&mut unread, &mut [0; 1]));
 }
 
-/// A reader that was slow finds out how much it missed.
+/// A slow reader of the log learns how many lines are missing.
 #[test]
 fn root_dropped_log_lines_are_counted_in_the_log() {
-    let mut d = Alone::start("dropped", "log-format = \"text\"");
+    let mut d = SnapshotterFixture::start("dropped", "log-format = \"text\"");
     d.snapshotter.end(Signal::SIGTERM);
     let mut daemon = d.snapshotter.command().stderr(std::process::Stdio::piped()).spawn().unwrap();
     let socket = d.snapshotter.socket();
     scene::process::eventually("it listens", || UnixStream::connect(&socket).is_ok());
     let c = d.snapshotter.client();
     for _ in 0..7000 {
-        refused(c.stat("absent"), Code::NOT_FOUND);
+        assert_refused(c.stat("absent"), Code::NOT_FOUND);
     }
     let mut stderr = daemon.stderr.take().unwrap();
     let reader = std::thread::spawn(move || {
@@ -328,10 +328,10 @@ fn root_dropped_log_lines_are_counted_in_the_log() {
     assert_eq!(written + dropped, 7000, "{notice}");
 }
 
-/// What a failed cleanup had begun with was never looked at again.
+/// A directory whose cleanup had failed was never cleaned up again.
 #[test]
 fn root_failed_cleanup_is_retried_by_the_next() {
-    let d = Alone::start("taken-up", "");
+    let d = SnapshotterFixture::start("taken-up", "");
     let source = PathBuf::from(&d.client.prepare("key", "", &[]).unwrap()[0].source);
     let foreign = d.sandbox.make_dir("foreign");
     let at = source.join("at");

@@ -1,5 +1,5 @@
-//! Clients that mean no good: a million requests of any kind, and bytes that are no gRPC, or no
-//! HTTP/2. Nobody else waits, nothing grows, and afterwards the daemon is as before.
+//! Hostile clients: arbitrary requests, and bytes that are not gRPC or not HTTP/2. Other clients do not wait, no resource
+//! leaks, and the daemon works afterwards as before.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,26 +18,27 @@ use grpcio::{CallOption, GrpcSlice, Marshaller, MessageReader, Method, MethodTyp
 use nix::sys::signal::Signal;
 use protobuf::Message;
 use protobuf::well_known_types::field_mask::FieldMask;
-use scene::alone::{Alone, digest, pull_chain, refused};
 use scene::client::{IMAGE_REF, LAYER_DIGEST, REF, connect, labels};
-use scene::footprint::{Footprint, forget_peak};
-use scene::process::{SetOnDrop, eventually};
-use scene::wire::{
-    CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, Raw, SETTINGS, Sent, call, frame,
-    header, message,
+use scene::http2::{
+    CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, RawConnection, SETTINGS, Sent,
+    call, frame, header, message,
 };
+use scene::process::{SetOnDrop, eventually};
+use scene::random::Random;
+use scene::resource_usage::{ResourceUsage, reset_peak};
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused, digest, pull_chain};
 
-/// For the long form: `HOSTILE_REQUESTS=1000000 cargo test -p scene --test hostile`.
+/// The number of requests. The long form sets it: `HOSTILE_REQUESTS=1000000 cargo test -p scene --test hostile`.
 const REQUESTS: usize = 200_000;
 const AT_ONCE: usize = 64;
 const CLIENTS: usize = 4;
-/// What memory may come and go by: caches of allocators, one per thread, and of the store.
+/// Tolerated growth in KiB, for the caches of the store and of the allocator, which has one for each thread.
 const MARGIN: usize = 24 << 10;
-/// What one of the attacks may make gRPC hold, in KiB.
+/// Memory that an attack may make gRPC hold, in KiB.
 const ATTACK_MEMORY: usize = 64 << 10;
-/// What a call that waits in gRPC takes, in KiB, with what the allocator does not give back.
+/// Memory of a call that waits in gRPC, in KiB, including what the allocator does not return.
 const CALL_MEMORY: usize = 32;
-/// So often calls are taken back: what one round took must serve for the next.
+/// The number of rounds of cancelled calls. The memory of the first round must suffice for the others.
 const ROUNDS: usize = 3;
 
 // grpcio wants results of both.
@@ -64,30 +65,29 @@ macro_rules! raw_methods {
     ($($name:literal)*) => { [$(raw(concat!("/containerd.services.snapshots.v1.Snapshots/", $name))),*] };
 }
 
-/// The ten, and two that nobody serves.
+/// The ten methods of the service, and two that do not exist.
 const METHODS: [Method<Vec<u8>, Vec<u8>>; 12] = raw_methods![
     "Prepare" "View" "Mounts" "Commit" "Remove" "Stat" "Update" "List" "Usage" "Cleanup" "Nothing" "../Prepare"
 ];
 const LIST: usize = 7;
 
-/// A small generator of numbers; the same seed gives the same run.
-struct Random(u64);
+/// Random parts of requests.
+struct RequestGenerator(Random);
 
-impl Random {
+impl RequestGenerator {
+    fn new(seed: u64) -> Self {
+        Self(Random::new(seed, 0))
+    }
+
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(self.0 >> 33).unwrap() % limit
+        self.0.below(limit)
     }
 
-    fn byte(&mut self) -> u8 {
-        u8::try_from(self.below(256)).unwrap()
-    }
-
-    fn of<'t>(&mut self, texts: &[&'t str]) -> &'t str {
+    fn choose<'t>(&mut self, texts: &[&'t str]) -> &'t str {
         texts[self.below(texts.len())]
     }
 
-    /// A key, a label or anything else that is a text.
+    /// A random text, for a key, a label or another field.
     fn text(&mut self) -> String {
         const ODD: [&str; 16] = [
             "",
@@ -110,7 +110,7 @@ impl Random {
         match self.below(40) {
             0 => "k".repeat([1_000, 32_768, 32_769][self.below(3)]),
             1 => "../".repeat(1_000),
-            2..20 => self.of(&ODD).to_owned(),
+            2..20 => self.choose(&ODD).to_owned(),
             n => format!("key-{}", n % 8),
         }
     }
@@ -122,10 +122,10 @@ impl Random {
             let digests = [digest(1), digest(9), self.text()];
             with.extend(labels(&[(REF, &self.text()), (LAYER_DIGEST, &digests[self.below(3)]), (IMAGE_REF, &name)]));
         }
-        let uid = self.of(&["0:1:1", "0:4294967295:1", "-1:0:0", "::", "0:0:1,0:1:1"]);
+        let uid = self.choose(&["0:1:1", "0:4294967295:1", "-1:0:0", "::", "0:0:1,0:1:1"]);
         with.extend(labels(&[("containerd.io/snapshot/uidmapping", uid)]));
         let written = match method {
-            // Making snapshots is tested elsewhere; here most Prepares are for what is there.
+            // Other tests make snapshots; most Prepares here use existing parents.
             0 | 1 => {
                 let parent = if self.below(3) == 0 { String::new() } else { parent };
                 PrepareSnapshotRequest { key, parent, labels: with, ..Default::default() }.write_to_bytes()
@@ -134,13 +134,13 @@ impl Random {
             6 => {
                 let info = Info { name: key, parent, labels: with, ..Info::default() };
                 let paths = ["labels", "labels.a", "name", "labels.", "../labels"];
-                let paths = (0..self.below(3)).map(|_| self.of(&paths).to_owned()).collect();
+                let paths = (0..self.below(3)).map(|_| self.choose(&paths).to_owned()).collect();
                 let update_mask = Some(FieldMask { paths, ..FieldMask::default() }).into();
                 UpdateSnapshotRequest { info: Some(info).into(), update_mask, ..Default::default() }.write_to_bytes()
             }
             LIST => {
-                let operator = self.of(&["==", "!=", "~=", "", "=", "~"]);
-                let field = self.of(&["name", "parent", "labels.\"a\"", "kind", "labels.", "\0", "\"\\xff\""]);
+                let operator = self.choose(&["==", "!=", "~=", "", "=", "~"]);
+                let field = self.choose(&["name", "parent", "labels.\"a\"", "kind", "labels.", "\0", "\"\\xff\""]);
                 let filters = (0..=self.below(3)).map(|_| format!("{field}{operator}{:?}", self.text())).collect();
                 ListSnapshotsRequest { filters, ..Default::default() }.write_to_bytes()
             }
@@ -148,33 +148,33 @@ impl Random {
         };
         let mut bytes = written.unwrap();
         match self.below(4) {
-            // Half valid: a few bytes of it are others.
+            // A valid message in which a few bytes are changed.
             0 if !bytes.is_empty() => {
                 for _ in 0..=self.below(4) {
                     let at = self.below(bytes.len());
-                    bytes[at] = self.byte();
+                    bytes[at] = self.0.byte();
                 }
                 bytes.truncate(1 + self.below(bytes.len()));
             }
-            // No message at all.
-            1 => bytes = (0..self.below(300)).map(|_| self.byte()).collect(),
+            // Random bytes.
+            1 => bytes = (0..self.below(300)).map(|_| self.0.byte()).collect(),
             _ => {}
         }
         bytes
     }
 }
 
-/// Sends so many requests, some at once; the result is how many were answered with each code.
+/// Sends `count` requests, some concurrently. The result is the number of answers with each code.
 fn storm(socket: &Path, seed: u64, count: usize) -> BTreeMap<String, usize> {
     let channel = connect(socket);
     let client = grpcio::Client::new(channel);
-    let mut random = Random(seed);
+    let mut random = RequestGenerator::new(seed);
     let mut codes = BTreeMap::new();
     let calls = stream::iter(0..count).map(|_| {
         let method = random.below(METHODS.len());
         let request = random.request(method);
         let option = CallOption::default().timeout(Duration::from_mins(2));
-        // Of a call with one answer, the answer is a stream of one message.
+        // The answer of a unary call is a stream of one message.
         let answer = client.server_streaming(&METHODS[method], &request, option).unwrap();
         async move {
             match answer.try_for_each(|_| future::ready(Ok(()))).await {
@@ -199,7 +199,7 @@ fn requests() -> usize {
 
 type Codes = BTreeMap<String, usize>;
 
-/// Storms from all clients at once.
+/// Sends requests from all clients at once.
 fn storms(socket: &Path, seed: u64, count: usize) -> Codes {
     let mut all = Codes::new();
     std::thread::scope(|scope| {
@@ -216,31 +216,31 @@ fn storms(socket: &Path, seed: u64, count: usize) -> Codes {
 
 #[test]
 fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
-    let mut d = Alone::start("storm", "");
+    let mut d = SnapshotterFixture::start("storm", "");
     let requests = requests();
     pull_chain(&d.client);
     let socket = d.snapshotter.socket();
     let pid = d.snapshotter.server().pid();
     // The first requests make threads and fill caches.
     storms(&socket, 1, requests / 20);
-    let before = Footprint::of(pid);
+    let before = ResourceUsage::read(pid);
     let begun = Instant::now();
     let mut codes = storms(&socket, 2, requests / 2);
-    let between = Footprint::of(pid);
+    let between = ResourceUsage::read(pid);
     for (code, count) in storms(&socket, 3, requests / 2) {
         *codes.entry(code).or_insert(0) += count;
     }
-    let after = Footprint::of(pid);
+    let after = ResourceUsage::read(pid);
     scene::report::print(format_args!(
         "{requests} requests in {:?}: {codes:?}\n{before:?}\n{between:?}\n{after:?}",
         begun.elapsed()
     ));
     assert!(after.memory <= between.memory + MARGIN, "memory grows: {between:?}, then {after:?}");
     eventually("connections and threads are gone", || {
-        let now = Footprint::of(pid);
+        let now = ResourceUsage::read(pid);
         now.files <= before.files && now.threads <= before.threads
     });
-    // Each kind of answer was there, and none that says that something is wrong.
+    // Every expected kind of answer occurred, and none that reports an internal error.
     let answers = |code: Code| codes.get(&code.to_string()).copied().unwrap_or(0);
     for code in [Code::OK, Code::INVALID_ARGUMENT, Code::NOT_FOUND, Code::ALREADY_EXISTS, Code::UNIMPLEMENTED] {
         assert!(answers(code) > requests / 1_000, "{code}: {codes:?}");
@@ -248,14 +248,14 @@ fn root_arbitrary_requests_leak_nothing_and_keep_the_daemon_working() {
     as_before(&mut d);
 }
 
-/// It does all that it did, and its log tells of no bug.
-fn as_before(d: &mut Alone) {
+/// Asserts that the daemon works as before, and that its log reports no bug.
+fn as_before(d: &mut SnapshotterFixture) {
     d.client.prepare("still here", "", &[]).unwrap();
     d.client.commit("still there", "still here", &[("a", "1")]).unwrap();
     d.client.view("looked at", "still there", &[]).unwrap();
     assert_eq!(d.client.list(&["labels.a==1,name~=there"]).unwrap().len(), 1);
-    refused(d.client.remove("still there"), Code::FAILED_PRECONDITION);
-    // All can be removed, whatever it is named.
+    assert_refused(d.client.remove("still there"), Code::FAILED_PRECONDITION);
+    // Everything can be removed, whatever its name.
     loop {
         let all = d.client.list(&[]).unwrap();
         let removed = all.iter().filter(|one| d.client.remove(&one.name).is_ok()).count();
@@ -265,16 +265,16 @@ fn as_before(d: &mut Alone) {
         assert!(removed > 0, "{} snapshots cannot be removed", all.len());
     }
     d.client.cleanup().unwrap();
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(scene::e2e_fixture::names(&d.snapshotter.snapshots()), Vec::<String>::new());
     let log = d.snapshotter.log();
     assert!(!log.contains("panicked at") && !log.contains("a bug in"), "{log}");
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// A log of lines that are one JSON object each, whatever stands in keys, labels and filters.
+/// Every line of the log is one JSON object, whatever keys, labels and filters contain.
 #[test]
 fn root_client_strings_cannot_break_log_lines() {
-    let d = Alone::start("log", "");
+    let d = SnapshotterFixture::start("log", "");
     storms(&d.snapshotter.socket(), 4, 2_000);
     let log = d.snapshotter.log();
     for line in log.lines() {
@@ -287,53 +287,55 @@ fn root_client_strings_cannot_break_log_lines() {
 
 const SOON: Duration = Duration::from_secs(5);
 
-/// Something to be done to a socket.
+/// An attack on a socket.
 type Attack = (&'static str, fn(&Path));
 
 const ATTACKS: [Attack; 11] = [
     ("bytes that are no HTTP", |socket| {
-        let mut random = Random(1);
+        let mut random = Random::new(1, 0);
         for length in 0..300 {
             let bytes: Vec<u8> = (0..length * 7).map(|_| random.byte()).collect();
-            Raw::connect(socket).send(&bytes, SOON);
+            RawConnection::connect(socket).send(&bytes, SOON);
         }
-        Raw::connect(socket).send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", SOON);
+        RawConnection::connect(socket).send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", SOON);
     }),
     ("half a preface, and silence", |socket| {
-        let mut open: Vec<Raw> = (0..100).map(|_| Raw::connect(socket)).collect();
+        let mut open: Vec<RawConnection> = (0..100).map(|_| RawConnection::connect(socket)).collect();
         for (n, raw) in open.iter_mut().enumerate() {
             raw.send(&PREFACE[..n % PREFACE.len()], SOON);
         }
         std::thread::sleep(Duration::from_millis(500));
     }),
     ("a preface, and silence", |socket| {
-        let open: Vec<Raw> = (0..100).map(|_| Raw::greeted(socket)).collect();
+        let open: Vec<RawConnection> = (0..100).map(|_| RawConnection::connect_with_preface(socket)).collect();
         std::thread::sleep(Duration::from_millis(500));
         drop(open);
     }),
     ("connections that close at once", |socket| {
         for _ in 0..5_000 {
-            drop(Raw::connect(socket));
+            drop(RawConnection::connect(socket));
         }
     }),
     ("floods of SETTINGS whose answers are not read", |socket| {
         flood(socket, &frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 1]), 500_000);
     }),
-    // gRPC kept 8 KiB for each, until it could have closed the connection: 8.5 GiB for 126 connections.
+    // gRPC kept 8 KiB for each frame until it closed the connection: 8.5 GiB with 126 connections.
     ("floods of PINGs whose answers are not read", |socket| flood(socket, &frame(PING, 0, 0, &[7; 8]), 500_000)),
     ("a flood of PINGs", |socket| {
-        Raw::greeted(socket).talk(&frame(PING, 0, 0, &[7; 8]).repeat(500_000), SOON);
+        RawConnection::connect_with_preface(socket)
+            .send_while_reading(&frame(PING, 0, 0, &[7; 8]).repeat(500_000), SOON);
     }),
     ("headers without an end", |socket| {
-        let mut raw = Raw::greeted(socket);
+        let mut raw = RawConnection::connect_with_preface(socket);
         let more = header("x-more", &[b'v'; 16_000]);
         let begun = frame(HEADERS, 0, 1, &call("Stat"));
-        let sent = raw.talk(&[begun, frame(CONTINUATION, 0, 1, &more).repeat(8_000)].concat(), SOON);
+        let sent = raw.send_while_reading(&[begun, frame(CONTINUATION, 0, 1, &more).repeat(8_000)].concat(), SOON);
         assert!(matches!(sent, Sent::Closed(_) | Sent::All), "{sent:?}");
     }),
     ("empty headers without an end", |socket| {
         let begun = frame(HEADERS, 0, 1, &call("Stat"));
-        Raw::greeted(socket).talk(&[begun, frame(CONTINUATION, 0, 1, &[]).repeat(1_000_000)].concat(), SOON);
+        RawConnection::connect_with_preface(socket)
+            .send_while_reading(&[begun, frame(CONTINUATION, 0, 1, &[]).repeat(1_000_000)].concat(), SOON);
     }),
     ("a header of 32 MiB", |socket| {
         let headers = [call("Stat"), header("x-long", &vec![b'v'; 32 << 20])].concat();
@@ -341,30 +343,34 @@ const ATTACKS: [Attack; 11] = [
         for (n, part) in headers.chunks(16_000).enumerate() {
             frames.extend(frame(if n == 0 { HEADERS } else { CONTINUATION }, 0, 1, part));
         }
-        Raw::greeted(socket).talk(&frames, SOON);
+        RawConnection::connect_with_preface(socket).send_while_reading(&frames, SOON);
     }),
     ("a message of 4 GiB, by its length", |socket| {
         let claimed = [&[0, 255, 255, 255, 255][..], &[1; 16_000]].concat();
         let begun = frame(HEADERS, END_HEADERS, 1, &call("Prepare"));
-        Raw::greeted(socket).talk(&[begun, frame(DATA, 0, 1, &claimed).repeat(2_000)].concat(), SOON);
+        RawConnection::connect_with_preface(socket)
+            .send_while_reading(&[begun, frame(DATA, 0, 1, &claimed).repeat(2_000)].concat(), SOON);
     }),
 ];
 
-/// The same again and again, on some connections, without reading what comes back.
+/// Sends the same bytes again and again on some connections, without reading the answers.
 fn flood(socket: &Path, frame: &[u8], count: usize) {
     let frames = frame.repeat(count);
-    let mut raws: Vec<Raw> = (0..8).map(|_| Raw::greeted(socket)).collect();
+    let mut raws: Vec<RawConnection> = (0..8).map(|_| RawConnection::connect_with_preface(socket)).collect();
     let sent: Vec<Sent> = raws.iter_mut().map(|raw| raw.send(&frames, Duration::from_millis(500))).collect();
     eprintln!("    {sent:?} of {}", frames.len());
 }
 
-/// Opens calls and takes each back at once.
+/// Opens calls and cancels each at once.
 fn reset(socket: &Path, count: usize, opened: &[u8]) {
     let taken_back = frame(RST_STREAM, 0, 0, &[0, 0, 0, 8]);
     let frames: Vec<u8> = (0..u32::try_from(count).unwrap())
         .flat_map(|n| for_stream(&[opened, &taken_back].concat(), 2 * n + 1))
         .collect();
-    assert_eq!(Raw::greeted(socket).talk(&frames, Duration::from_mins(1)), Sent::All);
+    assert_eq!(
+        RawConnection::connect_with_preface(socket).send_while_reading(&frames, Duration::from_mins(1)),
+        Sent::All
+    );
 }
 
 /// Frames of stream 0, for another one.
@@ -379,8 +385,8 @@ fn for_stream(frames: &[u8], stream: u32) -> Vec<u8> {
     all
 }
 
-/// Does `attack` while somebody else is served.
-fn beside_a_witness<T>(d: &Alone, attack: impl FnOnce() -> T) -> T {
+/// Makes an attack while another client is served.
+fn beside_a_witness<T>(d: &SnapshotterFixture, attack: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let witness = scope.spawn(|| {
@@ -404,36 +410,36 @@ fn beside_a_witness<T>(d: &Alone, attack: impl FnOnce() -> T) -> T {
 
 #[test]
 fn root_garbage_frames_are_rejected_without_leaks() {
-    let mut d = Alone::start("wire", "");
+    let mut d = SnapshotterFixture::start("wire", "");
     let socket = d.snapshotter.socket();
     let pid = d.snapshotter.server().pid();
     d.client.prepare("witness", "", &[]).unwrap();
     storms(&socket, 5, 4_000);
-    let before = Footprint::of(pid);
+    let before = ResourceUsage::read(pid);
     for (name, attack) in ATTACKS {
-        forget_peak(pid);
-        let began_with = Footprint::of(pid);
+        reset_peak(pid);
+        let began_with = ResourceUsage::read(pid);
         let begun = Instant::now();
         beside_a_witness(&d, || attack(&socket));
-        let after = Footprint::of(pid);
+        let after = ResourceUsage::read(pid);
         eprintln!("{name}: {:?}, {after:?}", begun.elapsed());
         assert!(after.peak <= began_with.memory + ATTACK_MEMORY, "{name}: {began_with:?}, then {after:?}");
-        eventually("its connections are gone", || Footprint::of(pid).files <= before.files);
+        eventually("its connections are gone", || ResourceUsage::read(pid).files <= before.files);
     }
     as_before(&mut d);
 }
 
-/// gRPC's core takes calls in faster than they are looked at, and bounds neither how fast they are
-/// taken back nor how many wait meanwhile, about 14 KiB each. But they are worked off, others are
-/// served, and what they took is used again.
+/// gRPC's core accepts calls faster than they are handled, and limits neither the rate of cancellations nor the number
+/// of cancelled calls that wait, about 14 KiB each. They are worked off, other clients are served, and the memory is
+/// used again.
 #[test]
 fn root_immediately_cancelled_calls_do_not_accumulate() {
-    let mut d = Alone::start("reset", "");
+    let mut d = SnapshotterFixture::start("reset", "");
     let socket = d.snapshotter.socket();
     let pid = d.snapshotter.server().pid();
     d.client.prepare("witness", "", &[]).unwrap();
     storms(&socket, 6, 4_000);
-    let before = Footprint::of(pid);
+    let before = ResourceUsage::read(pid);
     let calls = requests() / 20;
     let request = StatSnapshotRequest { key: "witness".to_owned(), ..StatSnapshotRequest::default() };
     let request = message(&request.write_to_bytes().unwrap());
@@ -444,9 +450,9 @@ fn root_immediately_cancelled_calls_do_not_accumulate() {
         for _ in 0..ROUNDS {
             let begun = Instant::now();
             beside_a_witness(&d, || reset(&socket, calls, opened));
-            eventually("its connection is gone", || Footprint::of(pid).files <= before.files);
+            eventually("its connection is gone", || ResourceUsage::read(pid).files <= before.files);
             d.client.stat("witness").unwrap();
-            let after = Footprint::of(pid);
+            let after = ResourceUsage::read(pid);
             eprintln!("taken back {name} their message: {:?}, {after:?}", begun.elapsed());
             took.push(after);
         }

@@ -13,17 +13,21 @@ use cvmfs_snapshotter::proto::snapshots::UsageRequest;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
 use protobuf::Message;
-use scene::alone::{Alone, crowd, digest, fill, options, refused};
-use scene::client::{Answer, Client};
-use scene::footprint::Footprint;
+use scene::client::{CallResult, Client};
+use scene::http2::{
+    DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RawConnection, SETTINGS, Sent, call, frame, message,
+};
 use scene::metrics::{find_sample, sample, scrape};
 use scene::process::{SetOnDrop, eventually};
+use scene::resource_usage::ResourceUsage;
 use scene::sandbox::mounts_below;
-use scene::wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, SETTINGS, Sent, call, frame, message};
+use scene::snapshotter_fixture::{
+    SnapshotterFixture, assert_refused, create_pulled_snapshots, create_wide_tree, digest, options,
+};
 
 #[test]
 fn root_every_call_is_answered_under_load() {
-    let mut d = Alone::start("load", "");
+    let mut d = SnapshotterFixture::start("load", "");
     let failures: Vec<String> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..16)
             .map(|t| {
@@ -50,7 +54,7 @@ fn root_every_call_is_answered_under_load() {
     });
     assert_eq!(failures, Vec::<String>::new());
     d.client.cleanup().unwrap();
-    assert_eq!(scene::stage::names(&d.snapshotter.snapshots()), Vec::<String>::new());
+    assert_eq!(scene::e2e_fixture::names(&d.snapshotter.snapshots()), Vec::<String>::new());
     assert!(d.snapshotter.end(Signal::SIGTERM).success());
 }
 
@@ -58,7 +62,7 @@ fn root_every_call_is_answered_under_load() {
 /// once all of that stayed for ever.
 #[test]
 fn root_memory_is_returned_after_many_concurrent_calls() {
-    let mut d = Alone::start("storm", "");
+    let mut d = SnapshotterFixture::start("storm", "");
     let clients: Vec<Client> = (0..32).map(|_| d.snapshotter.client()).collect();
     std::thread::scope(|scope| {
         for (t, client) in clients.iter().enumerate() {
@@ -73,9 +77,9 @@ fn root_memory_is_returned_after_many_concurrent_calls() {
         }
     });
     let pid = d.snapshotter.server().pid();
-    let after = Footprint::of(pid);
+    let after = ResourceUsage::read(pid);
     eventually("files are closed and memory is given back", || {
-        let now = Footprint::of(pid);
+        let now = ResourceUsage::read(pid);
         now.files + 4 < after.files && now.memory + 1024 < after.memory
     });
     drop(clients);
@@ -83,7 +87,7 @@ fn root_memory_is_returned_after_many_concurrent_calls() {
 
 #[test]
 fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
-    let d = Alone::start("concurrent", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("concurrent", "attach = \"bind\"");
     std::thread::scope(|scope| {
         for t in 0..16 {
             let c = d.snapshotter.client();
@@ -103,7 +107,7 @@ fn root_concurrent_pulls_of_one_layer_make_one_snapshot() {
 
 #[test]
 fn root_concurrent_cleanups_never_detach_layers_in_use() {
-    let d = Alone::start("race", "attach = \"bind\"");
+    let d = SnapshotterFixture::start("race", "attach = \"bind\"");
     let name = d.client.pull_remote("extract-1", "", "sha256:c", &digest(1));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -141,10 +145,10 @@ fn root_concurrent_cleanups_never_detach_layers_in_use() {
 
 #[test]
 fn root_full_queue_refuses_at_once_and_expired_calls_are_not_started() {
-    let d = Alone::start("queue", "workers = 1\nqueue = 2");
+    let d = SnapshotterFixture::start("queue", "workers = 1\nqueue = 2");
     // A directory that takes long to measure keeps the only worker busy.
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    fill(&source, 200, 200);
+    create_wide_tree(&source, 200, 200);
     std::thread::scope(|scope| {
         let busy: Vec<_> = (0..40)
             .map(|_| {
@@ -164,15 +168,15 @@ fn root_full_queue_refuses_at_once_and_expired_calls_are_not_started() {
         };
         std::thread::sleep(Duration::from_millis(20));
         let late = d.client.with_timeout(Duration::from_millis(1)).prepare("late", "", &[]);
-        refused(late, Code::DEADLINE_EXCEEDED);
+        assert_refused(late, Code::DEADLINE_EXCEEDED);
         busy.join().unwrap().unwrap();
     });
-    refused(d.client.stat("late"), Code::NOT_FOUND);
+    assert_refused(d.client.stat("late"), Code::NOT_FOUND);
 }
 
 #[test]
 fn root_garbage_on_the_socket_does_not_affect_other_clients() {
-    let d = Alone::start("garbage", "");
+    let d = SnapshotterFixture::start("garbage", "");
     for n in 0..50 {
         let mut stream = UnixStream::connect(d.snapshotter.socket()).unwrap();
         let bytes: Vec<u8> =
@@ -187,11 +191,11 @@ fn root_garbage_on_the_socket_does_not_affect_other_clients() {
 
 #[test]
 fn root_client_not_reading_its_list_holds_no_worker() {
-    let d = Alone::start("slow-reader", "workers = 1");
+    let d = SnapshotterFixture::start("slow-reader", "workers = 1");
     for n in 0..40 {
         d.client.prepare(&format!("key-{n}"), "", &[("big", &"x".repeat(200_000))]).unwrap();
     }
-    let streams: Vec<_> = (0..8).map(|_| d.client.listing(&[]).unwrap()).collect();
+    let streams: Vec<_> = (0..8).map(|_| d.client.open_list(&[]).unwrap()).collect();
     for n in 0..40 {
         d.snapshotter.client().with_timeout(Duration::from_secs(5)).stat(&format!("key-{n}")).unwrap();
     }
@@ -201,8 +205,10 @@ fn root_client_not_reading_its_list_holds_no_worker() {
 #[test]
 fn root_full_queue_does_not_interrupt_a_running_list() {
     const SNAPSHOTS: usize = 20_000;
-    let d = Alone::start_on("begun", "workers = 1\nqueue = 1", |root, _| crowd(root, SNAPSHOTS as u64));
-    let mut listing = d.client.listing(&[]).unwrap();
+    let d = SnapshotterFixture::start_on("begun", "workers = 1\nqueue = 1", |root, _| {
+        create_pulled_snapshots(root, SNAPSHOTS as u64);
+    });
+    let mut listing = d.client.open_list(&[]).unwrap();
     let mut listed = listing.next().unwrap().unwrap().len();
     let (stop, refusals) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
@@ -211,7 +217,7 @@ fn root_full_queue_does_not_interrupt_a_running_list() {
             scope.spawn(|| {
                 let c = d.snapshotter.client();
                 while !stop.load(Ordering::Relaxed) {
-                    if c.stat("crowd-1").is_err_and(|status| status.code() == Code::RESOURCE_EXHAUSTED) {
+                    if c.stat("pulled-1").is_err_and(|status| status.code() == Code::RESOURCE_EXHAUSTED) {
                         refusals.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -221,7 +227,7 @@ fn root_full_queue_does_not_interrupt_a_running_list() {
             std::thread::yield_now();
         }
         let before = refusals.load(Ordering::Relaxed);
-        let rest: Answer<usize> = listing.map(|message| message.map(|infos| infos.len())).sum();
+        let rest: CallResult<usize> = listing.map(|message| message.map(|infos| infos.len())).sum();
         drop(set_stop);
         listed += rest.unwrap();
         assert!(refusals.load(Ordering::Relaxed) > before, "the queue was not full meanwhile");
@@ -231,20 +237,20 @@ fn root_full_queue_does_not_interrupt_a_running_list() {
 
 #[test]
 fn root_list_of_disconnected_client_is_aborted() {
-    let d = Alone::start_on("away", "", |root, _| crowd(root, 20_000));
-    let sent = |d: &Alone| -> Vec<usize> {
+    let d = SnapshotterFixture::start_on("away", "", |root, _| create_pulled_snapshots(root, 20_000));
+    let sent = |d: &SnapshotterFixture| -> Vec<usize> {
         let log = d.snapshotter.log();
         let lines = log.lines().filter(|line| line.contains("\"event\":\"list_cancelled\""));
         let counts = lines.filter_map(|line| line.split("\"snapshots_sent\":\"").nth(1));
         counts.map(|count| count.split('"').next().unwrap().parse().unwrap()).collect()
     };
-    let mut listing = d.client.listing(&[]).unwrap();
+    let mut listing = d.client.open_list(&[]).unwrap();
     listing.next().unwrap().unwrap();
     drop(listing);
     eventually("its end is noticed", || sent(&d).iter().any(|count| (1..20_000).contains(count)));
     // Nothing is sent here, which could fail.
     eventually("its end is noticed between two chunks", || {
-        let listing = d.client.listing(&["labels.nothing"]).unwrap();
+        let listing = d.client.open_list(&["labels.nothing"]).unwrap();
         std::thread::sleep(Duration::from_millis(10));
         drop(listing);
         sent(&d).contains(&0)
@@ -254,38 +260,37 @@ fn root_list_of_disconnected_client_is_aborted() {
 #[test]
 fn root_stop_finishes_running_list_and_aborts_unread_one() {
     const SNAPSHOTS: usize = 20_000;
-    let mut d = Alone::start_on("stop", "", |root, _| crowd(root, SNAPSHOTS as u64));
+    let mut d = SnapshotterFixture::start_on("stop", "", |root, _| create_pulled_snapshots(root, SNAPSHOTS as u64));
     let (reader, sleeper) = (d.snapshotter.client(), d.snapshotter.client());
-    let [mut read, mut unread] = [reader, sleeper].map(|client| client.listing(&[]).unwrap());
+    let [mut read, mut unread] = [reader, sleeper].map(|client| client.open_list(&[]).unwrap());
     let first = read.next().unwrap().unwrap().len();
     unread.next().unwrap().unwrap();
     d.snapshotter.server().signal(Signal::SIGTERM);
     eventually("it stops", || d.snapshotter.log().contains("\"event\":\"daemon_stopping\""));
-    let rest: Answer<usize> = read.map(|message| message.map(|infos| infos.len())).sum();
+    let rest: CallResult<usize> = read.map(|message| message.map(|infos| infos.len())).sum();
     assert_eq!(rest.unwrap() + first, SNAPSHOTS);
     assert!(d.snapshotter.server().wait_for_end().success());
-    let end = unread.find_map(Answer::err).expect("it did not get all");
+    let end = unread.find_map(CallResult::err).expect("it did not get all");
     assert_eq!(end.code(), Code::UNAVAILABLE, "{}", end.message());
 }
 
-/// One client that did not read its List kept everybody from being asked to go: calls of others that crossed the
-/// stop failed.
+/// A client that did not read its List kept all others from getting GOAWAY, so their calls during the stop failed.
 #[test]
 fn root_client_not_reading_does_not_keep_others_from_getting_goaway() {
     const SNAPSHOTS: usize = 20_000;
-    let mut d = Alone::start_on("goaway", "", |root, _| crowd(root, SNAPSHOTS as u64));
-    let mut unread = Client::connect_idle(&d.snapshotter.socket()).listing(&[]).unwrap();
+    let mut d = SnapshotterFixture::start_on("goaway", "", |root, _| create_pulled_snapshots(root, SNAPSHOTS as u64));
+    let mut unread = Client::connect_with_small_window(&d.snapshotter.socket()).open_list(&[]).unwrap();
     let first = unread.next().unwrap().unwrap().len();
-    let mut others = [(); 3].map(|()| Raw::greeted(&d.snapshotter.socket()));
+    let mut others = [(); 3].map(|()| RawConnection::connect_with_preface(&d.snapshotter.socket()));
     for other in &mut others {
-        assert!(other.hears(SETTINGS, Duration::from_secs(10)));
+        assert!(other.receives(SETTINGS, Duration::from_secs(10)));
     }
     d.snapshotter.server().signal(Signal::SIGTERM);
     for other in &mut others {
-        assert!(other.hears(GOAWAY, Duration::from_secs(30)), "it was not asked to go");
+        assert!(other.receives(GOAWAY, Duration::from_secs(30)), "it was not asked to go");
     }
     // That was not the end, which would take the List along.
-    let rest: Answer<usize> = unread.map(|message| message.map(|infos| infos.len())).sum();
+    let rest: CallResult<usize> = unread.map(|message| message.map(|infos| infos.len())).sum();
     assert_eq!(rest.unwrap() + first, SNAPSHOTS);
     drop(others);
     assert!(d.snapshotter.server().wait_for_end().success());
@@ -296,9 +301,9 @@ fn root_client_not_reading_does_not_keep_others_from_getting_goaway() {
 fn root_call_of_disconnected_client_is_counted_as_cancelled() {
     let dir = PathBuf::from(format!("/run/scene-unsent-{}", std::process::id()));
     let socket = dir.join("m.sock");
-    let d = Alone::start("unsent", &format!("metrics-address = {socket:?}"));
+    let d = SnapshotterFixture::start("unsent", &format!("metrics-address = {socket:?}"));
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    fill(&source, 200, 200);
+    create_wide_tree(&source, 200, 200);
     let request = UsageRequest { key: "big".to_owned(), ..UsageRequest::default() };
     let request = message(&request.write_to_bytes().unwrap());
     let call = [frame(HEADERS, END_HEADERS, 1, &call("Usage")), frame(DATA, END_STREAM, 1, &request)].concat();
@@ -309,7 +314,7 @@ fn root_call_of_disconnected_client_is_counted_as_cancelled() {
     let is_busy = || sample(&scrape(&socket), "pool_busy{pool=\"worker\"}") > 0;
     // On a slow machine the client may go away too late, so it has more than one try.
     for tries in 1..=20 {
-        let mut client = Raw::greeted(&d.snapshotter.socket());
+        let mut client = RawConnection::connect_with_preface(&d.snapshotter.socket());
         assert_eq!(client.send(&call, Duration::from_secs(10)), Sent::All);
         eventually("the call is worked on, or is over", || is_busy() || counted("OK") + counted("CANCELLED") == tries);
         drop(client);
@@ -326,9 +331,9 @@ fn root_call_of_disconnected_client_is_counted_as_cancelled() {
 /// daemon until a large snapshot was removed.
 #[test]
 fn root_concurrent_cleanups_leave_workers_for_other_calls() {
-    let d = Alone::start("cleanups", "workers = 3");
+    let d = SnapshotterFixture::start("cleanups", "workers = 3");
     let source = PathBuf::from(&d.client.prepare("big", "", &[]).unwrap()[0].source);
-    fill(&source, 400, 250);
+    create_wide_tree(&source, 400, 250);
     d.client.prepare("other", "", &[]).unwrap();
     d.client.remove("big").unwrap();
     std::thread::scope(|scope| {

@@ -4,49 +4,49 @@
 use std::fs;
 use std::time::Instant;
 
-use scene::containerd::{Containerd, OURS, Writable};
+use scene::containerd::{Containerd, PLUGIN_NAME, Writable};
+use scene::e2e_fixture::{E2eFixture, PAUSE};
 use scene::image::{Image, Layer};
 use scene::process::{eventually, run};
 use scene::publisher::Repository;
 use scene::registry::Fetched;
-use scene::release::{Release, Way, read};
+use scene::release::{ConfigVariant, Release, read};
 use scene::report;
 use scene::sandbox::{Sandbox, mounts_below};
-use scene::stage::{PAUSE, Stage};
 
 macro_rules! matrix {
     ($($module:ident $release:ident;)*) => {
         $(mod $module {
-            use scene::release::{Release, Way};
+            use scene::release::{Release, ConfigVariant};
 
             const RELEASE: Release = Release::$release;
 
             #[test]
             fn root_kubernetes_pulls_runs_and_removes_in_every_way_that_is_documented() {
-                super::on(RELEASE, "Kubernetes", &RELEASE.ways(), super::kubernetes);
+                super::on(RELEASE, "Kubernetes", &RELEASE.config_variants(), super::kubernetes);
             }
 
             #[test]
             fn root_ctr_pulls_runs_and_removes() {
-                super::on(RELEASE, "ctr", &[RELEASE.best_way()], super::ctr);
+                super::on(RELEASE, "ctr", &[RELEASE.best_config_variant()], super::ctr);
             }
 
             #[test]
             fn root_nerdctl_pulls_runs_commits_and_removes() {
-                let drop_in = RELEASE.has_conf_d().then_some(Way::ConfD);
-                let ways: Vec<Way> = [RELEASE.best_way()].into_iter().chain(drop_in).collect();
+                let drop_in = RELEASE.has_conf_d().then_some(ConfigVariant::ConfD);
+                let ways: Vec<ConfigVariant> = [RELEASE.best_config_variant()].into_iter().chain(drop_in).collect();
                 super::on(RELEASE, "nerdctl", &ways, super::nerdctl);
             }
 
             #[test]
             fn root_pulls_at_the_same_time_of_images_that_share_layers_come_out_right() {
-                let way = if RELEASE.has_conf_d() { Way::ManyUnpacks } else { RELEASE.best_way() };
+                let way = if RELEASE.has_conf_d() { ConfigVariant::ManyUnpacks } else { RELEASE.best_config_variant() };
                 super::on(RELEASE, "pulls at the same time", &[way], super::at_the_same_time);
             }
 
             #[test]
             fn root_an_image_that_was_pulled_before_the_switch_runs_after_it() {
-                super::on(RELEASE, "the switch", &RELEASE.ways()[..1], super::switch);
+                super::on(RELEASE, "the switch", &RELEASE.config_variants()[..1], super::switch);
             }
         })*
     };
@@ -54,13 +54,13 @@ macro_rules! matrix {
 
 scene::for_each_release!(matrix);
 
-fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Release, Way)) {
+fn on(release: Release, what: &str, ways: &[ConfigVariant], check: impl Fn(&mut E2eFixture, Release, ConfigVariant)) {
     if !release.is_selected() {
         return;
     }
     for &way in ways {
         let start = Instant::now();
-        let mut stage = Stage::of(what, "", release, way, Repository::mounted);
+        let mut stage = E2eFixture::start_with_containerd(what, "", release, way, Repository::mounted);
         check(&mut stage, release, way);
         assert_all_is_given_back(&stage);
         let seconds = start.elapsed().as_secs_f64();
@@ -70,7 +70,7 @@ fn on(release: Release, what: &str, ways: &[Way], check: impl Fn(&mut Stage, Rel
 
 /// No image and no container is left, so nothing of them may be.
 #[track_caller]
-fn assert_all_is_given_back(stage: &Stage) {
+fn assert_all_is_given_back(stage: &E2eFixture) {
     let client = stage.snapshotter.client();
     let left = || -> Vec<String> {
         client.list(&[]).expect("snapshots can be listed").into_iter().map(|info| info.name).collect()
@@ -83,13 +83,13 @@ fn assert_all_is_given_back(stage: &Stage) {
 }
 
 /// Pushes an image of which so many layers are published; the result is its reference.
-fn push(stage: &Stage, image: &Image, published: usize) -> String {
+fn push(stage: &E2eFixture, image: &Image, published: usize) -> String {
     stage.repository.publish_layers(&image.layers[..published]);
     stage.registry.push(image)
 }
 
 /// The layers of `image` that were fetched since `before`.
-fn fetched(stage: &Stage, before: &Fetched, image: &Image) -> usize {
+fn fetched(stage: &E2eFixture, before: &Fetched, image: &Image) -> usize {
     stage.registry.fetched().since(before).layers_of(image)
 }
 
@@ -100,9 +100,9 @@ fn said(text: &str) -> String {
     format!("{text}text\ntop\nnew\n")
 }
 
-fn kubernetes(stage: &mut Stage, release: Release, way: Way) {
+fn kubernetes(stage: &mut E2eFixture, release: Release, way: ConfigVariant) {
     // What differs between the ways is who asks for a layer.
-    let thorough = way == release.best_way();
+    let thorough = way == release.best_config_variant();
     let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
     let mut references = vec![stage.publish_and_push(&pause)];
     let cri = stage.ours.cri();
@@ -137,14 +137,14 @@ fn kubernetes(stage: &mut Stage, release: Release, way: Way) {
 
 /// The kubelet does not pull an image again that containerd has; containerd itself makes the
 /// snapshots that the new snapshotter lacks, when a container is to start.
-fn switch(stage: &mut Stage, release: Release, way: Way) {
+fn switch(stage: &mut E2eFixture, release: Release, way: ConfigVariant) {
     let pause = stage.builder.image_that_runs(PAUSE, &[stage.base_layer()], &[], &["/bin/sleep", "1000"]);
     let pause = stage.publish_and_push(&pause);
     let image = stage.shell_image("before:1", "before");
     let reference = stage.publish_and_push(&image);
     stage.normal.pull(&reference);
     stage.normal.end();
-    stage.ours = Containerd::of(&stage.sandbox.path("n"), release, way, &pause, &stage.snapshotter);
+    stage.ours = Containerd::with_config_variant(&stage.sandbox.path("n"), release, way, &pause, &stage.snapshotter);
     let cri = stage.ours.cri();
     let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
     let pod = cri.run_pod(&unique, &reference, &["/bin/sleep", "1000"]);
@@ -161,7 +161,7 @@ fn switch(stage: &mut Stage, release: Release, way: Way) {
     }
 }
 
-fn ctr(stage: &mut Stage, release: Release, _: Way) {
+fn ctr(stage: &mut E2eFixture, release: Release, _: ConfigVariant) {
     // In the namespace of Kubernetes the CRI gives an image more names, and those stay.
     let ctr = |arguments: &[&str]| stage.ours.ctr(&[&["--namespace", "default"], arguments].concat());
     let unique = stage.sandbox.dir().file_name().expect("a sandbox has a name").display().to_string();
@@ -169,21 +169,21 @@ fn ctr(stage: &mut Stage, release: Release, _: Way) {
         let image = stage.shell_image(&format!("{name}:1"), name);
         let reference = push(stage, &image, published);
         let before = stage.registry.fetched();
-        ctr(&["images", "pull", "--plain-http", "--snapshotter", OURS, &reference]).ok();
+        ctr(&["images", "pull", "--plain-http", "--snapshotter", PLUGIN_NAME, &reference]).ok();
         // Before there was the transfer service, ctr never asked for layers that need not be fetched.
         let expected = if release.has_transfer() { 3 - published } else { 3 };
         assert_eq!(fetched(stage, &before, &image), expected, "layers of the {name} image that were fetched");
         let id = format!("{unique}-{name}");
-        let run = ["run", "--rm", "--snapshotter", OURS, &reference, &id, "/bin/sh", "-c", PROGRAM];
+        let run = ["run", "--rm", "--snapshotter", PLUGIN_NAME, &reference, &id, "/bin/sh", "-c", PROGRAM];
         assert_eq!(ctr(&run).ok(), said(name));
-        let list = ctr(&["snapshots", "--snapshotter", OURS, "ls"]).ok();
+        let list = ctr(&["snapshots", "--snapshotter", PLUGIN_NAME, "ls"]).ok();
         assert_eq!(list.lines().filter(|line| line.contains("Committed")).count(), 3, "{list}");
         ctr(&["images", "rm", "--sync", &reference]).ok();
         assert_all_is_given_back(stage);
     }
 }
 
-fn nerdctl(stage: &mut Stage, _: Release, _: Way) {
+fn nerdctl(stage: &mut E2eFixture, _: Release, _: ConfigVariant) {
     let nerdctl = |arguments: &[&str]| stage.ours.nerdctl(arguments);
     for (name, published) in [("published", 3), ("partly", 1)] {
         let image = stage.shell_image(&format!("{name}:1"), name);
@@ -209,7 +209,7 @@ fn nerdctl(stage: &mut Stage, _: Release, _: Way) {
     }
 }
 
-fn at_the_same_time(stage: &mut Stage, release: Release, _: Way) {
+fn at_the_same_time(stage: &mut E2eFixture, release: Release, _: ConfigVariant) {
     let layer = |name: String| {
         stage.builder.layer(|l| {
             for file in 0..200 {
@@ -295,7 +295,13 @@ fn root_from_2_2_on_the_default_configuration_includes_the_folder_of_our_package
 /// nerdctl's own page on this snapshotter registers it as `cvmfs`, and calls it by another name.
 #[test]
 fn root_registered_under_the_name_of_nerdctls_page_it_is_not_found_or_everything_is_downloaded() {
-    let stage = Stage::of("other name", "", Release::V1_6, Way::OtherName, Repository::mounted);
+    let stage = E2eFixture::start_with_containerd(
+        "other name",
+        "",
+        Release::V1_6,
+        ConfigVariant::OtherName,
+        Repository::mounted,
+    );
     let image = stage.shell_image("named:1", "x");
     let reference = push(&stage, &image, 3);
     let refused = stage.ours.nerdctl(&["pull", &reference]);

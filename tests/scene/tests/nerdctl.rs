@@ -1,14 +1,14 @@
-//! What nerdctl makes of images whose layers nobody has downloaded. docs/containerd.md and docs/troubleshooting.md say
-//! what works, what does not, and what to do instead.
+//! nerdctl with images whose layers were not downloaded. docs/containerd.md and docs/troubleshooting.md say what works,
+//! what does not, and what to do instead.
 
 use std::fs;
 use std::path::Path;
 
+use scene::e2e_fixture::E2eFixture;
 use scene::image::Image;
 use scene::process::{Output, eventually};
-use scene::stage::Stage;
 
-fn pulled(stage: &Stage, name: &str) -> (Image, String) {
+fn pulled(stage: &E2eFixture, name: &str) -> (Image, String) {
     let image = stage.shell_image(name, name);
     let reference = stage.publish_and_push(&image);
     stage.ours.nerdctl(&["pull", &reference]).ok();
@@ -17,7 +17,7 @@ fn pulled(stage: &Stage, name: &str) -> (Image, String) {
 }
 
 /// Saves it, and pushes it under another name.
-fn save_and_push(stage: &Stage, reference: &str) -> [Output; 2] {
+fn save_and_push(stage: &E2eFixture, reference: &str) -> [Output; 2] {
     let tagged = format!("{reference}-tagged");
     stage.ours.nerdctl(&["tag", reference, &tagged]).ok();
     let archive = stage.sandbox.path("image.tar").display().to_string();
@@ -26,7 +26,7 @@ fn save_and_push(stage: &Stage, reference: &str) -> [Output; 2] {
 
 #[test]
 fn root_nerdctl_can_tag_run_and_commit_images_not_downloaded() {
-    let stage = Stage::set("tag", "");
+    let stage = E2eFixture::start("tag", "");
     let (image, reference) = pulled(&stage, "tag:1");
     let [tagged, committed] = ["tagged", "committed"].map(|name| format!("{reference}-{name}"));
     let cat = |image: &str, file: &str| stage.ours.nerdctl(&["run", "--net", "none", "--rm", image, "/bin/cat", file]);
@@ -42,7 +42,7 @@ fn root_nerdctl_can_tag_run_and_commit_images_not_downloaded() {
 
 #[test]
 fn root_nerdctl_save_and_push_need_blobs_that_pull_without_unpacking_fetches() {
-    let stage = Stage::set("save", "");
+    let stage = E2eFixture::start("save", "");
     for (n, more) in
         [&["pull", "--unpack=false"][..], &["pull", "--all-platforms"], &["--snapshotter", "overlayfs", "pull"]]
             .into_iter()
@@ -81,7 +81,7 @@ fn bytes(directory: &Path) -> u64 {
 fn root_nerdctl_commit_reads_every_file_of_the_image() {
     const FILES: usize = 400;
     const SIZE: usize = 16 << 10;
-    let stage = Stage::set("commit", "");
+    let stage = E2eFixture::start("commit", "");
     let noise = fs::File::open("/dev/urandom").expect("there is noise");
     let noise = |n: usize| {
         let mut content = vec![0; SIZE];
@@ -92,7 +92,7 @@ fn root_nerdctl_commit_reads_every_file_of_the_image() {
         for n in 0..FILES {
             l.file(format!("data/{n}"), noise(n));
         }
-        // As the real publisher has them.
+        // The real publisher stores whole seconds.
         l.whole_seconds();
     });
     let image = stage.builder.image("commit:1", &[stage.base_layer(), layer], &[]);

@@ -1,5 +1,5 @@
-//! Whose the files of a repository are, as its publisher left them and as its client shows them, and the
-//! attributes that a client adds to them.
+//! The owners of the files in a repository, as its publisher stored them and as its client shows them, and the
+//! attributes that a client adds.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, lchown};
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
 use nix::sys::signal::Signal;
-use scene::alone::{digest, refused};
 use scene::client::Client;
 use scene::disk::Disk;
 use scene::doctor::{Finding, read};
+use scene::e2e_fixture::names;
 use scene::process::eventually;
 use scene::publisher::{NAME, NO_OWNER, Repository, Settings};
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mount_tmpfs};
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{assert_refused, digest};
 
 const MODES: [&str; 2] = ["attach = \"bind\"", "attach = \"symlink\""];
-/// What the kernel says of such an owner.
+/// The id that the kernel reports for an owner without a mapping.
 const NOBODY: u32 = 65_534;
 
 fn mounted(sandbox: &Sandbox, client: &[&str]) -> Repository {
@@ -40,7 +40,7 @@ fn give(path: &Path, uid: u32, gid: u32) {
     lchown(path, Some(uid), Some(gid)).unwrap_or_else(|e| panic!("give {} to {uid}:{gid}: {e}", path.display()));
 }
 
-/// Gives a directory and all that is in it to one owner.
+/// Changes the owner of a directory and of everything in it.
 fn give_all(path: &Path, uid: u32, gid: u32) {
     give(path, uid, gid);
     for name in names(path) {
@@ -69,14 +69,14 @@ fn status(snapshotter: &Snapshotter) -> (serde_json::Value, String) {
 struct Case {
     name: &'static str,
     client: &'static [&'static str],
-    /// Of everything but one file, and of that one.
+    /// The owner of all files but one, and the owner of that one.
     owners: [(u32, u32); 2],
-    /// As status has it, with the one owner.
+    /// The state that status reports, and the owner with it.
     state: &'static str,
     owner: Option<(u32, u32)>,
-    /// Of the doctor.
+    /// The state of the doctor's finding.
     finding: &'static str,
-    /// What the remedy names, and what it must not.
+    /// The settings that the remedy must name, and those that it must not name.
     settings: &'static [&'static str],
     others: &'static [&'static str],
 }
@@ -102,7 +102,7 @@ const CASES: [Case; 4] = [
         settings: &["CVMFS_UID_MAP", "\"991 0\"", "CVMFS_GID_MAP", "\"990 0\""],
         others: &["CVMFS_CLAIM_OWNERSHIP"],
     },
-    // The old rule advised to map 993, the client's own user.
+    // An earlier version advised to map 993, which is the client's own user.
     Case {
         name: "claimed",
         client: &["--claim-ownership", "993:992"],
@@ -113,7 +113,7 @@ const CASES: [Case; 4] = [
         settings: &["CVMFS_CLAIM_OWNERSHIP=no", "/etc/cvmfs/default.local", "cvmfs_config reload"],
         others: &[],
     },
-    // The old rule said that everything was lost to root, and nothing had to be done.
+    // An earlier version reported that all owners were root by loss, and that nothing had to be done.
     Case {
         name: "root",
         client: &["--claim-ownership", "0:0"],
@@ -135,7 +135,7 @@ fn root_log_status_and_doctor_report_owners_of_repository_files() {
         let top = make_layer(&repository, 1, &files.iter().map(String::as_str).collect::<Vec<_>>());
         let [(uid, gid), (other_uid, other_gid)] = case.owners;
         give_all(&top, uid, gid);
-        // Below the top, where the old rule did not look.
+        // The file lies below the top directory, which was all that an earlier version checked.
         give(&top.join("usr/lib/7"), other_uid, other_gid);
         repository.commit();
         let mut snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), "");
@@ -162,7 +162,7 @@ fn root_log_status_and_doctor_report_owners_of_repository_files() {
             let [one] = &found[..] else { panic!("{}: {found:#?}", case.name) };
             assert_eq!(one.state, case.finding, "{}: {one:?}", case.name);
             let remedy = one.remedy.as_deref().unwrap_or_default();
-            // The log's line is JSON.
+            // The line of the log is JSON, so quotes are escaped.
             for said in [lines[0].replace("\\\"", "\""), text.clone(), format!("{} {remedy}", one.what)] {
                 let ids =
                     case.owner.filter(|owner| *owner != (0, 0)).map(|(uid, gid)| [uid.to_string(), gid.to_string()]);
@@ -177,8 +177,8 @@ fn root_log_status_and_doctor_report_owners_of_repository_files() {
     }
 }
 
-/// A publisher that keeps owners gives directories which a layer's tar does not name to nobody, and
-/// overlayfs can make no directory of such an owner on the local disk.
+/// A publisher that keeps owners gives directories which the tar of a layer does not name to uid -1, and overlayfs
+/// cannot make a directory of that owner on the local disk.
 #[test]
 fn root_container_can_write_below_directory_without_valid_owner() {
     for config in MODES {
@@ -222,7 +222,7 @@ fn attributes(path: &Path) -> Vec<String> {
     names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
 
-/// Containers saw these attributes, and could not change a file: overlayfs copies all of them, and on ext4 they have to
+/// Containers saw these attributes and could not change a file: overlayfs copies all attributes, and on ext4 they must
 /// fit into a block of 4 KiB.
 #[test]
 fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file() {
@@ -242,7 +242,7 @@ fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file
         let chain = pull_two(&c);
         repository.command("magic-xattrs always");
         let setting = "CVMFS_MAGIC_XATTRS_VISIBILITY=rootonly";
-        let message = refused(c.prepare("early", &chain, &[]), RpcStatusCode::UNAVAILABLE);
+        let message = assert_refused(c.prepare("early", &chain, &[]), RpcStatusCode::UNAVAILABLE);
         assert!(message.contains(setting), "{config}: {message}");
         let found = diagnosed(&snapshotter, "repository.attributes");
         let [one] = &found[..] else { panic!("{found:#?}") };
@@ -252,7 +252,7 @@ fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file
         eventually("the log names the setting", || snapshotter.log().contains(setting));
         eventually("health says that it cannot be used", || !c.is_serving(NAME));
 
-        // Nothing has to be restarted after the setting was changed.
+        // The changed setting takes effect without a restart.
         repository.command("magic-xattrs rootonly");
         eventually("health says that it can be used", || c.is_serving(NAME));
         let mounts = c.prepare("container", &chain, &[]).unwrap_or_else(|e| panic!("{config}: {}", e.message()));
@@ -265,12 +265,13 @@ fn root_prepare_refuses_layers_whose_client_lists_magic_attributes_on_every_file
     }
 }
 
-/// Each start failed with "No space left on device" in the way of a fault of this program, with most of the disk free.
+/// Each container start failed with "No space left on device", which looked like a fault of this program, while most of
+/// the disk was free.
 #[test]
 fn root_error_names_attribute_that_state_root_rejects_and_its_directory() {
     for config in MODES {
         let sandbox = Sandbox::enter("large-attribute");
-        // It takes larger attributes than ext4.
+        // This file system takes larger attributes than ext4.
         mount_tmpfs(&sandbox.make_dir("cvmfs"), "size=8m");
         let repository = Repository::plain(&sandbox.path("cvmfs"));
         let top = make_layer(&repository, 1, &["d/.cvmfscatalog", "d/file"]);
@@ -280,12 +281,12 @@ fn root_error_names_attribute_that_state_root_rejects_and_its_directory() {
         let c = snapshotter.client();
         let chain = c.pull_remote("extract-1", "", "sha256:c1", &digest(1));
         for key in ["first", "second"] {
-            let message = refused(c.prepare(key, &chain, &[]), RpcStatusCode::FAILED_PRECONDITION);
+            let message = assert_refused(c.prepare(key, &chain, &[]), RpcStatusCode::FAILED_PRECONDITION);
             for part in [digest(1).as_str(), "\"d\"", "\"user.big\"", "5000", "file system of the state root"] {
                 assert!(message.contains(part), "{config}: {part} is missing in: {message}");
             }
         }
-        // Its directory goes with the layer.
+        // The directory is removed with the layer.
         c.remove(&chain).expect("nobody stands on it");
         c.cleanup().expect("a cleanup succeeds");
         assert_eq!(names(&snapshotter.snapshots()), Vec::<String>::new(), "{config}");

@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 use cvmfs_testbed::listing::Listing;
 use cvmfs_testbed::real;
 use scene::image::Image;
-use scene::layout::Layout;
+use scene::oci_layout::OciLayout;
 use scene::publisher::{AutoCatalogs, Ingest, ManifestPlace, Ownership, Repository, Settings};
 use scene::sandbox::Sandbox;
 
-/// As the real registry was called.
+/// The name of the registry from which the real publisher pulled.
 const REGISTRY: &str = "127.0.0.1:5000/fixture";
 
 /// The images that the real publisher was given, in its order, by their names. Of an index it takes the
 /// image of its own architecture.
 fn images(sandbox: &Sandbox) -> Vec<(&'static str, Image)> {
-    let layout = Layout::open(&real::unpack_images(sandbox.dir()));
-    let named = |name: &'static str| (name, layout.image(layout.named(name), name));
-    let of_index = layout.listed(&layout.named("multi"), "multi").swap_remove(0);
+    let layout = OciLayout::open(&real::unpack_images(sandbox.dir()));
+    let named = |name: &'static str| (name, layout.image(layout.find_named(name), name));
+    let of_index = layout.images_of_index(&layout.find_named("multi"), "multi").swap_remove(0);
     vec![named("odd"), named("order"), ("multi", of_index)]
 }
 

@@ -1,38 +1,38 @@
-//! Promise 7, the repository is only read: strace records every system call of the daemon over
-//! its whole life, and each that names something of the repository is looked at.
+//! Promise 7, the repository is only read: strace records every system call of the daemon over its whole life, and each
+//! call that names a path of the repository is checked.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
+use scene::e2e_fixture::E2eFixture;
 use scene::process::eventually;
-use scene::stage::Stage;
 
 /// Calls that change nothing that they name. Any other call counts as a change.
-const READING: &str = "access close dup dup2 dup3 epoll_ctl epoll_wait execve faccessat faccessat2 fadvise64 fcntl \
+const READING_CALLS: &str = "access close dup dup2 dup3 epoll_ctl epoll_wait execve faccessat faccessat2 fadvise64 fcntl \
     fgetxattr flistxattr flock fstat fstatfs getcwd getdents64 getxattr lgetxattr listxattr llistxattr lseek lstat mmap \
     newfstatat poll pread64 read readlink readlinkat stat statfs statx";
 /// Calls whose strings are content, not paths.
-const CARRYING: &str = "write writev pwrite64 sendmsg sendto recvmsg recvfrom";
+const CONTENT_CALLS: &str = "write writev pwrite64 sendmsg sendto recvmsg recvfrom";
 /// Calls whose first string is only written down somewhere, or mounted elsewhere.
-const PLACING: &str = "symlink symlinkat mount";
+const ATTACHING_CALLS: &str = "symlink symlinkat mount";
 /// Calls that change what a link leads to.
-const FOLLOWING: &str = "chmod fchmodat chown fchownat setxattr removexattr truncate utimensat";
+const LINK_FOLLOWING_CALLS: &str = "chmod fchmodat chown fchownat setxattr removexattr truncate utimensat";
 
 #[test]
 fn root_daemon_opens_nothing_in_repository_for_writing() {
     for attach in ["bind", "symlink"] {
-        let mut stage = Stage::set("read-only", &format!("attach = \"{attach}\""));
+        let mut stage = E2eFixture::start("read-only", &format!("attach = \"{attach}\""));
         stage.snapshotter.end(Signal::SIGTERM);
         let mut text = String::new();
-        let mut life = |stage: &mut Stage, n: usize, how: Signal, act: &dyn Fn(&Stage)| {
+        let mut life = |stage: &mut E2eFixture, n: usize, how: Signal, act: &dyn Fn(&E2eFixture)| {
             let trace = stage.sandbox.path(&format!("trace-{n}"));
             let record = format!("--output={}", trace.display());
-            // As a child of its own (-D), so that our signals reach the daemon.
+            // With -D strace is a child of the daemon, so that our signals reach the daemon.
             let strace =
                 ["strace", "-D", "--follow-forks", "--decode-fds=all", "--trace=%file,%desc", "--quiet=attach"];
-            stage.snapshotter.start_again_under(&[&strace[..], &[&record]].concat());
+            stage.snapshotter.start_again_below(&[&strace[..], &[&record]].concat());
             let containerd = stage.ours.snapshots();
             eventually("containerd has connected again", || containerd.prepare("probe", "", &[]).is_ok());
             act(stage);
@@ -66,33 +66,33 @@ fn root_daemon_opens_nothing_in_repository_for_writing() {
                 stage.snapshot_dirs().is_empty()
             });
         });
-        let trace = Trace::of(&text, stage.repository.dir());
+        let trace = Trace::parse(&text, stage.repository.dir());
         scene::report::print(format_args!(
             "{attach}: {} calls traced, {} opened the repository for reading, none for writing",
             text.lines().count(),
             trace.reads
         ));
         assert_eq!(trace.changes, Vec::<String>::new(), "{attach}");
-        // Else the trace proves nothing.
+        // An empty trace would prove nothing.
         assert!(trace.reads > 10, "{attach}: it does not even show what is read: {}", trace.reads);
         assert!(trace.places.len() >= 3, "{attach}: it does not show what is attached: {:?}", trace.places);
     }
 }
 
-/// What a trace says about the repository.
+/// The calls of a trace that concern the repository.
 struct Trace {
     repository: PathBuf,
-    /// Where parts of it were attached, at any time, and where they are now.
+    /// The paths at which parts of it were attached at any time, and at which they are attached now.
     places: BTreeSet<PathBuf>,
     attached: BTreeSet<PathBuf>,
-    /// So often something was opened, for reading only.
+    /// How many times a path was opened for reading only.
     reads: usize,
     /// The calls that change, or open for a change.
     changes: Vec<String>,
 }
 
 impl Trace {
-    fn of(text: &str, repository: &Path) -> Self {
+    fn parse(text: &str, repository: &Path) -> Self {
         let mut trace = Self {
             repository: repository.to_owned(),
             places: BTreeSet::new(),
@@ -101,7 +101,7 @@ impl Trace {
             changes: Vec::new(),
         };
         for (call, arguments) in text.lines().filter_map(call) {
-            trace.judge(call, arguments);
+            trace.check_call(call, arguments);
         }
         trace
     }
@@ -111,11 +111,11 @@ impl Trace {
         path.starts_with(&self.repository) || path.ancestors().skip(1).any(|above| self.places.contains(above))
     }
 
-    fn judge(&mut self, call: &str, arguments: &str) {
+    fn check_call(&mut self, call: &str, arguments: &str) {
         let is = |calls: &str| calls.split_whitespace().any(|name| name == call);
         let strings = parts(arguments, '"', '"');
         let mut paths = parts(arguments, '<', '>');
-        if is(PLACING) {
+        if is(ATTACHING_CALLS) {
             if let [from, to, ..] = &strings[..]
                 && (self.holds(from) || self.attached.contains(from))
             {
@@ -123,7 +123,7 @@ impl Trace {
                 self.attached.insert(to.clone());
             }
             paths.extend(strings.into_iter().skip(1));
-        } else if !is(CARRYING) {
+        } else if !is(CONTENT_CALLS) {
             if let ("rename", [from, to, ..]) = (call, &strings[..])
                 && self.attached.contains(from)
             {
@@ -135,8 +135,9 @@ impl Trace {
             paths.extend(strings);
         }
         let held = paths.iter().any(|path| self.holds(path));
-        let through =
-            is(FOLLOWING) && !arguments.contains("NOFOLLOW") && paths.iter().any(|p| self.attached.contains(p));
+        let through = is(LINK_FOLLOWING_CALLS)
+            && !arguments.contains("NOFOLLOW")
+            && paths.iter().any(|p| self.attached.contains(p));
         if is("open openat openat2") && held {
             let more = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"];
             if arguments.contains("O_RDONLY") && !more.iter().any(|flag| arguments.contains(flag)) {
@@ -144,7 +145,7 @@ impl Trace {
                 return;
             }
         }
-        if through || held && !is(READING) {
+        if through || held && !is(READING_CALLS) {
             self.changes.push(format!("{call}({arguments}"));
         }
     }
@@ -158,7 +159,7 @@ fn call(line: &str) -> Option<(&str, &str)> {
     name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_').then_some((name, arguments))
 }
 
-/// What stands between two signs, without the paths of descriptors that are no files.
+/// The strings between two delimiters, without the paths of descriptors that are not files.
 fn parts(arguments: &str, open: char, close: char) -> Vec<PathBuf> {
     let mut parts = Vec::new();
     let mut rest = arguments;
@@ -194,7 +195,7 @@ fn trace_check_detects_each_call_that_changes_the_repository() {
         "12 fchmod(9</r/x>, 0600) = 0",
         "12 creat(\"/r/x\", 0600) = 3",
     ] {
-        let trace = Trace::of(&format!("{attached}{line}\n"), repository);
+        let trace = Trace::parse(&format!("{attached}{line}\n"), repository);
         assert_eq!(trace.changes.len(), 1, "{line}");
     }
     for line in [
@@ -207,7 +208,7 @@ fn trace_check_detects_each_call_that_changes_the_repository() {
         "12 umount2(\"/s/8/fs\", UMOUNT_NOFOLLOW) = 0",
         "12 statfs(\"/r/layer\", {}) = 0",
     ] {
-        let trace = Trace::of(&format!("{attached}{line}\n"), repository);
+        let trace = Trace::parse(&format!("{attached}{line}\n"), repository);
         assert_eq!(trace.changes, Vec::<String>::new(), "{line}");
         assert_eq!(trace.reads, usize::from(line.contains("O_RDONLY")), "{line}");
     }

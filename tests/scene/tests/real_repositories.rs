@@ -8,12 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use cvmfs_testbed::listing::{Difference, Listing};
 use cvmfs_testbed::real;
 use scene::containerd::{Containerd, Writable};
+use scene::e2e_fixture::E2eFixture;
 use scene::image::Image;
-use scene::layout::Layout;
+use scene::oci_layout::OciLayout;
 use scene::publisher::Repository;
-use scene::stage::Stage;
 
-/// One property of one path that a container shows otherwise than a normal pull.
+/// A known difference: a property of a path that a container shows differently from a normal pull.
 struct Known {
     path: &'static str,
     property: &'static str,
@@ -87,7 +87,7 @@ const OF_THE_INGEST: &str = "of the ingest";
 
 /// Every time in the images is earlier, and the ingest was later.
 const LATEST_TIME_IN_A_LAYER: u64 = 1_700_000_000;
-/// What every time in the images has. Ingest publishes whole seconds.
+/// The fraction of a second that every time in the images has. Ingest publishes whole seconds.
 const QUARTER: &str = "250000000";
 const SECONDS: &str = "parts of seconds are lost";
 
@@ -132,32 +132,32 @@ fn known_differences(fqrn: &str, image: &str, normal: &Listing) -> BTreeMap<Diff
     known
 }
 
-fn stage(fqrn: &str) -> Stage {
-    Stage::with("real", "", |dir| {
+fn stage(fqrn: &str) -> E2eFixture {
+    E2eFixture::start_with_repository("real", "", |dir| {
         let sandbox = dir.parent().expect("a repository lies in a sandbox");
-        Repository::of_others(dir, &real::unpack_repository(fqrn, sandbox))
+        Repository::published_by_others(dir, &real::unpack_repository(fqrn, sandbox))
     })
 }
 
 /// Pushes the images `odd` and `order`, and `odd` again as what `multi` lists for this machine; returns them
 /// with their references.
-fn push(stage: &Stage) -> Vec<(&'static str, Image, String)> {
-    let layout = Layout::open(&real::unpack_images(stage.sandbox.dir()));
+fn push(stage: &E2eFixture) -> Vec<(&'static str, Image, String)> {
+    let layout = OciLayout::open(&real::unpack_images(stage.sandbox.dir()));
     let mut images = Vec::new();
     for name in ["odd", "order"] {
-        let image = layout.image(layout.named(name), &format!("fixture/{name}:1"));
+        let image = layout.image(layout.find_named(name), &format!("fixture/{name}:1"));
         let reference = stage.registry.push(&image);
         images.push((name, image, reference));
     }
-    let index = layout.named("multi");
-    let mut listed = layout.listed(&index, "fixture/multi:1");
+    let index = layout.find_named("multi");
+    let mut listed = layout.images_of_index(&index, "fixture/multi:1");
     let reference = stage.registry.push_index(&index, &listed, "fixture/multi:1");
     images.push(("odd", listed.swap_remove(0), reference));
     images
 }
 
-/// What a container of the image shows, or a view of it. The times that the pull or the ingest made are words.
-fn show(stage: &Stage, side: &Containerd, image: &Image, writable: Writable) -> Listing {
+/// The listing of a container of the image, or of a view. Times that the pull or the ingest set are replaced by words.
+fn list_root(stage: &E2eFixture, side: &Containerd, image: &Image, writable: Writable) -> Listing {
     let key = format!("show {} {writable:?}", image.name);
     let mounted = side.mount_image(image, &key, &stage.sandbox.path("mnt"), writable);
     let mut listing = Listing::read(mounted.path());
@@ -222,10 +222,10 @@ fn root_containers_on_real_repositories_differ_from_normal_pull_only_by_publishe
         for (name, image, reference) in &images {
             stage.normal.pull(reference);
             for writable in [Writable::No, Writable::Yes] {
-                let mut normal = show(&stage, &stage.normal, image, writable);
+                let mut normal = list_root(&stage, &stage.normal, image, writable);
                 name_times(&mut normal, dated(name), OF_THE_PULL, started);
                 assert_as_recorded(name, &normal);
-                let mut ours = show(&stage, &stage.ours, image, writable);
+                let mut ours = list_root(&stage, &stage.ours, image, writable);
                 name_times(&mut ours, dated(name), OF_THE_INGEST, LATEST_TIME_IN_A_LAYER);
                 assert_differences(fqrn, name, &normal, &ours);
             }

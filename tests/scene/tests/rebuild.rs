@@ -1,5 +1,5 @@
-//! Metadata that is damaged: the daemon refuses it and touches nothing, and it is rebuilt from
-//! the directories and containerd's own.
+//! Damaged metadata: the daemon refuses it and changes nothing, and a rebuild restores it from the directories and from
+//! containerd's metadata.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,13 +13,13 @@ use std::process::{Command, Stdio};
 use cvmfs_snapshotter::proto::snapshots::Info;
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, options, pull_chain, refused};
 use scene::client::Client;
+use scene::e2e_fixture::E2eFixture;
 use scene::gostate;
 use scene::process::{Output, eventually, run, tool};
 use scene::sandbox::mounts_below;
 use scene::snapshotter::{Snapshotter, binary};
-use scene::stage::Stage;
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused, options, pull_chain};
 
 /// Everything below the state root but the lock: type, mode, time and content. Only the times of directories are left
 /// out, because SQLite makes a log beside the file to look at it, which is removed again.
@@ -54,7 +54,7 @@ fn rebuild(snapshotter: &Snapshotter, more: &[&str]) -> Output {
     run(binary(), [&["--root", &root, "--config", &config, "--rebuild-metadata"], more].concat())
 }
 
-/// What must be the same before and after.
+/// The properties of all snapshots that a rebuild must not change.
 fn records(c: &Client) -> BTreeSet<(String, String, i32, BTreeMap<String, String>)> {
     let all = c.list(&[]).unwrap().into_iter();
     all.map(|Info { name, parent, kind, labels, .. }| (name, parent, kind.value(), labels.into_iter().collect()))
@@ -62,7 +62,7 @@ fn records(c: &Client) -> BTreeSet<(String, String, i32, BTreeMap<String, String
 }
 
 /// A chain of published layers, local ones on it and beside it, in every kind.
-fn fill(c: &Client) -> String {
+fn create_all_kinds(c: &Client) -> String {
     let chain = pull_chain(c);
     for (name, parent) in [("on-remote", chain.as_str()), ("base", ""), ("on-base", "base")] {
         let source = c.prepare("extract", parent, &[]).unwrap();
@@ -86,8 +86,8 @@ fn newer_schema(path: &Path) {
 /// damaged one.
 #[test]
 fn root_rebuild_and_daemon_refuse_metadata_that_the_other_has_open() {
-    let mut d = Alone::start("open", "");
-    fill(&d.client);
+    let mut d = SnapshotterFixture::start("open", "");
+    create_all_kinds(&d.client);
     let file = metadata(&d.snapshotter);
     let count = |other: &rusqlite::Connection| -> rusqlite::Result<i64> {
         other.query_row("SELECT count(*) FROM snapshots", [], |row| row.get(0))
@@ -108,10 +108,10 @@ fn root_rebuild_and_daemon_refuse_metadata_that_the_other_has_open() {
     assert_eq!(i64::try_from(d.snapshotter.client().list(&[]).unwrap().len()).unwrap(), snapshots);
 }
 
-/// The start waited for somebody to write into it, and said nothing.
+/// The start waited for a writer of the FIFO for ever, without a message.
 #[test]
 fn root_start_refuses_metadata_that_is_not_a_regular_file() {
-    let mut d = Alone::start("fifo", "");
+    let mut d = SnapshotterFixture::start("fifo", "");
     d.snapshotter.end(Signal::SIGTERM);
     let file = metadata(&d.snapshotter);
     fs::remove_file(&file).unwrap();
@@ -123,12 +123,12 @@ fn root_start_refuses_metadata_that_is_not_a_regular_file() {
 
 #[test]
 fn root_start_refuses_damaged_metadata_and_changes_nothing() {
-    let mut d = Alone::start("damaged", "");
-    fill(&d.client);
+    let mut d = SnapshotterFixture::start("damaged", "");
+    create_all_kinds(&d.client);
     d.snapshotter.end(Signal::SIGTERM);
     let file = metadata(&d.snapshotter);
     let whole = fs::read(&file).unwrap();
-    let refused = |name: &str, why: &str, remedy: &str| {
+    let assert_start_refused = |name: &str, why: &str, remedy: &str| {
         let before = state(&d.snapshotter);
         let output = d.snapshotter.command().output().unwrap();
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -144,7 +144,7 @@ fn root_start_refuses_damaged_metadata_and_changes_nothing() {
     let lengths = [1, 100, 4096, 5000, whole.len() / 2, whole.len() - 4096, whole.len() - 1];
     for length in lengths {
         fs::write(&file, &whole[..length]).unwrap();
-        refused(&format!("{length} bytes"), damaged, rebuild);
+        assert_start_refused(&format!("{length} bytes"), damaged, rebuild);
     }
     for (name, content, why) in [
         ("empty", Vec::new(), "it has 0 bytes"),
@@ -154,16 +154,20 @@ fn root_start_refuses_damaged_metadata_and_changes_nothing() {
         ("zeros behind its head", [&whole[..4096], &vec![0; whole.len() - 4096]].concat(), damaged),
     ] {
         fs::write(&file, content).unwrap();
-        refused(name, why, rebuild);
+        assert_start_refused(name, why, rebuild);
     }
     fs::write(&file, &whole).unwrap();
     let database = rusqlite::Connection::open(&file).unwrap();
     database.execute_batch("PRAGMA wal_checkpoint; UPDATE snapshots SET labels = '{' WHERE key = 'base'").unwrap();
     drop(database);
-    refused("a row", "is damaged: a row of table snapshots was not written by this program", rebuild);
+    assert_start_refused("a row", "is damaged: a row of table snapshots was not written by this program", rebuild);
     fs::write(&file, &whole).unwrap();
     newer_schema(&file);
-    let message = refused("newer", "has schema version 99, this program knows 1", "install the version that wrote it");
+    let message = assert_start_refused(
+        "newer",
+        "has schema version 99, this program knows 1",
+        "install the version that wrote it",
+    );
     assert!(!message.contains("rebuild"), "{message}");
     // An empty store in its place would have forgotten everything.
     fs::remove_file(&file).unwrap();
@@ -172,7 +176,7 @@ fn root_start_refuses_damaged_metadata_and_changes_nothing() {
     let message = String::from_utf8_lossy(&message).into_owned();
     assert!(message.contains("metadata.redb is of a version before") && message.contains(rebuild), "{message}");
     fs::remove_file(file.with_extension("redb")).unwrap();
-    refused("gone", "is gone, and the records of 6 local snapshots are there", "--rebuild-metadata");
+    assert_start_refused("gone", "is gone, and the records of 6 local snapshots are there", "--rebuild-metadata");
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
     assert_eq!(d.snapshotter.client().list(&[]).unwrap().len(), 9);
@@ -180,13 +184,13 @@ fn root_start_refuses_damaged_metadata_and_changes_nothing() {
 
 #[test]
 fn root_rebuild_restores_metadata_from_snapshot_directories() {
-    let mut d = Alone::start("alone", "");
-    let chain = fill(&d.client);
+    let mut d = SnapshotterFixture::start("alone", "");
+    let chain = create_all_kinds(&d.client);
     let before = records(&d.client);
     let usage = d.client.usage("on-base").unwrap();
     let snapshots = d.snapshotter.snapshots();
     let sources: Vec<_> = ["box", "view"].map(|key| d.client.mounts(key).unwrap()).to_vec();
-    // A snapshot that is gone, with its directory still there.
+    // The directory of a removed snapshot still exists.
     d.client.prepare("removed", "", &[]).unwrap();
     d.client.remove("removed").unwrap();
 
@@ -248,17 +252,17 @@ fn root_rebuild_restores_metadata_from_snapshot_directories() {
         ["base", "on-base", "box", "view"].contains(&name.as_str())
     };
     assert_eq!(after.iter().filter(local).collect::<Vec<_>>(), before.iter().filter(local).collect::<Vec<_>>());
-    // What was removed is there until containerd's garbage collection, which does not know it.
+    // The snapshot that was removed is kept until containerd's garbage collection, which does not know it.
     c.remove("removed").unwrap();
     assert_eq!(after.len(), 5);
     assert_eq!(["box", "view"].map(|key| c.mounts(key).unwrap()).to_vec(), sources);
     assert_eq!(c.usage("on-base").unwrap(), usage);
-    // What was left out lies there, and its numbers are not used again.
+    // Omitted directories stay on disk, and their ids are not used again.
     assert!(snapshots.join("4/fs/on-remote").exists());
     let fresh = PathBuf::from(&c.prepare("fresh", "", &[]).unwrap()[0].source);
     let fresh: u64 = fresh.parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
     assert!(fresh > 9, "{fresh}");
-    // Attachments of layers that are not there any more are taken away, the layers are pulled again.
+    // Attachments of layers without a record are removed, and the layers are pulled again.
     eventually("old attachments are gone", || {
         c.cleanup().unwrap();
         [1, 2, 3].iter().all(|id| !snapshots.join(id.to_string()).exists())
@@ -279,7 +283,7 @@ fn lock(home: &Path) -> (std::process::Child, String) {
 
 #[test]
 fn root_rebuild_omits_contradictory_records() {
-    let mut d = Alone::start("contradict", "");
+    let mut d = SnapshotterFixture::start("contradict", "");
     for key in ["one", "two", "three", "four", "five", "six"] {
         d.client.prepare(key, "", &[]).unwrap();
     }
@@ -313,7 +317,7 @@ fn root_rebuild_omits_contradictory_records() {
     for key in ["one", "six"] {
         c.mounts(key).unwrap();
     }
-    refused(c.stat("two"), Code::NOT_FOUND);
+    assert_refused(c.stat("two"), Code::NOT_FOUND);
     for left_alone in [&two, &three, &four, &five] {
         assert!(left_alone.exists(), "{}", left_alone.display());
     }
@@ -321,7 +325,7 @@ fn root_rebuild_omits_contradictory_records() {
 
 #[test]
 fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
-    let mut stage = Stage::set("rebuild", "");
+    let mut stage = E2eFixture::start("rebuild", "");
     let published = stage.shell_image("published:1", "x");
     let local = stage.shell_image("local:1", "y");
     let mixed = stage.shell_image("mixed:1", "z");
@@ -332,7 +336,7 @@ fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
         stage.ours.start_container(reference, &format!("running-{n}"), &["/bin/sleep", "1000"]);
         stage.ours.exec(&format!("running-{n}"), &["/bin/sh", "-c", "echo mine > /tmp/mine"]).ok();
     }
-    // Their layers are shared, and so is what is said of them.
+    // The images share layers, so they share the finding.
     stage
         .ours
         .ctr(&[
@@ -367,7 +371,7 @@ fn root_node_keeps_working_after_its_metadata_was_lost_and_rebuilt() {
     assert_eq!(records(&stage.snapshotter.client()), before);
     stage.ours.start_again();
     for (n, (reference, text)) in references.iter().zip(["x", "y", "z"]).enumerate() {
-        // The container ran on, with what it wrote; the image starts others; both can go.
+        // The container kept running with its files, the image starts others, and both can be removed.
         let running = format!("running-{n}");
         let root = stage.ours.root_of(&running);
         assert_eq!(fs::read_to_string(root.join("tmp/mine")).unwrap(), "mine\n");

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use scene::containerd::{Containerd, OURS};
+use scene::containerd::{Containerd, PLUGIN_NAME};
 use scene::doctor::{Finding, findings};
+use scene::e2e_fixture::{E2eFixture, PAUSE};
 use scene::process::{Output, Server, run};
 use scene::publisher::Repository;
-use scene::release::{Configuration, Release, Way};
+use scene::release::{ConfigVariant, Configuration, Release};
 use scene::remedy::follow;
 use scene::report;
 use scene::slip::{BY_CLIENT, CRI_1, CRI_2, OF_CRI, PROXY, SAYS, Slip, TOLD, UNPACK, bare, other_platform, slips};
-use scene::stage::{PAUSE, Stage};
 
 macro_rules! remedies {
     ($($module:ident $release:ident;)*) => {
@@ -41,12 +41,12 @@ macro_rules! remedies {
 
 scene::for_each_release!(remedies);
 
-fn on(release: Release, what: &str, check: impl Fn(&Stage, Release) -> usize) {
+fn on(release: Release, what: &str, check: impl Fn(&E2eFixture, Release) -> usize) {
     if !release.is_selected() {
         return;
     }
     let start = Instant::now();
-    let stage = Stage::of(what, "", release, release.best_way(), Repository::plain);
+    let stage = E2eFixture::start_with_containerd(what, "", release, release.best_config_variant(), Repository::plain);
     let count = check(&stage, release);
     let seconds = start.elapsed().as_secs_f64();
     report::print(format_args!("containerd {}, {what}: {count} files, {seconds:.1} s", release.version()));
@@ -58,7 +58,7 @@ struct Files {
     imported: PathBuf,
 }
 
-fn mend(stage: &Stage, release: Release) -> usize {
+fn mend(stage: &E2eFixture, release: Release) -> usize {
     let files = Files {
         main: stage.sandbox.path("edited.toml"),
         imported: stage.sandbox.make_dir("edited.d").join("ours.toml"),
@@ -95,7 +95,7 @@ enum Pace {
 }
 
 struct Patient<'t> {
-    stage: &'t Stage,
+    stage: &'t E2eFixture,
     release: Release,
     files: &'t Files,
     slip: &'t Slip,
@@ -192,11 +192,11 @@ impl Patient<'_> {
         assert!(dump.status.success(), "{}: {}\n{text}", self.slip.name, dump.stderr);
         let lines: Vec<&str> = dump.stdout.lines().map(str::trim).collect();
         let is_used = ["\"", "'"].iter().any(|quote| {
-            let line = format!("snapshotter = {quote}{OURS}{quote}");
+            let line = format!("snapshotter = {quote}{PLUGIN_NAME}{quote}");
             lines.iter().any(|one| *one == line)
         });
         let is_off = |part: &str| lines.iter().any(|line| line.starts_with("disabled_plugins") && line.contains(part));
-        let has_cri = !["cri", OURS, "transfer"].into_iter().any(is_off);
+        let has_cri = !["cri", PLUGIN_NAME, "transfer"].into_iter().any(is_off);
         assert!(is_used && has_cri && lines.contains(&PROXY), "{}: {text}\n{}", self.slip.name, dump.stdout);
     }
 }
@@ -216,10 +216,11 @@ enum Effect {
 /// A file, what becomes of it, and the words in which the doctor says so.
 type Case = (String, Effect, &'static str);
 
-fn effects(release: Release, stage: &Stage) -> Vec<Case> {
+fn effects(release: Release, stage: &E2eFixture) -> Vec<Case> {
     const NOWHERE: &str = "no unpack platforms defined";
-    let file = |way: Way| bare(&way.configuration(&stage.snapshotter.socket(), &stage.snapshotter.root()).main);
-    let best = file(release.best_way());
+    let file =
+        |way: ConfigVariant| bare(&way.configuration(&stage.snapshotter.socket(), &stage.snapshotter.root()).main);
+    let best = file(release.best_config_variant());
     let without = |text: &str, line: &str| {
         assert!(text.contains(line), "{line} is not in {text}");
         text.replacen(line, "", 1)
@@ -251,12 +252,12 @@ fn effects(release: Release, stage: &Stage) -> Vec<Case> {
     let ours = format!("{UNPACK}\nplatform = \"linux\"\n{OF_CRI}\n");
     let with = |platform: &str| best.replace(&ours, &ours.replace("platform = \"linux\"", platform));
     all.extend([
-        (without(&file(Way::Client2), SAYS), Effect::Fails(NOWHERE), "every pull of Kubernetes fails"),
+        (without(&file(ConfigVariant::Client2), SAYS), Effect::Fails(NOWHERE), "every pull of Kubernetes fails"),
         (without(&best, &ours), Effect::Fails(NOWHERE), "every pull of Kubernetes fails"),
         (without(&best, TOLD), Effect::Downloads, "every layer is downloaded"),
         (with(&format!("platform = \"{}\"", other_platform())), Effect::NoCri, "the CRI does not either"),
         (with(""), Effect::NoCri, "the CRI does not either"),
-        (file(Way::Client1), Effect::Overlayfs, "Kubernetes uses overlayfs"),
+        (file(ConfigVariant::Client1), Effect::Overlayfs, "Kubernetes uses overlayfs"),
     ]);
     for key in BY_CLIENT {
         let text = if key.starts_with('[') {
@@ -269,7 +270,7 @@ fn effects(release: Release, stage: &Stage) -> Vec<Case> {
     all
 }
 
-fn happen(stage: &Stage, release: Release) -> usize {
+fn happen(stage: &E2eFixture, release: Release) -> usize {
     let cases = effects(release, stage);
     for (n, (text, effect, claim)) in cases.iter().enumerate() {
         let dir = stage.sandbox.make_dir(&format!("c{n}"));
@@ -288,7 +289,7 @@ fn assert_says(found: &[Finding], claim: &str, text: &str) {
     assert!(found.iter().any(says), "nobody says {claim:?}: {found:#?}\n{text}");
 }
 
-fn ends(stage: &Stage, release: Release, dir: &Path, text: &str, (words, claim): (&str, &str)) {
+fn ends(stage: &E2eFixture, release: Release, dir: &Path, text: &str, (words, claim): (&str, &str)) {
     let file = dir.join("config.toml");
     let (root, state, socket) = (dir.join("root"), dir.join("state"), dir.join("c.sock"));
     let text = format!("root = {root:?}\nstate = {state:?}\n{text}[grpc]\naddress = {socket:?}\n");
@@ -301,7 +302,7 @@ fn ends(stage: &Stage, release: Release, dir: &Path, text: &str, (words, claim):
     assert!(server.log().contains(words), "no {words:?} in {}", server.log());
 }
 
-fn pulls(stage: &Stage, release: Release, dir: &Path, text: &str, (effect, claim): (Effect, &str)) {
+fn pulls(stage: &E2eFixture, release: Release, dir: &Path, text: &str, (effect, claim): (Effect, &str)) {
     let configuration = Configuration { main: text.to_owned(), conf_d: None };
     let mut containerd = Containerd::configured(dir, release, &stage.registry.reference(PAUSE), configuration);
     let ask = |containerd: &Containerd| {

@@ -1,5 +1,5 @@
-//! Repositories that misbehave: that hang, die, come back, are late, lose what they had. With a
-//! real FUSE mount below a real containerd, in both ways of attaching.
+//! Repositories that hang, die, return, are late, or lose layers, with a real FUSE mount below a real containerd, in
+//! both attach modes.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,33 +9,35 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, digest, pull_chain, unavailable, unavailable_with_advice};
 use scene::automounter::Automounter;
-use scene::client::{Answer, Client, LAYER_DIGEST, REF};
+use scene::client::{CallResult, Client, LAYER_DIGEST, REF};
+use scene::e2e_fixture::{E2eFixture, names};
 use scene::metrics::{sample, scrape};
 use scene::process::eventually;
 use scene::publisher::{NAME, Repository};
 use scene::rootfs::Mounted;
 use scene::sandbox::{Sandbox, mounts_below};
 use scene::snapshotter::Snapshotter;
-use scene::stage::{Stage, names};
+use scene::snapshotter_fixture::{
+    SnapshotterFixture, assert_unavailable, assert_unavailable_with_advice, digest, pull_chain,
+};
 
-/// Long enough that a busy machine does not reach it by itself.
+/// The timeout is long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(4);
 const MODES: [&str; 2] = ["attach = \"bind\"\nrepository-timeout = 4", "attach = \"symlink\"\nrepository-timeout = 4"];
 
 const UP: &str = "repository_up{repository=\"scene.test\"}";
 
-/// For a configuration's `metrics-address`.
+/// A path for a configuration's `metrics-address`.
 fn metrics_socket(name: &str) -> PathBuf {
     PathBuf::from(format!("/run/scene-{name}-{}.sock", std::process::id()))
 }
 
-/// Every kind of call that needs no repository, once; the result is the longest time of one.
+/// Makes every kind of call that needs no repository. The result is the longest duration.
 fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> Duration {
     let (key, name) = (format!("active-{round}"), format!("name-{round}"));
     let mut longest = Duration::ZERO;
-    let mut timed = |what: &str, call: &dyn Fn() -> Answer<()>| {
+    let mut timed = |what: &str, call: &dyn Fn() -> CallResult<()>| {
         let begun = Instant::now();
         call().unwrap_or_else(|status| panic!("{what}: {}", status.message()));
         longest = longest.max(begun.elapsed());
@@ -55,8 +57,8 @@ fn unrelated_calls(client: &Client, round: usize, local: &str, remote: &str) -> 
     longest
 }
 
-/// A client that goes on, and threads that end, when this is dropped: an assertion that failed
-/// beside them was never heard of, because both were waited for.
+/// Continues the client and ends the threads on drop. Otherwise a failed assertion beside them would wait for both and
+/// never be reported.
 struct Stopped<'a> {
     repository: &'a Repository,
     over: &'a AtomicBool,
@@ -69,7 +71,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// Clients that go on when this is dropped.
+/// Continues stopped clients on drop.
 struct Resumed<'a>(&'a Repository);
 
 impl Drop for Resumed<'_> {
@@ -81,7 +83,7 @@ impl Drop for Resumed<'_> {
 #[test]
 fn root_hung_repository_delays_only_calls_that_need_it() {
     for config in MODES {
-        let d = Alone::start("hangs", config);
+        let d = SnapshotterFixture::start("hangs", config);
         let c = &d.client;
         let chain = pull_chain(c);
         c.prepare("running", &chain, &[]).expect("the repository answers");
@@ -104,26 +106,26 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
                 }
                 longest
             });
-            // More than there are workers.
+            // These are more calls than there are workers.
             let begun = Instant::now();
             std::thread::scope(|starts| {
                 for n in 0..12 {
                     let (c, chain) = (d.snapshotter.client(), &chain);
-                    starts.spawn(move || unavailable(c.prepare(&format!("start-{n}"), chain, &[])));
+                    starts.spawn(move || assert_unavailable(c.prepare(&format!("start-{n}"), chain, &[])));
                 }
             });
             assert!(begun.elapsed() < TIMEOUT * 3, "container starts took {:?}", begun.elapsed());
-            // From now on everybody knows.
+            // From now on the repository is known to hang.
             let begun = Instant::now();
-            let message = unavailable_with_advice(c.mounts("running"));
+            let message = assert_unavailable_with_advice(c.mounts("running"));
             assert!(message.contains("it has not answered for"), "{message}");
-            unavailable(c.view("view", &chain, &[]));
+            assert_unavailable(c.view("view", &chain, &[]));
             assert!(begun.elapsed() < TIMEOUT, "it is asked in vain again: {:?}", begun.elapsed());
             let pulled = c.prepare("extract-9 sha256:c9", &chain, &[(REF, "sha256:c9"), (LAYER_DIGEST, &digest(2))]);
-            unavailable(pulled);
+            assert_unavailable(pulled);
             let pulled = c.prepare("extract-8 sha256:c8", "", &[(REF, "sha256:c8"), (LAYER_DIGEST, &digest(2))]);
             assert_eq!(pulled.expect("it is downloaded").len(), 1);
-            // What containers left is taken away all the same.
+            // Snapshots that containers left can be removed nevertheless.
             for key in ["removed-1", "removed-2", "running"] {
                 c.remove(key).expect("a removal needs no repository");
             }
@@ -145,7 +147,7 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
         for (line, times) in [("repository_down", 1), ("repository_up", 1)] {
             assert_eq!(log.matches(line).count(), times, "{line}");
         }
-        // Threads that hung have come back and left nothing behind.
+        // The threads that hung have ended and left nothing behind.
         c.remove("after").expect("it is there");
         eventually("everything is detached", || {
             c.cleanup().expect("a cleanup succeeds");
@@ -157,13 +159,13 @@ fn root_hung_repository_delays_only_calls_that_need_it() {
 #[test]
 fn root_repository_that_answers_only_statfs_is_reported_down() {
     for config in MODES {
-        let d = Alone::start("half-dead", config);
+        let d = SnapshotterFixture::start("half-dead", config);
         let chain = pull_chain(&d.client);
         d.repository.command("hang tree");
-        unavailable(d.client.prepare("first", &chain, &[]));
+        assert_unavailable(d.client.prepare("first", &chain, &[]));
         let begun = Instant::now();
         for n in 0..4 {
-            unavailable(d.client.prepare(&format!("next-{n}"), &chain, &[]));
+            assert_unavailable(d.client.prepare(&format!("next-{n}"), &chain, &[]));
         }
         assert!(begun.elapsed() < TIMEOUT, "it is waited for again and again: {:?}", begun.elapsed());
         d.repository.command("normal");
@@ -171,14 +173,14 @@ fn root_repository_that_answers_only_statfs_is_reported_down() {
     }
 }
 
-/// The client hangs for good, and the admin mounts the repository anew over it. Threads, probes,
-/// walks and locks that hang in the old mount were taken for the new one's.
+/// The client hangs for ever, and an administrator mounts the repository again over it. Threads, probes, scans and
+/// locks that hung in the old mount were taken for those of the new one.
 #[test]
 fn root_hung_mount_does_not_affect_its_replacement() {
     let socket = metrics_socket("in-its-place");
     for attach in ["bind", "symlink"] {
         let config = format!("attach = \"{attach}\"\nrepository-timeout = 1\nmetrics-address = {socket:?}");
-        let d = Alone::start("in-its-place", &config);
+        let d = SnapshotterFixture::start("in-its-place", &config);
         let _resumed = Resumed(&d.repository);
         let c = &d.client;
         let chain = pull_chain(c);
@@ -191,7 +193,7 @@ fn root_hung_mount_does_not_affect_its_replacement() {
         for round in 0..2 {
             d.repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
             let until = Instant::now() + Duration::from_secs(6);
-            // This question begins a look that hangs.
+            // This call starts a probe that hangs.
             c.is_serving(NAME);
             while Instant::now() < until {
                 n += 1;
@@ -204,14 +206,14 @@ fn root_hung_mount_does_not_affect_its_replacement() {
                 c.prepare(&format!("after-{n}"), &chain, &[]).is_ok()
             });
             assert!(begun.elapsed() < Duration::from_secs(10), "round {round}: {:?}", begun.elapsed());
-            // The look for health that hangs in the old mount said "no" for as long as it hung.
+            // The probe that hung in the old mount reported the repository as down for as long as it hung.
             eventually("health is that of the new mount", || c.is_serving(NAME) && sample(&scrape(&socket), UP) == 1);
         }
         let new = c.pull_remote("extract-7", &chain, "sha256:c7", &digest(7));
         c.prepare("new", &new, &[]).expect("a layer that was never scanned is scanned now");
-        // The one in its place dies, and yet another one comes.
+        // The second mount dies as well, and is replaced by a third.
         d.repository.with_client(scene::publisher::Mount::kill);
-        unavailable(c.prepare("dead", &new, &[]));
+        assert_unavailable(c.prepare("dead", &new, &[]));
         d.repository.mount();
         eventually("the next one serves", || {
             n += 1;
@@ -228,8 +230,8 @@ fn root_hung_mount_does_not_affect_its_replacement() {
     }
 }
 
-/// A new mount was looked for at exactly the repository's path, so there it was never noticed: no container
-/// started until the client that hung was killed.
+/// A new mount was searched for at exactly the repository's path and never noticed elsewhere: no container started
+/// until the client that hung was killed.
 #[test]
 fn root_remount_is_noticed_through_subdirectory_and_symlink() {
     for attach in ["bind", "symlink"] {
@@ -251,11 +253,11 @@ fn root_remount_is_noticed_through_subdirectory_and_symlink() {
             c.prepare("before", &layer, &[]).expect("the repository answers");
             repository.with_client(|mount| mount.signal(Signal::SIGSTOP));
             let mut n = 0;
-            // As many probes hang by then as may.
+            // By then the greatest possible number of probes hangs.
             let until = Instant::now() + Duration::from_secs(8);
             while Instant::now() < until {
                 n += 1;
-                unavailable(c.prepare(&format!("hangs-{n}"), &layer, &[]));
+                assert_unavailable(c.prepare(&format!("hangs-{n}"), &layer, &[]));
             }
             repository.mount_beside();
             eventually("the new mount serves", || {
@@ -271,14 +273,14 @@ fn root_remount_is_noticed_through_subdirectory_and_symlink() {
     }
 }
 
-/// Killed while a thread hangs in a repository, a process cannot end, and the next one was told that
-/// another daemon runs, which nobody could stop.
+/// A process that is killed while a thread hangs in a repository cannot end, and its successor reported that another
+/// daemon was running, which could not be stopped.
 #[test]
 fn root_start_beside_unkillable_predecessor_explains_remedy() {
-    let mut d = Alone::start("held", "repository-timeout = 1");
+    let mut d = SnapshotterFixture::start("held", "repository-timeout = 1");
     let chain = pull_chain(&d.client);
     d.repository.command("hang tree");
-    unavailable(d.client.prepare("hangs", &chain, &[]));
+    assert_unavailable(d.client.prepare("hangs", &chain, &[]));
     d.snapshotter.server().signal(Signal::SIGKILL);
     let output = d.snapshotter.command().output().expect("it runs");
     assert_eq!(output.status.code(), Some(1));
@@ -296,7 +298,7 @@ fn root_start_beside_unkillable_predecessor_explains_remedy() {
 #[test]
 fn root_calls_wait_for_slow_repository() {
     for config in MODES {
-        let d = Alone::start("slow", config);
+        let d = SnapshotterFixture::start("slow", config);
         let chain = pull_chain(&d.client);
         d.repository.command("slow 100");
         d.client.prepare("container", &chain, &[]).expect("slow is not dead");
@@ -305,12 +307,12 @@ fn root_calls_wait_for_slow_repository() {
     }
 }
 
-/// What a site sees when the client crashes: it hangs, is dead for two seconds, then its
-/// directory is empty, then it is mounted anew.
+/// A crash of the client as a site sees it: the mount hangs, is dead for two seconds, becomes an empty directory, and is
+/// mounted again.
 #[test]
 fn root_repository_that_died_and_returned_serves_the_next_container() {
     for config in MODES {
-        let stage = Stage::set("died", config);
+        let stage = E2eFixture::start("died", config);
         let published = stage.shell_image("died:1", "x");
         let reference = stage.publish_and_push(&published);
         let local = stage.registry.push(&stage.shell_image("local:1", "y"));
@@ -328,7 +330,7 @@ fn root_repository_that_died_and_returned_serves_the_next_container() {
         let mut pull_downloads = |why: &str| {
             pulls += 1;
             let other = stage.shell_image(&format!("other:{pulls}"), &pulls.to_string());
-            // Published, but nobody can know.
+            // The layer is published, but that cannot be known while the repository is down.
             let reference = stage.registry.push(&other);
             let begun = Instant::now();
             stage.ours.pull(&reference);
@@ -399,7 +401,7 @@ fn root_missing_repository_is_logged_once_and_used_when_it_appears() {
     }
 }
 
-/// As sites mount `/cvmfs`: the kernel's autofs and the automounter, which mounts what is asked for.
+/// Sites mount `/cvmfs` with the kernel's autofs and an automounter, which mounts a repository on access.
 #[test]
 fn root_access_makes_autofs_mount_the_repository() {
     for config in MODES {
@@ -416,7 +418,7 @@ fn root_access_makes_autofs_mount_the_repository() {
         assert_eq!(answer.expect("it is downloaded").len(), 1);
         assert!(!mounts_below(&automounter.dir).contains(&path));
         fs::write(&automounter.ready, "").expect("a file can be made");
-        // The automounter remembers for a second that there was nothing.
+        // The automounter caches for a second that the repository was missing.
         eventually("the layer is found", || {
             let key = "extract until it is found";
             match c.prepare(key, "", &[(REF, "sha256:c"), (LAYER_DIGEST, &digest(1))]) {
@@ -431,7 +433,7 @@ fn root_access_makes_autofs_mount_the_repository() {
         assert!(mounts_below(&automounter.dir).contains(&path), "the question has mounted it");
         let name = c.pull_remote("extract-9", "", "sha256:c", &digest(1));
         c.prepare("container", &name, &[]).expect("it is mounted");
-        // It went away while nobody used it: the next question brings it back.
+        // After the automounter has unmounted the unused repository, the next access mounts it again.
         c.remove("container").expect("it is there");
         c.cleanup().expect("a cleanup succeeds");
         scene::process::run("umount", [&path]).ok();
@@ -442,7 +444,7 @@ fn root_access_makes_autofs_mount_the_repository() {
 #[test]
 fn root_withdrawn_layer_affects_only_its_files_and_new_containers_until_republished() {
     for config in MODES {
-        let stage = Stage::set("withdrawn", config);
+        let stage = E2eFixture::start("withdrawn", config);
         let published = stage.shell_image("withdrawn:1", "x");
         let reference = stage.publish_and_push(&published);
         stage.ours.pull(&reference);
@@ -458,11 +460,11 @@ fn root_withdrawn_layer_affects_only_its_files_and_new_containers_until_republis
                 assert!(failed.stderr.contains(part), "{part} is missing in: {}", failed.stderr);
             }
         }
-        // Nobody touched the container.
+        // The container was not affected.
         assert!(inside.join("bin/busybox").exists());
         fs::write(inside.join("written"), "x").expect("the container can write");
         stage.ours.end_container("running");
-        // As docs/repository.md says.
+        // docs/repository.md gives this remedy.
         stage.repository.publish(&published);
         eventually("a new container has it again", || {
             stage.ours.run(&reference, "again", &["/bin/cat", "/data/text"]).stdout == "x"

@@ -1,4 +1,4 @@
-//! Requests that are small on the wire and large in memory, and answers that nobody takes.
+//! Requests that are small on the wire and large in memory, and answers that clients do not read.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,44 +14,44 @@ use grpcio::RpcStatusCode as Code;
 use grpcio::{CallOption, CompressionAlgorithms};
 use protobuf::Message;
 use protobuf::well_known_types::field_mask::FieldMask;
-use scene::alone::{Alone, refused};
-use scene::client::{call as call_with, connect_as, labels};
-use scene::footprint::{Footprint, forget_peak};
+use scene::client::{call as call_with, connect_with, labels};
+use scene::http2::{
+    DATA, END_HEADERS, END_STREAM, HEADERS, PING, RawConnection, Sent, call, compressed_message, frame, header, message,
+};
 use scene::metrics::{find_sample, scrape};
 use scene::process::{eventually, run};
-use scene::wire::{
-    DATA, END_HEADERS, END_STREAM, HEADERS, PING, Raw, Sent, call, compressed_message, frame, header, message,
-};
+use scene::resource_usage::{ResourceUsage, reset_peak};
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused};
 
-/// What memory may come and go by besides, in KiB.
+/// Tolerated growth beside what is measured, in KiB.
 const MARGIN: usize = 24 << 10;
 
-/// A daemon, and what it takes at rest.
+/// A daemon, and its memory at rest.
 struct Measured {
-    d: Alone,
+    d: SnapshotterFixture,
     at_rest: usize,
 }
 
 impl Measured {
     fn start(name: &str, config: &str) -> Self {
-        let mut d = Alone::start(name, config);
+        let mut d = SnapshotterFixture::start(name, config);
         d.client.prepare("key", "", &[]).unwrap();
-        let at_rest = Footprint::of(d.snapshotter.server().pid()).memory;
+        let at_rest = ResourceUsage::read(d.snapshotter.server().pid()).memory;
         Self { d, at_rest }
     }
 
-    /// By how many KiB the daemon was larger than at rest while `attack` went on, at most.
-    fn growth(&mut self, what: &str, attack: impl FnOnce(&Alone)) -> usize {
+    /// The most memory in KiB by which the daemon exceeded its memory at rest during `attack`.
+    fn growth(&mut self, what: &str, attack: impl FnOnce(&SnapshotterFixture)) -> usize {
         let pid = self.d.snapshotter.server().pid();
-        forget_peak(pid);
+        reset_peak(pid);
         attack(&self.d);
-        let grown = Footprint::of(pid).peak.saturating_sub(self.at_rest);
+        let grown = ResourceUsage::read(pid).peak.saturating_sub(self.at_rest);
         println!("{what}: {} MiB more than at rest", grown >> 10);
         grown
     }
 }
 
-/// gRPC's core inflated whatever came, and looked at its size then: 611,530 bytes took 670 MiB.
+/// gRPC's core decompressed a message before it checked the size: 611,530 bytes took 670 MiB.
 #[test]
 fn root_compressed_message_is_refused_and_not_inflated() {
     const INFLATED: usize = 670 << 20;
@@ -63,27 +63,27 @@ fn root_compressed_message_is_refused_and_not_inflated() {
     let encoded = [call("Stat"), header("grpc-encoding", b"gzip")].concat();
     for (what, headers) in [("said to be compressed", encoded), ("not said to be", call("Stat"))] {
         let grown = m.growth(what, |d| {
-            let mut raw = Raw::greeted(&d.snapshotter.socket());
+            let mut raw = RawConnection::connect_with_preface(&d.snapshotter.socket());
             raw.upload(&headers, &compressed_message(&compressed), Duration::from_mins(1));
         });
         assert!(grown < MARGIN, "{} MiB for {} bytes", grown >> 10, compressed.len());
     }
     // A client that compresses its request gets an error that says so.
-    let channel = connect_as(&m.d.snapshotter.socket(), |channel| {
+    let channel = connect_with(&m.d.snapshotter.socket(), |channel| {
         channel.default_compression_algorithm(CompressionAlgorithms::GRPC_COMPRESS_GZIP)
     });
     let request = StatSnapshotRequest { key: "k".repeat(10_000), ..StatSnapshotRequest::default() };
     let client = grpcio::Client::new(channel);
     let answer = call_with(&client, &service::STAT, &request, CallOption::default());
-    let message = refused(answer, Code::UNIMPLEMENTED);
+    let message = assert_refused(answer, Code::UNIMPLEMENTED);
     assert!(message.contains("Compression algorithm 'gzip' is disabled"), "{message}");
-    // Others are served as ever, on the connections that they have.
+    // Other clients are served on their connections as before.
     m.d.client.stat("key").unwrap();
 }
 
 const SIZE: usize = 15 << 20;
 
-/// Requests of 15 MiB, all of it fields of a few bytes.
+/// Requests of 15 MiB that consist of fields of a few bytes.
 fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let tiny = (0..SIZE / 14).map(|n| (format!("{n:x}"), "v".to_owned())).collect();
     let prepare = PrepareSnapshotRequest { key: "new".to_owned(), labels: tiny, ..PrepareSnapshotRequest::default() };
@@ -95,7 +95,7 @@ fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         update_mask: Some(FieldMask { paths, ..FieldMask::default() }).into(),
         ..UpdateSnapshotRequest::default()
     };
-    // Protobuf keeps fields that it does not know, too. These are 2000, 2001, and so on, each a number.
+    // Protobuf keeps unknown fields. These are the fields 2000, 2001, and so on, each with a number.
     let mut unknown = Vec::new();
     for field in 2_000..2_000 + u32::try_from(SIZE / 5).unwrap() {
         let mut tag = field << 3;
@@ -116,36 +116,36 @@ fn requests_of_tiny_fields() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     all
 }
 
-/// What counted was what they take on the wire. Decoded they took 13 to 16 times as much.
+/// The limit counted the size of a request on the wire. Decoded it took 13 to 16 times as much memory.
 #[test]
 fn root_requests_with_too_many_fields_are_refused_before_decoding() {
     let mut m = Measured::start("fields", "");
     for (what, method, request) in requests_of_tiny_fields() {
         let grown = m.growth(what, |d| {
-            let mut raw = Raw::greeted(&d.snapshotter.socket());
+            let mut raw = RawConnection::connect_with_preface(&d.snapshotter.socket());
             assert!(raw.upload(&call(method), &message(&request), Duration::from_mins(1)), "{what}");
         });
-        // The message, and a copy of it.
+        // The limit covers the message and a copy of it.
         assert!(grown < MARGIN + 2 * (SIZE >> 10), "{what}: {} bytes take {} MiB", request.len(), grown >> 10);
     }
-    // Such requests of a client that is no more than careless are answered with the reason.
+    // A client that sends such requests by mistake gets the reason.
     let d = &m.d;
     let names: Vec<String> = (0..1_100).map(|n| n.to_string()).collect();
     let with: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "v")).collect();
     let filters = vec!["name"; 1_100];
     for answer in [d.client.prepare("new", "", &with).map(drop), d.client.list(&filters).map(drop)] {
-        let message = refused(answer, Code::INVALID_ARGUMENT);
+        let message = assert_refused(answer, Code::INVALID_ARGUMENT);
         assert!(message.contains("more than 1024 fields"), "{message}");
     }
     d.client.prepare("new", "", &with[..900]).unwrap();
-    // A snapshot gets no more labels in several steps.
+    // Several updates cannot give a snapshot more labels.
     let add = |range: Range<usize>| {
         let paths: Vec<String> = names[range.clone()].iter().map(|name| format!("labels.{name}")).collect();
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
         d.client.update(Info { name: "new".to_owned(), labels: labels(&with[range]), ..Info::default() }, &paths)
     };
     add(900..1_000).unwrap();
-    let message = refused(add(1_000..1_100), Code::INVALID_ARGUMENT);
+    let message = assert_refused(add(1_000..1_100), Code::INVALID_ARGUMENT);
     assert!(message.contains("1100 labels are too many for a snapshot, the limit is 1024"), "{message}");
 }
 
@@ -153,7 +153,7 @@ fn root_requests_with_too_many_fields_are_refused_before_decoding() {
 #[test]
 fn root_memory_of_lists_with_large_filters_is_bounded_in_total() {
     const AT_ONCE: usize = 32;
-    /// What such lists may take together, in KiB.
+    /// Memory that all such lists together may take, in KiB.
     const LIMIT: usize = 192 << 10;
     let mut m = Measured::start("filters", "");
     let words = |count: usize| format!("name~=/{}/", r"\\w".repeat(count));
@@ -183,11 +183,11 @@ fn root_memory_of_lists_with_large_filters_is_bounded_in_total() {
     }
 }
 
-/// Answers of 1 MiB that nobody reads, a thousand on each connection, were in no count.
+/// Answers of 1 MiB that were not read, a thousand on each connection, were not counted.
 #[test]
 fn root_memory_of_unread_responses_is_bounded_in_total() {
     const CALLS: usize = 1_000;
-    /// In KiB: 192 MiB of them.
+    /// The limit of 192 MiB, in KiB.
     const LIMIT: usize = 320 << 10;
     let dir = PathBuf::from(format!("/run/scene-answers-{}", std::process::id()));
     let metrics = dir.join("m.sock");
@@ -203,17 +203,17 @@ fn root_memory_of_unread_responses_is_bounded_in_total() {
             [frame(HEADERS, END_HEADERS, stream, &call("Stat")), frame(DATA, END_STREAM, stream, &request)].concat()
         })
         .collect();
-    let refused = || {
+    let count_refused = || {
         let name = "call_duration_seconds_count{method=\"Stat\",code=\"RESOURCE_EXHAUSTED\"}";
         usize::try_from(find_sample(&scrape(&metrics), name).unwrap_or(0)).unwrap()
     };
     let grown = m.growth("answers", |d| {
-        let mut raw = Raw::greeted(&d.snapshotter.socket());
+        let mut raw = RawConnection::connect_with_preface(&d.snapshotter.socket());
         assert_eq!(raw.send(&calls, Duration::from_mins(1)), Sent::All);
         eventually("all are answered, most of them with a refusal", || {
-            refused() > CALLS * 3 / 4 || Footprint::of(pid).peak > at_rest + LIMIT
+            count_refused() > CALLS * 3 / 4 || ResourceUsage::read(pid).peak > at_rest + LIMIT
         });
-        // Others are served.
+        // Other clients are served.
         d.client.stat("key").unwrap();
         drop(raw);
     });
@@ -222,41 +222,41 @@ fn root_memory_of_unread_responses_is_bounded_in_total() {
     fs::remove_dir_all(&dir).unwrap();
 }
 
-/// gRPC held a slot for each call until its message had come, and had 1,024 of them for all clients: one who began as
-/// many calls and sent no message made the daemon deaf.
+/// gRPC held one of 1,024 slots for each call until its message had come, for all clients together: a client that began
+/// as many calls without a message blocked the daemon.
 #[test]
 fn root_calls_without_a_message_do_not_block_other_clients() {
     const CONNECTIONS: usize = 4;
     const CALLS: u32 = 1_000;
-    let d = Alone::start("begun", "");
+    let d = SnapshotterFixture::start("begun", "");
     d.client.prepare("key", "", &[]).unwrap();
     let begin =
         |n: u32| frame(HEADERS, END_HEADERS, 2 * n + 1, &call(if n.is_multiple_of(2) { "Stat" } else { "List" }));
     let calls: Vec<u8> = (0..CALLS).flat_map(begin).collect();
-    let mut crowd: Vec<Raw> = (0..CONNECTIONS)
+    let mut connections: Vec<RawConnection> = (0..CONNECTIONS)
         .map(|_| {
-            let mut raw = Raw::greeted(&d.snapshotter.socket());
+            let mut raw = RawConnection::connect_with_preface(&d.snapshotter.socket());
             assert_eq!(raw.send(&calls, Duration::from_mins(1)), Sent::All);
             raw
         })
         .collect();
-    // gRPC has seen all that came before a ping when it answers that.
-    for raw in &mut crowd {
+    // The answer to a ping shows that gRPC has read everything before it.
+    for raw in &mut connections {
         raw.send(&frame(PING, 0, 0, &[0; 8]), Duration::from_mins(1));
-        assert!(raw.hears(PING, Duration::from_mins(1)));
+        assert!(raw.receives(PING, Duration::from_mins(1)));
     }
     for client in [d.client.clone(), d.snapshotter.client()] {
         client.stat("key").unwrap();
         assert_eq!(client.list(&[]).unwrap().len(), 1);
     }
-    // Messages that come late are answered.
+    // Calls whose messages come later are answered.
     let request = StatSnapshotRequest { key: "key".to_owned(), ..StatSnapshotRequest::default() };
     let request = message(&request.write_to_bytes().unwrap());
-    crowd[0].send(&frame(DATA, END_STREAM, 1, &request), Duration::from_mins(1));
-    assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
-    // A call that ends without a message is refused, and its connection goes on.
-    crowd[0].send(&frame(DATA, END_STREAM, 5, &[]), Duration::from_mins(1));
-    assert!(crowd[0].hears(HEADERS, Duration::from_mins(1)));
-    drop(crowd);
+    connections[0].send(&frame(DATA, END_STREAM, 1, &request), Duration::from_mins(1));
+    assert!(connections[0].receives(HEADERS, Duration::from_mins(1)));
+    // A call without a message is refused, and its connection stays open.
+    connections[0].send(&frame(DATA, END_STREAM, 5, &[]), Duration::from_mins(1));
+    assert!(connections[0].receives(HEADERS, Duration::from_mins(1)));
+    drop(connections);
     d.client.stat("key").unwrap();
 }

@@ -1,5 +1,5 @@
-//! The daemon as systemd runs it, with the units of `packaging/`: what it may do is enough for
-//! its work, each part of that is needed, and the rest is refused.
+//! The daemon as a systemd service with the units of `packaging/`: the unit grants what the work needs, every part of
+//! that is needed, and everything else is refused.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,19 +12,19 @@ use std::thread;
 use std::time::Duration;
 
 use cvmfs_snapshotter::proto::mount::Mount;
-use scene::alone::digest;
-use scene::calls::Calls;
-use scene::client::{Answer, Client};
+use scene::background_calls::BackgroundCalls;
+use scene::client::{CallResult, Client};
 use scene::compare::compare;
 use scene::containerd::{NAMESPACE, Writable};
 use scene::cri::Cri;
+use scene::e2e_fixture::names;
 use scene::image::{Builder, Image};
 use scene::machine::{Machine, SERVICE, SOCKET, STATE, configure};
 use scene::process::eventually;
 use scene::publisher::{Repository, Settings};
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
-use scene::stage::names;
+use scene::snapshotter_fixture::digest;
 
 /// The numbers of the capabilities that the unit names and docs/privileges.md explains.
 const CAPABILITIES: [(&str, u32); 7] = [
@@ -41,8 +41,8 @@ const CAP_NET_RAW: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
-/// Deletions in a directory that is not root's, has the setgid bit, a group that is not ours and
-/// attributes; and an opaque one.
+/// The layers have deletions in a directory with another owner, the setgid bit, another group and attributes; and an
+/// opaque directory.
 fn image(builder: &Builder, name: &str) -> Image {
     let lower = builder.layer(|l| {
         l.file("team/secret", "secret").file("team/kept", "kept").file("opaque/old", "old");
@@ -62,7 +62,7 @@ fn with_much_to_copy(sandbox: &Sandbox) -> Repository {
     Repository::mounted_with(&sandbox.path("cvmfs"), Settings::without_losses())
 }
 
-/// Lines of the service's journal that say that something went wrong.
+/// The lines of the service's journal that report an error.
 fn complaints(machine: &Machine) -> Vec<String> {
     let journal = machine.journal(SERVICE);
     let wrong = ["\"level\":\"error\"", "\"level\":\"warn", "EPERM", "ENOSYS", "not permitted", "not implemented"];
@@ -112,7 +112,7 @@ fn check_what_it_runs_with(machine: &Machine) {
         assert_eq!(of(&pid), of("1"), "a service with namespaces of its own does not see repositories that come");
     }
     assert!(machine.property(SERVICE, "StatusText").contains("snapshots, from /cvmfs/scene.test"));
-    // Only what is for a newer systemd or an older one, and the unit says so.
+    // The only complaints are about settings for a newer or an older systemd, which the unit explains.
     let units = [SERVICE, "cvmfs-snapshotter.socket"];
     let verified = machine.run(&[&["systemd-analyze", "verify", "--man=no"], &units[..]].concat());
     let others = ["RestartSteps", "RestartMaxDelaySec", "MemoryLimit"];
@@ -136,18 +136,18 @@ fn check_image(machine: &Machine, registry: &Registry, image: &Image, fetched: u
     assert_eq!(registry.fetched().since(&before).layers_of(image), fetched);
     let ctr = |arguments: &[&str]| machine.ctr(&[&["--namespace", NAMESPACE], arguments].concat());
     let ours = "--snapshotter=cvmfs-snapshotter";
-    // The same files as a normal pull gives, to whom only looks and to whom writes.
+    // A view and a container show the same files as a normal pull.
     let normally = ["--namespace", "normal", "images", "pull", "--plain-http", "--snapshotter=overlayfs", &reference];
     machine.ctr(&normally).ok();
     for writable in [Writable::No, Writable::Yes] {
-        let normal = Root::of(machine, "normal", "overlayfs", image, writable);
-        let ours = Root::of(machine, NAMESPACE, "cvmfs-snapshotter", image, writable);
+        let normal = Root::mount(machine, "normal", "overlayfs", image, writable);
+        let ours = Root::mount(machine, NAMESPACE, "cvmfs-snapshotter", image, writable);
         let comparison = compare(&normal.path(), &ours.path());
         assert!(comparison.entries > 15 && comparison.differences.is_empty(), "{:#?}", comparison.differences);
         normal.end();
         ours.end();
     }
-    // A container leaves what only its owner may enter, of an owner that is not us.
+    // The container leaves a directory of another owner, which only that owner may enter.
     let program = "cat /team/new; ls /team; mkdir -p /tmp/a/b/c; cat /bin/busybox >/tmp/a/b/c/big; \
                    chown -R 1000:1001 /tmp/a; chmod 0 /tmp/a/b/c /tmp/a/b /tmp/a; sleep 1000";
     ctr(&["run", "--detach", ours, &reference, "c", "/bin/sh", "-c", program]).ok();
@@ -157,7 +157,7 @@ fn check_image(machine: &Machine, registry: &Registry, image: &Image, fetched: u
     eventually("Usage counts what a container wrote", || {
         client.usage(&key).expect("everything can be measured").0 > 500_000
     });
-    // The container goes on, whatever becomes of the service.
+    // The container keeps running, whatever happens to the service.
     for how in [&["restart"][..], &["kill", "--signal=SIGKILL"]] {
         let pid = machine.property(SERVICE, "MainPID");
         machine.run(&[&["systemctl"], how, &[SERVICE]].concat()).ok();
@@ -167,7 +167,7 @@ fn check_image(machine: &Machine, registry: &Registry, image: &Image, fetched: u
     }
     let tasks = ctr(&["tasks", "ls"]).ok();
     assert!(tasks.contains("RUNNING"), "{tasks}");
-    // A collection while containerd has not connected again is not repeated.
+    // containerd does not repeat a collection that fails because it has not connected again.
     eventually("containerd has connected again", || {
         ctr(&["run", "--rm", ours, &reference, "again", "/bin/true"]).status.success()
     });
@@ -177,7 +177,7 @@ fn check_image(machine: &Machine, registry: &Registry, image: &Image, fetched: u
     ctr(&["containers", "rm", "c"]).ok();
     cri.remove(&reference);
     eventually("nothing is left of the image and its container", || {
-        // Lets containerd collect once more.
+        // This makes containerd collect garbage once more.
         ctr(&["leases", "create", "--id", "gc"]);
         ctr(&["leases", "rm", "--sync", "gc"]);
         client.list(&[]).is_ok_and(|all| all.is_empty()) && snapshot_dirs(machine).is_empty()
@@ -193,14 +193,14 @@ struct Root<'m> {
 }
 
 impl<'m> Root<'m> {
-    fn of(
+    fn mount(
         machine: &'m Machine,
         namespace: &'static str,
         snapshotter: &'static str,
         image: &Image,
         writable: Writable,
     ) -> Self {
-        let containerd = Client::of_containerd(&machine.path(CONTAINERD), namespace, snapshotter);
+        let containerd = Client::connect_to_containerd(&machine.path(CONTAINERD), namespace, snapshotter);
         let (key, at) = (format!("look {writable:?}"), format!("/mnt/{snapshotter}"));
         let parent = image.chain_ids.last().expect("an image has layers");
         // Without the label containerd would collect it at once.
@@ -230,7 +230,7 @@ fn snapshot_dirs(machine: &Machine) -> Vec<String> {
     names(&machine.path(&format!("{STATE}/snapshotter/snapshots")))
 }
 
-/// What only one of the capabilities allows, as far as this kernel asks for it.
+/// Each capability of the unit is needed by some work, as far as this kernel checks it.
 #[test]
 fn root_service_fails_without_any_one_of_its_capabilities() {
     let sandbox = Sandbox::enter("capabilities");
@@ -239,8 +239,8 @@ fn root_service_fails_without_any_one_of_its_capabilities() {
     let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     configure(&machine.path(""), "attach = \"bind\"");
     machine.restart(SERVICE);
-    assert_eq!(work(&machine), Vec::<String>::new(), "with all of them");
-    clear(&machine);
+    assert_eq!(exercise_daemon(&machine), Vec::<String>::new(), "with all of them");
+    remove_leftovers(&machine);
     for (name, parts) in [
         ("CAP_SYS_ADMIN", &["cannot bind mount on", "(EPERM)"][..]),
         ("CAP_CHOWN", &["cannot change the owner of", "(EPERM)"]),
@@ -248,12 +248,12 @@ fn root_service_fails_without_any_one_of_its_capabilities() {
         ("CAP_SETFCAP", &["cannot set the attributes of", "(EPERM)"]),
         ("CAP_FSETID", &["a mask has mode 0755"]),
         ("CAP_DAC_OVERRIDE", &["cannot set the attributes of", "(EACCES)", "cannot measure", "a writer's files stay"]),
-        // Kernels from 5.8 on let everybody make a whiteout.
+        // Since Linux 5.8 any process can make a whiteout.
         ("CAP_MKNOD", &[]),
     ] {
         machine.drop_in(SERVICE, "without", &format!("[Service]\nCapabilityBoundingSet=~{name}\n"));
         machine.restart(SERVICE);
-        let failures = work(&machine);
+        let failures = exercise_daemon(&machine);
         eprintln!("without {name}: {failures:?}");
         assert_eq!(failures.is_empty(), parts.is_empty(), "without {name}");
         for part in parts {
@@ -261,12 +261,12 @@ fn root_service_fails_without_any_one_of_its_capabilities() {
         }
         machine.drop_in(SERVICE, "without", "");
         machine.restart(SERVICE);
-        clear(&machine);
+        remove_leftovers(&machine);
     }
 }
 
-/// What one could not remove, the next one can.
-fn clear(machine: &Machine) {
+/// Removes what a daemon without a capability could not remove.
+fn remove_leftovers(machine: &Machine) {
     let client = machine.client();
     for snapshot in client.list(&["kind!=committed"]).expect("a good filter") {
         client.remove(&snapshot.name).expect("anything can be removed");
@@ -277,8 +277,8 @@ fn clear(machine: &Machine) {
     });
 }
 
-/// Two layers: the upper one deletes from a directory that is somebody else's, is setgid, and has
-/// a capability and an attribute of its own.
+/// Publishes two layers. The upper one deletes from a directory that has another owner, the setgid bit, a capability
+/// and an attribute.
 fn publish_odd_layers(repository: &Repository) {
     let top = |n| repository.layer_dir(&digest(n)).join("layerfs");
     fs::create_dir_all(top(1).join("team")).expect("a layer can be made");
@@ -293,18 +293,18 @@ fn publish_odd_layers(repository: &Repository) {
     repository.commit();
 }
 
-/// One of everything that the daemon does, and what of it failed.
-fn work(machine: &Machine) -> Vec<String> {
+/// Does everything once that the daemon does. The result is what failed.
+fn exercise_daemon(machine: &Machine) -> Vec<String> {
     let mut failures = Vec::new();
     let client = machine.client();
     let lower = client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     let upper = client.pull_remote("extract-2", &lower, "sha256:c2", &digest(2));
-    let mut done = |result: Answer<()>| failures.extend(result.err().map(|status| status.message().to_owned()));
+    let mut done = |result: CallResult<()>| failures.extend(result.err().map(|status| status.message().to_owned()));
     // A container on published layers.
     let below = client.prepare("container", &upper, &[]);
     let masks: Vec<PathBuf> = below.iter().flat_map(|mounts| directories(mounts)).map(|d| machine.path(&d)).collect();
     done(below.map(drop));
-    // One that wrote what only its owner may enter, and has no layers.
+    // A container without layers has made a directory that only its owner may enter.
     let own = client.prepare("writer", "", &[]).expect("a directory can be made");
     let locked = machine.path(&own[0].source).join("locked");
     fs::create_dir_all(locked.join("inner")).expect("a directory can be made");
@@ -319,7 +319,7 @@ fn work(machine: &Machine) -> Vec<String> {
     if machine.path(&own[0].source).exists() {
         failures.push("a writer's files stay".to_owned());
     }
-    // Not the lower layer itself, whose directory has another mode.
+    // The lower layer itself is skipped, because its directory has another mode.
     for team in masks.iter().map(|dir| dir.join("team")).filter(|team| !team.join("secret").is_file()) {
         let mode = fs::metadata(&team).map_or(0o2755, |found| found.permissions().mode() & 0o7777);
         if mode != 0o2755 {
@@ -329,7 +329,7 @@ fn work(machine: &Machine) -> Vec<String> {
     failures
 }
 
-/// What an overlay consists of.
+/// The directories of an overlay.
 fn directories(mounts: &[Mount]) -> Vec<String> {
     mounts
         .iter()
@@ -339,7 +339,7 @@ fn directories(mounts: &[Mount]) -> Vec<String> {
         .collect()
 }
 
-/// The very unit, with another program in it, and a unit that restricts nothing.
+/// The packaged unit with another program in it, compared with a unit without restrictions.
 #[test]
 fn root_systemd_unit_denies_everything_it_does_not_grant() {
     let sandbox = Sandbox::enter("refused");
@@ -387,8 +387,8 @@ fn root_systemd_unit_denies_everything_it_does_not_grant() {
     }
 }
 
-/// An upgrade restarts the service, and containerd must not notice: systemd holds the socket.
-/// Killed, the service fails the calls under way, and no others.
+/// An upgrade restarts the service, which containerd must not notice, because systemd holds the socket. A kill fails
+/// only the calls under way.
 #[test]
 fn root_no_call_fails_while_systemd_restarts_the_service() {
     const RESTARTS: usize = 20;
@@ -398,13 +398,13 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
     let repository = Repository::mounted(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     machine.restart("containerd.service");
-    let containerd = Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
-    // With the service stopped, a call starts it.
+    let containerd = Client::connect_to_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    // A call starts the stopped service.
     machine.run(&["systemctl", "stop", SERVICE]).ok();
     containerd.prepare("first", "", &[("containerd.io/gc.root", "scene")]).expect("the socket starts the service");
-    let client = || Client::of_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+    let client = || Client::connect_to_containerd(&machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
     let clients: Vec<Client> = (0..CLIENTS).map(|_| client()).collect();
-    let calls = Calls::beside(&clients, |calls| {
+    let calls = BackgroundCalls::run_during(&clients, |calls| {
         let pid = || machine.property(SERVICE, "MainPID");
         for _ in 0..RESTARTS {
             let before = pid();
@@ -412,7 +412,7 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
             assert_ne!(pid(), before, "it was not restarted");
             calls.wait_for_more(20);
         }
-        let (made, failed) = (calls.made(), calls.take_failed());
+        let (made, failed) = (calls.made(), calls.drain_failures());
         scene::report::print(format_args!("under systemd: {RESTARTS} restarts, {made} calls, {} failed", failed.len()));
         assert_eq!(failed, Vec::<String>::new());
         for _ in 0..KILLS {
@@ -423,17 +423,17 @@ fn root_no_call_fails_while_systemd_restarts_the_service() {
         }
         println!("{} at most", machine.status(SERVICE)("VmHWM"));
     });
-    let failed = calls.take_failed();
+    let failed = calls.drain_failures();
     println!("{KILLS} kills, {} calls failed: {failed:#?}", failed.len());
-    // What was under way at a kill, and what of its key follows from that. (More, if systemd
-    // takes longer than the second that containerd gives a new connection.)
+    // The failures are calls under way at a kill, and later calls for the same key. There may be more if systemd takes
+    // longer than the second that containerd gives a new connection.
     let of_others = |line: &&String| !["UNAVAILABLE", "NOT_FOUND", "ALREADY_EXISTS"].iter().any(|c| line.contains(c));
     assert_eq!(failed.iter().find(of_others), None);
     assert_eq!(machine.property("cvmfs-snapshotter.socket", "NAccepted"), "0", "systemd accepts nothing itself");
 }
 
-/// Calls wake the service, so a configuration that it refuses must neither be tried for ever nor
-/// leave anything to repair but the configuration.
+/// Calls start the service, so a configuration that it refuses must not be tried for ever, and must leave nothing to
+/// repair but the configuration.
 #[test]
 fn root_service_is_not_restarted_on_invalid_configuration_and_starts_once_corrected() {
     let sandbox = Sandbox::enter("wrong");
@@ -456,26 +456,31 @@ fn root_service_is_not_restarted_on_invalid_configuration_and_starts_once_correc
     machine.client().stat("before").expect("it serves again");
 }
 
-/// A program that was built with this one.
+/// The path of a program that was built with this one.
 fn beside(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("this program knows where it is");
     let found = own.ancestors().map(|dir| dir.join(name)).find(|path| path.is_file());
     found.unwrap_or_else(|| panic!("{name} is built first: cargo build --workspace"))
 }
 
-/// A daemon that is there and does nothing is worse than none.
+/// A daemon that runs and does nothing is worse than none.
 #[test]
 fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
+    const WATCHDOG: Duration = Duration::from_secs(2);
     let sandbox = Sandbox::enter("watchdog");
     let repository = Repository::plain(&sandbox.path("cvmfs"));
     let Some(machine) = Machine::boot_or_skip(&sandbox, repository.dir()) else { return };
     assert_ne!(machine.property(SERVICE, "WatchdogUSec"), "0", "the unit has a watchdog");
-    machine.drop_in(SERVICE, "watchdog", "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\n");
+    machine.drop_in(
+        SERVICE,
+        "watchdog",
+        &format!("[Service]\nWatchdogSec={0}\nTimeoutStopSec={0}\n", WATCHDOG.as_secs()),
+    );
     machine.restart(SERVICE);
     let pid = || machine.property(SERVICE, "MainPID");
     let first = pid();
-    thread::sleep(Duration::from_secs(5));
-    assert_eq!(pid(), first, "it idles, and lives");
+    thread::sleep(2 * WATCHDOG + Duration::from_secs(1));
+    assert_eq!(pid(), first, "an idle daemon is not restarted");
     machine.run(&["systemctl", "kill", "--signal=SIGSTOP", SERVICE]).ok();
     eventually("systemd starts it again", || ![first.as_str(), "0"].contains(&pid().as_str()));
     let journal = machine.journal(SERVICE);
@@ -483,7 +488,7 @@ fn root_watchdog_restarts_hung_service_and_spares_idle_one() {
     machine.client().stat("key").expect_err("it answers: there is no such snapshot");
 }
 
-/// What the doctor says of this check.
+/// The doctor's lines about a check, and its exit code.
 fn diagnosis(machine: &Machine, check: &str) -> (String, Option<i32>) {
     let output = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]);
     let of_check = |line: &&str| line.split_whitespace().nth(1) == Some(check);
@@ -503,7 +508,7 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     assert_eq!(code, Some(0), "a node as the packages leave it is good:\n{all}");
     scene::report::print(format_args!("the doctor of a good node:\n{all}"));
 
-    // Of a containerd that does not run, the file that its unit names counts.
+    // The file that the unit names is checked for a containerd that does not run.
     let start = machine.property(CONTAINERD, "ExecStart");
     let program = start.split("path=").nth(1).and_then(|rest| rest.split(' ').next()).expect("it starts a program");
     let good = fs::read_to_string(machine.path("/etc/containerd/config.toml")).expect("it is there");
@@ -532,20 +537,20 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     let (said, code) = diagnosis(&machine, "daemon.running");
     assert!(said.contains("Its last words: ") && said.contains("invalid value 3 for attach"), "{said}");
     assert_eq!(code, Some(2));
-    // A question at the socket would have started it, until systemd had given up the socket as well.
+    // A call at the socket would start the service again and again, until systemd gave up the socket as well.
     machine.run(&["systemctl", "restart", "cvmfs-snapshotter.socket"]).ok();
     diagnosis(&machine, "daemon.running");
     assert_eq!(machine.property("cvmfs-snapshotter.socket", "ActiveState"), "active", "it changes nothing");
     assert!(diagnosis(&machine, "config.file").0.contains("invalid value 3 for attach"));
 
-    // The file that the unit names counts, although nobody can be asked.
+    // The file that the unit names is checked although the daemon cannot be asked.
     machine.write("/etc/other.toml", "workers = 0\n");
     let start = "[Service]\nExecStart=\nExecStart=/usr/bin/cvmfs-snapshotter --config /etc/other.toml\n";
     machine.drop_in(SERVICE, "other", start);
     let (said, _) = diagnosis(&machine, "config.file");
     assert!(said.contains("/etc/other.toml, line 1: invalid value 0 for workers"), "{said}");
 
-    // Who runs under the unit, and is not ours, must not be told to restart: the Go one loses everything by that.
+    // The doctor must not advise to restart a unit that runs another program: the Go snapshotter would lose everything.
     let start = "[Service]\nType=simple\nExecStart=\nExecStart=/bin/sleep 1000\n";
     machine.drop_in(SERVICE, "other", start);
     machine.run(&["systemctl", "start", SERVICE]).ok();
@@ -579,7 +584,7 @@ fn root_metrics_are_served_under_the_unit_on_socket_and_address() {
     let journal = machine.journal(SERVICE);
     assert!(journal.contains("RestrictAddressFamilies=AF_INET AF_INET6"), "the log has the remedy: {journal}");
     machine.client().stat("key").expect_err("it serves containerd all the same");
-    // As docs/metrics.md has it.
+    // docs/metrics.md shows these lines.
     let lines = "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressDeny=any\nIPAddressAllow=localhost\n";
     machine.drop_in(SERVICE, "metrics", lines);
     machine.restart(SERVICE);

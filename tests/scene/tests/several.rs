@@ -1,4 +1,4 @@
-//! More repositories than one: asked in order, each with its own health, each in place of another.
+//! Several repositories: they are tried in their order, each has its own health, and each can replace another.
 
 use std::fs;
 use std::path::Path;
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode as Code;
 use nix::sys::signal::Signal;
-use scene::alone::{digest, refused};
+use scene::e2e_fixture::names;
 use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::rootfs::Mounted;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{assert_refused, digest};
 
-/// Long enough that a busy machine does not reach it by itself.
+/// The timeout is long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
 #[test]
@@ -53,13 +53,13 @@ fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
         c.prepare("a", &second, &[]).expect("both are there");
         assert_eq!((text("a", 1), text("a", 2)), ("of one".to_owned(), "of two".to_owned()));
         let running = Mounted::new(&c.mounts("a").expect("it is there"), &sandbox.path("running")).expect("an overlay");
-        // Container starts that wait for the second one, more than there are threads for them, do
-        // not delay one that needs the first one.
+        // Container starts that wait for the second repository, more than it has threads, do not delay one that needs
+        // the first.
         two.with_client(|mount| mount.signal(Signal::SIGSTOP));
         std::thread::scope(|scope| {
             for n in 0..20 {
                 let (c, second) = (snapshotter.client(), &second);
-                scope.spawn(move || refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
+                scope.spawn(move || assert_refused(c.prepare(&format!("waits-{n}"), second, &[]), Code::UNAVAILABLE));
             }
             std::thread::sleep(Duration::from_millis(500));
             let begun = Instant::now();
@@ -71,7 +71,7 @@ fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
         eventually("the second one is found to answer again", || {
             c.prepare("answers", &second, &[]).is_ok() && c.remove("answers").is_ok()
         });
-        // The first one dies: the second one stands in, and what runs keeps what it has.
+        // When the first repository dies the second replaces it, and running containers keep their files.
         one.with_client(|mount| mount.signal(Signal::SIGSTOP));
         let begun = Instant::now();
         c.prepare("b", &second, &[]).expect("the second one has both");
@@ -80,9 +80,9 @@ fn root_repositories_are_tried_in_configured_order_and_replace_each_other() {
         one.with_client(|mount| mount.signal(Signal::SIGCONT));
         assert_eq!(names(&running.path().join("dir")), ["1", "2"]);
         drop(running);
-        // The second one has the only copy of layer 2; where it came from is known.
+        // Only the second repository has layer 2, and the record names it.
         two.unmount();
-        let message = refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
+        let message = assert_refused(c.prepare("c", &second, &[]), Code::UNAVAILABLE);
         assert!(message.contains(&digest(2)) && message.contains(two.dir().to_str().expect("a path")), "{message}");
         eventually("the first one is found to answer again", || c.prepare("d", &first, &[]).is_ok());
         for key in ["a", "b", "d"] {

@@ -1,5 +1,5 @@
-//! A start that takes long, behind a socket that systemd holds: who is answered meanwhile, what waits, and that it
-//! can be stopped.
+//! A slow start behind a socket that systemd holds: health is answered meanwhile, calls wait, and the start can be
+//! stopped.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,22 +16,22 @@ use cvmfs_snapshotter::server::service;
 use grpcio::RpcStatusCode as Code;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
-use scene::alone::refused;
-use scene::client::{Answer, Client};
+use scene::client::{CallResult, Client};
 use scene::disk::Disk;
 use scene::process::{Output, eventually, run};
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
+use scene::snapshotter_fixture::assert_refused;
 
-/// What the daemon says of its health.
-fn health(client: &Client) -> Answer<ServingStatus> {
+/// The health that the daemon reports.
+fn health(client: &Client) -> CallResult<ServingStatus> {
     let request = HealthCheckRequest::default();
     client.call(&service::HEALTH_CHECK, &request).map(|answer| answer.status.enum_value_or_default())
 }
 
-/// Others may have taken the last place in the queue.
-fn stat_when_there_is_room(client: &Client, key: &str) -> Answer<Info> {
+/// Calls Stat again as long as other calls fill the queue.
+fn stat_when_there_is_room(client: &Client, key: &str) -> CallResult<Info> {
     loop {
         match client.stat(key) {
             Err(status) if status.code() == Code::RESOURCE_EXHAUSTED => std::thread::sleep(Duration::from_millis(50)),
@@ -40,8 +40,8 @@ fn stat_when_there_is_room(client: &Client, key: &str) -> Answer<Info> {
     }
 }
 
-/// The calls that came first held the workers: health was not told to anybody. And when the start was over they were
-/// all carried out, although nobody waited any more.
+/// The first calls held the workers, so health was not answered. After the start they were all carried out, although
+/// their clients had gone.
 #[test]
 fn root_calls_wait_and_health_is_answered_during_slow_start() {
     const QUEUE: usize = 3;
@@ -56,8 +56,8 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
     let frozen = disk.freeze();
     snapshotter.start_again();
     let client = snapshotter.client();
-    // It would have had the only worker.
-    refused(client.with_timeout(Duration::from_secs(1)).prepare("late", "", &[]), Code::DEADLINE_EXCEEDED);
+    // This call would have held the only worker.
+    assert_refused(client.with_timeout(Duration::from_secs(1)).prepare("late", "", &[]), Code::DEADLINE_EXCEEDED);
     let waiting: Vec<_> = (0..QUEUE - 1)
         .map(|_| {
             let client = client.clone();
@@ -80,11 +80,11 @@ fn root_calls_wait_and_health_is_answered_during_slow_start() {
         call.join().unwrap().unwrap();
     }
     assert_eq!(health(&client).unwrap(), ServingStatus::SERVING);
-    refused(client.stat("late"), Code::NOT_FOUND);
+    assert_refused(client.stat("late"), Code::NOT_FOUND);
     assert!(snapshotter.end(Signal::SIGTERM).success());
 }
 
-/// A restart that came while the daemon was still starting, as of a node that boots under load, failed the calls that
+/// A restart of a daemon that was still starting, for example on a node that boots under load, failed the calls that
 /// waited for the start.
 #[test]
 fn root_stop_during_start_answers_waiting_calls() {
@@ -108,7 +108,7 @@ fn root_stop_during_start_answers_waiting_calls() {
     assert!(snapshotter.server().wait_for_end().success());
 }
 
-/// A daemon that was killed and cannot end yet still has the lock.
+/// A stand-in for a daemon that was killed, cannot end yet, and still has the lock.
 struct Held {
     _lock: Flock<fs::File>,
     dead: std::process::Child,
@@ -130,7 +130,7 @@ impl Drop for Held {
     }
 }
 
-/// Signals were looked at only after the start: systemd ended the stop of a long one with SIGKILL.
+/// Signals were handled only after the start, so systemd ended the stop of a slow one with SIGKILL.
 #[test]
 fn root_slow_start_handles_signals_and_can_be_stopped() {
     let sandbox = Sandbox::enter("stopped-start");
@@ -149,7 +149,7 @@ fn root_slow_start_handles_signals_and_can_be_stopped() {
     let log = snapshotter.log();
     assert!(status.success(), "{status}: {log}");
     assert!(log.contains("\"event\":\"start_aborted\""), "{log}");
-    refused(waiting.join().unwrap(), Code::UNAVAILABLE);
+    assert_refused(waiting.join().unwrap(), Code::UNAVAILABLE);
     drop(held);
     snapshotter.start_again();
     snapshotter.client().stat("key").unwrap();
@@ -164,7 +164,7 @@ fn unstarted(name: &str) -> (Sandbox, Snapshotter) {
     (sandbox, snapshotter)
 }
 
-/// What a start with this state root says. One that is not refused is ended after a while.
+/// The output of a start with this state root. A daemon that does start is stopped after a while.
 fn start_at(snapshotter: &Snapshotter, root: &Path) -> Output {
     let command = snapshotter.command();
     let usual = snapshotter.root();
@@ -172,13 +172,13 @@ fn start_at(snapshotter: &Snapshotter, root: &Path) -> Output {
     run("timeout", [OsStr::new("20"), command.get_program()].into_iter().chain(arguments))
 }
 
-fn assert_refused(what: &str, output: &Output, parts: &[&str]) {
+fn assert_start_refused(what: &str, output: &Output, parts: &[&str]) {
     assert_eq!(output.status.code(), Some(78), "{what}: {output:?}");
     let said = output.stderr.lines().last().unwrap_or_default();
     assert!(parts.iter().all(|part| said.contains(part)), "{what}: {said}");
 }
 
-/// Whoever could write there put metadata and a link of theirs in it, and root removed what the link led to.
+/// A user who could write to the directory put metadata and a symlink there, and root removed the symlink's target.
 #[test]
 fn root_start_refuses_state_root_with_foreign_directories() {
     let (sandbox, snapshotter) = unstarted("others");
@@ -203,7 +203,7 @@ fn root_start_refuses_state_root_with_foreign_directories() {
             "chown root",
             "chmod go-w",
         ];
-        assert_refused(what, &start_at(&snapshotter, &root), &parts);
+        assert_start_refused(what, &start_at(&snapshotter, &root), &parts);
         assert!(!root.join("snapshotter/metadata.sqlite").exists(), "{what}");
     }
     for link in ["snapshotter", "snapshotter/snapshots"] {
@@ -211,12 +211,12 @@ fn root_start_refuses_state_root_with_foreign_directories() {
         let link = root.join(link);
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         symlink(victim.parent().unwrap(), &link).unwrap();
-        assert_refused("a link", &start_at(&snapshotter, &root), &[&link.display().to_string(), "link"]);
+        assert_start_refused("a link", &start_at(&snapshotter, &root), &[&link.display().to_string(), "link"]);
     }
     let (theirs, link) = (sandbox.make_dir("theirs"), sandbox.path("their-link"));
     symlink(&theirs, &link).unwrap();
     lchown(&link, Some(1234), None).unwrap();
-    assert_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
+    assert_start_refused("a link of a user's", &start_at(&snapshotter, &link), &["owner 1234"]);
     assert!(victim.exists());
 }
 
@@ -253,7 +253,8 @@ fn root_start_accepts_state_root_made_by_go_snapshotter_or_admin() {
     assert!(sandbox.path("elsewhere/snapshotter/metadata.sqlite").exists());
 }
 
-/// A file was "File exists (os error 17)", and tried for ever; a state root in a repository was taken, and written to.
+/// A file as state root gave "File exists (os error 17)" and was tried for ever; a state root in a repository was
+/// accepted and written to.
 #[test]
 fn root_unusable_state_root_is_a_configuration_error() {
     let (sandbox, snapshotter) = unstarted("no-root");
@@ -269,9 +270,13 @@ fn root_unusable_state_root_is_a_configuration_error() {
     ] {
         let root = sandbox.path(root);
         let shown = root.display().to_string();
-        assert_refused(&shown, &start_at(&snapshotter, &root), &[shown.trim_end_matches("/."), parts[0], parts[1]]);
+        assert_start_refused(
+            &shown,
+            &start_at(&snapshotter, &root),
+            &[shown.trim_end_matches("/."), parts[0], parts[1]],
+        );
     }
-    // Its disk may be mounted later: systemd tries again.
+    // The disk may be mounted later, so systemd tries again.
     symlink("nowhere", sandbox.path("dangling")).unwrap();
     let output = start_at(&snapshotter, &sandbox.path("dangling"));
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);

@@ -1,5 +1,5 @@
-//! A node that ran the Go snapshotter: its records are ours after the first start, and nothing
-//! of what it wrote is touched. The states are written by containerd's own storage package.
+//! A node that ran the Go snapshotter: the first start takes over its records and changes none of its files. The states
+//! are written by containerd's own storage package.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,14 +18,14 @@ use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
 use grpcio::RpcStatusCode as Code;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
-use scene::alone::{Alone, options, refused};
 use scene::client::Client;
+use scene::e2e_fixture::E2eFixture;
 use scene::gostate::{self, Record};
 use scene::process::{Server, eventually, run, tool};
 use scene::publisher::Repository;
 use scene::sandbox::{Sandbox, mounts_below};
 use scene::snapshotter::{Snapshotter, binary};
-use scene::stage::Stage;
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_refused, options};
 
 /// The lines of a log in JSON that have this event.
 fn events(log: &str, event: &str) -> Vec<serde_json::Value> {
@@ -55,7 +55,7 @@ fn nanoseconds(time: &protobuf::well_known_types::timestamp::Timestamp) -> i64 {
     time.seconds * 1_000_000_000 + i64::from(time.nanos)
 }
 
-/// A snapshot on the wire, as containerd's storage package describes it; ids are not on it.
+/// A snapshot in the form of the API, made from a record of containerd's storage package; the API has no ids.
 fn described(info: &Info) -> (String, String, String, i64, i64, BTreeMap<String, String>) {
     let kind = match info.kind.enum_value().unwrap() {
         Kind::VIEW => "view",
@@ -85,7 +85,7 @@ fn assert_same_records(c: &Client, records: &[Record]) {
     }
 }
 
-/// The ids that the directories of an option are of.
+/// The ids in the directories of an option.
 fn ids(mounts: &[Mount], option: &str) -> Vec<u64> {
     let Some(value) = options(mounts).iter().find_map(|o| o.strip_prefix(option)) else { return Vec::new() };
     let id = |path: &str| Path::new(path).parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
@@ -98,9 +98,9 @@ fn ids(mounts: &[Mount], option: &str) -> Vec<u64> {
 fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     let mut records = Vec::new();
     let mut before = BTreeMap::new();
-    let mut d = Alone::start_on("takeover", "", |root, _| {
+    let mut d = SnapshotterFixture::start_on("takeover", "", |root, _| {
         records = gostate::write("small", root);
-        // Of a Prepare that was cut short, and of nobody.
+        // The first directory is that of an interrupted Prepare; the second has no record.
         for stray in ["new-123/fs", "77/fs/precious"] {
             fs::create_dir_all(root.join("snapshotter/snapshots").join(stray)).unwrap();
         }
@@ -125,7 +125,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
             _ => assert_eq!(sources.iter().filter(|id| record.parents.contains(id)).count(), record.parents.len()),
         }
     }
-    // Everything that was there is there, as it was.
+    // Every record exists with the same properties.
     let after = tree(&d.snapshotter.root());
     let in_use = |path: &Path| path.ends_with("fs") && fs::symlink_metadata(path).unwrap().is_symlink();
     for (path, content) in before.iter().filter(|(path, _)| !in_use(path)) {
@@ -148,7 +148,7 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     // Ids go on above the last one, directories that nobody knows included.
     let source = PathBuf::from(&c.prepare("new", "", &[]).unwrap()[0].source);
     assert!(source.ends_with("78/fs"), "{}", source.display());
-    // What is removed does not come back.
+    // Removed snapshots do not come back.
     for gone in ["k8s.io/11/container-1", "k8s.io/9/sha256:d2"] {
         c.remove(gone).unwrap();
     }
@@ -158,12 +158,12 @@ fn root_takeover_keeps_every_record_of_the_go_snapshotter() {
     d.snapshotter.start_again();
     let c = d.snapshotter.client();
     assert_eq!(c.list(&[]).unwrap().len(), records.len() + 1 - 2);
-    refused(c.stat("k8s.io/9/sha256:d2"), Code::NOT_FOUND);
+    assert_refused(c.stat("k8s.io/9/sha256:d2"), Code::NOT_FOUND);
     assert_eq!(events(&d.snapshotter.log(), "takeover_finished").len(), 1);
     // The same image, pulled by another namespace, finds its layers.
-    let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::alone::digest(2));
+    let again = c.pull_remote("extract-again", "sha256:c1", "sha256:c2", &scene::snapshotter_fixture::digest(2));
     assert_eq!(again, "sha256:c2");
-    // Once there was new metadata, the old is true no more, and is not taken over again.
+    // The old metadata is outdated once there is new metadata, and is not taken over again.
     d.snapshotter.end(Signal::SIGTERM);
     fs::remove_file(home.join("metadata.sqlite")).unwrap();
     let message = refusal(&d.snapshotter);
@@ -178,7 +178,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     assert_eq!(records.len(), 2000);
     let file = sandbox.path("s/root/snapshotter/metadata.db");
     let before = fs::read(&file).unwrap();
-    // Killed before, in the middle of and after it.
+    // The daemon is killed before, during and after the takeover.
     let (root, address, config) = (sandbox.path("s/root"), sandbox.path("s.sock"), sandbox.path("config.toml"));
     fs::write(&config, format!("absolute-mountpoint = {:?}\n", repository.dir())).unwrap();
     let home = root.join("snapshotter");
@@ -187,7 +187,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
         let mut command = Command::new(binary());
         command.arg("--root").arg(&root).arg("--address").arg(&address).arg("--config").arg(&config);
         let mut server = Server::start(&mut command, &sandbox.path("log"));
-        // The first one before it begins, the others when something of it can be seen.
+        // The first kill comes before it begins, the others when files of it appear.
         let begun = || ["metadata.new", "metadata.sqlite"].map(|name| home.join(name).exists()).contains(&true);
         server.wait_until("begin", || n == 0 || begun());
         std::thread::sleep(Duration::from_millis(n * 20));
@@ -207,7 +207,7 @@ fn root_takeover_of_thousands_of_snapshots_survives_kills_at_any_moment() {
     assert!(!sandbox.path("s/root/snapshotter/metadata.new").exists());
 }
 
-/// Starts a snapshotter that must refuse, and change nothing but its lock; the result is its message.
+/// Starts a snapshotter that must refuse and change nothing but its lock. The result is its message.
 #[track_caller]
 fn refusal(snapshotter: &Snapshotter) -> String {
     let lock = snapshotter.root().join("snapshotter/lock");
@@ -225,7 +225,7 @@ fn refusal(snapshotter: &Snapshotter) -> String {
 
 #[test]
 fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
-    let mut d = Alone::start_on("refused", "", |_, _| ());
+    let mut d = SnapshotterFixture::start_on("refused", "", |_, _| ());
     d.snapshotter.end(Signal::SIGKILL);
     let home = d.snapshotter.root().join("snapshotter");
     fs::remove_dir_all(&home).unwrap();
@@ -267,7 +267,7 @@ fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
     std::os::unix::fs::symlink("nowhere", &file).unwrap();
     assert!(refusal(&d.snapshotter).contains("snapshotter/metadata.db"));
     fs::remove_file(&file).unwrap();
-    // With a copy put back it goes on.
+    // After a copy is restored the takeover succeeds.
     fs::write(&file, &whole).unwrap();
     d.snapshotter.start_again();
     assert_same_records(&d.snapshotter.client(), &records);
@@ -275,13 +275,13 @@ fn root_takeover_refuses_running_go_snapshotter_and_damaged_database() {
 
 #[test]
 fn root_takeover_reports_lost_files_by_image_with_repair() {
-    let d = Alone::start_on("destroyed", "", |root, _| {
+    let d = SnapshotterFixture::start_on("destroyed", "", |root, _| {
         gostate::write("small", root);
-        // What a stop of the Go one does.
+        // A stop of the Go snapshotter empties this directory.
         let snapshots = root.join("snapshotter/snapshots");
         fs::remove_dir_all(&snapshots).unwrap();
         fs::create_dir(&snapshots).unwrap();
-        // One directory survived, without what counts.
+        // The directory of one snapshot exists, without its files.
         fs::create_dir_all(snapshots.join("4/work")).unwrap();
     });
     let log = d.snapshotter.log();
@@ -305,9 +305,9 @@ fn root_takeover_reports_lost_files_by_image_with_repair() {
     assert_eq!(counts, ["11", "0", "8"]);
     // What is published needs no directory; the rest says what is wrong, and can be removed.
     d.client.prepare("new", "sha256:c3", &[]).unwrap();
-    let message = refused(d.client.prepare("other", "k8s.io/9/sha256:d2", &[]), Code::UNAVAILABLE);
+    let message = assert_refused(d.client.prepare("other", "k8s.io/9/sha256:d2", &[]), Code::UNAVAILABLE);
     assert!(message.contains("missing from disk"), "{message}");
-    let message = refused(d.client.commit("name", "default/21/alone", &[]), Code::UNAVAILABLE);
+    let message = assert_refused(d.client.commit("name", "default/21/alone", &[]), Code::UNAVAILABLE);
     assert!(message.contains("missing from disk"), "{message}");
     for key in ["k8s.io/11/container-1", "k8s.io/9/sha256:d2", "k8s.io/7/sha256:d1"] {
         d.client.remove(key).unwrap();
@@ -319,7 +319,7 @@ fn root_takeover_reports_lost_files_by_image_with_repair() {
 #[test]
 fn root_takeover_omits_invalid_records_and_names_them() {
     let mut records = Vec::new();
-    let d = Alone::start_on("odd", "", |root, _| records = gostate::write("odd", root));
+    let d = SnapshotterFixture::start_on("odd", "", |root, _| records = gostate::write("odd", root));
     assert_same_records(&d.client, &records);
     let log = d.snapshotter.log();
     let rejected = events(&log, "takeover_record_rejected");
@@ -356,12 +356,12 @@ fn root_takeover_omits_invalid_records_and_names_them() {
     assert_eq!(events(&log, "takeover_finished")[0]["rejected"], "13");
 }
 
-/// The Go one binds layers read-write, and a kill leaves the mounts: what a container then
-/// writes below the layer must not go into the repository, and the layer must show.
+/// The Go snapshotter binds layers read-write, and a kill leaves its mounts. Writes of a container below the layer must
+/// not reach the repository, and the layer must be visible.
 #[test]
 fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
     for attach in ["symlink", "bind"] {
-        let d = Alone::start_on(attach, &format!("attach = \"{attach}\""), |root, repository| {
+        let d = SnapshotterFixture::start_on(attach, &format!("attach = \"{attach}\""), |root, repository| {
             for record in gostate::write("small", root).iter().filter(|record| record.is_remote()) {
                 let digest = &record.labels["containerd.io/snapshot/cri.layer-digest"];
                 let layer = repository.dir().join(".layers").join(&digest[7..9]).join(&digest[7..]).join("layerfs");
@@ -370,7 +370,7 @@ fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
             }
         });
         let snapshots = d.snapshotter.snapshots();
-        // One that a container stands on is held open.
+        // A container keeps the directory of its layer open.
         let held = fs::File::open(snapshots.join("3/fs")).unwrap();
         let mounts = d.client.prepare("box", "sha256:c3", &[]).unwrap();
         assert_eq!(ids(&mounts, "lowerdir="), [3, 2, 1]);
@@ -395,16 +395,16 @@ fn root_takeover_replaces_live_mounts_of_the_go_snapshotter() {
         for id in [1, 2, 3, 4, 5, 7, 8, 9] {
             assert!(!snapshots.join(id.to_string()).exists(), "{id} is left");
         }
-        let layer = d.repository.layer_dir(&scene::alone::digest(1)).join("layerfs/dir/file-1");
+        let layer = d.repository.layer_dir(&scene::snapshotter_fixture::digest(1)).join("layerfs/dir/file-1");
         assert!(layer.exists(), "a layer of the repository was emptied");
     }
 }
 
-/// containerd's own overlayfs behind our socket is a Go snapshotter that writes its state with the
-/// same package. So a real containerd can be led from the one to the other.
+/// containerd's own overlayfs snapshotter behind our socket writes its state with the same package as the Go
+/// snapshotter, so it stands for that here.
 #[test]
 fn root_containerd_keeps_working_with_snapshots_taken_over() {
-    let mut stage = Stage::set("goes-on", "");
+    let mut stage = E2eFixture::start("goes-on", "");
     stage.snapshotter.end(Signal::SIGTERM);
     let home = stage.snapshotter.root().join("snapshotter");
     fs::remove_dir_all(&home).unwrap();
@@ -412,7 +412,7 @@ fn root_containerd_keeps_working_with_snapshots_taken_over() {
     command.arg("serve").arg(&home).arg(stage.snapshotter.socket());
     let mut go = Server::start(&mut command, &stage.sandbox.path("go.log"));
     go.wait_until("listen", || stage.snapshotter.socket().exists());
-    // It may have called while nobody was there, and waits before it calls again.
+    // containerd may have called while no daemon was running, and pauses before it calls again.
     eventually("containerd finds the Go one", || stage.ours.snapshots().list(&[]).is_ok());
     let image = stage.shell_image("local:1", "x");
     let reference = stage.registry.push(&image);
@@ -424,7 +424,7 @@ fn root_containerd_keeps_working_with_snapshots_taken_over() {
     stage.snapshotter.start_again();
     let ours = stage.snapshotter.client();
     assert_eq!(ours.list(&[]).unwrap().len(), image.layers.len() + 1, "the layers and the container");
-    // What ran runs on, the image starts others, and all of it can go and come again.
+    // The container keeps running, the image starts others, and everything can be removed and pulled again.
     let written = stage.ours.root_of("running").join("tmp/mine");
     assert_eq!(fs::read_to_string(written).unwrap(), "mine\n");
     eventually("containerd finds the new one", || stage.ours.snapshots().list(&[]).is_ok());
@@ -446,7 +446,7 @@ fn root_containerd_keeps_working_with_snapshots_taken_over() {
     assert_eq!(published.len(), image.layers.len(), "this time its layers come from the repository");
 }
 
-/// Reads everything; the result is the number of values.
+/// Reads all values. The result is their number.
 fn read_all(bytes: &[u8]) -> Result<usize, cvmfs_snapshotter::migration::bolt::Error> {
     let bolt = Database::parse(bytes)?;
     let mut unread = vec![bolt.root()];
@@ -474,12 +474,12 @@ fn damaged_bolt_file_is_read_or_refused_without_panic() {
     let mut look = |bytes: &[u8]| {
         let all = read_all(bytes);
         let taken = takeover::decode(bytes, "r");
-        // What is read as a whole can be taken over, in whatever part.
+        // A file that can be read as a whole can be taken over, though records in it may be omitted.
         assert!(taken.is_ok() || all.is_err());
         if all.is_ok() { read += 1 } else { refused += 1 }
     };
     let mut bytes = whole.clone();
-    // The heads of all pages, and a part of the rest.
+    // The bytes are the heads of all pages, and a part of the rest.
     for at in (0..=used).filter(|at| at % 4096 < 128 || at % 7 == 0) {
         for value in [whole[at] ^ 1, whole[at] ^ 0x80, 0, 0xff] {
             bytes[at] = value;

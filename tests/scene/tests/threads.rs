@@ -1,4 +1,4 @@
-//! What becomes of work for which no thread can be started.
+//! The daemon in a control group in which it cannot start threads.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,10 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
-use scene::alone::{Alone, digest};
 use scene::process::eventually;
+use scene::snapshotter_fixture::{SnapshotterFixture, digest};
 
-/// A control group that bounds how many processes and threads there are in it.
+/// A control group that limits the number of processes and threads in it.
 struct PidsGroup(PathBuf);
 
 impl PidsGroup {
@@ -24,7 +24,7 @@ impl PidsGroup {
         Self(group)
     }
 
-    /// From now on there are no more than `count` beside those that there are.
+    /// Allows at most `count` threads more than there are.
     fn allow_more(&self, count: usize) {
         let current: usize = fs::read_to_string(self.0.join("pids.current")).unwrap().trim().parse().unwrap();
         fs::write(self.0.join("pids.max"), (current + count).to_string()).unwrap();
@@ -33,16 +33,16 @@ impl PidsGroup {
 
 impl Drop for PidsGroup {
     fn drop(&mut self) {
-        // The kernel lets go of it a moment after the last process of it has ended.
+        // The kernel frees the group a moment after its last process has ended.
         eventually("the control group can be removed", || fs::remove_dir(&self.0).is_ok());
     }
 }
 
-/// A scan whose helper threads could not be started panicked and was never finished: whoever needed the
-/// layer waited for `repository-timeout`, and then its healthy repository was taken for dead.
+/// A scan whose helper threads could not be started panicked and never finished: containers on the layer waited for
+/// `repository-timeout`, and then its healthy repository was reported as down.
 #[test]
 fn root_scan_succeeds_without_additional_threads() {
-    let mut d = Alone::start("threads", "repository-timeout = 4");
+    let mut d = SnapshotterFixture::start("threads", "repository-timeout = 4");
     let top = d.repository.layer_dir(&digest(1)).join("layerfs");
     for n in 0..500 {
         fs::create_dir(top.join(n.to_string())).unwrap();
@@ -50,7 +50,7 @@ fn root_scan_succeeds_without_additional_threads() {
     fs::write(top.join("499/.wh.gone"), "").unwrap();
     d.repository.commit();
     let group = PidsGroup::around(d.snapshotter.server().pid());
-    // One that asks the repository, and one that scans.
+    // The two threads are one that queries the repository, and one that scans.
     group.allow_more(2);
     let layer = d.client.pull_remote("extract-1", "", "sha256:c1", &digest(1));
     d.client.prepare("container", &layer, &[]).expect("a container starts");

@@ -1,17 +1,17 @@
-//! A repository whose client goes on while its server cannot be reached: what is cached can be had, and
-//! all else is answered with an input/output error.
+//! A repository whose client runs while its server cannot be reached: cached files are served, and all other reads fail
+//! with an input/output error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use scene::alone::{Alone, digest, pull_chain, unavailable_with_advice};
 use scene::doctor;
+use scene::e2e_fixture::E2eFixture;
 use scene::metrics::{sample, scrape};
 use scene::process::eventually;
 use scene::publisher::{NAME, Repository, Settings};
 use scene::sandbox::Sandbox;
 use scene::snapshotter::Snapshotter;
-use scene::stage::Stage;
+use scene::snapshotter_fixture::{SnapshotterFixture, assert_unavailable_with_advice, digest, pull_chain};
 use serde_json::Value;
 
 const SENTENCE: &str = "the repository's server cannot be reached";
@@ -19,14 +19,14 @@ const WAITS: &str = "repository_wait_seconds_count{repository=\"scene.test\"}";
 const UP: &str = "repository_up{repository=\"scene.test\"}";
 const OUTAGES: &str = "repository_server_outages_total{repository=\"scene.test\"}";
 
-/// What `status --json` says of the repository.
+/// The repository in `status --json`.
 fn status(snapshotter: &Snapshotter) -> Value {
     let output = snapshotter.admin(&["status", "--json"]);
     let report: Value = serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", output.stderr));
     report["repositories"][0].clone()
 }
 
-/// What the doctor says of the server: state and sentence.
+/// The doctor's finding about the server: its state and its text.
 fn diagnosis(snapshotter: &Snapshotter) -> Option<(String, String)> {
     let found = doctor::read(&snapshotter.admin(&["doctor", "--json"]));
     let finding = found.into_iter().find(|one| one.check == "repository.server")?;
@@ -41,7 +41,7 @@ fn names_server(text: &str, url: &str) {
     }
 }
 
-fn everybody_says_it(stage: &Stage, socket: &Path, url: &str) {
+fn everybody_says_it(stage: &E2eFixture, socket: &Path, url: &str) {
     let metrics = scrape(socket);
     assert_eq!((sample(&metrics, UP), sample(&metrics, OUTAGES)), (0, 1));
     assert!(!stage.snapshotter.client().is_serving(NAME));
@@ -63,12 +63,12 @@ fn everybody_says_it(stage: &Stage, socket: &Path, url: &str) {
     assert!(text.contains("cvmfs_talk -i scene.test"), "{text}");
 }
 
-/// A pull waited for one layer after the other, and nobody said why.
+/// A pull waited for one layer after the other, without a message.
 #[test]
 fn root_unreachable_server_is_reported_everywhere_and_delays_a_pull_once() {
     let socket = PathBuf::from(format!("/run/scene-unreachable-{}.sock", std::process::id()));
     let publisher = |dir: &Path| Repository::mounted_with(dir, Settings::with_client(&["--retry-delay", "300"]));
-    let stage = Stage::with("unreachable", &format!("metrics-address = {socket:?}"), publisher);
+    let stage = E2eFixture::start_with_repository("unreachable", &format!("metrics-address = {socket:?}"), publisher);
     let cached = stage.shell_image("cached:1", "cached");
     let uncached = stage.shell_image("uncached:1", "uncached");
     let layer = |n| {
@@ -120,10 +120,10 @@ fn root_unreachable_server_is_reported_everywhere_and_delays_a_pull_once() {
     }
 }
 
-/// The daemon asks for nothing then, and does not meet it.
+/// The daemon reads nothing at that time, so it does not meet the error itself.
 #[test]
 fn root_read_errors_of_containers_are_reported_from_client_counters() {
-    let d = Alone::start("counters", "");
+    let d = SnapshotterFixture::start("counters", "");
     let chain = pull_chain(&d.client);
     d.client.prepare("running", &chain, &[]).expect("the repository answers");
     assert_eq!(status(&d.snapshotter)["client_io_errors"], Value::Null);
@@ -144,11 +144,11 @@ fn root_read_errors_of_containers_are_reported_from_client_counters() {
     names_server(&what, "http://127.0.0.1");
 }
 
-/// One file may be damaged: that takes nothing from containers on others.
+/// A damaged file must not affect containers that do not use it.
 #[test]
 fn root_unreadable_layer_does_not_block_containers_on_other_layers() {
     let sandbox = Sandbox::enter("damaged");
-    // Nothing is answered from the kernel's caches.
+    // The kernel caches nothing.
     let repository = Repository::mounted_with(&sandbox.path("cvmfs"), Settings::with_client(&["--ttl", "0"]));
     for n in [1, 2] {
         fs::create_dir_all(repository.layer_dir(&digest(n)).join("layerfs/dir")).expect("a layer can be made");
@@ -162,11 +162,11 @@ fn root_unreadable_layer_does_not_block_containers_on_other_layers() {
         c.prepare(key, layer, &[]).expect("the repository answers");
     }
     repository.command("fail EIO");
-    let message = unavailable_with_advice(c.prepare("bad-again", &bad, &[]));
+    let message = assert_unavailable_with_advice(c.prepare("bad-again", &bad, &[]));
     assert!(message.contains(SENTENCE), "{message}");
     assert!(!c.is_serving(NAME));
     repository.command("normal");
-    // Nobody waits for the next look at what failed.
+    // The call does not wait for the next probe of the layer that failed.
     c.prepare("good-again", &good, &[]).expect("it is asked for");
     eventually("all is well again", || c.is_serving(NAME));
 }

@@ -61,7 +61,7 @@ func check(err error) {
 func serve(snapshotter snapshots.Snapshotter, socket string) {
 	server := grpc.NewServer()
 	api.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
-	// One that was killed left it.
+	// A peer that was killed has left its socket.
 	_ = os.Remove(socket)
 	listener, err := net.Listen("unix", socket)
 	check(err)

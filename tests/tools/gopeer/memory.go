@@ -14,7 +14,7 @@ import (
 
 const target = "containerd.io/snapshot.ref"
 
-// memory knows names, parents and labels. A pulled layer is there as soon as it is asked for.
+// memory keeps names, parents and labels. It claims every layer that is asked for as published.
 type memory struct {
 	mu  sync.RWMutex
 	all map[string]snapshots.Info
@@ -56,7 +56,7 @@ func (m *memory) create(kind snapshots.Kind, key, parent string, opts []snapshot
 	return nothing(), nil
 }
 
-// nothing is the description of a mount that nobody does.
+// nothing describes a mount that is never made.
 func nothing() []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: "/nonexistent", Options: []string{"rw", "rbind"}}}
 }

@@ -1,4 +1,4 @@
-//! One entry of a tar on a disk.
+//! Writing an entry of a tar to disk.
 
 #![forbid(unsafe_code)]
 

@@ -44,11 +44,11 @@ pub struct Written {
     pub digest: Digest,
     /// Decompressed.
     pub size: u64,
-    /// Of the catalog and everything below it.
+    /// Counters of the catalog and of all catalogs below it.
     pub counters: Counters,
 }
 
-/// What the statistics table counts, in the order of [`Counters::NAMES`].
+/// The counters of the statistics table, in the order of [`Counters::NAMES`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters([u64; 12]);
 
@@ -61,7 +61,7 @@ impl Counters {
         "nested",
         "file_size",
         "xattr",
-        // What this publisher never writes; clients expect the rows.
+        // This publisher never writes such objects, but clients expect the rows.
         "chunked",
         "chunks",
         "chunked_size",

@@ -15,7 +15,7 @@ use super::store::ContentKey;
 use crate::format::{self, DIRECTORY, Digest, FILE, NESTED_MOUNTPOINT, NESTED_ROOT, SPECIAL, SYMLINK};
 use crate::ingest::NO_OWNER;
 
-/// What one catalog says. Two equal ones need only be written once.
+/// The content of a catalog. Equal catalogs are written once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Catalog {
     pub path: Vec<u8>,
@@ -26,7 +26,7 @@ pub struct Catalog {
     pub references: Vec<(Vec<u8>, Digest, u64)>,
 }
 
-/// One entry of a catalog.
+/// An entry of a catalog.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     pub path: Vec<u8>,
@@ -39,7 +39,7 @@ pub struct Row {
     pub uid: u32,
     pub gid: u32,
     pub target: Vec<u8>,
-    /// As the catalog has it, see [`packed_attributes`].
+    /// The extended attributes in the format of [`packed_attributes`].
     pub attributes: Option<Vec<u8>>,
     pub content: Option<ContentKey>,
     /// Number of the group of hard links, from 1, and how many links it has in this catalog; a

@@ -1,6 +1,5 @@
-//! A program that listens at a socket, as a containerd would, and answers nobody. Run with anything else
-//! than the path of a socket, it writes what it was run with into a file beside it: who, how, and in which
-//! environment.
+//! A program that is no containerd and listens at a socket without answering. With other arguments than the path of a
+//! socket it writes its user, arguments and environment to a file beside it, by which a test sees that it was run.
 
 use std::fs;
 use std::os::unix::net::UnixListener;

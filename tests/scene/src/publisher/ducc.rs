@@ -1,5 +1,5 @@
-//! This part of the publisher does what DUCC does: it unpacks layers by ingest, and writes records of layers and
-//! images in transactions of its own, as root.
+//! The part of the publisher that stands for DUCC: it unpacks layers by ingest, and writes records of layers and images
+//! in transactions as root.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::{Repository, Unpacking, flat};
 use crate::image::{Blob, Image};
 
-/// Where DUCC puts the manifest of an image.
+/// The path at which DUCC puts the manifest of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ManifestPlace<'a> {
     /// `.metadata/<reference>`: every image until the middle of 2025, later those that no index lists.
@@ -33,7 +33,7 @@ impl Repository {
         self.in_store(".layers", digest)
     }
 
-    /// The whole root file system of the image with this configuration.
+    /// The directory of the whole root file system of the image with this configuration.
     pub fn flat_dir(&self, config: &str) -> PathBuf {
         self.in_store(".flat", config)
     }
@@ -46,7 +46,7 @@ impl Repository {
         }
     }
 
-    /// The image's layers.
+    /// Publishes the image's layers.
     pub fn publish(&self, image: &Image) {
         self.unpack_layers(&image.layers);
         self.commit();
@@ -57,17 +57,17 @@ impl Repository {
         self.commit();
     }
 
-    /// The image's layers, which image they are of, and its manifest.
+    /// Publishes the image's layers, the record of the image they belong to, and its manifest.
     pub fn publish_image(&self, image: &Image, reference: &str, place: ManifestPlace) {
         self.unpack_layers(&image.layers);
-        self.note_origin(image);
+        self.record_origin(image);
         let dir = self.manifest_dir(reference, place);
         fs::create_dir_all(&dir).expect("a manifest's directory can be made");
         fs::write(dir.join("manifest.json"), go_manifest(image)).expect("a manifest can be written");
         self.commit();
     }
 
-    /// The image's whole root file system, and a link to it under the image's name.
+    /// Publishes the image's whole root file system, and a symlink to it with the image's name.
     pub fn publish_flat(&self, image: &Image, reference: &str) {
         let top = self.flat_dir(&image.config.digest);
         if !top.exists() {
@@ -100,12 +100,12 @@ impl Repository {
             }
             mark(dir.parent().expect("a layer lies in a directory"));
             fs::create_dir(dir.join(".metadata")).expect("a directory can be made");
-            fs::write(dir.join(".metadata/layers.json"), remembered(layer, &tar)).expect("a file can be written");
+            fs::write(dir.join(".metadata/layers.json"), podman_record(layer, &tar)).expect("a file can be written");
         }
     }
 
-    /// Adds the image to those that each of its layers is of.
-    fn note_origin(&self, image: &Image) {
+    /// Adds the image to the record of each of its layers.
+    fn record_origin(&self, image: &Image) {
         let mut layers: Vec<&str> = image.layers.iter().map(|layer| layer.digest.as_str()).collect();
         layers.sort_unstable();
         layers.dedup();
@@ -119,7 +119,7 @@ impl Repository {
     }
 }
 
-/// Unpacks a layer with all that its tar says, and makes it a catalog.
+/// Unpacks a layer with all properties in its tar, and gives it a catalog.
 fn extract(layer: &Blob, top: &Path) {
     fs::create_dir_all(top).expect("a layer's directory can be made");
     mark(top);
@@ -135,7 +135,7 @@ fn extract(layer: &Blob, top: &Path) {
     assert!(status.success(), "tar failed");
 }
 
-/// Makes a directory of DUCC's own a catalog.
+/// Gives a directory of DUCC a catalog.
 pub fn mark(dir: &Path) {
     fs::write(dir.join(MARKER), "").expect("a catalog marker can be written");
 }
@@ -146,7 +146,7 @@ fn path_in(store: &str, digest: &str) -> PathBuf {
     Path::new(store).join(&hex[..2]).join(hex)
 }
 
-/// As Go writes it: with its own names of fields.
+/// A manifest with the field names that DUCC, a Go program, writes.
 fn go_manifest(image: &Image) -> String {
     let descriptor = |blob: &Blob| {
         format!(r#"{{"MediaType":"{}","Size":{},"Digest":"{}"}}"#, blob.media_type, blob.size, blob.digest)
@@ -160,8 +160,8 @@ fn go_manifest(image: &Image) -> String {
     )
 }
 
-/// What is kept beside a layer for Podman.
-fn remembered(layer: &Blob, tar: &[u8]) -> String {
+/// The record that DUCC keeps beside a layer for Podman.
+fn podman_record(layer: &Blob, tar: &[u8]) -> String {
     let diff_id = format!("{:x}", Sha256::digest(tar));
     let layers = json!([{
         "id": diff_id,

@@ -1,6 +1,6 @@
-//! Whole root file systems as DUCC's own unpacker makes them (October 2024): owners are the image's, but
-//! modes lose their setuid, setgid and sticky bits and get the owner's own, and times of links, and of
-//! directories with something in them, are those of the publication.
+//! Whole root file systems as DUCC's unpacker makes them (October 2024). Owners are those of the image. Modes lose their
+//! setuid, setgid and sticky bits, and always grant the owner access. Symlinks and directories that are not empty get
+//! the time of the publication.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -17,7 +17,7 @@ use tar::{Archive, Entry, EntryType};
 
 use crate::image::Blob;
 
-/// What Singularity finds at the top of a root.
+/// The symlinks that Singularity expects at the top of a root.
 const LINKS: [(&str, &str); 6] = [
     (".exec", ".singularity.d/actions/exec"),
     (".run", ".singularity.d/actions/run"),
@@ -26,7 +26,7 @@ const LINKS: [(&str, &str); 6] = [
     ("environment", ".singularity.d/env/90-environment.sh"),
     ("singularity", ".singularity.d/runscript"),
 ];
-/// What the links lead to, and what that needs.
+/// The scripts that the symlinks lead to, and those that they call.
 const SCRIPTS: [&str; 13] = [
     "actions/exec",
     "actions/run",
@@ -43,13 +43,13 @@ const SCRIPTS: [&str; 13] = [
     "startscript",
 ];
 
-/// Makes the root of the image with these layers in the directory `top`. Each layer is unpacked alone,
-/// in `scratch`, and then laid over what is there.
+/// Makes the root of the image with these layers in the directory `top`. Each layer is unpacked in `scratch`, and then
+/// merged into `top`.
 pub fn build(layers: &[Blob], scratch: &Path, top: &Path) {
     for layer in layers {
         fs::create_dir(scratch).expect("the scratch directory is new");
         unpack(layer, scratch);
-        lay_over(scratch, top);
+        merge(scratch, top);
         fs::remove_dir_all(scratch).expect("the scratch directory can be removed");
     }
     add_singularity(top).expect("Singularity's files can be added");
@@ -91,9 +91,9 @@ fn write(entry: &mut Entry<impl io::Read>, path: &Path, top: &Path) -> io::Resul
     entry::set_mtime(path, Duration::from_secs(entry.header().mtime()?))
 }
 
-/// Applies the deletions of the layer at `from` to `to`, then takes over its entries. What is known of
-/// its directories counts, also where they were there before.
-fn lay_over(from: &Path, to: &Path) {
+/// Applies the deletions of the layer at `from` to `to`, and then copies its entries. The properties of its directories
+/// replace those of directories that exist.
+fn merge(from: &Path, to: &Path) {
     let mut entries: Vec<_> = fs::read_dir(from).expect("a directory can be listed").flatten().collect();
     entries.sort_by_key(|entry| !entry.file_name().as_bytes().starts_with(b".wh."));
     for entry in entries {
@@ -111,7 +111,7 @@ fn lay_over(from: &Path, to: &Path) {
                     remove(&target);
                     fs::create_dir(&target).expect("a directory can be made");
                 }
-                lay_over(&source, &target);
+                merge(&source, &target);
                 copy_metadata(&source, &target);
             }
             None => {
@@ -162,7 +162,7 @@ fn remove(path: &Path) {
     }
 }
 
-/// Directories that a container is mounted over, two files that it gets from its host, and scripts.
+/// Adds directories that serve as mount points, two files that a container gets from its host, and scripts.
 fn add_singularity(top: &Path) -> io::Result<()> {
     for directory in ["dev", "proc", "root", "var/tmp", "tmp", "etc", "sys", "home", ".singularity.d/libs"] {
         fs::create_dir_all(top.join(directory))?;

@@ -1,19 +1,19 @@
-//! Each command that the documentation shows is run: here, on a node where the Go snapshotter runs at first, or by
-//! whom `ELSEWHERE` names. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of
-//! a block of a shell. Of what stands in prose, whole commands are run as well, but nobody looks for more.
+//! Runs each command that the documentation shows, on a node that begins with the Go snapshotter, or names in
+//! `ELSEWHERE` who runs it. A command is a line of a block `console` that begins with `# ` or `$ `, and any line of a
+//! block of a shell. Some whole commands in prose are run as well; nothing checks that these are all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use scene::e2e_fixture::names;
 use scene::machine::{HOST, SERVICE, STATE};
 use scene::process::{eventually, tool};
 use scene::release::read;
-use scene::stage::names;
 
 use crate::node::{CONFIG, Node};
-use crate::{DEB, RPM, folder, go, next, one};
+use crate::{DEB, RPM, find_package, folder, go, next};
 
-/// Who runs a command that is not run here.
+/// The place that runs a command which is not run here.
 enum By {
     /// `.ci/run`.
     Ci,
@@ -23,7 +23,7 @@ enum By {
     File(&'static str, &'static str),
 }
 
-/// The page, the command, who runs it, and why it is not run here.
+/// The page, the command, the place that runs it, and why it is not run here.
 const ELSEWHERE: &[(&str, &str, By, &str)] = &[
     ("README.md", "make demo", By::Release, "it ends with a table that somebody has to look at"),
     ("README.md", "make test", By::Ci, "this is a part of it"),
@@ -39,7 +39,7 @@ const ELSEWHERE: &[(&str, &str, By, &str)] = &[
 
 struct Command {
     page: String,
-    /// Counted over all pages.
+    /// The position of the command among those of all pages.
     block: usize,
     text: String,
     done: bool,
@@ -49,7 +49,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The Markdown in a folder, and in those below it if `deep`; as the tests' `read` names it.
+/// The Markdown files in a directory, and if `deep` in those below it, with the names that `read` of the harness takes.
 fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
     for name in names(&root().join(folder)) {
         let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
@@ -61,12 +61,12 @@ fn pages(folder: &str, deep: bool, found: &mut Vec<String>) {
     }
 }
 
-/// Without the comment behind it.
-fn bare(line: &str) -> String {
+/// The command without a trailing comment.
+fn without_comment(line: &str) -> String {
     line.split("  #").next().unwrap_or_default().trim().to_owned()
 }
 
-/// What the documentation tells people to type, page by page.
+/// The commands that the documentation shows, page by page.
 fn commands() -> Vec<Command> {
     let mut files = Vec::new();
     pages("", false, &mut files);
@@ -94,7 +94,7 @@ fn commands() -> Vec<Command> {
                 (Some(name), None) if name == "sh" || name == "bash" => Some(line).filter(|l| !l.starts_with('#')),
                 _ => None,
             };
-            let text = command.map(bare).filter(|text| !text.is_empty());
+            let text = command.map(without_comment).filter(|text| !text.is_empty());
             if let Some(text) = text {
                 assert!(!text.ends_with('\\'), "{page}: a command has one line here: {text}");
                 commands.push(Command { page: page.clone(), block, text, done: false });
@@ -105,18 +105,18 @@ fn commands() -> Vec<Command> {
     commands
 }
 
-/// Runs them.
+/// Runs the commands on a node.
 struct Reader<'a> {
     node: &'a Node,
     commands: Vec<Command>,
-    /// What stands for something else on a page, and what is typed for it.
+    /// Placeholders of the pages, and the texts that replace them.
     substitutions: Vec<(String, String)>,
-    /// What did not do what its page says.
+    /// The commands that did not do what their page says.
     wrong: Vec<String>,
 }
 
 impl Reader<'_> {
-    /// Runs a command of a page, in its order there, which must end so. The result is what it said.
+    /// Runs the next command of a page and checks its exit status. The result is its output.
     #[track_caller]
     fn run(&mut self, page: &str, text: &str, code: i32) -> String {
         let found = self.commands.iter().position(|c| c.page == page && c.text == text && !c.done);
@@ -145,7 +145,7 @@ impl Reader<'_> {
         output.stdout
     }
 
-    /// As `run`, to a good end, and it must say these words.
+    /// As `run`, for a command that must succeed and print these words.
     #[track_caller]
     fn run_and_see(&mut self, page: &str, text: &str, words: &[&str]) {
         let said = self.run(page, text, 0);
@@ -154,7 +154,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The others are still run, and all that is wrong is said at once.
+    /// Records a failure, so that the other commands still run and all failures are reported at once.
     fn is_wrong(&mut self, what: String) {
         println!("{what}");
         self.wrong.push(what);
@@ -164,10 +164,10 @@ impl Reader<'_> {
         self.substitutions.extend(more.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())));
     }
 
-    /// Other packages than before stand for those of the pages.
+    /// Replaces the packages that stand for those of the pages.
     fn take_packages(&mut self, folder: &Path) {
         let packages = [("_0.1.0-1", DEB), ("-0.1.0-1", RPM)].map(|(version, end)| {
-            let given = self.node.give(&one(folder, end));
+            let given = self.node.give(&find_package(folder, end));
             (format!("cvmfs-snapshotter{version}{end}"), given.trim_start_matches("/root/").to_owned())
         });
         self.substitutions.retain(|(from, _)| packages.iter().all(|(shown, _)| shown != from));
@@ -175,7 +175,7 @@ impl Reader<'_> {
     }
 }
 
-/// No command is forgotten, and the table has none that is gone.
+/// Every command has somebody who runs it, and the table has no command that the pages do not show.
 fn missing(commands: &[Command]) -> Vec<String> {
     let elsewhere = |c: &Command| ELSEWHERE.iter().any(|(page, text, ..)| c.page == *page && c.text == *text);
     let missing = commands.iter().filter(|c| !c.done && !elsewhere(c));
@@ -183,7 +183,7 @@ fn missing(commands: &[Command]) -> Vec<String> {
 }
 
 #[test]
-fn every_command_attributed_to_another_test_is_run_there() {
+fn every_command_listed_as_run_elsewhere_is_run_there() {
     let commands = commands();
     for (page, text, by, why) in ELSEWHERE {
         assert!(commands.iter().any(|c| c.page == *page && c.text == *text), "{page} has no command {text} any more");
@@ -193,7 +193,7 @@ fn every_command_attributed_to_another_test_is_run_there() {
             By::Release => ("docs/releasing.md", format!("{text}`")),
             By::File(file, words) => (*file, (*words).to_owned()),
         };
-        // However it is indented there.
+        // The indentation does not matter.
         let lines: Vec<String> = read(file).lines().map(|line| line.trim().to_owned()).collect();
         assert!(format!("\n{}\n", lines.join("\n")).contains(&words), "{file} has no {words:?}");
         if let Some(target) = text.strip_prefix("make ") {
@@ -202,7 +202,7 @@ fn every_command_attributed_to_another_test_is_run_there() {
     }
 }
 
-/// Debian's rpm knows nothing of Debian's packages, which have what ours needs.
+/// Debian's rpm has no database of Debian's packages, which provide what our package requires.
 fn provide_rpm(node: &Node) {
     let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
     let script = format!(
@@ -224,8 +224,8 @@ const TAKEOVER: &str = "docs/takeover.md";
 const CACHE: &str = "/var/lib/cvmfs";
 const TROUBLE: &str = "docs/troubleshooting.md";
 
-/// One life of a node: the Go snapshotter, ours by hand, as a DEB, as an RPM, and as a DEB again, under a container
-/// that loses nothing.
+/// The life of a node: the Go snapshotter, then ours installed by hand, as a DEB, as an RPM, and as a DEB again, while a
+/// container runs and loses nothing.
 #[test]
 fn root_every_documented_command_does_what_its_page_says() {
     let Some(node) = go::boot_node_or_skip("commands", "/etc/systemd/system") else { return };
@@ -241,7 +241,7 @@ fn root_every_documented_command_does_what_its_page_says() {
     docs.run(TAKEOVER, away, 0);
     node.assert_counts();
 
-    by_hand(&mut docs);
+    run_manual_installation(&mut docs);
 
     docs.run(README, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
     node.assert_serves();
@@ -254,9 +254,9 @@ fn root_every_documented_command_does_what_its_page_says() {
     let two = format!("df --output=target,source {CACHE} {STATE}");
     docs.run_and_see(INSTALL, &two, &[STATE]);
 
-    everyday(&mut docs, running.image());
+    run_everyday_commands(&mut docs, running.image());
 
-    // Upgraded, and what is installed last is never older.
+    // The upgrade installs a version that is not older.
     docs.take_packages(&next(&node.sandbox));
     docs.run(INSTALL, &format!("dpkg --install cvmfs-snapshotter_0.1.0-1{DEB}"), 0);
     node.assert_serves();
@@ -301,10 +301,10 @@ fn root_every_documented_command_does_what_its_page_says() {
     assert_eq!(missing(&docs.commands), Vec::<String>::new(), "commands that nobody runs");
 }
 
-/// What the readme says of an installation without a package.
-fn by_hand(docs: &mut Reader) {
+/// The commands of the readme for an installation without a package.
+fn run_manual_installation(docs: &mut Reader) {
     let node = docs.node;
-    // Where the sources were built.
+    // The build leaves its program there.
     let program =
         "dpkg-deb --extract /root/*.deb /root/unpacked && install -D /root/unpacked/usr/bin/cvmfs-snapshotter";
     node.shell(&format!("{program} /root/target/release/cvmfs-snapshotter")).ok();
@@ -327,8 +327,8 @@ fn by_hand(docs: &mut Reader) {
     assert!(journal.contains("takeover_finished") && journal.contains(r#""lost_files":"0""#), "{journal}");
 }
 
-/// What an administrator does with one that serves, on which `image` was pulled.
-fn everyday(docs: &mut Reader, image: &str) {
+/// The commands for a daemon that serves, through which `image` was pulled.
+fn run_everyday_commands(docs: &mut Reader, image: &str) {
     let node = docs.node;
     for page in [README, ADMIN] {
         docs.run_and_see(page, "cvmfs-snapshotter doctor", &["good     daemon.running", "good     repository.answers"]);

@@ -1,13 +1,13 @@
-//! What is in the packages, without installing them.
+//! The contents of the packages, which are read without installing them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use scene::process::run;
 
-use crate::{all, folder};
+use crate::{find_packages, folder};
 
-/// By name: the mode as `ls` writes it, and owner and group.
+/// The mode in the form of `ls`, and owner and group, by name.
 type Files = BTreeMap<String, (String, String)>;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,7 @@ struct Package {
 }
 
 fn packages() -> Vec<Package> {
-    let debs = all(&folder(), ".deb").into_iter().map(|path| {
+    let debs = find_packages(&folder(), ".deb").into_iter().map(|path| {
         // drwxr-xr-x root/root 0 2026-11-26 21:15 ./etc/
         let list = run("dpkg-deb", [Path::new("--contents"), &path]).ok();
         let files = list.lines().map(|line| {
@@ -33,7 +33,7 @@ fn packages() -> Vec<Package> {
         });
         (Kind::Deb, path, files.filter(|(name, _)| !name.is_empty()).collect())
     });
-    let rpms = all(&folder(), ".rpm").into_iter().map(|path| {
+    let rpms = find_packages(&folder(), ".rpm").into_iter().map(|path| {
         let format = "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES}\n]";
         let list = run("rpm", [Path::new("-qp"), "--queryformat".as_ref(), format.as_ref(), &path]).ok();
         let files = list.lines().map(|line| {
@@ -71,7 +71,7 @@ fn packages_contain_program_units_configuration_pages_and_licences() {
         let file_name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
         let here = |folder: &str, end: &str, to: &str, more: &str| {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
-            let names = all(&folder, end).iter().filter_map(|path| file_name(path)).collect::<Vec<_>>();
+            let names = find_packages(&folder, end).iter().filter_map(|path| file_name(path)).collect::<Vec<_>>();
             names.into_iter().map(|name| format!("{to}/{name}{more}")).collect::<Vec<_>>()
         };
         let mut wanted: Vec<String> = [
@@ -113,7 +113,7 @@ fn every_packaged_file_in_etc_is_a_configuration_file() {
         let kept = if kind == Kind::Deb {
             run("dpkg-deb", ["--info", &path, "conffiles"]).ok()
         } else {
-            // 1: configuration; 16: not replaced.
+            // The flags are 1 for configuration and 16 for files that an upgrade does not replace.
             let format = "[%{FILEFLAGS} %{FILENAMES}\n]";
             let list = run("rpm", ["-qp", "--queryformat", format, &path]).ok();
             list.lines().filter_map(|line| line.strip_prefix("17 ")).collect::<Vec<_>>().join("\n")
@@ -123,10 +123,10 @@ fn every_packaged_file_in_etc_is_a_configuration_file() {
     }
 }
 
-/// EL7 has rpm 4.11 of 2013, which refuses what it does not know.
+/// EL7 has rpm 4.11 of 2013, which refuses features that it does not know.
 #[test]
 fn rpm_requires_nothing_that_el7_lacks() {
-    for rpm in all(&folder(), ".rpm") {
+    for rpm in find_packages(&folder(), ".rpm") {
         let rpm = rpm.display().to_string();
         let query = |what: &str| run("rpm", ["-qp", "--queryformat", what, &rpm]).ok();
         let known = ["CompressedFileNames", "FileDigests", "PayloadFilesHavePrefix", "PayloadIsXz"];
@@ -140,7 +140,8 @@ fn rpm_requires_nothing_that_el7_lacks() {
     }
 }
 
-/// In one transaction with what they need, rpm orders packages by what their scriptlets require, and by nothing else.
+/// When rpm installs a package together with its dependencies, it orders them by what their scriptlets require, and by
+/// nothing else.
 #[test]
 fn rpm_requires_programs_that_its_scriptlets_run() {
     const TOOLS: [(&str, &[&str]); 6] = [
@@ -158,7 +159,7 @@ fn rpm_requires_programs_that_its_scriptlets_run() {
         .flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric()))
         .filter(|word| !word.is_empty())
         .collect();
-    for rpm in all(&folder(), ".rpm") {
+    for rpm in find_packages(&folder(), ".rpm") {
         let format = "[%{REQUIREFLAGS:deptype} %{REQUIRENAME}\n]";
         let requires = run("rpm", ["-qp", "--queryformat", format, &rpm.display().to_string()]).ok();
         for (package, tools) in TOOLS {
@@ -174,7 +175,7 @@ fn rpm_requires_programs_that_its_scriptlets_run() {
     }
 }
 
-/// `packaging/lint-exceptions` has a line for each: the program, its name for the finding, and why.
+/// `packaging/lint-exceptions` has a line for each finding: the program, its name for the finding, and the reason.
 #[test]
 fn lintian_and_rpmlint_report_only_explained_findings() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/lint-exceptions");
@@ -189,7 +190,7 @@ fn lintian_and_rpmlint_report_only_explained_findings() {
         })
         .collect();
     let mut found = Vec::new();
-    for deb in all(&folder(), ".deb") {
+    for deb in find_packages(&folder(), ".deb") {
         let said =
             run("lintian", ["--allow-root", "--display-info", "--fail-on=none", &deb.display().to_string()]).ok();
         // E: cvmfs-snapshotter: no-copyright-file
@@ -198,7 +199,7 @@ fn lintian_and_rpmlint_report_only_explained_findings() {
             found.push(("lintian", finding, line.to_owned()));
         }
     }
-    for rpm in all(&folder(), ".rpm") {
+    for rpm in find_packages(&folder(), ".rpm") {
         let said = run("rpmlint", [rpm.display().to_string()]).stdout;
         assert!(said.contains(" specfiles checked"), "rpmlint did not run: {said}");
         // cvmfs-snapshotter.x86_64: W: no-documentation

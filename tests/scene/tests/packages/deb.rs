@@ -5,16 +5,16 @@ use std::fs;
 use scene::machine::{SERVICE, STATE};
 
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
-use crate::{DEB, folder, next, one};
+use crate::{DEB, find_package, folder, next};
 
-/// What `systemd-analyze security` may say of the unit, in tenths.
+/// The highest exposure that `systemd-analyze security` may report for the unit, in tenths.
 const EXPOSURE: &str = "47";
 
 #[test]
 fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     let Some(node) = Node::boot_or_skip("deb") else { return };
     let machine = &node.machine;
-    let deb = node.give(&one(&folder(), DEB));
+    let deb = node.give(&find_package(&folder(), DEB));
     let install = format!("--install {deb}");
     node.dpkg(&install);
     node.assert_serves();
@@ -30,7 +30,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     node.assert_nothing_is_lost(&running);
 
     let configured = fs::read_to_string(machine.path(CONFIG)).expect("it is there");
-    let upgrade = format!("--install {}", node.give(&one(&next(&node.sandbox), DEB)));
+    let upgrade = format!("--install {}", node.give(&find_package(&next(&node.sandbox), DEB)));
     let (socket, service) = (node.since(SOCKET_UNIT), node.since(SERVICE));
     let (calls, failed) = node.calls_during(|| {
         node.dpkg(&upgrade);
@@ -44,7 +44,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
 
-    // A wrong configuration is said, the package is installed nevertheless, and what serves goes on.
+    // The package reports the invalid configuration, is installed nevertheless, and the running daemon keeps serving.
     node.configure("workers = 0");
     let serving = node.since(SERVICE);
     let said = node.dpkg(&upgrade);
@@ -55,7 +55,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     fs::write(machine.path(CONFIG), &configured).expect("it can be mended");
     machine.restart(SERVICE);
     node.assert_nothing_is_lost(&running);
-    // What was stopped by hand is not started by an upgrade.
+    // An upgrade does not start units that were stopped by hand.
     node.shell(&format!("systemctl stop {SERVICE} {SOCKET_UNIT}")).ok();
     node.dpkg(&upgrade);
     assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
@@ -73,7 +73,7 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
 
-    // Else containerd may still have something cleaned up that was in use just now.
+    // containerd might still clean up snapshots that were in use until now.
     node.shell(&format!("systemctl stop {SERVICE} {SOCKET_UNIT}")).ok();
     let state = node.state();
     let said = node.dpkg("--purge cvmfs-snapshotter");
@@ -89,14 +89,14 @@ fn root_deb_install_upgrade_remove_and_purge_keep_running_container_intact() {
 #[test]
 fn root_deb_installs_without_running_systemd() {
     let Some(node) = Node::boot_or_skip("deb-image") else { return };
-    let deb = node.give(&one(&folder(), DEB));
+    let deb = node.give(&find_package(&folder(), DEB));
     node.assert_installs_without_systemd(|| node.dpkg(&format!("--install {deb}")));
 }
 
 fn check_units(node: &Node) {
     let units = format!("/usr/lib/systemd/system/{SERVICE} /usr/lib/systemd/system/{SOCKET_UNIT}");
     let verified = node.shell(&format!("systemd-analyze verify --man=no {units}"));
-    // Only what is for a newer systemd or an older one, and the unit says so.
+    // The only complaints are about settings for a newer or an older systemd, which the unit explains.
     let others = ["RestartSteps", "RestartMaxDelaySec", "MemoryLimit"];
     let complaints = verified.stdout.lines().filter(|line| line.contains("cvmfs-snapshotter."));
     let unknown: Vec<&str> = complaints.filter(|line| !others.iter().any(|key| line.contains(key))).collect();

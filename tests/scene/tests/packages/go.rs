@@ -1,7 +1,7 @@
 //! A node on which the Go snapshotter runs, installed by hand: a package takes its place.
 //!
-//! Its engine is the real one, and as the real daemon it empties its snapshots on SIGTERM; so a
-//! scriptlet that stopped it would be seen.
+//! It uses the engine of the real Go snapshotter, and empties its snapshots on SIGTERM like the real daemon, so a
+//! scriptlet that stopped it would be noticed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,28 +9,28 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use scene::client::Client;
+use scene::e2e_fixture::names;
 use scene::machine::{PROXY, SERVICE, SOCKET, STATE};
 use scene::process::{Server, eventually, tool};
 use scene::sandbox::Sandbox;
-use scene::stage::names;
 
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
-use crate::{DEB, RPM, folder, next, one};
+use crate::{DEB, RPM, find_package, folder, next};
 
-/// As it is on such a node.
+/// The configuration on a node with the Go snapshotter.
 pub const CONFIGURATION: &str = "repository = \"scene.test\"\n";
-/// What replaces it once the configuration is right, as docs/install.md has it.
+/// The command of docs/install.md that replaces the Go snapshotter once the configuration is valid.
 pub const BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit && \
                            systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
 const PROGRAM: &str = "/usr/bin/cvmfs_snapshotter";
-/// What replaces it under another unit.
+/// The command that replaces a Go snapshotter of another unit.
 pub const ANY_BY_HAND: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit replace-any && \
                                systemctl start cvmfs-snapshotter.socket cvmfs-snapshotter.service";
-/// Of its engine.
+/// The arguments of the test program that runs the Go snapshotter's engine.
 const ARGUMENTS: &str = "bind /cvmfs/scene.test /var/lib/containerd-cvmfs-grpc/snapshotter \
                          /run/containerd-cvmfs-grpc/containerd-cvmfs-grpc.sock";
 
-/// As an administrator writes them.
+/// The directory of the units that an administrator writes.
 const UNITS: &str = "/etc/systemd/system";
 
 /// A node that runs the Go snapshotter, whose unit lies in `folder`.
@@ -76,8 +76,9 @@ fn serve(node: &Node, unit: &str) {
     machine.restart("containerd.service");
 }
 
-/// With a wrong configuration the Go snapshotter serves on, whatever is done with the package; corrected, the
-/// very command that was said replaces it. A restart, which was said once, would have emptied its snapshots.
+/// With an invalid configuration the Go snapshotter keeps serving, whatever is done with the package. After a
+/// correction the command that the package printed replaces it. An earlier version advised a restart, which would have
+/// emptied the snapshots.
 #[track_caller]
 fn assert_replaced_by_what_is_said(
     node: &Node,
@@ -98,11 +99,11 @@ fn assert_replaced_by_what_is_said(
     machine.write(CONFIG, &wrong);
     serves_on(&install(), "it ended at the installation");
     serves_on(&remove(), "it ended at the removal");
-    // rpm puts it aside.
+    // rpm renames the changed file.
     machine.write(CONFIG, &wrong);
     let said = install();
     serves_on(&said, "it ended at the second installation");
-    // Nobody asked an upgrade to replace it.
+    // An upgrade must not replace it unasked.
     machine.write(CONFIG, CONFIGURATION);
     let upgraded = upgrade();
     serves_on(&upgraded, "it ended at an upgrade");
@@ -114,7 +115,7 @@ fn assert_replaced_by_what_is_said(
     node.assert_nothing_is_lost(&running);
 }
 
-/// What is true after the package took its place, and said `said`.
+/// Asserts that the package has replaced it. `said` is the output of the installation.
 #[track_caller]
 fn assert_replaced(node: &Node, pid: &str, said: &str) {
     let machine = &node.machine;
@@ -127,7 +128,7 @@ fn assert_replaced(node: &Node, pid: &str, said: &str) {
     assert_eq!(node.shell("cat /proc/[0-9]*/comm | grep cvmfs_ || true").stdout, "");
 }
 
-/// What the other tests would see if a scriptlet stopped it.
+/// Shows what the other tests would find if a scriptlet stopped the Go snapshotter.
 #[test]
 fn root_go_snapshotter_empties_its_snapshots_on_normal_stop() {
     for (signal, left) in [(Signal::SIGKILL, 1), (Signal::SIGTERM, 0)] {
@@ -138,7 +139,7 @@ fn root_go_snapshotter_empties_its_snapshots_on_normal_stop() {
             Command::new(tool("gopeer")).arg("bind").args([&repository, &root, &socket]),
             &sandbox.path("log"),
         );
-        // The socket is there a moment before anybody listens on it.
+        // The socket exists a moment before the daemon listens on it.
         let made = || socket.exists() && Client::connect(&socket).prepare("container", "", &[]).is_ok();
         server.wait_until("make a snapshot", made);
         server.end(signal);
@@ -151,8 +152,8 @@ fn root_deb_replaces_go_snapshotter_whose_unit_is_in_etc() {
     let Some(node) = boot_node_or_skip("go-deb", "/etc/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
-    // Else dpkg asks whether the file that somebody wrote stays.
-    let said = node.dpkg(&format!("--force-confold --install {}", node.give(&one(&folder(), DEB))));
+    // Without the option dpkg asks whether to keep the file that an administrator wrote.
+    let said = node.dpkg(&format!("--force-confold --install {}", node.give(&find_package(&folder(), DEB))));
     assert!(said.contains(&format!("/etc/systemd/system/{SERVICE}.go-saved")), "{said}");
     assert!(node.machine.path(&format!("/etc/systemd/system/{SERVICE}.go-saved")).exists());
     assert_replaced(&node, &pid, &said);
@@ -164,7 +165,7 @@ fn root_rpm_replaces_go_snapshotter_whose_unit_it_overwrites() {
     let Some(node) = boot_node_or_skip("go-rpm", "/usr/lib/systemd/system") else { return };
     let running = node.run_container();
     let pid = node.machine.property(SERVICE, "MainPID");
-    let said = node.rpm(&format!("--install --nodeps {}", node.give(&one(&folder(), RPM))));
+    let said = node.rpm(&format!("--install --nodeps {}", node.give(&find_package(&folder(), RPM))));
     assert_replaced(&node, &pid, &said);
     node.assert_nothing_is_lost(&running);
 }
@@ -172,7 +173,7 @@ fn root_rpm_replaces_go_snapshotter_whose_unit_it_overwrites() {
 #[test]
 fn root_deb_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
     let Some(node) = boot_node_or_skip("go-deb-wrong", "/etc/systemd/system") else { return };
-    let install = format!("--force-confold --install {}", node.give(&one(&folder(), DEB)));
+    let install = format!("--force-confold --install {}", node.give(&find_package(&folder(), DEB)));
     let again = || node.dpkg(&install);
     assert_replaced_by_what_is_said(&node, again, again, || node.dpkg("--remove cvmfs-snapshotter"));
 }
@@ -180,8 +181,8 @@ fn root_deb_with_invalid_configuration_explains_how_to_replace_go_snapshotter() 
 #[test]
 fn root_rpm_with_invalid_configuration_explains_how_to_replace_go_snapshotter() {
     let Some(node) = boot_node_or_skip("go-rpm-wrong", "/usr/lib/systemd/system") else { return };
-    let rpm = node.give(&one(&folder(), RPM));
-    let next = node.give(&one(&next(&node.sandbox), RPM));
+    let rpm = node.give(&find_package(&folder(), RPM));
+    let next = node.give(&find_package(&next(&node.sandbox), RPM));
     assert_replaced_by_what_is_said(
         &node,
         || node.rpm(&format!("--install --nodeps {rpm}")),
@@ -190,8 +191,8 @@ fn root_rpm_with_invalid_configuration_explains_how_to_replace_go_snapshotter() 
     );
 }
 
-/// With a drop-in of the Go snapshotter, our unit started that: it never said that it was ready, was stopped normally
-/// for it, and emptied its snapshots.
+/// A drop-in for the Go snapshotter made our unit start that program: it never reported readiness, so systemd stopped
+/// it normally, and it emptied its snapshots.
 #[test]
 fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshotter() {
     let Some(node) = Node::boot_or_skip("go-drop-in") else { return };
@@ -202,13 +203,13 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
     let text = format!("[Service]\nExecStart=\nExecStart=-{elsewhere} {ARGUMENTS}\n");
     let drop_in = format!("{unit}.d/override.conf");
     machine.write(&drop_in, &text);
-    // For all units whose names begin so: nobody but systemd finds it.
+    // A drop-in for all units whose names begin with `cvmfs-`, which only systemd resolves.
     let hidden = format!("{UNITS}/cvmfs-.service.d/override.conf");
     machine.write(&hidden, &text);
     serve(&node, SERVICE);
     let running = node.run_container();
     let pid = machine.property(SERVICE, "MainPID");
-    let deb = node.give(&one(&folder(), DEB));
+    let deb = node.give(&find_package(&folder(), DEB));
     let said = node.dpkg(&format!("--force-confold --install {deb}"));
     let refused = format!("{SERVICE} would start {elsewhere} and not /usr/bin/cvmfs-snapshotter");
     assert!(
@@ -227,7 +228,7 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
     assert_replaced(&node, &pid, &said);
     node.assert_nothing_is_lost(&running);
 
-    // What comes later is not started by an upgrade either.
+    // A drop-in that was added later is not applied by an upgrade either.
     let pid = machine.property(SERVICE, "MainPID");
     machine.write(&drop_in, &text);
     let said = node.dpkg(&format!("--install {deb}"));
@@ -236,7 +237,7 @@ fn root_installation_moves_aside_or_refuses_drop_ins_that_start_the_go_snapshott
     node.assert_nothing_is_lost(&running);
 }
 
-/// The socket unit of ours took the path of the socket away from it.
+/// Our socket unit took over the path of the Go snapshotter's socket.
 #[test]
 fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replaced() {
     const OTHER: &str = "containerd-cvmfs-grpc.service";
@@ -246,7 +247,7 @@ fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replace
     serve(&node, OTHER);
     let running = node.run_container();
     let pid = machine.property(OTHER, "MainPID");
-    let (deb, rpm) = (node.give(&one(&folder(), DEB)), node.give(&one(&folder(), RPM)));
+    let (deb, rpm) = (node.give(&find_package(&folder(), DEB)), node.give(&find_package(&folder(), RPM)));
     let nothing_changes = |said: &str| {
         assert!(said.contains(&format!("process {pid} (go_cvmfs, of {OTHER}) listens at {SOCKET}")), "{said}");
         assert!(
@@ -258,7 +259,7 @@ fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replace
             let state = ["ActiveState", "UnitFileState"].map(|name| machine.property(unit, name));
             assert_eq!(state, ["inactive", "disabled"], "{unit}: {said}");
         }
-        // It is asked by its path, and not over a connection from before.
+        // A new connection is made to the path, because an old one would still lead to the old daemon.
         machine.restart("containerd.service");
         node.assert_nothing_is_lost(&running);
     };
@@ -277,7 +278,7 @@ fn root_installation_leaves_go_snapshotter_of_another_unit_running_until_replace
     node.assert_nothing_is_lost(&running);
 }
 
-/// All that a supervisor runs was killed with it, and the supervisor disabled.
+/// All programs of the supervisor were killed with it, and the supervisor was disabled.
 #[test]
 fn root_replacing_go_snapshotter_under_a_supervisor_spares_other_programs() {
     const OTHER: &str = "supervisor.service";
@@ -293,7 +294,7 @@ fn root_replacing_go_snapshotter_under_a_supervisor_spares_other_programs() {
     machine.write(&unit, &text.replace(&alone, &among));
     serve(&node, OTHER);
     let running = node.run_container();
-    node.dpkg(&format!("--force-confold --install {}", node.give(&one(&folder(), DEB))));
+    node.dpkg(&format!("--force-confold --install {}", node.give(&find_package(&folder(), DEB))));
 
     let processes = || node.shell(&format!("grep -l '/{OTHER}$' /proc/[0-9]*/cgroup 2>/dev/null || true")).ok();
     let before = processes();

@@ -1,5 +1,5 @@
-//! The packages that `packaging/build.sh` made: what is in them, and what their installation does to
-//! a node that works. `CVMFS_SNAPSHOTTER_PACKAGES` is the folder that they are in.
+//! Tests of the packages that `packaging/build.sh` made: their contents, and the effects of an installation on a node
+//! that works. They lie in the directory `CVMFS_SNAPSHOTTER_PACKAGES`.
 
 mod commands;
 mod contents;
@@ -17,7 +17,7 @@ use std::process::Command;
 use scene::process::{cache, run};
 use scene::sandbox::Sandbox;
 
-/// Where this program, and all others, were built.
+/// The directory in which this program and all others were built.
 fn target() -> PathBuf {
     let own = std::env::current_exe().expect("this program knows where it is");
     own.ancestors().nth(3).expect("it lies in a folder of a profile").to_owned()
@@ -27,18 +27,18 @@ fn folder() -> PathBuf {
     std::env::var_os("CVMFS_SNAPSHOTTER_PACKAGES").map_or_else(|| target().join("packages-dev"), PathBuf::from)
 }
 
-/// All packages in a folder whose names end so.
-fn all(folder: &Path, end: &str) -> Vec<PathBuf> {
+/// All packages in a directory whose names have this end.
+fn find_packages(folder: &Path, end: &str) -> Vec<PathBuf> {
     let found = fs::read_dir(folder)
         .unwrap_or_else(|e| panic!("{}: {e}: packages are made by make test, or make package", folder.display()));
     let paths = found.map(|entry| entry.expect("a folder can be read").path());
     paths.filter(|path| path.to_string_lossy().ends_with(end)).collect()
 }
 
-/// The package in a folder that is for this machine.
+/// The package in a directory that is for this architecture.
 #[track_caller]
-fn one(folder: &Path, end: &str) -> PathBuf {
-    let mut found = all(folder, end);
+fn find_package(folder: &Path, end: &str) -> PathBuf {
+    let mut found = find_packages(folder, end);
     assert_eq!(found.len(), 1, "{end} in {}: {found:?}", folder.display());
     found.remove(0)
 }
@@ -46,10 +46,10 @@ fn one(folder: &Path, end: &str) -> PathBuf {
 const DEB: &str = "_amd64.deb";
 const RPM: &str = ".x86_64.rpm";
 
-/// Packages of the same program with the next number; the result is their folder.
+/// Builds packages of the same program with the next version. The result is their directory.
 fn next(sandbox: &Sandbox) -> PathBuf {
     let unpacked = sandbox.path("unpacked");
-    run("dpkg-deb", [Path::new("--extract"), &one(&folder(), DEB), &unpacked]).ok();
+    run("dpkg-deb", [Path::new("--extract"), &find_package(&folder(), DEB), &unpacked]).ok();
     let folder = sandbox.make_dir("next");
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/build.sh"))
         .env("PACKAGE_BINARY", unpacked.join("usr/bin/cvmfs-snapshotter"))

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use scene::calls::Calls;
+use scene::background_calls::BackgroundCalls;
 use scene::client::Client;
 use scene::containerd::NAMESPACE;
 use scene::cri::Cri;
@@ -19,7 +19,7 @@ pub const CONFIG: &str = "/etc/containerd-cvmfs-grpc/config.toml";
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
 const SNAPSHOTTER: &str = "--snapshotter=cvmfs-snapshotter";
 
-/// Fields are dropped in order: the machine before what it uses, the sandbox last.
+/// Rust drops fields in their order: the machine goes before what it uses, and the sandbox last.
 pub struct Node {
     pub machine: Machine,
     pub registry: Registry,
@@ -28,15 +28,16 @@ pub struct Node {
     pub sandbox: Sandbox,
 }
 
-/// A container that writes, and what there was when it had begun.
+/// A running container that writes, and the snapshots that existed when it started.
 pub struct Running {
-    /// The image that it runs, of which one layer is published, and one that is published whole.
+    /// The references of the image that it runs, of which one layer is published, and of an image that is published
+    /// whole.
     references: [String; 2],
     snapshots: String,
 }
 
 impl Running {
-    /// What the container runs.
+    /// The image of the container.
     pub fn image(&self) -> &str {
         &self.references[0]
     }
@@ -59,20 +60,21 @@ impl Node {
         self.machine.run(&["env", path, "DEBIAN_FRONTEND=noninteractive", "sh", "-c", &format!("{line} 2>&1")])
     }
 
-    /// A copy of a file of ours in the machine.
+    /// Copies a file of this host into the machine.
     pub fn give(&self, file: &Path) -> String {
         let to = format!("/root/{}", file.file_name().expect("a file has a name").to_string_lossy());
         fs::copy(file, self.machine.path(&to)).expect("a file can be copied");
         to
     }
 
-    /// What dpkg said.
+    /// Runs dpkg. The result is its output.
     #[track_caller]
     pub fn dpkg(&self, arguments: &str) -> String {
         self.shell(&format!("dpkg {arguments} </dev/null")).ok()
     }
 
-    /// What rpm said. It is this host's: the machine has none, and so no package that ours needs.
+    /// Runs rpm. The result is its output. It is the program of this host: the machine has no rpm, and therefore no rpm
+    /// package that ours requires.
     #[track_caller]
     pub fn rpm(&self, arguments: &str) -> String {
         let libraries = format!("{HOST}/lib/x86_64-linux-gnu");
@@ -100,7 +102,8 @@ impl Node {
         assert_eq!(fs::read_link(program).expect("it runs"), Path::new("/usr/bin/cvmfs-snapshotter"));
     }
 
-    /// As an image is made: what is installed is enabled, and nothing is started.
+    /// Asserts that an installation without a running systemd, as in the build of an image, enables the units and starts
+    /// nothing.
     #[track_caller]
     pub fn assert_installs_without_systemd(&self, install: impl FnOnce() -> String) {
         self.shell("mount -t tmpfs none /run/systemd").ok();
@@ -150,7 +153,7 @@ impl Node {
         Running { references, snapshots: self.snapshots() }
     }
 
-    /// How far the container has counted, in a file that has each of its lines.
+    /// The number to which the container has counted, after a check that the file has every line.
     #[track_caller]
     fn count(&self) -> usize {
         let tasks = self.ctr(&["tasks", "ls"]).ok();
@@ -169,14 +172,14 @@ impl Node {
         eventually("the container counts on", || self.count() > before);
     }
 
-    /// The container lives and writes, every snapshot is there, and both images still start.
+    /// Asserts that the container runs and writes, that every snapshot exists, and that both images still start.
     #[track_caller]
     pub fn assert_nothing_is_lost(&self, running: &Running) {
         self.assert_counts();
         assert_eq!(self.snapshots(), running.snapshots);
         for reference in &running.references {
             let mut said = String::new();
-            // ctr 1.6 may lose what a container says right before its end.
+            // ctr 1.6 may lose the output of a container right before its end.
             let program = "cat /data/name; sleep 0.3";
             eventually("a container starts", || {
                 let output = self.ctr(&["run", "--rm", SNAPSHOTTER, reference, "again", "/bin/sh", "-c", program]);
@@ -206,18 +209,18 @@ impl Node {
         found
     }
 
-    /// Calls of containerd while `work` is done: how many there were, and which failed.
+    /// Makes calls as containerd does while `work` runs. The result is their number and the failures.
     pub fn calls_during(&self, work: impl FnOnce()) -> (usize, Vec<String>) {
-        let client = Client::of_containerd(&self.machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
-        let calls = Calls::beside(&[client], |calls| {
+        let client = Client::connect_to_containerd(&self.machine.path(CONTAINERD), NAMESPACE, "cvmfs-snapshotter");
+        let calls = BackgroundCalls::run_during(&[client], |calls| {
             calls.wait_for_more(20);
             work();
             calls.wait_for_more(20);
         });
-        (calls.made(), calls.take_failed())
+        (calls.made(), calls.drain_failures())
     }
 
-    /// The unit's place in time: the same if it was neither stopped nor started meanwhile.
+    /// The start time of the unit, which is the same if it was neither stopped nor started meanwhile.
     pub fn since(&self, unit: &str) -> String {
         self.machine.property(unit, "ActiveEnterTimestampMonotonic")
     }

@@ -5,13 +5,13 @@ use std::fs;
 use scene::machine::{SERVICE, STATE};
 
 use crate::node::{CONFIG, Node, SOCKET_UNIT};
-use crate::{RPM, folder, next, one};
+use crate::{RPM, find_package, folder, next};
 
 #[test]
 fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
     let Some(node) = Node::boot_or_skip("rpm") else { return };
     let machine = &node.machine;
-    let rpm = node.give(&one(&folder(), RPM));
+    let rpm = node.give(&find_package(&folder(), RPM));
     node.rpm(&format!("--install --nodeps {rpm}"));
     node.assert_serves();
     node.configure("");
@@ -20,7 +20,7 @@ fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
     let running = node.run_container();
 
     let configured = fs::read_to_string(machine.path(CONFIG)).expect("it is there");
-    let next = node.give(&one(&next(&node.sandbox), RPM));
+    let next = node.give(&find_package(&next(&node.sandbox), RPM));
     let (socket, service) = (node.since(SOCKET_UNIT), node.since(SERVICE));
     let (calls, failed) = node.calls_during(|| {
         node.rpm(&format!("--upgrade --nodeps {next}"));
@@ -33,11 +33,11 @@ fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
     assert_eq!(fs::read_to_string(machine.path(CONFIG)).expect("it is there"), configured);
     node.assert_serves();
     node.assert_nothing_is_lost(&running);
-    // It fails because of the configuration that was changed, and must name nothing else.
+    // The start fails because of the changed configuration, and must name nothing else.
     let verified = node.rpm("--verify --nodeps cvmfs-snapshotter || true");
     assert!(verified.lines().count() == 1 && verified.contains(CONFIG), "{verified}");
 
-    // A wrong configuration is said, and nothing fails.
+    // The package reports the invalid configuration, and its installation succeeds.
     node.configure("workers = 0");
     let serving = node.since(SERVICE);
     let said = node.rpm(&format!("--upgrade --nodeps --oldpackage {rpm}"));
@@ -70,6 +70,6 @@ fn root_rpm_install_upgrade_and_erase_keep_running_container_intact() {
 #[test]
 fn root_rpm_installs_without_running_systemd() {
     let Some(node) = Node::boot_or_skip("rpm-image") else { return };
-    let rpm = node.give(&one(&folder(), RPM));
+    let rpm = node.give(&find_package(&folder(), RPM));
     node.assert_installs_without_systemd(|| node.rpm(&format!("--install --nodeps {rpm}")));
 }

@@ -1,5 +1,5 @@
-//! What `replace-go-unit`, which root runs at every installation, makes of processes that are no snapshotter of
-//! this node, and of names that others chose.
+//! `replace-go-unit`, which root runs at every installation, must not touch processes that are no snapshotter of this
+//! node, and must not trust names that other users choose.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use crate::node::SOCKET_UNIT;
 
 const SCRIPT: &str = "/usr/libexec/cvmfs-snapshotter/replace-go-unit";
 const PROGRAM: &str = "/usr/bin/cvmfs-snapshotter";
-/// Listens at a path, under a name, and says so.
+/// A program that listens at a path, under a name, and prints that it listens.
 const LISTENER: &str = r#"use Socket;
 socket(S, AF_UNIX, SOCK_STREAM, 0) or die;
 bind(S, pack_sockaddr_un($ARGV[0])) or die "cannot bind: $!";
@@ -48,7 +48,7 @@ fn shell(machine: &Machine, line: &str) -> Output {
     machine.run(&["env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c", &format!("{line} 2>&1")])
 }
 
-/// Starts a shell's line that listens in the end, in the background; the result is the number of its process.
+/// Starts a shell command in the background that listens in the end. The result is its PID.
 fn start(machine: &Machine, line: &str) -> String {
     let log = "/run/listener.log";
     let pid = shell(machine, &format!("setsid sh -c '{line}' >{log} 2>&1 </dev/null & echo $!")).ok();
@@ -60,14 +60,14 @@ fn start(machine: &Machine, line: &str) -> String {
     pid.trim().to_owned()
 }
 
-/// A line that listens at our socket's path.
+/// The shell command that listens at our socket's path.
 fn listen(name: &str) -> String {
     let directory = Path::new(SOCKET).parent().expect("a socket has a directory").display();
     format!("mkdir -p {directory} && exec perl /usr/local/lib/listener {SOCKET} {name}")
 }
 
-/// Any user could keep the package from being installed: the path of a socket is a name in /proc/net/unix, which
-/// whoever makes a mount namespace chooses freely.
+/// Any user could block the installation of the package: the path of a socket in /proc/net/unix is only a name, which a
+/// user with a mount namespace chooses freely.
 #[test]
 fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
     let sandbox = Sandbox::enter("user-listens");
@@ -85,20 +85,20 @@ fn root_unprivileged_listener_at_our_socket_path_does_not_block_installation() {
         assert_eq!((output.status.code(), output.stdout.contains("listens at")), (Some(0), false), "{output:?}");
     }
 
-    // One of root in a container on the network of the host is none either.
+    // A process of root in a container on the network of the host is none either.
     let contained = format!("exec unshare --mount sh -c \"mount -t tmpfs none /run && {}\"", listen("contained"));
     start(&machine, &contained);
     let output = shell(&machine, SCRIPT);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
 
-    // And one of root that has the path on the host is said.
+    // A process of root that listens at the path on the host is reported.
     let pid = start(&machine, &listen("real"));
     let output = shell(&machine, SCRIPT);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(output.stdout.contains(&format!("process {pid} (real) listens at {SOCKET}")), "{output:?}");
 }
 
-/// `systemctl show --property=MainPID -Hroot@…` has ssh called by root.
+/// With such a name `systemctl show --property=MainPID -Hroot@…` would run ssh as root.
 #[test]
 fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
     let sandbox = Sandbox::enter("unit-name");
@@ -117,14 +117,14 @@ fn root_cgroup_named_like_an_option_is_not_passed_to_systemctl() {
     assert!(output.stdout.contains(&format!("process {pid} (odd) listens at")), "{output:?}");
 }
 
-/// What the script recommends, `replace-any`, killed whoever had the number of the process by then.
+/// The command `replace-any`, which the script recommends, killed any process that had the reported PID by then.
 #[test]
 fn root_process_with_reused_pid_is_not_killed() {
     let sandbox = Sandbox::enter("number");
     let Some(machine) = boot_machine_or_skip(&sandbox) else { return };
     shell(&machine, "mount -o remount,rw,bind /proc/sys").ok();
     let pid = start(&machine, &listen("old"));
-    // The configuration is checked between the look at the listener and its end.
+    // The script checks the configuration after it has found the listener and before it kills it.
     install(
         &machine,
         PROGRAM,
@@ -147,7 +147,7 @@ done
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = format!("process {pid} (old) has ended meanwhile: nothing was killed or started; run this again: ");
     assert!(output.stdout.contains(&said), "{output:?}");
-    // Without such a hindrance it is killed.
+    // Without a reused PID the listener is killed.
     install(&machine, PROGRAM, "#!/bin/sh\n");
     shell(&machine, &format!("rm -f {SOCKET}")).ok();
     let pid = start(&machine, &listen("new"));
@@ -156,7 +156,7 @@ done
     assert!(!machine.path(&format!("/proc/{pid}")).exists(), "{output:?}");
 }
 
-/// The shell's echo makes control characters of them, on root's terminal.
+/// `echo` of a shell would turn escape sequences in a name into control characters on root's terminal.
 #[test]
 fn root_control_characters_in_process_names_are_escaped() {
     let sandbox = Sandbox::enter("terminal");

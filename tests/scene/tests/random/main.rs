@@ -1,6 +1,5 @@
-//! Random operations, over the socket of a real daemon that is killed and stopped in between,
-//! against a small model of the contract. What disagrees is shrunk to the few operations that
-//! it takes.
+//! Random operations over the socket of a real daemon, which is killed and stopped in between, compared with a small
+//! model of the contract. A disagreement is shrunk to the few operations that cause it.
 //!
 //! `PROPTEST_CASES` is the number of cases, `PROPTEST_RNG_SEED` repeats a run.
 
@@ -23,20 +22,20 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};
 use protobuf::well_known_types::timestamp::Timestamp;
-use scene::alone::{Alone, digest};
-use scene::client::{Answer, Client, LAYER_DIGEST, REF};
+use scene::client::{CallResult, Client, LAYER_DIGEST, REF};
+use scene::e2e_fixture::names;
 use scene::sandbox::mounts_below;
 use scene::snapshotter::Snapshotter;
-use scene::stage::names;
+use scene::snapshotter_fixture::{SnapshotterFixture, digest};
 
 use self::model::{Files, Labels, Model, Test};
 
-/// A snapshot that an operation is about.
+/// The snapshot to which an operation applies.
 #[derive(Clone, Copy, Debug)]
 enum Who {
-    /// This one, there or not.
+    /// The snapshot with this name, whether or not it exists.
     Named(char),
-    /// Of those of this kind the one with this number, by name and from the beginning again.
+    /// The snapshot with this number among those of a kind, sorted by name and counted round.
     Nth(Kind, usize),
 }
 
@@ -60,7 +59,7 @@ enum Operation {
         parent: Option<Who>,
         labels: Labels,
     },
-    /// Of a layer that is called like the published layer `name`.
+    /// A pull of a layer with the digest of the published layer `name`.
     Pull {
         key: char,
         parent: Option<Who>,
@@ -92,7 +91,7 @@ enum Operation {
 const LABELS: [&str; 4] = ["l", "a.b/c", "containerd.io/gc.root", REF];
 const VALUES: [&str; 5] = ["", "1", "two words", "sha256:c1", "sha256:c2"];
 
-/// Mostly one of `kind`.
+/// A snapshot that is mostly of `kind`.
 fn who(kind: Kind) -> impl Strategy<Value = Who> {
     let any = select(vec![Kind::ACTIVE, Kind::VIEW, Kind::COMMITTED]);
     prop_oneof![
@@ -114,7 +113,7 @@ fn key() -> impl Strategy<Value = char> {
     select(('a'..='h').collect::<Vec<_>>())
 }
 
-/// `all`: also the label that makes a Prepare a pull.
+/// Random labels; with `all` also the label that makes a Prepare a pull.
 fn labels(all: bool) -> impl Strategy<Value = Labels> {
     let names = if all { &LABELS[..] } else { &LABELS[..3] };
     btree_map(select(names).prop_map(str::to_owned), select(&VALUES[..]).prop_map(str::to_owned), 0..3)
@@ -185,13 +184,13 @@ struct Run {
     operations: Vec<(i128, i128)>,
     /// The times of each snapshot as they were first seen, by its name and when it was changed.
     times: BTreeMap<(String, usize), (i128, i128)>,
-    /// What Prepare and View answered.
+    /// The mounts that Prepare and View returned.
     given: BTreeMap<String, Vec<Mount>>,
     compared: usize,
 }
 
-/// The value, if there is one and should be one.
-fn agree<T: std::fmt::Debug>(expected: model::Answer, actual: Answer<T>) -> Checked<Option<T>> {
+/// Compares the result of a call with that of the model. The value is that of a success.
+fn compare_results<T: std::fmt::Debug>(expected: model::CallResult, actual: CallResult<T>) -> Checked<Option<T>> {
     match (expected, actual) {
         (Ok(()), Ok(value)) => Ok(Some(value)),
         (Err(code), Err(status)) if status.code() == code => Ok(None),
@@ -202,12 +201,12 @@ fn agree<T: std::fmt::Debug>(expected: model::Answer, actual: Answer<T>) -> Chec
     }
 }
 
-fn done<T>(answer: Answer<T>) -> Checked<T> {
+fn succeed<T>(answer: CallResult<T>) -> Checked<T> {
     answer.map_err(|status| TestCaseError::fail(format!("{:?}: {}", status.code(), status.message())))
 }
 
-/// Takes away what is in `dir`, mounts first.
-fn clear(dir: &Path) {
+/// Removes everything in `dir`, mounts first.
+fn remove_tree(dir: &Path) {
     for point in mounts_below(dir).iter().rev() {
         nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
     }
@@ -263,42 +262,44 @@ impl Run {
                 let (key, parent) = (key.to_string(), self.parent(*parent));
                 let actual = c.prepare(&key, &parent, &pairs(labels));
                 let expected = self.model.create(Kind::ACTIVE, &key, &parent, labels.clone());
-                self.made(&key, agree(expected, actual)?)
+                self.check_new_mounts(&key, compare_results(expected, actual)?)
             }
             Operation::View { key, parent, labels } => {
                 let (key, parent) = (key.to_string(), self.parent(*parent));
                 let actual = c.view(&key, &parent, &pairs(labels));
                 let expected = self.model.create(Kind::VIEW, &key, &parent, labels.clone());
-                self.made(&key, agree(expected, actual)?)
+                self.check_new_mounts(&key, compare_results(expected, actual)?)
             }
             Operation::Pull { key, parent, name, layer } => self.pull(*key, *parent, *name, *layer),
             Operation::Commit { name, key, parent, labels } => {
                 let (name, key, parent) = (name.to_string(), self.name(*key), self.parent(*parent));
                 let actual = c.commit_on(&name, &key, &parent, &pairs(labels));
-                agree(self.model.commit(&name, &key, &parent, labels.clone()), actual).map(drop)
+                compare_results(self.model.commit(&name, &key, &parent, labels.clone()), actual).map(drop)
             }
             Operation::Remove(who) => {
                 let key = self.name(*who);
-                agree(self.model.remove(&key), c.remove(&key)).map(drop)
+                compare_results(self.model.remove(&key), c.remove(&key)).map(drop)
             }
             Operation::Stat(who) => {
                 let key = self.name(*who);
-                let Some(info) = agree(self.model.stat(&key), c.stat(&key))? else { return Ok(()) };
-                prop_assert_eq!(done(c.list(&[&format!("name=={key:?}")]))?, [info], "Stat and List say the same");
+                let Some(info) = compare_results(self.model.stat(&key), c.stat(&key))? else { return Ok(()) };
+                prop_assert_eq!(succeed(c.list(&[&format!("name=={key:?}")]))?, [info], "Stat and List say the same");
                 Ok(())
             }
             Operation::Mounts(who) => {
                 let key = self.name(*who);
-                let Some(mounts) = agree(self.model.mounts(&key), c.mounts(&key))? else { return Ok(()) };
+                let Some(mounts) = compare_results(self.model.mounts(&key), c.mounts(&key))? else { return Ok(()) };
                 prop_assert_eq!(&mounts, &self.given[&key], "Mounts says what Prepare or View said");
                 self.check_mounts(&key, &mounts)
             }
             Operation::Usage(who) => {
                 let key = self.name(*who);
-                let Some((size, inodes)) = agree(self.model.stat(&key), c.usage(&key))? else { return Ok(()) };
+                let Some((size, inodes)) = compare_results(self.model.stat(&key), c.usage(&key))? else {
+                    return Ok(());
+                };
                 let snapshot = &self.model.snapshots[&key];
                 let is_own = snapshot.kind != Kind::VIEW && matches!(snapshot.files, Files::Own(_));
-                // The top and the file that `made` puts into it.
+                // The two inodes are the top directory and the file that `check_new_mounts` writes.
                 prop_assert_eq!((inodes, size > 0), if is_own { (2, true) } else { (0, false) });
                 Ok(())
             }
@@ -312,14 +313,16 @@ impl Run {
                 };
                 let actual = c.update(info, mask);
                 let mask: Vec<String> = mask.iter().map(|&path| path.to_owned()).collect();
-                let Some(info) = agree(self.model.update(&key, labels, &mask), actual)? else { return Ok(()) };
-                prop_assert_eq!(done(c.stat(&key))?, info, "Update answers what is there now");
+                let Some(info) = compare_results(self.model.update(&key, labels, &mask), actual)? else {
+                    return Ok(());
+                };
+                prop_assert_eq!(succeed(c.stat(&key))?, info, "Update answers what is there now");
                 Ok(())
             }
             Operation::List(tests) => self.list(tests),
-            Operation::ListBadly(filter) => agree(Err(Code::INVALID_ARGUMENT), c.list(&[filter])).map(drop),
+            Operation::ListBadly(filter) => compare_results(Err(Code::INVALID_ARGUMENT), c.list(&[filter])).map(drop),
             Operation::Cleanup => {
-                done(c.cleanup())?;
+                succeed(c.cleanup())?;
                 self.check_disk()
             }
             Operation::Kill => {
@@ -352,19 +355,19 @@ impl Run {
         };
         labels.extend(wanted.map(|digest| (LAYER_DIGEST.to_owned(), digest)));
         let actual = self.client.prepare(&key, &parent, &pairs(&labels));
-        // As containerd finds out the name.
+        // containerd finds the name of the snapshot with this filter.
         let filter = format!("labels.{REF:?}=={reference},parent=={parent:?}");
-        let found = done(self.client.list(&[&filter]))?;
+        let found = succeed(self.client.list(&[&filter]))?;
         let is_new = |info: &&Info| {
             info.kind.enum_value() == Ok(Kind::COMMITTED) && !self.model.snapshots.contains_key(&info.name)
         };
         let name = found.iter().find(is_new).map_or("none", |info| info.name.as_str());
         let expected = self.model.pull(&key, &parent, labels, published, name);
-        self.made(&key, agree(expected, actual)?)
+        self.check_new_mounts(&key, compare_results(expected, actual)?)
     }
 
     /// Checks the mounts of a new snapshot and leaves a file in it, if it can be written to.
-    fn made(&mut self, key: &str, mounts: Option<Vec<Mount>>) -> Checked {
+    fn check_new_mounts(&mut self, key: &str, mounts: Option<Vec<Mount>>) -> Checked {
         let Some(mounts) = mounts else { return Ok(()) };
         if self.model.snapshots[key].kind == Kind::ACTIVE {
             fs::write(upper(&mounts).join("made-by"), self.model.now.to_string()).unwrap();
@@ -396,15 +399,15 @@ impl Run {
         };
         let filters: Vec<String> = tests.iter().map(|all| all.iter().map(text).collect::<Vec<_>>().join(",")).collect();
         let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
-        let mut found: Vec<String> = done(self.client.list(&filters))?.into_iter().map(|info| info.name).collect();
+        let mut found: Vec<String> = succeed(self.client.list(&filters))?.into_iter().map(|info| info.name).collect();
         found.sort();
         prop_assert_eq!(found, self.model.list(&tests), "{:?}", filters);
         Ok(())
     }
 
-    /// Every record is as the model says, to the nanosecond.
+    /// Checks that every record equals the model, to the nanosecond.
     fn compare_all(&mut self) -> Checked {
-        let mut found = done(self.client.list(&[]))?;
+        let mut found = succeed(self.client.list(&[]))?;
         found.sort_by(|a, b| a.name.cmp(&b.name));
         let there: Vec<&String> = found.iter().map(|info| &info.name).collect();
         prop_assert_eq!(there, self.model.snapshots.keys().collect::<Vec<_>>());
@@ -432,7 +435,7 @@ impl Run {
         Ok(())
     }
 
-    /// The mounts have the shape of the contract, and lead to the files of the chain.
+    /// Checks that the mounts have the form of the contract, and lead to the files of the chain.
     fn check_mounts(&self, key: &str, mounts: &[Mount]) -> Checked {
         let snapshot = &self.model.snapshots[key];
         let [mount] = mounts else { return Err(TestCaseError::fail(format!("one mount is enough: {mounts:?}"))) };
@@ -474,13 +477,13 @@ impl Run {
         prop_assert!(lower.iter().all(|l| l.ancestors().nth(2) == Some(&snapshots)), "{:?}", lower);
         let files: Vec<Files> = lower.iter().flat_map(|l| files_of(l)).collect();
         prop_assert_eq!(files, expected, "{:?}", lower);
-        // No marker of the publisher shows: the mask above the uppermost layer hides it.
+        // No marker of the publisher is visible, because the mask above the uppermost layer hides it.
         let shown = lower.iter().find_map(|l| fs::symlink_metadata(l.join(".cvmfscatalog")).ok());
         prop_assert!(shown.is_none_or(|m| m.file_type().is_char_device() && m.rdev() == 0), "{:?}", lower);
         Ok(())
     }
 
-    /// What is below `snapshots/` and in the mount table is what the records need.
+    /// Checks that `snapshots/` and the mount table hold exactly what the records need.
     fn check_disk(&self) -> Checked {
         let (local, live) = self.model.on_disk();
         let snapshots = self.snapshotter.snapshots();
@@ -489,13 +492,13 @@ impl Run {
         Ok(())
     }
 
-    /// Everything can be removed, and then nothing is left.
+    /// Removes everything, and checks that nothing is left.
     fn remove_all(&mut self) -> Checked {
         while let Some(leaf) = self.model.list(&[]).into_iter().find(|key| self.is_leaf(key)).map(str::to_owned) {
-            agree(self.model.remove(&leaf), self.client.remove(&leaf))?;
+            compare_results(self.model.remove(&leaf), self.client.remove(&leaf))?;
         }
-        done(self.client.cleanup())?;
-        prop_assert_eq!(done(self.client.list(&[]))?, []);
+        succeed(self.client.cleanup())?;
+        prop_assert_eq!(succeed(self.client.list(&[]))?, []);
         self.check_disk()
     }
 
@@ -504,13 +507,13 @@ impl Run {
     }
 }
 
-/// Where what is written to an active snapshot goes.
+/// The directory to which writes to an active snapshot go.
 fn upper(mounts: &[Mount]) -> PathBuf {
     let option = mounts[0].options.iter().find_map(|o| o.strip_prefix("upperdir="));
     PathBuf::from(option.unwrap_or(&mounts[0].source))
 }
 
-/// Whose files a directory has; a mask or an empty directory has nobody's.
+/// The snapshot whose files a directory has; None for a mask or an empty directory.
 fn files_of(dir: &Path) -> Vec<Files> {
     if let Ok(operation) = fs::read_to_string(dir.join("made-by")) {
         return vec![Files::Own(operation.parse().unwrap())];
@@ -526,7 +529,7 @@ fn last_lines(log: &str) -> String {
 #[test]
 fn root_random_operations_agree_with_the_model() {
     let begun = Instant::now();
-    let shared = Alone::start("random", "");
+    let shared = SnapshotterFixture::start("random", "");
     let dir = shared.sandbox.path("case");
     let mut config = Config { failure_persistence: None, max_shrink_iters: 400, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_none() {
@@ -535,8 +538,8 @@ fn root_random_operations_agree_with_the_model() {
     let (mut cases, mut operations, mut compared) = (0, 0, 0);
     let mut case = |symlink: bool, list: &[Operation]| {
         if dir.exists() {
-            // The case before ended in a panic.
-            clear(&dir);
+            // The previous case ended in a panic.
+            remove_tree(&dir);
         }
         let mut run = Run::start(&dir, shared.repository.dir(), symlink);
         let checked = list.iter().try_for_each(|operation| run.apply(operation)).and_then(|()| run.remove_all());
@@ -545,7 +548,7 @@ fn root_random_operations_agree_with_the_model() {
         compared += run.compared;
         let checked = checked.map_err(|why| format!("{why}\n{}", last_lines(&run.snapshotter.log())));
         drop(run);
-        clear(&dir);
+        remove_tree(&dir);
         checked
     };
     let shared_case = std::cell::RefCell::new(&mut case);
@@ -555,7 +558,7 @@ fn root_random_operations_agree_with_the_model() {
     let failed = match result {
         Ok(()) => None,
         Err(TestError::Fail(why, (symlink, list))) => {
-            Some((symlink, fewest(list, why.to_string(), |list| case(symlink, list))))
+            Some((symlink, minimize(list, why.to_string(), |list| case(symlink, list))))
         }
         Err(TestError::Abort(why)) => panic!("{why}"),
     };
@@ -570,8 +573,9 @@ fn root_random_operations_agree_with_the_model() {
     }
 }
 
-/// What the shrinking leaves may hold operations that only earlier forms of others needed.
-fn fewest(
+/// Removes operations from a shrunk case that it does not need: shrinking may leave some that only an earlier form of the
+/// case needed.
+fn minimize(
     mut list: Vec<Operation>,
     mut why: String,
     mut case: impl FnMut(&[Operation]) -> Result<(), String>,

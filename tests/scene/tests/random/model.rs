@@ -1,4 +1,4 @@
-//! The contract in a page, without disks, threads, wires and transactions.
+//! A model of the contract, without disks, threads, connections and transactions.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use grpcio::RpcStatusCode as Code;
 use scene::client::REF;
 
 pub type Labels = BTreeMap<String, String>;
-pub type Answer = Result<(), Code>;
+pub type CallResult = Result<(), Code>;
 
 /// The label that marks a remote snapshot.
 const REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot");
@@ -15,7 +15,7 @@ const REMOTE: (&str, &str) = ("containerd.io/snapshot/remote", "remote snapshot"
 #[derive(Default)]
 pub struct Model {
     pub snapshots: BTreeMap<String, Snapshot>,
-    /// Counts the operations, and stands for the time.
+    /// Counts the operations, which serves as the time.
     pub now: usize,
 }
 
@@ -29,16 +29,16 @@ pub struct Snapshot {
     pub files: Files,
 }
 
-/// What a snapshot adds to those below it.
+/// The files that a snapshot adds to those of its parents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Files {
-    /// Its own, with the number of the operation that made it.
+    /// Its own file, with the number of the operation that made it.
     Own(usize),
-    /// Those of a published layer.
+    /// The files of a published layer.
     Layer(u8),
 }
 
-/// One test of a filter.
+/// A condition of a filter.
 #[derive(Clone, Debug)]
 pub enum Test<Name> {
     Kind(Kind),
@@ -49,7 +49,7 @@ pub enum Test<Name> {
     IsNot(&'static str, &'static str),
 }
 
-fn kept(labels: Labels) -> Labels {
+fn without_empty(labels: Labels) -> Labels {
     labels.into_iter().filter(|(_, value)| !value.is_empty()).collect()
 }
 
@@ -58,7 +58,7 @@ impl Model {
         self.snapshots.get(key).ok_or(Code::NOT_FOUND)
     }
 
-    fn check_new(&self, key: &str, parent: &str) -> Answer {
+    fn check_new(&self, key: &str, parent: &str) -> CallResult {
         if !parent.is_empty() && self.get(parent)?.kind != Kind::COMMITTED {
             return Err(Code::INVALID_ARGUMENT);
         }
@@ -66,19 +66,19 @@ impl Model {
     }
 
     fn insert(&mut self, key: &str, parent: &str, kind: Kind, labels: Labels, files: Files) {
-        let (parent, labels, now) = (parent.to_owned(), kept(labels), self.now);
+        let (parent, labels, now) = (parent.to_owned(), without_empty(labels), self.now);
         self.snapshots.insert(key.to_owned(), Snapshot { parent, kind, labels, created: now, updated: now, files });
     }
 
-    pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Answer {
+    pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> CallResult {
         self.check_new(key, parent)?;
         self.insert(key, parent, kind, labels, Files::Own(self.now));
         Ok(())
     }
 
-    /// A Prepare of layer `published`, or of one that is not. The names of remote snapshots are
-    /// the snapshotter's own: `name` is that of a new one, if it made one.
-    pub fn pull(&mut self, key: &str, parent: &str, labels: Labels, published: Option<u8>, name: &str) -> Answer {
+    /// A Prepare of the layer `published`, or of one that is not published. `name` is the name that the snapshotter
+    /// gave to a new remote snapshot.
+    pub fn pull(&mut self, key: &str, parent: &str, labels: Labels, published: Option<u8>, name: &str) -> CallResult {
         self.check_new(key, parent)?;
         let Some(layer) = published else { return self.create(Kind::ACTIVE, key, parent, labels) };
         let reference = labels[REF].clone();
@@ -86,7 +86,7 @@ impl Model {
             |s: &&Snapshot| s.kind == Kind::COMMITTED && s.parent == parent && s.labels.get(REF) == Some(&reference);
         let is_meant =
             |name: &str, s: &Snapshot| name.ends_with(&format!("/{reference}")) || s.files == Files::Layer(layer);
-        // Somebody changed labels: containerd would take another snapshot for this layer.
+        // The labels were changed, so containerd would take another snapshot for this layer.
         if self.snapshots.iter().any(|(name, s)| found(&s) && !is_meant(name, s)) {
             return self.create(Kind::ACTIVE, key, parent, labels);
         }
@@ -94,7 +94,7 @@ impl Model {
             return Err(Code::ALREADY_EXISTS);
         }
         if self.has_remote(&reference, parent) {
-            // Or it would not find ours any more.
+            // containerd would not find our snapshot any more.
             return self.create(Kind::ACTIVE, key, parent, labels);
         }
         let mut labels = labels;
@@ -103,13 +103,13 @@ impl Model {
         Err(Code::ALREADY_EXISTS)
     }
 
-    /// Whether the one remote snapshot for (ref, parent) is there. A name of ours is at most one letter.
+    /// Whether the remote snapshot for (ref, parent) exists. The names of the test have at most one letter.
     fn has_remote(&self, reference: &str, parent: &str) -> bool {
         let end = format!("/{reference}");
         self.snapshots.iter().any(|(name, snapshot)| name.ends_with(&end) && snapshot.parent == parent)
     }
 
-    pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> Answer {
+    pub fn commit(&mut self, name: &str, key: &str, parent: &str, labels: Labels) -> CallResult {
         let active = self.get(key)?.clone();
         if self.snapshots.contains_key(name) {
             return Err(Code::ALREADY_EXISTS);
@@ -129,7 +129,7 @@ impl Model {
         Ok(())
     }
 
-    pub fn remove(&mut self, key: &str) -> Answer {
+    pub fn remove(&mut self, key: &str) -> CallResult {
         self.get(key)?;
         if self.snapshots.values().any(|s| s.parent == key) {
             return Err(Code::FAILED_PRECONDITION);
@@ -138,16 +138,16 @@ impl Model {
         Ok(())
     }
 
-    pub fn stat(&self, key: &str) -> Answer {
+    pub fn stat(&self, key: &str) -> CallResult {
         self.get(key).map(drop)
     }
 
-    pub fn mounts(&self, key: &str) -> Answer {
+    pub fn mounts(&self, key: &str) -> CallResult {
         if self.get(key)?.kind == Kind::COMMITTED { Err(Code::FAILED_PRECONDITION) } else { Ok(()) }
     }
 
-    /// `mask` names fields; an empty one means all labels.
-    pub fn update(&mut self, key: &str, labels: &Labels, mask: &[String]) -> Answer {
+    /// Changes the fields that `mask` names; an empty mask means all labels.
+    pub fn update(&mut self, key: &str, labels: &Labels, mask: &[String]) -> CallResult {
         if mask.iter().any(|path| path != "labels" && !path.starts_with("labels.")) {
             return Err(Code::INVALID_ARGUMENT);
         }
@@ -161,11 +161,11 @@ impl Model {
             let value = labels.get(label).cloned().unwrap_or_default();
             snapshot.labels.insert(label.to_owned(), value);
         }
-        snapshot.labels = kept(std::mem::take(&mut snapshot.labels));
+        snapshot.labels = without_empty(std::mem::take(&mut snapshot.labels));
         Ok(())
     }
 
-    /// `tests` are alternatives of which each must hold whole; none means everything.
+    /// Lists snapshots that meet all conditions of one of `tests`; no tests mean all snapshots.
     pub fn list(&self, tests: &[Vec<Test<String>>]) -> Vec<&str> {
         let holds = |name: &str, snapshot: &Snapshot, test: &Test<String>| match test {
             Test::Kind(kind) => snapshot.kind == *kind,
@@ -173,7 +173,7 @@ impl Model {
             Test::Parent(wanted) => snapshot.parent == wanted.as_deref().unwrap_or(""),
             Test::Has(label) => snapshot.labels.contains_key(*label),
             Test::Is(label, value) => snapshot.labels.get(*label).is_some_and(|v| v == value),
-            // What is absent counts as empty here.
+            // containerd compares an absent label as an empty text here.
             Test::IsNot(label, value) => snapshot.labels.get(*label).map_or("", String::as_str) != *value,
         };
         let matches = |name: &str, snapshot: &Snapshot| {
@@ -182,7 +182,7 @@ impl Model {
         self.snapshots.iter().filter(|(name, s)| matches(name, s)).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// The snapshots that `key` stands on, nearest first.
+    /// The parents of `key`, nearest first.
     pub fn below(&self, key: &str) -> Vec<(&str, &Snapshot)> {
         let mut chain = Vec::new();
         let mut next = self.snapshots.get(key).map_or("", |s| s.parent.as_str());
@@ -193,8 +193,8 @@ impl Model {
         chain
     }
 
-    /// Snapshots that have a directory once a cleanup has run: local ones, and remote ones that
-    /// an active one or a view stands on.
+    /// The snapshots that have a directory after a cleanup: local ones, and remote ones below an active snapshot or a
+    /// view.
     pub fn on_disk(&self) -> (usize, usize) {
         let in_use = self.snapshots.iter().filter(|(_, s)| s.kind != Kind::COMMITTED);
         let below = in_use.flat_map(|(key, _)| self.below(key));

@@ -1,14 +1,13 @@
-//! Kill storms: two snapshotters are killed at random moments, again and again, one while
-//! clients of its own socket work on it, the other while a real containerd pulls, runs, commits
-//! and removes. What was acknowledged is remembered here, outside, and compared.
+//! Kill storms: two snapshotters are killed again and again at random moments, one while clients call its own socket, the
+//! other while a real containerd pulls, runs, commits and removes. The test remembers what was acknowledged, and compares.
 //!
 //! `STORM_SEED` repeats a run as far as threads allow, `STORM_KILLS` is its length.
 
 #![allow(clippy::unwrap_used)]
 
-mod direct;
-mod pulls;
-mod weather;
+mod containerd_client;
+mod load_generator;
+mod snapshot_client;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,29 +18,30 @@ use std::thread::{scope, sleep};
 use std::time::{Duration, Instant, SystemTime};
 
 use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
-use scene::alone::digest;
 use scene::client::Client;
 use scene::containerd::Containerd;
+use scene::e2e_fixture::{E2eFixture, names};
 use scene::process::eventually;
 use scene::publisher::Repository;
+use scene::random::Random;
 use scene::sandbox::mounts_below;
 use scene::snapshotter::Snapshotter;
-use scene::stage::{Stage, names};
+use scene::snapshotter_fixture::digest;
 
-use self::direct::Direct;
-use self::pulls::{Counter, Puller, complaints, push_images};
-use self::weather::{Daemon, EndOnPanic, Random, Storm};
+use self::containerd_client::{ContainerdClient, Counter, complaints, push_images};
+use self::load_generator::{Daemon, EndOnPanic, Storm};
+use self::snapshot_client::SnapshotClient;
 
-/// In CI; a long storm has hundreds.
+/// The number of kills of `make test`. `make storm` has hundreds.
 const KILLS: usize = 16;
-/// So often everything is compared.
-const BETWEEN_CHECKS: usize = 8;
+/// The number of kills after which everything is compared.
+const KILLS_BETWEEN_CHECKS: usize = 8;
 
 /// 56 kills of containerd's own overlayfs left 14 calls that failed with "file exists": an id
 /// whose transaction never committed was handed out again. The Go snapshotter empties its state
 /// when it is stopped, below running containers.
 #[test]
-fn root_acknowledged_changes_survive_hundreds_of_kills() {
+fn root_acknowledged_changes_survive_repeated_kills() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let by_time = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let seed = number("STORM_SEED").unwrap_or_else(by_time);
@@ -55,22 +55,22 @@ fn storm(seed: u64, kills: usize, attach: &str) {
     println!("STORM_SEED={seed} STORM_KILLS={kills} attach = {attach:?}");
     let begun = Instant::now();
     let config = format!("attach = {attach:?}");
-    let mut stage = Stage::set("storm", &config);
+    let mut stage = E2eFixture::start("storm", &config);
     let long = push_images(&stage, &[("published-long:1", 3), ("local-long:1", 0)]);
     let one = push_images(&stage, &[("published-1:1", 3), ("local-1:1", 0), ("half-1:1", 2)]);
     let two = push_images(&stage, &[("published-2:1", 3), ("half-2:1", 1)]);
     publish_direct_layers(&stage.repository);
     let mut own = Snapshotter::start(&stage.sandbox.path("own"), stage.repository.dir(), &config);
     let mnt = stage.sandbox.path("mnt");
-    let Stage { ours, snapshotter, .. } = &mut stage;
+    let E2eFixture { ours, snapshotter, .. } = &mut stage;
     let ours: &Containerd = ours;
     let mut counters: Vec<Counter> = long.iter().map(|image| Counter::start(ours, image)).collect();
 
     let storm = &Storm::new(seed);
     let (behind, alone) = (&Daemon::new(snapshotter), &Daemon::new(&mut own));
-    let direct: Vec<_> = (0..4).map(|n| Mutex::new(Direct::new(storm, alone, n, &mnt))).collect();
+    let direct: Vec<_> = (0..4).map(|n| Mutex::new(SnapshotClient::new(storm, alone, n, &mnt))).collect();
     let pullers: Vec<_> =
-        [(10, one), (11, two)].map(|(n, images)| Mutex::new(Puller::new(storm, ours, n, images))).into();
+        [(10, one), (11, two)].map(|(n, images)| Mutex::new(ContainerdClient::new(storm, ours, n, images))).into();
     let compare = |counters: &mut [Counter]| {
         let _all = storm.gate.write().unwrap();
         for client in &direct {
@@ -85,26 +85,26 @@ fn storm(seed: u64, kills: usize, attach: &str) {
     scope(|scope| {
         let _end = EndOnPanic(storm);
         for client in &direct {
-            scope.spawn(|| storm.go_on(|| client.lock().unwrap().step()));
+            scope.spawn(|| storm.run_client(|| client.lock().unwrap().step()));
         }
         for client in &pullers {
-            scope.spawn(|| storm.go_on(|| client.lock().unwrap().step()));
+            scope.spawn(|| storm.run_client(|| client.lock().unwrap().step()));
         }
-        scope.spawn(|| storm.kill_now_and_then(alone, Random::new(seed, 20), 1000, kills));
-        scope.spawn(|| storm.kill_now_and_then(behind, Random::new(seed, 21), 2000, kills));
-        let mut next = BETWEEN_CHECKS;
+        scope.spawn(|| storm.run_killer(alone, Random::new(seed, 20), 1000, kills));
+        scope.spawn(|| storm.run_killer(behind, Random::new(seed, 21), 2000, kills));
+        let mut next = KILLS_BETWEEN_CHECKS;
         while !storm.is_over() && storm.kills.load(Ordering::SeqCst) < kills {
             sleep(Duration::from_millis(20));
             if storm.kills.load(Ordering::SeqCst) >= next {
                 compare(&mut counters);
-                next += BETWEEN_CHECKS;
+                next += KILLS_BETWEEN_CHECKS;
             }
         }
         storm.end();
     });
     compare(&mut counters);
 
-    // Everything can be removed, and then nothing is left.
+    // Everything can be removed, and nothing is left afterwards.
     for (counter, image) in counters.into_iter().zip(&long) {
         counter.end(ours, image);
     }
@@ -140,7 +140,7 @@ fn storm(seed: u64, kills: usize, attach: &str) {
     assert!(count(&storm.acknowledged) > 5 * kills, "too little happened");
 }
 
-/// The layers that `scene::alone::digest` names.
+/// The layers that `scene::snapshotter_fixture::digest` names.
 fn publish_direct_layers(repository: &Repository) {
     for n in 1..=3 {
         let top = repository.layer_dir(&digest(n)).join("layerfs");
@@ -151,19 +151,19 @@ fn publish_direct_layers(repository: &Repository) {
     repository.commit();
 }
 
-/// containerd collects in a snapshotter only after it removed something there, and once: what
-/// it could not because the snapshotter was away, it leaves until then.
+/// Makes containerd collect garbage in the snapshotter. It does so once after it removed something there, and leaves what
+/// it could not remove because the snapshotter was down to the next time.
 fn collect(ours: &Containerd) {
     let snapshots = ours.snapshots();
-    // Right after a kill containerd waits before it connects again.
+    // containerd waits for a moment after a kill before it connects again.
     if snapshots.prepare("something", "", &[("containerd.io/gc.root", "storm")]).is_ok() {
         snapshots.remove("something").unwrap();
     }
     ours.collect_garbage();
 }
 
-/// containerd's keys and its snapshotter's are the same but for a number that it puts before
-/// them, and for the names of remote ones, which are ours: all end in the key.
+/// Checks that containerd and the snapshotter know the same snapshots. containerd puts its namespace and a number before
+/// its keys, and the names of remote snapshots are ours; all names end in the key.
 fn check_against_containerd(client: &Client, ours: &Containerd) {
     let sorted = |infos: Vec<Info>, key: fn(&str) -> &str| {
         let mut all: Vec<_> = infos.iter().map(|i| (key(&i.name).to_owned(), i.kind.value())).collect();
@@ -183,8 +183,8 @@ fn check_against_containerd(client: &Client, ours: &Containerd) {
     }
 }
 
-/// On disk and in the mount table is what the records need: local snapshots, and the layers that
-/// active ones and views stand on.
+/// Checks that the disk and the mount table hold exactly what the records need: local snapshots, and the layers below
+/// active snapshots and views.
 fn check_disk(daemon: &Daemon, attach: &str) {
     let client = daemon.connect().0;
     let all = client.list(&[]).unwrap();
@@ -202,7 +202,7 @@ fn check_disk(daemon: &Daemon, attach: &str) {
     let mounted: BTreeSet<PathBuf> = mounts_below(daemon.snapshots.parent().unwrap()).into_iter().collect();
     let led_to = || attached.iter().map(|dir| dir.canonicalize().unwrap()).collect();
     assert_eq!(mounted, if attach == "bind" { led_to() } else { BTreeSet::new() });
-    // But for the note of a commit that was killed: the next commit of that snapshot overwrites it.
+    // A killed commit may leave its new record, which the next commit of that snapshot overwrites.
     let half_made = |dir: &Path| {
         names(dir).into_iter().any(|name| {
             Path::new(&name).extension().is_some_and(|extension| extension == "new") && name != "record.new"

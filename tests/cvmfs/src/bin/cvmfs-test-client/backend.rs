@@ -1,5 +1,5 @@
-//! What the file system asks of a reader of the repository. Paths are those of the catalogs: the
-//! root is empty, all others begin with a slash.
+//! The interface between the file system and a reader of the repository. Paths are those of the catalogs: the root is
+//! empty, and all others begin with a slash.
 
 #![forbid(unsafe_code)]
 
@@ -9,13 +9,13 @@ use fuser::Errno;
 
 use cvmfs_testbed::format::Digest;
 
-/// One file, directory, link or device.
+/// A file, directory, link or device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// With the file type.
     pub mode: u32,
     pub size: u64,
-    /// As `stat` has it; 0 for what is no device.
+    /// The device number of `stat`; 0 for an entry that is no device.
     pub device: u64,
     pub mtime: i64,
     pub mtime_ns: u32,
@@ -24,10 +24,10 @@ pub struct Entry {
     pub links: u32,
     /// The first path of the entry's group of hard links.
     pub first_link: Option<Arc<[u8]>>,
-    /// Of a symbolic link.
+    /// The target of a symbolic link.
     pub target: Vec<u8>,
     pub attributes: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Of a regular file. A reader that opens by path alone leaves it out.
+    /// The digest of a regular file; None if the reader opens files by their paths.
     pub content: Option<Digest>,
 }
 
@@ -47,11 +47,11 @@ pub trait Content: Send + Sync {
 /// Names and entries of a directory, without `.` and `..`.
 pub type Listing = Vec<(Vec<u8>, Arc<Entry>)>;
 
-/// What a catalog says of itself.
+/// The properties of a catalog.
 #[derive(Clone, Debug)]
 pub struct CatalogSummary {
     pub digest: Digest,
-    /// Of the directory whose entries it lists.
+    /// The directory whose entries it lists.
     pub path: Vec<u8>,
     /// Sorted by name.
     pub counters: Vec<(String, i64)>,

@@ -1,5 +1,5 @@
-//! What went wrong, as the real client remembers it: the last lines of its log, how many requests
-//! were answered with an input/output error, and when the last of them was.
+//! The errors that the client remembers, as the real one does: the last lines of its log, the number of requests that were
+//! answered with an input/output error, and the time of the last of them.
 
 #![forbid(unsafe_code)]
 

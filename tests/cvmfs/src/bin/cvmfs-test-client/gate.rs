@@ -25,7 +25,7 @@ pub enum Behaviour {
     Fail(Errno),
 }
 
-/// What the kernel asks for.
+/// The kind of a request of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     Lookup,
@@ -59,7 +59,7 @@ const NAMES: [&str; 13] = [
     "listxattr",
 ];
 
-/// What the request is about.
+/// The entry that a request is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
     Root,
@@ -146,8 +146,8 @@ impl Gate {
         }
     }
 
-    /// What waits is answered as soon as nothing hangs any more, each request on a thread of its
-    /// own: one of them may be slow by itself.
+    /// Sets the behaviour. Requests that wait are answered as soon as the client does not hang any more, each on its own
+    /// thread, because one of them may be slow.
     pub fn set(&self, behaviour: Behaviour) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.0 = behaviour;

@@ -33,7 +33,7 @@ impl Library {
         Ok(Self { url: url.to_owned(), cache: cache.to_owned(), repository })
     }
 
-    /// One call at a time. A call that panicked leaves nothing that the next one minds.
+    /// Makes one call at a time. A panic in a call does not affect the next one.
     fn call<T>(&self, call: impl FnOnce(&Repository) -> Result<T, CvmfsError>) -> Result<T, Errno> {
         call(&self.repository.lock().unwrap_or_else(PoisonError::into_inner)).map_err(|error| errno(&error))
     }

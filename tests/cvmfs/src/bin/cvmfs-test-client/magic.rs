@@ -24,7 +24,7 @@ pub enum Visibility {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
     Every,
-    /// What has content of its own.
+    /// An entry with content.
     Content,
     RegularFile,
     SymbolicLink,
@@ -111,7 +111,7 @@ impl MagicAttributes {
         names.flat_map(|(name, _)| [name.as_bytes(), b"\0"].concat()).collect()
     }
 
-    /// What the attribute `name` says of the entry at `path`; `None` if the client does not make it up.
+    /// The value of the attribute `name` of the entry at `path`; `None` if it is no magic attribute.
     pub fn value(
         &self,
         name: &[u8],
@@ -153,7 +153,7 @@ impl MagicAttributes {
             "user.hash" => content(),
             "user.chunk_list" => format!("hash,offset,size\n{},0,{}\n", content(), entry.size),
             "user.rawlink" | "xfsroot.rawlink" => String::from_utf8_lossy(&entry.target).into_owned(),
-            // What nothing depends on, as a client says it that was just mounted.
+            // No test depends on these values. They are those of a client that was just mounted.
             "user.chunks" => "1".to_owned(),
             "user.compression" => "zlib".to_owned(),
             "user.expires" => "4".to_owned(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::magic::Visibility;
 
-/// Who reads the repository.
+/// The implementation that reads the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reader {
     Own,
@@ -20,7 +20,7 @@ pub struct Options {
     pub url: String,
     pub mountpoint: PathBuf,
     pub cache: PathBuf,
-    /// What statfs says; the real client says 0.
+    /// The name length that statfs reports. The real client reports 0.
     pub name_length: u32,
     /// How long the kernel keeps names and attributes.
     pub ttl: Duration,

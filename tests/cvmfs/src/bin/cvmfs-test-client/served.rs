@@ -46,7 +46,7 @@ pub struct Served {
 #[derive(Clone)]
 enum Handle {
     File(Arc<dyn Content>),
-    /// As it was when opened, with `.` and `..`.
+    /// The entries at the time of the open, with `.` and `..`.
     Directory(Arc<Vec<(Vec<u8>, FileAttr)>>),
 }
 
@@ -80,7 +80,7 @@ impl Served {
         attributes
     }
 
-    /// What an inode is now, under one of the paths it was seen under.
+    /// The present entry of an inode, at one of the paths at which it was seen.
     fn find(&self, inode: u64) -> Result<(Arc<[u8]>, Arc<Entry>), Errno> {
         let mut failure = Errno::ENOENT;
         for path in self.inodes.paths(inode) {
@@ -162,7 +162,7 @@ impl Served {
         Ok(names)
     }
 
-    /// Those in a directory; nothing else has any.
+    /// The names in a directory. Other entries have none.
     fn names(&self, path: &[u8], entry: Option<&Entry>) -> HashSet<Vec<u8>> {
         let is_directory = entry.is_some_and(|entry| attributes::kind(entry) == FileType::Directory);
         let listed = if is_directory { self.backend.list(path).unwrap_or_default() } else { Vec::new() };
@@ -235,7 +235,7 @@ fn forget(path: &[u8], inode: u64, same: bool, above: Option<u64>, notifier: &No
     notifier.inval_inode(INodeNo(inode), 0, 0)
 }
 
-/// What `fuser` calls.
+/// The file system that `fuser` calls.
 pub struct FileSystem(Arc<Served>);
 
 impl FileSystem {
@@ -288,7 +288,7 @@ impl Filesystem for FileSystem {
         let name = name.as_bytes().to_vec();
         self.pass(Request::Lookup, parent, reply, move |served, reply| match served.lookup(parent.0, &name) {
             Ok(attributes) => reply.entry(&served.ttl, &attributes, Generation(0)),
-            // As the real client answers: the kernel remembers that there is nothing.
+            // The real client answers so that the kernel caches the absence.
             Err(errno) if errno.code() == Errno::ENOENT.code() => {
                 reply.entry(&served.ttl, &attributes::of_nothing(), Generation(0));
             }

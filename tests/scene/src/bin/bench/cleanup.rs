@@ -1,4 +1,4 @@
-//! What it takes to remove the files of many snapshots, and what others notice of it.
+//! Part `cleanup`: the removal of the files of many snapshots, and its effect on other calls.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use scene::client::Client;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
+use crate::contestant::{Contestant, Failure, clients, failure, prefix, run_concurrently};
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
 use crate::stats::{Cell, quantile, seconds};
@@ -17,7 +17,7 @@ use crate::{Say, contestants, turns};
 const ROUNDS: usize = 3;
 const FILES: usize = 20;
 const MAKING: usize = 16;
-/// One in so many is removed beside calls.
+/// One in this many snapshots is removed while calls are measured.
 const PART: usize = 3;
 /// The calls that a cleanup is compared with are made for so long.
 const QUIET: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let contestants = contestants(sandbox, settings, "cleanup", None);
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Cleanup of {number} removed snapshots"), &names);
-    group.note(
+    group.add_note(
         "calls: Stat, Prepare, Remove of one client; the slowest and p99 of one such cycle in a round".to_owned(),
     );
     let mut results: Vec<Vec<Round>> = contestants.iter().map(|_| Vec::new()).collect();
@@ -37,7 +37,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             say.that(&format!("cleanup, round {}, {name}", n + 1));
             match round(&contestants[turn], number, n) {
                 Ok(round) => results[turn].push(round),
-                Err(why) => group.note(format!("{name}: {why}")),
+                Err(why) => group.add_note(format!("{name}: {why}")),
             }
         }
     }
@@ -65,14 +65,14 @@ struct Round {
     beside: Vec<f64>,
 }
 
-fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Trouble> {
+fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Failure> {
     let clients = clients(contestant, MAKING);
     let (first, other) = (&clients[0], &clients[1]);
     let prefix = format!("{}cleanup-{n}/", prefix());
 
     let clean = || {
         let (took, result) = seconds(|| first.with_timeout(Duration::from_mins(10)).cleanup());
-        result.map_err(trouble).map(|()| took)
+        result.map_err(failure).map(|()| took)
     };
     make(&clients, &format!("{prefix}empty-"), number, 0)?;
     nix::unistd::sync();
@@ -93,26 +93,26 @@ fn round(contestant: &Contestant, number: usize, n: usize) -> Result<Round, Trou
         let beside = beside.join().expect("a client does not panic")?;
         busy.map(|busy| (busy, beside))
     })?;
-    first.cleanup().map_err(trouble)?;
+    first.cleanup().map_err(failure)?;
     Ok(Round { empty, filled, busy, quiet, beside })
 }
 
 /// Snapshots that were there and are removed.
-fn make(clients: &[Client], prefix: &str, number: usize, files: usize) -> Result<(), Trouble> {
-    crowd(clients, number, |client, n| {
+fn make(clients: &[Client], prefix: &str, number: usize, files: usize) -> Result<(), Failure> {
+    run_concurrently(clients, number, |client, n| {
         let key = format!("{prefix}{n}");
-        let mounts = client.prepare(&key, "", &[]).map_err(trouble)?;
+        let mounts = client.prepare(&key, "", &[]).map_err(failure)?;
         let top = mounts.first().map(|mount| mount.source.clone()).unwrap_or_default();
         for file in 0..files {
             let path = Path::new(&top).join(file.to_string());
             fs::write(&path, "x").map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         }
-        client.remove(&key).map_err(trouble)
+        client.remove(&key).map_err(failure)
     })
 }
 
 /// Seconds of each cycle, sorted; one at least.
-fn calls(client: &Client, prefix: &str, go_on: impl Fn() -> bool) -> Result<Vec<f64>, Trouble> {
+fn calls(client: &Client, prefix: &str, go_on: impl Fn() -> bool) -> Result<Vec<f64>, Failure> {
     let mut times = Vec::new();
     loop {
         let key = format!("{prefix}{}", times.len());
@@ -121,7 +121,7 @@ fn calls(client: &Client, prefix: &str, go_on: impl Fn() -> bool) -> Result<Vec<
             client.stat(&key)?;
             client.remove(&key)
         });
-        result.map_err(trouble)?;
+        result.map_err(failure)?;
         times.push(took);
         if !go_on() {
             break;

@@ -14,8 +14,8 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 use scene::client::{Client, REF};
-use scene::footprint::Footprint;
 use scene::process::{Server, tool};
+use scene::resource_usage::ResourceUsage;
 use scene::snapshotter::Snapshotter;
 
 use crate::host::processor_seconds;
@@ -28,15 +28,15 @@ pub const MEMORY: &str = "memory";
 pub const NAMES: [&str; 4] = [OURS, OVERLAYFS, GO, MEMORY];
 
 /// Why something could not be measured.
-pub type Trouble = String;
+pub type Failure = String;
 
-// As `map_err` hands it over.
+// `map_err` passes the status by value.
 #[allow(clippy::needless_pass_by_value)]
-pub fn trouble(status: RpcStatus) -> Trouble {
+pub fn failure(status: RpcStatus) -> Failure {
     format!("{:?}: {}", status.code(), status.message())
 }
 
-/// What the names of everything begin with that the benchmark makes anywhere.
+/// The prefix of all names that the benchmark makes.
 pub fn prefix() -> String {
     format!("cvmfs-bench-{}/", std::process::id())
 }
@@ -101,7 +101,7 @@ impl Contestant {
         contestant
     }
 
-    /// Those that run already.
+    /// Snapshotters that run already.
     pub fn foreign(settings: &Settings) -> impl Iterator<Item = Self> {
         settings.peers.iter().map(|(name, socket)| {
             let stream = UnixStream::connect(socket);
@@ -114,7 +114,7 @@ impl Contestant {
     }
 
     /// Starts what `stop` has ended; the result is how long it took to the first answer.
-    pub fn start(&mut self) -> Result<Duration, Trouble> {
+    pub fn start(&mut self) -> Result<Duration, Failure> {
         let Process::Own { make, log, server } = &mut self.process else {
             return Err("somebody else has to start it".to_owned());
         };
@@ -161,8 +161,8 @@ impl Contestant {
         Client::connect(&self.socket)
     }
 
-    pub fn footprint(&self) -> Option<Footprint> {
-        self.pid().map(Footprint::of)
+    pub fn usage(&self) -> Option<ResourceUsage> {
+        self.pid().map(ResourceUsage::read)
     }
 
     /// Waits until it has nothing to do any more, a minute at most.
@@ -181,11 +181,11 @@ impl Contestant {
     }
 
     /// Removes what the benchmark made, from the top.
-    fn tidy(&self) -> Result<(), Trouble> {
+    fn tidy(&self) -> Result<(), Failure> {
         let client = self.client();
         let prefix = prefix();
         let mut parents: HashMap<String, String> = HashMap::new();
-        for info in client.list(&[]).map_err(trouble)? {
+        for info in client.list(&[]).map_err(failure)? {
             let pulled = info.labels.get(REF).is_some_and(|reference| reference.starts_with(&prefix));
             if pulled || info.name.starts_with(&prefix) {
                 parents.insert(info.name, info.parent);
@@ -194,12 +194,12 @@ impl Contestant {
         while !parents.is_empty() {
             let below: HashSet<&String> = parents.values().collect();
             let top: Vec<String> = parents.keys().filter(|name| !below.contains(name)).cloned().collect();
-            crowd(&vec![client.clone(); 8], top.len(), |client, n| client.remove(&top[n]).map_err(trouble))?;
+            run_concurrently(&vec![client.clone(); 8], top.len(), |client, n| client.remove(&top[n]).map_err(failure))?;
             for name in &top {
                 parents.remove(name);
             }
         }
-        client.cleanup().map_err(trouble)
+        client.cleanup().map_err(failure)
     }
 }
 
@@ -213,7 +213,7 @@ impl Drop for Contestant {
     }
 }
 
-/// So many clients, each with a connection that has been used.
+/// Connects `number` clients, and makes a call with each.
 pub fn clients(of: &Contestant, number: usize) -> Vec<Client> {
     let clients: Vec<Client> = (0..number).map(|_| of.client()).collect();
     for client in &clients {
@@ -223,12 +223,12 @@ pub fn clients(of: &Contestant, number: usize) -> Vec<Client> {
 }
 
 /// Has each client, on a thread of its own, take up pieces of work until all are done, or until
-/// the first trouble.
-pub fn crowd(
+/// the first failure.
+pub fn run_concurrently(
     clients: &[Client],
     pieces: usize,
-    work: impl Fn(&Client, usize) -> Result<(), Trouble> + Sync,
-) -> Result<(), Trouble> {
+    work: impl Fn(&Client, usize) -> Result<(), Failure> + Sync,
+) -> Result<(), Failure> {
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     std::thread::scope(|scope| {

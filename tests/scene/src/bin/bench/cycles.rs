@@ -1,4 +1,4 @@
-//! What a container costs in records: Prepare, Mounts and Remove, by one client and by many.
+//! Part `cycles`: Prepare, Mounts and Remove of a snapshot, by one client and by many.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 use scene::client::Client;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, prefix, trouble};
+use crate::contestant::{Contestant, Failure, clients, failure, prefix};
 use crate::host::{cores, processor_seconds};
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
@@ -31,7 +31,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
                 for turn in turns(contestants.len(), n) {
                     match round(&contestants[turn], on_parent, number, n) {
                         Ok(round) => rounds[turn].push(round),
-                        Err(why) => group.note(format!("{}, {what}: {why}", contestants[turn].name)),
+                        Err(why) => group.add_note(format!("{}, {what}: {why}", contestants[turn].name)),
                     }
                 }
             }
@@ -53,14 +53,14 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
 
 struct Round {
     per_second: f64,
-    /// Of a cycle, sorted.
+    /// The duration of each cycle, sorted.
     latencies: Vec<f64>,
     /// Share of all processor time.
     bench: f64,
     snapshotter: f64,
 }
 
-fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> Result<Round, Trouble> {
+fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> Result<Round, Failure> {
     let clients = clients(contestant, number);
     let prefix = format!("{}cycles-{n}/", prefix());
     let parent = if on_parent { layer(&clients[0])? } else { String::new() };
@@ -68,7 +68,7 @@ fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> R
     let us = Pid::this();
     let used = || [us].into_iter().chain(contestant.pid()).map(processor_seconds).collect::<Vec<_>>();
     let (before, begun) = (used(), Instant::now());
-    let results: Vec<Result<Vec<f64>, Trouble>> = std::thread::scope(|scope| {
+    let results: Vec<Result<Vec<f64>, Failure>> = std::thread::scope(|scope| {
         let threads: Vec<_> = clients
             .iter()
             .enumerate()
@@ -87,24 +87,24 @@ fn round(contestant: &Contestant, on_parent: bool, number: usize, n: usize) -> R
     };
     let mut latencies = results.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
     latencies.sort_by(f64::total_cmp);
-    clients[0].cleanup().map_err(trouble)?;
+    clients[0].cleanup().map_err(failure)?;
     let per_second = float(latencies.len()) / wall;
     Ok(Round { per_second, latencies, bench: share(0), snapshotter: share(1) })
 }
 
 /// A committed snapshot of our own; it may be there already.
-fn layer(client: &Client) -> Result<String, Trouble> {
+fn layer(client: &Client) -> Result<String, Failure> {
     let name = format!("{}layer", prefix());
     if client.stat(&name).is_err() {
         let key = format!("{name} extract");
-        client.prepare(&key, "", &[]).map_err(trouble)?;
-        client.commit(&name, &key, &[]).map_err(trouble)?;
+        client.prepare(&key, "", &[]).map_err(failure)?;
+        client.commit(&name, &key, &[]).map_err(failure)?;
     }
     Ok(name)
 }
 
 /// Seconds of each.
-fn cycles(client: &Client, key: &str, parent: &str, until: Instant) -> Result<Vec<f64>, Trouble> {
+fn cycles(client: &Client, key: &str, parent: &str, until: Instant) -> Result<Vec<f64>, Failure> {
     let mut latencies = Vec::new();
     loop {
         let begun = Instant::now();
@@ -112,9 +112,9 @@ fn cycles(client: &Client, key: &str, parent: &str, until: Instant) -> Result<Ve
             return Ok(latencies);
         }
         let key = format!("{key}-{}", latencies.len());
-        client.prepare(&key, parent, &[]).map_err(trouble)?;
-        client.mounts(&key).map_err(trouble)?;
-        client.remove(&key).map_err(trouble)?;
+        client.prepare(&key, parent, &[]).map_err(failure)?;
+        client.mounts(&key).map_err(failure)?;
+        client.remove(&key).map_err(failure)?;
         latencies.push(begun.elapsed().as_secs_f64());
     }
 }

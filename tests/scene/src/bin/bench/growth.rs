@@ -1,5 +1,5 @@
-//! What single calls cost in a store that grows, what the process takes, and how long its start
-//! takes.
+//! Part `growth`: the duration of single calls, the memory and the duration of a start, with a growing number of
+//! snapshots.
 
 use std::fs;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use scene::client::{Client, IMAGE_REF, LAYER_DIGEST, REF};
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, OURS, Trouble, clients, crowd, prefix, trouble};
+use crate::contestant::{Contestant, Failure, OURS, clients, failure, prefix, run_concurrently};
 use crate::plot::Series;
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
@@ -17,12 +17,12 @@ use crate::{Say, contestants, turns};
 
 const SIZES: [usize; 4] = [100, 1000, 10_000, 100_000];
 const ROUNDS: usize = 3;
-/// As an image has.
+/// The number of layers of an image.
 const DEPTH: usize = 10;
-/// One chain in three is of published layers.
+/// One in this many chains consists of published layers.
 const PUBLISHED: usize = 3;
 const POPULATING: usize = 32;
-/// Of each kind of call in a round.
+/// The number of calls of each kind in a round.
 const CALLS: usize = 100;
 const LIMIT: Duration = Duration::from_secs(1);
 const STARTS: usize = 3;
@@ -71,7 +71,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let names: Vec<String> = contestants.iter().map(|c| c.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut group = Group::new("One call of one client, in a store of so many snapshots", &names);
-    group.note(format!(
+    group.add_note(format!(
         "chains of {DEPTH}, one in {PUBLISHED} of published layers; overlayfs has all of them as local ones"
     ));
     let mut stores: Vec<Store> = contestants
@@ -82,13 +82,13 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
         })
         .collect();
     for store in &stores {
-        take(&mut group, store, None);
+        record_memory(&mut group, store, None);
     }
     for size in SIZES.into_iter().filter(|&size| size <= up_to) {
         for store in stores.iter_mut().filter(|store| size <= store.up_to) {
             say.that(&format!("growth to {size} snapshots, {}", store.contestant.name));
             if let Err(why) = grow(&mut group, store, size) {
-                group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 store.up_to = 0;
             }
         }
@@ -101,7 +101,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
                 }
                 nix::unistd::sync();
                 if let Err(why) = calls(store, &format!("{size}-{round}")) {
-                    group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                    group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 }
             }
         }
@@ -109,10 +109,10 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             for (name, unit, samples) in std::mem::take(&mut store.samples).calls {
                 group.put_at(name, Some(size), unit, &store.contestant.name, Cell::of(&samples));
             }
-            take(&mut group, store, Some(size));
+            record_memory(&mut group, store, Some(size));
             say.that(&format!("starts with {size} snapshots, {}", store.contestant.name));
             if let Err(why) = start(&mut group, store, size) {
-                group.note(format!("{} with {size} snapshots: {why}", store.contestant.name));
+                group.add_note(format!("{} with {size} snapshots: {why}", store.contestant.name));
                 store.up_to = 0;
             }
         }
@@ -149,13 +149,13 @@ fn publish(repository: &Repository, chain: usize) {
     }
 }
 
-fn grow(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Trouble> {
+fn grow(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Failure> {
     let clients = clients(store.contestant, POPULATING);
     let (old, new) = (store.chains.len(), size / DEPTH);
     let prefix = prefix();
     let made = std::sync::Mutex::new(Vec::new());
     let (seconds, result) = seconds(|| {
-        crowd(&clients, new - old, |client, n| {
+        run_concurrently(&clients, new - old, |client, n| {
             let chain = make(client, &prefix, old + n)?;
             made.lock().expect("no thread panics with it").push(chain);
             Ok(())
@@ -176,8 +176,8 @@ fn grow(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Trouble
     Ok(())
 }
 
-/// As containerd pulls: it asks for a layer, and unpacks it where that is not there already.
-fn make(client: &Client, prefix: &str, chain: usize) -> Result<Chain, Trouble> {
+/// Makes a chain as containerd pulls it: it calls Prepare for each layer, and commits those that are not published.
+fn make(client: &Client, prefix: &str, chain: usize) -> Result<Chain, Failure> {
     let published = is_published(chain);
     let mut names: Vec<String> = Vec::new();
     for layer in 0..DEPTH {
@@ -188,12 +188,12 @@ fn make(client: &Client, prefix: &str, chain: usize) -> Result<Chain, Trouble> {
         let labels = if published { &labels[..] } else { &labels[..1] };
         let key = format!("{name} extract");
         match client.prepare(&key, &parent, labels) {
-            Ok(_) => client.commit(&name, &key, labels).map_err(trouble)?,
+            Ok(_) => client.commit(&name, &key, labels).map_err(failure)?,
             Err(status) if published && status.code() == grpcio::RpcStatusCode::ALREADY_EXISTS => {
                 names.push(name_of(client, &name, &parent)?);
                 continue;
             }
-            Err(status) => return Err(trouble(status)),
+            Err(status) => return Err(failure(status)),
         }
         names.push(name);
     }
@@ -204,36 +204,36 @@ fn filter(reference: &str, parent: &str) -> String {
     format!("labels.{REF:?}=={reference},parent=={parent:?}")
 }
 
-fn name_of(client: &Client, reference: &str, parent: &str) -> Result<String, Trouble> {
+fn name_of(client: &Client, reference: &str, parent: &str) -> Result<String, Failure> {
     // A Go snapshotter calls it by its reference, and would look through everything for it.
     if client.stat(reference).is_ok() {
         return Ok(reference.to_owned());
     }
-    let found = client.list(&[&filter(reference, parent)]).map_err(trouble)?;
+    let found = client.list(&[&filter(reference, parent)]).map_err(failure)?;
     found.into_iter().next().map(|info| info.name).ok_or_else(|| format!("nothing stands for {reference}"))
 }
 
-/// One round.
-fn calls(store: &mut Store, round: &str) -> Result<(), Trouble> {
+/// Measures each kind of call once.
+fn calls(store: &mut Store, round: &str) -> Result<(), Failure> {
     let client = clients(store.contestant, 1).remove(0);
     let (chains, samples) = (&store.chains, &mut store.samples);
     let prefix = prefix();
     // Somewhere else each time, without chance.
     let chain = |n: usize| &chains[n * 7919 % chains.len()];
 
-    let stat = sample(5 * CALLS, LIMIT, |n| client.stat(&chain(n).names[n % DEPTH]).map(drop).map_err(trouble));
+    let stat = sample(5 * CALLS, LIMIT, |n| client.stat(&chain(n).names[n % DEPTH]).map(drop).map_err(failure));
     samples.add("Stat", Unit::Micros, stat?);
 
     let published: Vec<&Chain> = chains.iter().filter(|chain| chain.published).collect();
     let asked: Vec<(String, String)> = (0..CALLS)
         .map(|n| {
             let (chain, layer) = (published[n * 7919 % published.len()], n % DEPTH);
-            let info = client.stat(&chain.names[layer]).map_err(trouble)?;
+            let info = client.stat(&chain.names[layer]).map_err(failure)?;
             Ok((info.labels.get(REF).cloned().unwrap_or_default(), info.parent))
         })
-        .collect::<Result<_, Trouble>>()?;
+        .collect::<Result<_, Failure>>()?;
     let by_reference = sample(CALLS, LIMIT, |n| {
-        let found = client.list(&[&filter(&asked[n].0, &asked[n].1)]).map_err(trouble)?;
+        let found = client.list(&[&filter(&asked[n].0, &asked[n].1)]).map_err(failure)?;
         if found.len() == 1 { Ok(()) } else { Err(format!("{} snapshots stand for a reference", found.len())) }
     });
     samples.add("List by reference", Unit::Micros, by_reference?);
@@ -245,25 +245,25 @@ fn calls(store: &mut Store, round: &str) -> Result<(), Trouble> {
         let key = format!("{} extract", name(n));
         let parent = local[n * 7919 % local.len()].names.last().expect("a chain has layers");
         let (took, result) = seconds(|| client.prepare(&key, parent, &[(IMAGE_REF, IMAGE)]));
-        result.map_err(trouble)?;
+        result.map_err(failure)?;
         prepare.push(took);
         let (took, result) = seconds(|| client.commit(&name(n), &key, &[(IMAGE_REF, IMAGE)]));
-        result.map_err(trouble)?;
+        result.map_err(failure)?;
         commit.push(took);
     }
     for n in 0..CALLS {
         let (took, result) = seconds(|| client.remove(&name(n)));
-        result.map_err(trouble)?;
+        result.map_err(failure)?;
         remove.push(took);
     }
     samples.add("Prepare", Unit::Micros, prepare);
     samples.add("Commit", Unit::Micros, commit);
     samples.add("Remove", Unit::Micros, remove);
     let (took, result) = seconds(|| client.cleanup());
-    result.map_err(trouble)?;
+    result.map_err(failure)?;
     samples.add("Cleanup of 100", Unit::Millis, vec![took]);
 
-    let all = sample(3, 3 * LIMIT, |_| client.list(&[]).map(drop).map_err(trouble));
+    let all = sample(3, 3 * LIMIT, |_| client.list(&[]).map(drop).map_err(failure));
     samples.add("List of everything", Unit::Millis, all?);
     if store.contestant.name == OURS {
         attach(&client, &published, &prefix, samples)?;
@@ -272,7 +272,7 @@ fn calls(store: &mut Store, round: &str) -> Result<(), Trouble> {
 }
 
 /// A container on one published layer that nothing else stands on.
-fn attach(client: &Client, published: &[&Chain], prefix: &str, samples: &mut Samples) -> Result<(), Trouble> {
+fn attach(client: &Client, published: &[&Chain], prefix: &str, samples: &mut Samples) -> Result<(), Failure> {
     let key = format!("{prefix}container");
     let mut attached = Vec::new();
     for n in 0..CALLS {
@@ -280,29 +280,29 @@ fn attach(client: &Client, published: &[&Chain], prefix: &str, samples: &mut Sam
         // That it is scanned once is not what the second container waits for.
         for count in [false, true] {
             let (took, result) = seconds(|| client.prepare(&key, layer, &[]));
-            result.map_err(trouble)?;
+            result.map_err(failure)?;
             attached.extend(count.then_some(took));
-            client.remove(&key).map_err(trouble)?;
-            client.cleanup().map_err(trouble)?;
+            client.remove(&key).map_err(failure)?;
+            client.cleanup().map_err(failure)?;
         }
     }
     samples.add("attach of a layer", Unit::Micros, attached);
     Ok(())
 }
 
-fn take(group: &mut Group, store: &Store, at: Option<usize>) {
-    let Some(footprint) = store.contestant.footprint() else { return };
+fn record_memory(group: &mut Group, store: &Store, at: Option<usize>) {
+    let Some(usage) = store.contestant.usage() else { return };
     let fresh = if at.is_none() { " when fresh" } else { "" };
     let name = &store.contestant.name;
     let mut put = |what: &str, unit, number: usize| {
         group.put_at(&format!("{what}{fresh}"), at, unit, name, Cell::one(float(number)));
     };
-    put("memory", Unit::Megabytes, footprint.memory * 1024);
-    put("threads", Unit::Pieces, footprint.threads);
-    put("open files", Unit::Pieces, footprint.files);
+    put("memory", Unit::Megabytes, usage.memory * 1024);
+    put("threads", Unit::Pieces, usage.threads);
+    put("open files", Unit::Pieces, usage.files);
 }
 
-fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Trouble> {
+fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Failure> {
     let contestant = &mut *store.contestant;
     if contestant.is_foreign() {
         return Ok(());
@@ -314,7 +314,7 @@ fn start(group: &mut Group, store: &mut Store, size: usize) -> Result<(), Troubl
     }
     contestant.settle();
     group.put_at("start", Some(size), Unit::Millis, &contestant.name, Cell::of(&starts));
-    let memory = contestant.footprint().and_then(|footprint| Cell::one(float(footprint.memory * 1024)));
+    let memory = contestant.usage().and_then(|usage| Cell::one(float(usage.memory * 1024)));
     group.put_at("memory after a start", Some(size), Unit::Megabytes, &contestant.name, memory);
     Ok(())
 }

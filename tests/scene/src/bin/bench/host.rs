@@ -1,4 +1,4 @@
-//! What was measured on, and of what: else nobody can compare two runs.
+//! The host and the programs of a run, which must be known to compare two runs.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -9,7 +9,7 @@ use scene::process::{run, tool};
 use scene::snapshotter::binary;
 use serde_json::{Value, json};
 
-/// Of a process so far: seconds of processor time.
+/// The seconds of processor time that a process has used.
 pub fn processor_seconds(pid: Pid) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The name in brackets may hold anything.
@@ -23,7 +23,7 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Of the file system that holds `path`.
+/// The file system that holds `path`.
 pub fn file_system(path: &Path) -> String {
     let of = |column: &str| run("findmnt", ["-no", column, "-T", &path.display().to_string()]).stdout.trim().to_owned();
     format!("{} on {}", of("FSTYPE"), of("SOURCE"))
@@ -35,30 +35,30 @@ fn first(path: &str, name: &str) -> String {
     line.map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
 }
 
-fn said(program: &str, arguments: &[&str]) -> String {
+fn run_program(program: &str, arguments: &[&str]) -> String {
     run(program, arguments).stdout.trim().to_owned()
 }
 
 pub fn describe(state: &Path) -> Value {
     json!({
-        "date": said("date", &["--utc", "+%FT%TZ"]),
+        "date": run_program("date", &["--utc", "+%FT%TZ"]),
         "processor": first("/proc/cpuinfo", "model name"),
         "cores": cores(),
         "memory": first("/proc/meminfo", "MemTotal"),
-        "kernel": said("uname", &["-sr"]),
+        "kernel": run_program("uname", &["-sr"]),
         "state roots": file_system(state),
-        "cvmfs-snapshotter": said(&binary().display().to_string(), &["--version"]),
+        "cvmfs-snapshotter": run_program(&binary().display().to_string(), &["--version"]),
         "binary": binary().display().to_string(),
-        "sha256": said("sha256sum", &[&binary().display().to_string()]).split(' ').next(),
-        "checked out": said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"]),
-        "containerd": said(&tool("containerd").display().to_string(), &["--version"]),
+        "sha256": run_program("sha256sum", &[&binary().display().to_string()]).split(' ').next(),
+        "checked out": run_program("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"]),
+        "containerd": run_program(&tool("containerd").display().to_string(), &["--version"]),
         "overlayfs": "containerd 2.2, plugins/snapshots/overlay",
         "go": "stargz-snapshotter 0.12.0, containerd 1.6.12, grpc 1.47.0",
     })
 }
 
-/// One line for each thing.
-pub fn told(facts: &Value) -> String {
+/// The facts, one on each line.
+pub fn format_facts(facts: &Value) -> String {
     let mut text = String::new();
     for (name, value) in facts.as_object().into_iter().flatten() {
         let _ = writeln!(text, "  {name}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));

@@ -31,7 +31,7 @@ use settings::Settings;
 
 type Part = fn(&Sandbox, &Settings, &Say) -> Group;
 
-/// What `BENCH_PARTS` names, and whether it is done without being named.
+/// The parts that `BENCH_PARTS` can name, and whether they run by default.
 const PARTS: [(&str, Part, bool); 8] = [
     ("cycles", cycles::run, true),
     ("making", making::run, true),
@@ -67,7 +67,7 @@ fn measure(settings: &Settings) {
     let say = Say(Instant::now());
     let sandbox = Sandbox::enter("bench");
     let facts = host::describe(sandbox.dir());
-    println!("{}", host::told(&facts));
+    println!("{}", host::format_facts(&facts));
     if facts["state roots"].as_str().is_some_and(|fs| fs.starts_with("tmpfs")) {
         println!("  !! nothing is durable on tmpfs: set TMPDIR to a directory on a disk\n");
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, Trouble, clients, crowd, prefix, trouble};
+use crate::contestant::{Contestant, Failure, clients, failure, prefix, run_concurrently};
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
 use crate::stats::{Cell, float, seconds};
@@ -15,7 +15,7 @@ const CLIENTS: usize = 8;
 const SNAPSHOTS: usize = 8000;
 const ROUNDS: usize = 4;
 /// Clients of the last round, after the others, and how long it is until their memory is measured once more.
-const CROWD: usize = 32;
+const CONCURRENT_CLIENTS: usize = 32;
 const REST: Duration = Duration::from_secs(25);
 
 pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
@@ -23,7 +23,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("{SNAPSHOTS} snapshots made by {CLIENTS} clients"), &names);
     for contestant in &contestants {
-        take(&mut group, contestant, "fresh");
+        record_memory(&mut group, contestant, "fresh");
     }
     let mut rates: Vec<Vec<f64>> = contestants.iter().map(|_| Vec::new()).collect();
     for round in 0..ROUNDS {
@@ -33,24 +33,28 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             nix::unistd::sync();
             match make(&contestants[turn], round, CLIENTS) {
                 Ok(rate) => rates[turn].push(rate),
-                Err(why) => group.note(format!("{name}: {why}")),
+                Err(why) => group.add_note(format!("{name}: {why}")),
             }
             if round == ROUNDS - 1 {
-                take(&mut group, &contestants[turn], "right afterwards");
+                record_memory(&mut group, &contestants[turn], "right afterwards");
             }
         }
     }
     for contestant in &contestants {
-        say.that(&format!("making by {CROWD} clients, {}", contestant.name));
-        if let Err(why) = make(contestant, ROUNDS, CROWD) {
-            group.note(format!("{}: {why}", contestant.name));
+        say.that(&format!("making by {CONCURRENT_CLIENTS} clients, {}", contestant.name));
+        if let Err(why) = make(contestant, ROUNDS, CONCURRENT_CLIENTS) {
+            group.add_note(format!("{}: {why}", contestant.name));
         }
-        take(&mut group, contestant, &format!("right after {CROWD} clients made {} more", SNAPSHOTS / ROUNDS));
+        record_memory(
+            &mut group,
+            contestant,
+            &format!("right after {CONCURRENT_CLIENTS} clients made {} more", SNAPSHOTS / ROUNDS),
+        );
     }
     say.that("waiting for memory to be given back");
     thread::sleep(REST);
     for contestant in &contestants {
-        take(&mut group, contestant, &format!("{} s later", REST.as_secs()));
+        record_memory(&mut group, contestant, &format!("{} s later", REST.as_secs()));
     }
     for (contestant, rates) in contestants.iter().zip(&rates) {
         group.put("Prepare and Commit", Unit::PerSecond, &contestant.name, Cell::of(rates));
@@ -58,25 +62,25 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     group
 }
 
-/// One round; the result is how many per second.
-fn make(contestant: &Contestant, round: usize, by: usize) -> Result<f64, Trouble> {
+/// Makes the snapshots of a round. The result is their number per second.
+fn make(contestant: &Contestant, round: usize, by: usize) -> Result<f64, Failure> {
     let (clients, prefix) = (clients(contestant, by), prefix());
     let (took, result) = seconds(|| {
-        crowd(&clients, SNAPSHOTS / ROUNDS, |client, n| {
+        run_concurrently(&clients, SNAPSHOTS / ROUNDS, |client, n| {
             let name = format!("{prefix}made-{round}-{n}");
             let key = format!("{name} extract");
-            client.prepare(&key, "", &[]).map_err(trouble)?;
-            client.commit(&name, &key, &[]).map_err(trouble)
+            client.prepare(&key, "", &[]).map_err(failure)?;
+            client.commit(&name, &key, &[]).map_err(failure)
         })
     });
     result.map(|()| float(SNAPSHOTS / ROUNDS) / took)
 }
 
-fn take(group: &mut Group, contestant: &Contestant, when: &str) {
-    let Some(footprint) = contestant.footprint() else { return };
+fn record_memory(group: &mut Group, contestant: &Contestant, when: &str) {
+    let Some(usage) = contestant.usage() else { return };
     let mut put = |what: &str, unit, number: usize| {
         group.put(&format!("{what}, {when}"), unit, &contestant.name, Cell::one(float(number)));
     };
-    put("memory", Unit::Megabytes, footprint.memory * 1024);
-    put("threads", Unit::Pieces, footprint.threads);
+    put("memory", Unit::Megabytes, usage.memory * 1024);
+    put("threads", Unit::Pieces, usage.threads);
 }

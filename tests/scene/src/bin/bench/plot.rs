@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 
-/// One line of the drawing.
+/// A line of the drawing.
 pub struct Series {
     pub name: String,
     /// (snapshots, seconds)
     pub points: Vec<(f64, f64)>,
-    /// Of another snapshotter: drawn dashed.
+    /// Another snapshotter, whose line is dashed.
     pub peer: bool,
 }
 
@@ -17,7 +17,7 @@ const LEFT: f64 = 84.0;
 const RIGHT: f64 = 250.0;
 const TOP: f64 = 52.0;
 const BOTTOM: f64 = 64.0;
-/// Of Okabe and Ito: told apart by everybody.
+/// Colours of Okabe and Ito, which colour-blind readers can tell apart.
 const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 const GREYS: [&str; 3] = ["#000000", "#777777", "#b0b0b0"];
 

@@ -2,11 +2,11 @@
 //! snapshotter is what remains beside one that does nothing.
 
 use scene::containerd::Containerd;
+use scene::e2e_fixture::PAUSE;
 use scene::image::{Builder, Image};
 use scene::publisher::Repository;
 use scene::registry::Registry;
 use scene::sandbox::Sandbox;
-use scene::stage::PAUSE;
 
 use crate::contestant::{Contestant, GO, MEMORY, OURS, OVERLAYFS};
 use crate::report::{Group, Unit};
@@ -23,7 +23,7 @@ const FILE: usize = 4096;
 pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
     let columns = [OURS, MEMORY, GO, OVERLAYFS];
     let mut group = Group::new("Pull through the CRI of containerd 1.6, all layers published", &columns);
-    group.note(format!(
+    group.add_note(format!(
         "{MEMORY} does nothing: the time is containerd's own; overlayfs fetches and unpacks, here tiny layers \
          ({FILES} files of {} KiB) over loopback",
         FILE / 1024
@@ -68,7 +68,7 @@ pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
     group
 }
 
-/// Of the lowest layers of one another.
+/// Images that share their lowest layers.
 fn images(builder: &Builder) -> Vec<Image> {
     let most = LAYERS.into_iter().max().unwrap_or_default();
     let layers: Vec<_> = (0..most)

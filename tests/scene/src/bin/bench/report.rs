@@ -16,7 +16,7 @@ pub enum Unit {
     Megabytes,
     PerSecond,
     Pieces,
-    /// Of all that the cores could have done. Only for JSON.
+    /// The share of the time of all cores. It appears only in JSON.
     Share,
 }
 
@@ -33,7 +33,7 @@ impl Unit {
         }
     }
 
-    fn shown(self, value: f64) -> f64 {
+    fn convert(self, value: f64) -> f64 {
         match self {
             Self::Micros => value * 1e6,
             Self::Millis => value * 1e3,
@@ -83,7 +83,7 @@ impl Group {
     }
 
     /// Why something is missing, or what must be known to read it. Said once.
-    pub fn note(&mut self, note: String) {
+    pub fn add_note(&mut self, note: String) {
         if !self.notes.contains(&note) {
             self.notes.push(note);
         }
@@ -106,7 +106,7 @@ impl Group {
             let ours = row.cells[0].as_ref();
             let cells = row.cells.iter().enumerate().map(|(n, cell)| match cell {
                 None => "–".to_owned(),
-                Some(cell) => shown(cell, row.unit, if n == 0 { None } else { ours }),
+                Some(cell) => format_cell(cell, row.unit, if n == 0 { None } else { ours }),
             });
             lines.push([row.title()].into_iter().chain(cells).collect());
         }
@@ -143,7 +143,7 @@ impl Row {
     }
 
     fn json(&self, columns: &[String]) -> Value {
-        let value = |v: f64| json!(self.unit.shown(v));
+        let value = |v: f64| json!(self.unit.convert(v));
         let cells = columns.iter().zip(&self.cells).map(|(column, cell)| {
             let cell = cell.as_ref().map(|cell| {
                 json!({
@@ -161,9 +161,9 @@ impl Row {
 }
 
 /// The median, how far samples lie apart, and how it compares.
-fn shown(cell: &Cell, unit: Unit, ours: Option<&Cell>) -> String {
-    let [low, high] = cell.spread().map(|value| number(unit.shown(value)));
-    let mut text = number(unit.shown(cell.median));
+fn format_cell(cell: &Cell, unit: Unit, ours: Option<&Cell>) -> String {
+    let [low, high] = cell.spread().map(|value| number(unit.convert(value)));
+    let mut text = number(unit.convert(cell.median));
     if low != high {
         let _ = write!(text, " [{low}..{high}]");
     }
@@ -216,8 +216,8 @@ mod tests {
         group.put_at("Stat", Some(1000), Unit::Micros, "theirs", Cell::one(1e-5));
         group.put("start", Unit::Millis, "theirs", Cell::one(0.25));
         group.put("cpu", Unit::Share, "ours", Cell::one(0.5));
-        group.note("why".to_owned());
-        group.note("why".to_owned());
+        group.add_note("why".to_owned());
+        group.add_note("why".to_owned());
         let wanted = [
             "calls",
             "                      ours       theirs",

@@ -1,12 +1,12 @@
-//! What it costs to look through a large layer once, in our daemon.
+//! Part `scan`: one scan of a large layer by our daemon.
 
 use std::fs;
 use std::path::Path;
 
-use scene::alone::{digest, fill};
 use scene::client::Client;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
+use scene::snapshotter_fixture::{create_wide_tree, digest};
 
 use crate::Say;
 use crate::contestant::{Contestant, OURS};
@@ -17,7 +17,7 @@ use crate::stats::{Cell, float, seconds};
 const ENTRIES: [usize; 2] = [300_000, 1_000_000];
 /// Entries of a directory; so one directory in a hundred entries.
 const NAMES: usize = 99;
-/// One directory in so many has a deletion in it.
+/// One in this many directories has a deletion in it.
 const MARKED: usize = 50;
 
 pub fn run(sandbox: &Sandbox, _: &Settings, say: &Say) -> Group {
@@ -48,7 +48,7 @@ fn scan(home: &Path, repository: &Path) -> (f64, f64) {
     let chain = pull(&client);
     let (took, result) = seconds(|| client.prepare("container", &chain, &[]));
     result.expect("a container starts");
-    let peak = contestant.footprint().expect("it is ours").peak;
+    let peak = contestant.usage().expect("it is ours").peak;
     (took, float(peak * 1024))
 }
 
@@ -63,7 +63,7 @@ fn make_layer(repository: &Repository, entries: usize) {
     let top = repository.layer_dir(&digest(2)).join("layerfs");
     fs::create_dir_all(&top).expect("a layer can be made");
     let directories = entries / (NAMES + 1);
-    fill(&top, directories, NAMES);
+    create_wide_tree(&top, directories, NAMES);
     for n in (0..directories).step_by(MARKED) {
         fs::write(top.join(format!("{n}/.wh.gone")), "").expect("a layer can be marked");
     }

@@ -1,5 +1,5 @@
-//! What the environment asks for, checked before anything is measured: a run takes a quarter of
-//! an hour, and what is wrong with a variable should not be told at its end.
+//! The settings from the environment. They are checked before anything is measured, because a run takes a quarter of an
+//! hour and should not fail at its end.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileTypeExt;
@@ -105,7 +105,7 @@ fn number(name: &str, value: Option<String>, otherwise: usize) -> Result<usize, 
     number.ok_or_else(|| format!("{name}: {value:?} is no number of snapshots; it is {FEWEST} or more"))
 }
 
-/// What is there already stays until there is something to put in its place.
+/// Checks that a file can be written. An existing file is kept until its replacement is written.
 fn writable(name: &str, path: &Path) -> Result<(), String> {
     let is_new = !path.exists();
     OpenOptions::new()
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     fn read(set: &[(&str, &str)]) -> Result<Settings, String> {
-        // Else the cache of whoever runs this would be asked for.
+        // Without a value the JSON would go to the cache of the user who runs this test.
         let given = |name: &str| set.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
         Settings::from(&|name| given(name).or_else(|| (name == "BENCH_JSON").then(|| "/dev/null".to_owned())))
     }

@@ -22,7 +22,7 @@ pub fn run(sandbox: &Sandbox, _: &Settings, _: &Say) -> Group {
         group.put("without symbols", Unit::Megabytes, name, bytes(&bare).filter(|_| stripped));
         group.put("as it was built", Unit::Megabytes, name, bytes(&path));
     }
-    group.note(format!("{GO}: the engine alone, without what the snapshotter puts around it"));
+    group.add_note(format!("{GO}: the engine alone, without what the snapshotter puts around it"));
     group
 }
 

@@ -1,5 +1,5 @@
-//! What the start of a container asks of a snapshotter, on an image of many layers: Prepare and
-//! Mounts. (containerd does the mount itself.)
+//! Part `start`: Prepare and Mounts, the calls by which a container starts, on an image of many layers. The mount itself
+//! is made by containerd.
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use scene::process::eventually;
 use scene::publisher::Repository;
 use scene::sandbox::Sandbox;
 
-use crate::contestant::{Contestant, GO, OVERLAYFS, Trouble, clients, prefix, trouble};
+use crate::contestant::{Contestant, Failure, GO, OVERLAYFS, clients, failure, prefix};
 use crate::report::{Group, Unit};
 use crate::settings::Settings;
 use crate::stats::{Cell, quantile, seconds};
@@ -41,14 +41,14 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
     contestants.extend(Contestant::foreign(settings));
     let names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     let mut group = Group::new(&format!("Prepare and Mounts of a container on {LAYERS} layers"), &names);
-    group.note(format!(
+    group.add_note(format!(
         "the repository is a FUSE mount; {GO} binds layers at the pull and has no first use; overlayfs and others \
          have {LAYERS} local layers"
     ));
     let chains: Vec<Option<String>> = contestants
         .iter()
         .map(|contestant| {
-            pull(contestant, &image).map_err(|why| group.note(format!("{}: {why}", contestant.name))).ok()
+            pull(contestant, &image).map_err(|why| group.add_note(format!("{}: {why}", contestant.name))).ok()
         })
         .collect();
     let mut all: Vec<Round> = contestants.iter().map(|_| Round::default()).collect();
@@ -58,7 +58,7 @@ pub fn run(sandbox: &Sandbox, settings: &Settings, say: &Say) -> Group {
             let Some(chain) = &chains[turn] else { continue };
             nix::unistd::sync();
             if let Err(why) = starts(&contestants[turn], chain, &mut all[turn]) {
-                group.note(format!("{}: {why}", contestants[turn].name));
+                group.add_note(format!("{}: {why}", contestants[turn].name));
             }
         }
     }
@@ -102,11 +102,11 @@ fn image(builder: &Builder) -> Image {
 }
 
 /// The result is the snapshot that containers stand on.
-fn pull(contestant: &Contestant, image: &Image) -> Result<String, Trouble> {
+fn pull(contestant: &Contestant, image: &Image) -> Result<String, Failure> {
     let client = contestant.client();
     if WAYS.iter().any(|(name, _)| *name == contestant.name) || contestant.name == GO {
         let chain = client.pull_image(image, REFERENCE);
-        // What is done ahead is done.
+        // The prefetch must have ended.
         eventually("the layers were scanned", || {
             client.prepare("ahead", &chain, &[]).is_ok() && client.remove("ahead").is_ok() && client.cleanup().is_ok()
         });
@@ -116,42 +116,42 @@ fn pull(contestant: &Contestant, image: &Image) -> Result<String, Trouble> {
     for n in 0..LAYERS {
         let name = format!("{}start-{n}", prefix());
         let key = format!("{name} extract");
-        client.prepare(&key, &chain, &[]).map_err(trouble)?;
-        client.commit(&name, &key, &[]).map_err(trouble)?;
+        client.prepare(&key, &chain, &[]).map_err(failure)?;
+        client.commit(&name, &key, &[]).map_err(failure)?;
         chain = name;
     }
     Ok(chain)
 }
 
-fn start(client: &Client, key: &str, chain: &str) -> Result<f64, Trouble> {
+fn start(client: &Client, key: &str, chain: &str) -> Result<f64, Failure> {
     let (took, result) = seconds(|| client.prepare(key, chain, &[]).and_then(|_| client.mounts(key)));
-    result.map_err(trouble).map(|_| took)
+    result.map_err(failure).map(|_| took)
 }
 
-fn starts(contestant: &Contestant, chain: &str, all: &mut Round) -> Result<(), Trouble> {
+fn starts(contestant: &Contestant, chain: &str, all: &mut Round) -> Result<(), Failure> {
     let clients = clients(contestant, AT_ONCE);
     let client = &clients[0];
     let key = format!("{}container", prefix());
     for _ in 0..FIRST {
         all.first.push(start(client, &key, chain)?);
-        client.remove(&key).map_err(trouble)?;
-        client.cleanup().map_err(trouble)?;
+        client.remove(&key).map_err(failure)?;
+        client.cleanup().map_err(failure)?;
     }
     let holds = format!("{key} that holds");
     start(client, &holds, chain)?;
     for _ in 0..LATER {
         all.later.push(start(client, &key, chain)?);
-        client.remove(&key).map_err(trouble)?;
+        client.remove(&key).map_err(failure)?;
     }
-    client.cleanup().map_err(trouble)?;
+    client.cleanup().map_err(failure)?;
     all.in_use.push(at_once(&clients, &key, chain)?);
-    client.remove(&holds).map_err(trouble)?;
-    client.cleanup().map_err(trouble)?;
+    client.remove(&holds).map_err(failure)?;
+    client.cleanup().map_err(failure)?;
     all.not_yet.push(at_once(&clients, &key, chain)?);
-    client.cleanup().map_err(trouble)
+    client.cleanup().map_err(failure)
 }
 
-fn at_once(clients: &[Client], key: &str, chain: &str) -> Result<Crowd, Trouble> {
+fn at_once(clients: &[Client], key: &str, chain: &str) -> Result<Crowd, Failure> {
     let barrier = Barrier::new(clients.len() + 1);
     let (all, each) = std::thread::scope(|scope| {
         let threads: Vec<_> = clients
@@ -173,7 +173,7 @@ fn at_once(clients: &[Client], key: &str, chain: &str) -> Result<Crowd, Trouble>
     let mut each = each.into_iter().collect::<Result<Vec<_>, _>>()?;
     each.sort_by(f64::total_cmp);
     for n in 0..clients.len() {
-        clients[0].remove(&format!("{key} {n}")).map_err(trouble)?;
+        clients[0].remove(&format!("{key} {n}")).map_err(failure)?;
     }
     Ok(Crowd { all, each })
 }

@@ -1,4 +1,4 @@
-//! What many measurements of one thing say. Pure.
+//! Statistics of repeated measurements.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// None: nothing was measured.
+    /// None means that nothing was measured.
     pub fn of(samples: &[f64]) -> Option<Self> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -32,13 +32,13 @@ impl Cell {
         Self::of(&[value])
     }
 
-    /// What a table shows beside the median.
+    /// The range that a table shows beside the median.
     pub fn spread(&self) -> [f64; 2] {
         if self.samples < FEW { self.extremes } else { self.quartiles }
     }
 }
 
-/// Of sorted samples, one at least; between two of them as the straight line says.
+/// A quantile of at least one sorted sample, with linear interpolation.
 pub fn quantile(sorted: &[f64], at: f64) -> f64 {
     let place = float(sorted.len() - 1) * at;
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]

@@ -13,12 +13,12 @@ use std::time::Instant;
 use self::picture::Group;
 use nix::sys::stat::SFlag;
 use scene::containerd::{Containerd, Writable};
+use scene::e2e_fixture::E2eFixture;
 use scene::image::{Image, Layer};
 use scene::process::{cache, run};
 use scene::registry::Fetched;
 use scene::sandbox::mounts_below;
 use scene::snapshotter::Snapshotter;
-use scene::stage::Stage;
 
 /// Debian packages in a layer.
 const PACKAGES: usize = 8;
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     let say = |text: &str| println!("[{:5.1} s] {text}", begun.elapsed().as_secs_f64());
 
     say("starting a registry, two containerd and a cvmfs-snapshotter, all with a place of their own");
-    let stage = Stage::set("demo", "");
+    let stage = E2eFixture::start("demo", "");
     let image = build(&stage, &say);
     say("pushing the image to the registry on loopback");
     let reference = stage.registry.push(&image);
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 /// Compares the root file systems of `expected`, pulled the normal way, and of `image` through us, as those
 /// see them who only look and those who write; returns how many differences there are.
-fn report_differences(stage: &Stage, expected: &Image, image: &Image) -> usize {
+fn report_differences(stage: &E2eFixture, expected: &Image, image: &Image) -> usize {
     let mut all = 0;
     for (writable, name) in [(Writable::No, "read-only view"), (Writable::Yes, "container")] {
         let comparison = stage.compare(expected, image, writable);
@@ -92,7 +92,7 @@ fn report_differences(stage: &Stage, expected: &Image, image: &Image) -> usize {
 }
 
 /// An image of Debian packages, under layers that do everything a layer can do.
-fn build(stage: &Stage, say: &impl Fn(&str)) -> Image {
+fn build(stage: &E2eFixture, say: &impl Fn(&str)) -> Image {
     let mut packages: Vec<PathBuf> = fs::read_dir(cache().join("demo/debs"))
         .expect("make demo downloads the packages")
         .map(|entry| entry.expect("an entry can be read").path())
@@ -119,7 +119,7 @@ fn build(stage: &Stage, say: &impl Fn(&str)) -> Image {
     image
 }
 
-fn upper_layers(stage: &Stage) -> Vec<Layer> {
+fn upper_layers(stage: &E2eFixture) -> Vec<Layer> {
     let b = &stage.builder;
     let twice = b.layer(|l| {
         l.file("opt/twice/file", "stands twice").delete("opt/between");
@@ -169,7 +169,7 @@ fn seconds(work: impl FnOnce()) -> f64 {
 }
 
 fn measure(
-    stage: &Stage,
+    stage: &E2eFixture,
     containerd: &Containerd,
     snapshotters: &[&Snapshotter],
     image: &Image,

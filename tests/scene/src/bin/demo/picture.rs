@@ -1,4 +1,4 @@
-//! What the demo measured, as a drawing: bars beside each other, each group to its own scale. Pure.
+//! The bar chart of the demo's measurements. Each group of bars has its own scale.
 
 use std::fmt::Write as _;
 
@@ -6,12 +6,12 @@ use std::fmt::Write as _;
 pub struct Group {
     pub name: &'static str,
     pub unit: &'static str,
-    /// Of each of `SIDES`.
+    /// The value of each of `SIDES`.
     pub values: [f64; 2],
 }
 
 const SIDES: [&str; 2] = ["normal pull", "cvmfs-snapshotter"];
-/// Of Okabe and Ito: told apart by everybody.
+/// Colours of Okabe and Ito, which colour-blind readers can tell apart.
 const COLOURS: [&str; 2] = ["#777777", "#0072b2"];
 const WIDTH: f64 = 860.0;
 const LEFT: f64 = 210.0;

@@ -76,7 +76,7 @@ pub struct Fetch {
     agent: Agent,
     /// Between the first try and the second, when the server cannot be reached.
     retry_delay: Duration,
-    /// Those who want an object that is being fetched wait for its lock.
+    /// The lock of each object that is being fetched. Other readers of the object wait for it.
     running: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
 }
 

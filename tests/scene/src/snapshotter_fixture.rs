@@ -1,4 +1,5 @@
-//! A snapshotter alone, without a containerd, with a repository that has three layers.
+//! A snapshotter without a containerd, with a repository that has three layers, for tests that call its socket
+//! directly; and assertions on the results of such calls.
 
 use std::fs;
 use std::path::Path;
@@ -8,21 +9,21 @@ use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::store::Store;
 use grpcio::RpcStatusCode;
 
-use crate::client::{Answer, Client};
+use crate::client::{CallResult, Client};
 use crate::publisher::Repository;
 use crate::sandbox::Sandbox;
 use crate::snapshotter::Snapshotter;
 
-/// Fields are dropped in order: the client before the server, the sandbox last.
-pub struct Alone {
+/// Rust drops fields in their order: the client goes before the server, and the sandbox last.
+pub struct SnapshotterFixture {
     pub client: Client,
     pub snapshotter: Snapshotter,
     pub repository: Repository,
     pub sandbox: Sandbox,
 }
 
-impl Alone {
-    /// `config` is added to the snapshotter's configuration.
+impl SnapshotterFixture {
+    /// Starts the snapshotter; `config` is appended to its configuration.
     pub fn start(name: &str, config: &str) -> Self {
         Self::start_on(name, config, |_, _| ())
     }
@@ -49,11 +50,11 @@ pub fn digest(n: u8) -> String {
     format!("sha256:{}", format!("{n:02x}").repeat(32))
 }
 
-/// Before the first start at `root`: so many pulled layers, each with a label of 1,000 bytes.
-pub fn crowd(root: &Path, count: u64) {
+/// Writes metadata with `count` pulled layers, each with a label of 1,000 bytes, before the first start at `root`.
+pub fn create_pulled_snapshots(root: &Path, count: u64) {
     let snapshot = |n: u64| Snapshot {
         id: SnapshotId(n),
-        key: Key::parse(&format!("crowd-{n}")).expect("a short text is a key"),
+        key: Key::parse(&format!("pulled-{n}")).expect("a short text is a key"),
         parent: None,
         kind: Kind::Committed,
         created: Timestamp(0),
@@ -72,9 +73,9 @@ pub fn crowd(root: &Path, count: u64) {
         .expect("the metadata can be made");
 }
 
-/// Fills a directory with so many directories of so many names each, which takes long to walk.
-/// The names in one directory are links to one file: making those is quick.
-pub fn fill(top: &Path, directories: usize, names: usize) {
+/// Makes `directories` directories of `names` names each, a tree that takes long to walk. The names in one directory are
+/// hard links to one file, because links are made quickly.
+pub fn create_wide_tree(top: &Path, directories: usize, names: usize) {
     for directory in 0..directories {
         let directory = top.join(directory.to_string());
         fs::create_dir(&directory).expect("a directory can be made");
@@ -85,20 +86,21 @@ pub fn fill(top: &Path, directories: usize, names: usize) {
     }
 }
 
-/// The message of a call that must be refused with `code`.
+/// Asserts that a call was refused with `code`. The result is the message.
 #[track_caller]
-pub fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: RpcStatusCode) -> String {
-    let status = answer.expect_err("the call is refused");
+pub fn assert_refused<T: std::fmt::Debug>(answer: CallResult<T>, code: RpcStatusCode) -> String {
+    let status = answer.expect_err("the call must be refused");
     assert_eq!(status.code(), code, "{}", status.message());
     status.message().to_owned()
 }
 
+/// The options of the one mount that describes a snapshot.
 pub fn options(mounts: &[Mount]) -> &[String] {
     let [mount] = mounts else { panic!("one mount describes a snapshot") };
     &mount.options
 }
 
-/// A chain of the three layers of an `Alone`; the result is the name of the uppermost.
+/// Pulls the three layers of a `SnapshotterFixture` as a chain. The result is the name of the uppermost snapshot.
 pub fn pull_chain(client: &Client) -> String {
     let mut parent = String::new();
     for n in 1..=3 {
@@ -107,21 +109,21 @@ pub fn pull_chain(client: &Client) -> String {
     parent
 }
 
-/// The message of a call on a layer that cannot be had.
+/// Asserts that a call failed because a layer of the repository is not available. The result is the message.
 #[track_caller]
-pub fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) -> String {
-    let message = refused(answer, RpcStatusCode::UNAVAILABLE);
+pub fn assert_unavailable<T: std::fmt::Debug>(answer: CallResult<T>) -> String {
+    let message = assert_refused(answer, RpcStatusCode::UNAVAILABLE);
     for part in ["layer sha256:", "scene.test", "is not available"] {
         assert!(message.contains(part), "{part} is missing in: {message}");
     }
     message
 }
 
-/// The same, of a layer whose repository is to be looked at: with a scan that is not finished, or a
-/// repository that is slow, nobody has to do anything.
+/// As `assert_unavailable`, for a failure that an administrator must act on, so the message must say how. A scan that is
+/// not finished and a repository that is slow need no action.
 #[track_caller]
-pub fn unavailable_with_advice<T: std::fmt::Debug>(answer: Answer<T>) -> String {
-    let message = unavailable(answer);
+pub fn assert_unavailable_with_advice<T: std::fmt::Debug>(answer: CallResult<T>) -> String {
+    let message = assert_unavailable(answer);
     for part in ["cvmfs-snapshotter doctor", "pull it anew"] {
         assert!(message.contains(part), "{part} is missing in: {message}");
     }

@@ -1,16 +1,16 @@
-//! Clients of a real containerd: they pull, run, commit and remove, and try again what failed
-//! because the snapshotter was away.
+//! Clients of a real containerd, which pull, run and remove, and retry what failed because the snapshotter was down.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use scene::containerd::Containerd;
+use scene::e2e_fixture::E2eFixture;
 use scene::image::{Blob, Image, Layer};
 use scene::process::{Output, eventually};
-use scene::stage::Stage;
+use scene::random::Random;
 
-use super::weather::{Random, Storm};
+use super::load_generator::Storm;
 
 /// An image that is in the registry, and what its files say.
 pub struct Pushed {
@@ -20,14 +20,14 @@ pub struct Pushed {
 }
 
 /// Images on common layers; of each the first `published` layers are in the repository.
-pub fn push_images(stage: &Stage, names: &[(&str, usize)]) -> Vec<Pushed> {
+pub fn push_images(stage: &E2eFixture, names: &[(&str, usize)]) -> Vec<Pushed> {
     let base = stage.base_layer();
     let mut layers: Vec<Blob> = Vec::new();
     let images: Vec<(Image, String)> = names
         .iter()
         .map(|&(name, published)| {
             let text = format!("the text of {name}");
-            let layer = |fill: &dyn Fn(&scene::image::Stage)| stage.builder.layer(fill);
+            let layer = |fill: &dyn Fn(&scene::image::LayerDir)| stage.builder.layer(fill);
             let own: [Layer; 2] = [
                 layer(&|l| {
                     l.file("data/text", &text).file("data/secret", "secret");
@@ -49,7 +49,7 @@ pub fn push_images(stage: &Stage, names: &[(&str, usize)]) -> Vec<Pushed> {
     images.into_iter().map(push).collect()
 }
 
-pub struct Puller<'s> {
+pub struct ContainerdClient<'s> {
     storm: &'s Storm,
     ours: &'s Containerd,
     images: Vec<Pushed>,
@@ -60,7 +60,7 @@ pub struct Puller<'s> {
     pulled: Option<usize>,
 }
 
-/// What containerd and its clients say when they do not reach the snapshotter.
+/// Whether a message of containerd or its clients says that the snapshotter is down.
 fn is_outage(message: &str) -> bool {
     let signs = [
         "connection closed: unavailable",
@@ -73,24 +73,24 @@ fn is_outage(message: &str) -> bool {
     signs.iter().any(|sign| message.contains(sign)) || (message.contains("s.sock") && message.contains("no such file"))
 }
 
-/// What containerd complained about in its own log, outages apart.
+/// The warnings and errors about snapshots in containerd's log, without those about a snapshotter that is down.
 pub fn complaints(log: &str) -> Vec<&str> {
     let is_complaint = |line: &&str| line.contains("level=warning") || line.contains("level=error");
     log.lines().filter(is_complaint).filter(|line| line.contains("snapshot") && !is_outage(line)).collect()
 }
 
-fn said(output: Output) -> Result<String, String> {
+fn output_or_error(output: Output) -> Result<String, String> {
     if output.status.success() { Ok(output.stdout) } else { Err(format!("{}{}", output.stdout, output.stderr)) }
 }
 
-impl<'s> Puller<'s> {
+impl<'s> ContainerdClient<'s> {
     pub fn new(storm: &'s Storm, ours: &'s Containerd, number: u64, images: Vec<Pushed>) -> Self {
         let (name, random) = (format!("p{number}"), Random::new(storm.seed, number));
         Self { storm, ours, images, name, random, number: 0, pulled: None }
     }
 
-    /// Tries until it works; it may fail only because the snapshotter is away.
-    fn until_done<T>(&mut self, what: &str, mut attempt: impl FnMut(&mut Self) -> Result<T, String>) -> T {
+    /// Retries an operation until it succeeds. It may fail only because the snapshotter is down.
+    fn retry<T>(&mut self, what: &str, mut attempt: impl FnMut(&mut Self) -> Result<T, String>) -> T {
         let until = Instant::now() + Duration::from_mins(1);
         loop {
             match attempt(self) {
@@ -100,7 +100,7 @@ impl<'s> Puller<'s> {
                 }
                 Err(message) => {
                     assert!(is_outage(&message), "{what}: {message}");
-                    assert!(Instant::now() < until, "{what} does not come to work again: {message}");
+                    assert!(Instant::now() < until, "{what} does not work again: {message}");
                     Storm::count(&self.storm.lost);
                     thread::sleep(Duration::from_millis(100));
                 }
@@ -112,21 +112,21 @@ impl<'s> Puller<'s> {
         let Some(number) = self.pulled else {
             let number = self.random.below(self.images.len());
             let reference = self.images[number].reference.clone();
-            self.until_done("pull", |p| p.ours.cri().try_pull(&reference).map_err(|s| s.message().to_owned()));
+            self.retry("pull", |p| p.ours.cri().try_pull(&reference).map_err(|s| s.message().to_owned()));
             self.pulled = Some(number);
             return;
         };
         let reference = self.images[number].reference.clone();
         match self.random.below(4) {
             0 => {
-                self.until_done("remove", |p| p.ours.cri().try_remove(&reference).map_err(|s| s.message().to_owned()));
+                self.retry("remove", |p| p.ours.cri().try_remove(&reference).map_err(|s| s.message().to_owned()));
                 self.pulled = None;
             }
             1 => {
-                // Work for the collector, and a collection that removes in the snapshotter.
+                // The removal of a lease makes containerd collect garbage in the snapshotter.
                 let lease = self.new_id("lease");
-                self.until_done("lease", |p| said(p.ours.ctr(&["leases", "create", "--id", &lease])));
-                self.until_done("collection", |p| said(p.ours.ctr(&["leases", "rm", "--sync", &lease])));
+                self.retry("lease", |p| output_or_error(p.ours.ctr(&["leases", "create", "--id", &lease])));
+                self.retry("collection", |p| output_or_error(p.ours.ctr(&["leases", "rm", "--sync", &lease])));
             }
             _ => self.run(&reference, number),
         }
@@ -138,18 +138,18 @@ impl<'s> Puller<'s> {
     }
 
     fn run(&mut self, reference: &str, number: usize) {
-        // What a container says right before its end, ctr 1.6 may lose.
+        // ctr 1.6 may lose the output of a container right before its end, hence the sleep.
         let script = "cat /data/text /data/top; ls /data; echo new > /data/new; cat /data/new; sleep 0.3";
-        let output = self.until_done("run", |p| {
+        let output = self.retry("run", |p| {
             let id = p.new_id("run");
-            said(p.ours.run(reference, &id, &["/bin/sh", "-c", script]))
+            output_or_error(p.ours.run(reference, &id, &["/bin/sh", "-c", script]))
         });
         let text = &self.images[number].text;
         assert_eq!(output, format!("{text}{text}text\ntop\nnew\n"));
         Storm::count(&self.storm.compared);
     }
 
-    /// Without kills.
+    /// Removes the image that is pulled. No kill may happen meanwhile.
     pub fn remove_all(&mut self) {
         if let Some(number) = self.pulled.take() {
             self.ours.cri().remove(&self.images[number].reference);
@@ -157,7 +157,7 @@ impl<'s> Puller<'s> {
     }
 }
 
-/// A container that counts in a file of its root, and reads its image's files all the time.
+/// A container that counts in a file, and reads the files of its image all the time.
 pub struct Counter {
     id: String,
     root: PathBuf,
@@ -178,7 +178,7 @@ impl Counter {
         Self { root: ours.root_of(&id), id, last: 0 }
     }
 
-    /// It has counted on since the last time, with all of its data there.
+    /// Checks that the container has counted since the last check, and that its files are complete.
     pub fn check(&mut self) {
         let data = self.root.join("data");
         eventually("a container counts on", || {

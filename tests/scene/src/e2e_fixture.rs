@@ -1,5 +1,5 @@
-//! The whole stage: a registry, a repository, the snapshotter, one containerd that pulls the
-//! normal way and one that pulls through us.
+//! Everything that an end-to-end test needs: a registry, a repository, the snapshotter, a containerd that pulls through
+//! it, and a containerd that pulls normally, for comparison.
 
 use std::fs;
 use std::path::Path;
@@ -10,12 +10,12 @@ use crate::image::{Blob, Builder, Image, Layer};
 use crate::process::tool;
 use crate::publisher::Repository;
 use crate::registry::Registry;
-use crate::release::{Release, Way};
+use crate::release::{ConfigVariant, Release};
 use crate::sandbox::Sandbox;
 use crate::snapshotter::Snapshotter;
 
-/// Fields are dropped in order: clients before servers, the sandbox last.
-pub struct Stage {
+/// Rust drops fields in their order: clients go before servers, and the sandbox last.
+pub struct E2eFixture {
     pub normal: Containerd,
     pub ours: Containerd,
     pub snapshotter: Snapshotter,
@@ -25,35 +25,35 @@ pub struct Stage {
     pub sandbox: Sandbox,
 }
 
-/// The image of the container that holds a pod's namespaces; a test that runs pods pushes it.
+/// The image of the container that holds a pod's namespaces. A test that runs pods must push it.
 pub const PAUSE: &str = "pause:1";
 
-impl Stage {
-    /// `config` is added to the snapshotter's configuration. The repository is a CernVM-FS mount.
-    pub fn set(name: &str, config: &str) -> Self {
-        Self::with(name, config, Repository::mounted)
+impl E2eFixture {
+    /// Starts everything, with a mounted CernVM-FS repository. `config` is appended to the snapshotter's configuration.
+    pub fn start(name: &str, config: &str) -> Self {
+        Self::start_with_repository(name, config, Repository::mounted)
     }
 
-    /// With a repository that `publisher` makes in a directory.
-    pub fn with(name: &str, config: &str, publisher: impl FnOnce(&Path) -> Repository) -> Self {
-        Self::of(name, config, Release::V1_6, Way::Client1, publisher)
+    /// As `start`, with a repository that `make_repository` makes in a directory.
+    pub fn start_with_repository(name: &str, config: &str, make_repository: impl FnOnce(&Path) -> Repository) -> Self {
+        Self::start_with_containerd(name, config, Release::V1_6, ConfigVariant::Client1, make_repository)
     }
 
-    /// With another version of containerd, configured in this way.
-    pub fn of(
+    /// As `start_with_repository`, with any version of containerd and any variant of its configuration.
+    pub fn start_with_containerd(
         name: &str,
         config: &str,
         release: Release,
-        way: Way,
-        publisher: impl FnOnce(&Path) -> Repository,
+        variant: ConfigVariant,
+        make_repository: impl FnOnce(&Path) -> Repository,
     ) -> Self {
         let sandbox = Sandbox::enter(name);
         let builder = Builder::new(&sandbox.path("images"));
         let registry = Registry::start(&sandbox.path("registry"));
-        let repository = publisher(&sandbox.path("cvmfs"));
+        let repository = make_repository(&sandbox.path("cvmfs"));
         let snapshotter = Snapshotter::start(&sandbox.path("s"), repository.dir(), config);
         let pause = registry.reference(PAUSE);
-        let ours = Containerd::of(&sandbox.path("o"), release, way, &pause, &snapshotter);
+        let ours = Containerd::with_config_variant(&sandbox.path("o"), release, variant, &pause, &snapshotter);
         let normal = Containerd::normal(&sandbox.path("n"), release, &pause);
         Self { normal, ours, snapshotter, registry, repository, builder, sandbox }
     }
@@ -85,13 +85,14 @@ impl Stage {
         b.image(name, &layers, &[])
     }
 
-    /// The result is the reference.
+    /// Publishes the layers of an image and pushes it. The result is its reference.
     pub fn publish_and_push(&self, image: &Image) -> String {
         self.repository.publish(image);
         self.registry.push(image)
     }
 
-    /// Pushes and pulls on both sides, then compares what both see, read-only and writable.
+    /// Publishes some layers of an image, pulls it through us and normally, and asserts that the root file systems are
+    /// equal, read-only and writable, and that no published layer was fetched.
     #[track_caller]
     pub fn assert_same(&self, image: &Image, published: &[&Blob]) {
         let published: Vec<Blob> = published.iter().map(|&b| b.clone()).collect();
@@ -100,8 +101,7 @@ impl Stage {
         let before = self.registry.fetched();
         self.ours.pull(&reference);
         let fetched = self.registry.fetched().since(&before);
-        // From the first layer that is not published, containerd fetches all that follow, at
-        // once and before it asks for them.
+        // Once a layer is not published, containerd fetches all layers above it before it asks the snapshotter for them.
         let is_published = |blob: &&Blob| published.iter().any(|p| p.digest == blob.digest);
         for blob in image.layers.iter().take_while(is_published) {
             assert!(!fetched.blobs.contains(&blob.digest), "published {} of {} was fetched", blob.digest, image.name);
@@ -109,12 +109,12 @@ impl Stage {
         self.assert_as_published(image, &[Writable::No, Writable::Yes]);
     }
 
-    /// Compares with a normal pull what those see who pulled the image through us.
+    /// Asserts that an image that was pulled through us equals a normal pull of what is published of it.
     #[track_caller]
-    pub fn assert_as_published(&self, image: &Image, how: &[Writable]) {
+    pub fn assert_as_published(&self, image: &Image, modes: &[Writable]) {
         let expected = self.repository.as_published(&self.builder, image);
         self.normal.pull(&self.registry.push(&expected));
-        for &writable in how {
+        for &writable in modes {
             let comparison = self.compare(&expected, image, writable);
             assert!(comparison.entries > 1, "nothing was compared");
             let differences: Vec<_> = comparison.differences.iter().map(ToString::to_string).collect();
@@ -128,7 +128,7 @@ impl Stage {
         }
     }
 
-    /// The root file systems of an image that was pulled the normal way, and of one that came through us.
+    /// Compares the root file systems of an image that was pulled normally and of one that was pulled through us.
     pub fn compare(&self, expected: &Image, image: &Image, writable: Writable) -> Comparison {
         let key = format!("compare {} {writable:?}", image.name);
         let normal = self.normal.mount_image(expected, &key, &self.sandbox.path("mnt/normal"), writable);

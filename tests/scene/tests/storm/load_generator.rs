@@ -1,5 +1,5 @@
-//! What all take part in: the daemons that are killed, the moments of rest in which everything
-//! is compared, random numbers, and counts.
+//! The load during which daemons are killed: a gate that stops all clients while everything is compared, the killing,
+//! and the counters.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,22 +11,24 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use scene::client::Client;
+use scene::random::Random;
 use scene::snapshotter::Snapshotter;
 
 pub struct Storm {
     pub seed: u64,
-    /// Everybody holds it for a step; who compares waits until nobody does.
+    /// Clients hold it for a step; a comparison waits until no client holds it.
     pub gate: RwLock<()>,
     over: AtomicBool,
     pub kills: AtomicUsize,
-    /// Calls that were answered as they must be: by the snapshotter, and by containerd.
+    /// Calls that the snapshotter answered.
     pub acknowledged: AtomicUsize,
+    /// Operations that containerd completed.
     pub done: AtomicUsize,
-    /// Calls whose answer a kill took.
+    /// Calls whose answer was lost by a kill.
     pub lost: AtomicUsize,
-    /// Records and files that were compared with what the test remembers.
+    /// Records and files that were compared with the remembered state.
     pub compared: AtomicUsize,
-    /// Directories that were given to somebody.
+    /// Directories that Prepare returned.
     given: Mutex<HashSet<PathBuf>>,
 }
 
@@ -45,13 +47,13 @@ impl Storm {
         }
     }
 
-    /// Calls `step` until the storm is over, for whatever reason.
-    pub fn go_on(&self, mut step: impl FnMut()) {
+    /// Calls `step` until the storm is over.
+    pub fn run_client(&self, mut step: impl FnMut()) {
         let _end = EndOnPanic(self);
         while !self.is_over() {
-            let Ok(turn) = self.gate.read() else { return };
+            let Ok(permit) = self.gate.read() else { return };
             step();
-            drop(turn);
+            drop(permit);
             std::thread::yield_now();
         }
     }
@@ -64,12 +66,12 @@ impl Storm {
         self.over.store(true, Ordering::SeqCst);
     }
 
-    /// Kills `daemon` at random moments until `limit` kills have been.
-    pub fn kill_now_and_then(&self, daemon: &Daemon, mut random: Random, longest: usize, limit: usize) {
+    /// Kills `daemon` at random moments until there were `limit` kills.
+    pub fn run_killer(&self, daemon: &Daemon, mut random: Random, longest: usize, limit: usize) {
         let _end = EndOnPanic(self);
         while !self.is_over() {
             sleep(random.millis(20, longest));
-            let Ok(_turn) = self.gate.read() else { return };
+            let Ok(_permit) = self.gate.read() else { return };
             if self.kills.load(Ordering::SeqCst) >= limit {
                 return;
             }
@@ -78,9 +80,9 @@ impl Storm {
         }
     }
 
-    /// An id is never used again, so nor is a directory.
-    pub fn was_given(&self, dir: &std::path::Path) {
-        assert!(self.given.lock().unwrap().insert(dir.to_owned()), "{} was given twice", dir.display());
+    /// Asserts that a directory was never returned before, because ids are not used again.
+    pub fn assert_new_directory(&self, dir: &std::path::Path) {
+        assert!(self.given.lock().unwrap().insert(dir.to_owned()), "{} was returned twice", dir.display());
     }
 
     pub fn count(counter: &AtomicUsize) {
@@ -88,7 +90,7 @@ impl Storm {
     }
 }
 
-/// So that a failure is not waited upon for ever.
+/// Ends the storm when a thread panics, because the other threads would run for ever.
 pub struct EndOnPanic<'s>(pub &'s Storm);
 
 impl Drop for EndOnPanic<'_> {
@@ -102,8 +104,8 @@ impl Drop for EndOnPanic<'_> {
 /// A snapshotter that is killed and started again by one thread while others call it.
 pub struct Daemon<'s> {
     snapshotter: Mutex<&'s mut Snapshotter>,
-    /// Counted up before a kill and after the start: odd while it is down.
-    turns: AtomicUsize,
+    /// Counts kills and starts, so it is odd while the daemon is down.
+    generation: AtomicUsize,
     socket: PathBuf,
     pub snapshots: PathBuf,
 }
@@ -111,13 +113,13 @@ pub struct Daemon<'s> {
 impl<'s> Daemon<'s> {
     pub fn new(snapshotter: &'s mut Snapshotter) -> Self {
         let (socket, snapshots) = (snapshotter.socket(), snapshotter.snapshots());
-        Self { snapshotter: Mutex::new(snapshotter), turns: AtomicUsize::default(), socket, snapshots }
+        Self { snapshotter: Mutex::new(snapshotter), generation: AtomicUsize::default(), socket, snapshots }
     }
 
-    /// Now and then it is killed again while it starts. The result is how often it was killed.
+    /// Kills and restarts the daemon, sometimes with further kills during the start. The result is the number of kills.
     fn kill(&self, random: &mut Random) -> usize {
         let mut snapshotter = self.snapshotter.lock().unwrap();
-        self.turns.fetch_add(1, Ordering::SeqCst);
+        self.generation.fetch_add(1, Ordering::SeqCst);
         snapshotter.end(Signal::SIGKILL);
         let mut kills = 1;
         sleep(random.millis(0, 200));
@@ -129,20 +131,20 @@ impl<'s> Daemon<'s> {
             kills += 1;
         }
         snapshotter.start_again();
-        self.turns.fetch_add(1, Ordering::SeqCst);
+        self.generation.fetch_add(1, Ordering::SeqCst);
         kills
     }
 
-    pub fn turn(&self) -> usize {
-        self.turns.load(Ordering::SeqCst)
+    pub fn generation(&self) -> usize {
+        self.generation.load(Ordering::SeqCst)
     }
 
-    /// A client, once it is up, and of which turn.
+    /// Waits until the daemon is up. The result is a client and the generation to which it belongs.
     pub fn connect(&self) -> (Client, usize) {
         loop {
-            let turn = self.turn();
-            if turn.is_multiple_of(2) {
-                return (Client::connect(&self.socket), turn);
+            let generation = self.generation();
+            if generation.is_multiple_of(2) {
+                return (Client::connect(&self.socket), generation);
             }
             sleep(Duration::from_millis(5));
         }
@@ -150,31 +152,5 @@ impl<'s> Daemon<'s> {
 
     pub fn log(&self) -> String {
         self.snapshotter.lock().unwrap().log()
-    }
-}
-
-/// A small generator of numbers: the same seed and stream give the same ones.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64, stream: u64) -> Self {
-        Self(seed.wrapping_add(stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
-    }
-
-    pub fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(self.0 >> 33).unwrap() % limit
-    }
-
-    pub fn millis(&mut self, least: usize, most: usize) -> Duration {
-        Duration::from_millis(u64::try_from(least + self.below(most - least)).unwrap())
-    }
-
-    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| u8::try_from(self.below(256)).unwrap()).collect()
-    }
-
-    pub fn one_of<T: Clone>(&mut self, all: &[T]) -> Option<T> {
-        if all.is_empty() { None } else { Some(all[self.below(all.len())].clone()) }
     }
 }

@@ -1,4 +1,4 @@
-//! Calls of containerd's kind that go on beside something else, such as a restart of the daemon.
+//! Calls such as containerd makes, sent while something else happens, for example a restart of the daemon.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,16 +8,16 @@ use std::time::Duration;
 use crate::client::Client;
 use crate::process::{SetOnDrop, eventually};
 
-/// What came of the calls so far.
+/// Counts and failures of the calls so far.
 #[derive(Default)]
-pub struct Calls {
+pub struct BackgroundCalls {
     made: AtomicUsize,
     failed: Mutex<Vec<String>>,
 }
 
-impl Calls {
-    /// Has each client prepare, look at and remove one snapshot after the other while `work` is done.
-    pub fn beside(clients: &[Client], work: impl FnOnce(&Self)) -> Self {
+impl BackgroundCalls {
+    /// Lets each client prepare, query and remove one snapshot after the other while `work` runs.
+    pub fn run_during(clients: &[Client], work: impl FnOnce(&Self)) -> Self {
         let (calls, over) = (Self::default(), AtomicBool::new(false));
         thread::scope(|scope| {
             let set_over = SetOnDrop(&over);
@@ -51,7 +51,7 @@ impl Calls {
         let failed: Vec<String> =
             failed.map(|status| format!("{key}: {:?} {}", status.code(), status.message())).collect();
         if !failed.is_empty() {
-            // Any client waits before it tries again.
+            // A real client waits before it tries again.
             thread::sleep(Duration::from_millis(50));
         }
         self.failed.lock().expect("nobody panicked").extend(failed);
@@ -61,12 +61,12 @@ impl Calls {
         self.made.load(Ordering::SeqCst)
     }
 
-    /// The calls that failed since this was asked last, with code and message.
-    pub fn take_failed(&self) -> Vec<String> {
+    /// The calls that failed since the last call of this function, with code and message.
+    pub fn drain_failures(&self) -> Vec<String> {
         std::mem::take(&mut self.failed.lock().expect("nobody panicked"))
     }
 
-    /// Waits for so many more calls, however slow the machine is.
+    /// Waits until `count` more calls were answered, so that the test does not depend on the speed of the machine.
     #[track_caller]
     pub fn wait_for_more(&self, count: usize) {
         let before = self.made();

@@ -1,6 +1,5 @@
-//! A client of the snapshotter's own socket that remembers, for every snapshot of its own, what
-//! was acknowledged. A call whose answer a kill took may have happened or not; nothing else may
-//! differ, not a byte.
+//! A client of the snapshotter's own socket that remembers the acknowledged state of each of its snapshots. A call whose
+//! answer was lost by a kill may have happened or not; nothing else may differ.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,63 +8,75 @@ use std::path::{Path, PathBuf};
 use cvmfs_snapshotter::proto::mount::Mount;
 use cvmfs_snapshotter::proto::snapshots::{Info, Kind};
 use grpcio::{RpcStatus, RpcStatusCode as Code};
-use scene::alone::digest;
-use scene::client::{Answer, Client, LAYER_DIGEST, REF, labels};
+use scene::client::{CallResult, Client, LAYER_DIGEST, REF, labels};
+use scene::e2e_fixture::names;
+use scene::random::Random;
 use scene::rootfs::Mounted;
-use scene::stage::names;
+use scene::snapshotter_fixture::digest;
 
-use super::weather::{Daemon, Random, Storm};
+use super::load_generator::{Daemon, Storm};
 
 type Files = BTreeMap<String, Vec<u8>>;
 type Labels = std::collections::HashMap<String, String>;
 
-/// What must be there.
+/// The expected state of a snapshot.
 #[derive(Clone, Debug)]
 struct Known {
     kind: Kind,
     parent: String,
     labels: Labels,
-    /// The whole record, once it was seen.
+    /// The whole record, after the first Stat or List.
     info: Option<Info>,
     mounts: Vec<Mount>,
-    /// Where its own files are. None: of a remote one.
+    /// The directory of its own files; None for a remote snapshot.
     dir: Option<PathBuf>,
     files: Files,
 }
 
-pub struct Direct<'s> {
+pub struct SnapshotClient<'s> {
     storm: &'s Storm,
     daemon: &'s Daemon<'s>,
-    /// Begins every name of its own.
+    /// The prefix of the names of its snapshots.
     name: String,
     mnt: PathBuf,
     random: Random,
     client: Client,
-    turn: usize,
+    generation: usize,
     checked: usize,
     snapshots: BTreeMap<String, Known>,
     number: usize,
 }
 
-/// So many it has at most.
-const MANY: usize = 16;
+/// The most snapshots that a client keeps.
+const MAX_SNAPSHOTS: usize = 16;
 
-impl<'s> Direct<'s> {
+impl<'s> SnapshotClient<'s> {
     pub fn new(storm: &'s Storm, daemon: &'s Daemon<'s>, number: u64, mnt: &Path) -> Self {
-        let (client, turn) = daemon.connect();
+        let (client, generation) = daemon.connect();
         let name = format!("d{number}");
         let (mnt, random) = (mnt.join(&name), Random::new(storm.seed, number));
-        Self { storm, daemon, name, mnt, random, client, turn, checked: turn, snapshots: BTreeMap::new(), number: 0 }
+        Self {
+            storm,
+            daemon,
+            name,
+            mnt,
+            random,
+            client,
+            generation,
+            checked: generation,
+            snapshots: BTreeMap::new(),
+            number: 0,
+        }
     }
 
     pub fn step(&mut self) {
-        if self.daemon.turn() != self.turn {
-            (self.client, self.turn) = self.daemon.connect();
+        if self.daemon.generation() != self.generation {
+            (self.client, self.generation) = self.daemon.connect();
         }
-        if self.checked != self.turn {
+        if self.checked != self.generation {
             self.check_all();
         }
-        if self.snapshots.len() >= MANY {
+        if self.snapshots.len() >= MAX_SNAPSHOTS {
             return self.remove_one();
         }
         match self.random.below(12) {
@@ -79,7 +90,7 @@ impl<'s> Direct<'s> {
         }
     }
 
-    /// Whether a kill took the answer. Anything else that fails is wrong.
+    /// Whether the answer was lost by a kill. Any other failure is an error.
     fn is_lost(&mut self, status: &RpcStatus) -> bool {
         let text = format!("{:?}: {}", status.code(), status.message());
         let no_answer = match status.code() {
@@ -87,16 +98,16 @@ impl<'s> Direct<'s> {
             Code::UNKNOWN | Code::CANCELLED => text.contains("no status") || text.contains("Stream removed"),
             _ => false,
         };
-        if no_answer && self.daemon.turn() != self.turn {
+        if no_answer && self.daemon.generation() != self.generation {
             Storm::count(&self.storm.lost);
-            (self.client, self.turn) = self.daemon.connect();
+            (self.client, self.generation) = self.daemon.connect();
             return true;
         }
         false
     }
 
-    /// None: a kill took the answer.
-    fn call<T>(&mut self, what: &str, call: impl FnOnce(&Client) -> Answer<T>) -> Option<T> {
+    /// Makes a call. None means that its answer was lost by a kill.
+    fn call<T>(&mut self, what: &str, call: impl FnOnce(&Client) -> CallResult<T>) -> Option<T> {
         match call(&self.client) {
             Ok(value) => {
                 Storm::count(&self.storm.acknowledged);
@@ -107,8 +118,8 @@ impl<'s> Direct<'s> {
         }
     }
 
-    /// A question, which may be asked again. None: there is no such snapshot.
-    fn ask<T>(&mut self, what: &str, question: impl Fn(&Client) -> Answer<T>) -> Option<T> {
+    /// Makes a call that changes nothing, again after a kill. None means that there is no such snapshot.
+    fn query<T>(&mut self, what: &str, question: impl Fn(&Client) -> CallResult<T>) -> Option<T> {
         loop {
             match question(&self.client) {
                 Ok(value) => return Some(value),
@@ -120,13 +131,13 @@ impl<'s> Direct<'s> {
     }
 
     fn exists(&mut self, key: &str) -> bool {
-        self.ask("stat", |c| c.stat(key)).is_some()
+        self.query("stat", |c| c.stat(key)).is_some()
     }
 
     fn new_name(&mut self) -> String {
         self.number += 1;
         // Names are used again once they are free.
-        let name = format!("{}-{}", self.name, self.number % (4 * MANY));
+        let name = format!("{}-{}", self.name, self.number % (4 * MAX_SNAPSHOTS));
         if self.snapshots.contains_key(&name) { self.new_name() } else { name }
     }
 
@@ -140,7 +151,7 @@ impl<'s> Direct<'s> {
         self.snapshots.iter().filter(|(_, s)| s.kind == kind).map(|(name, _)| name.clone()).collect()
     }
 
-    /// What stands below `parent` and itself, uppermost first.
+    /// `parent` and the snapshots below it, uppermost first.
     fn chain(&self, parent: &str) -> Vec<&Known> {
         let mut chain = Vec::new();
         let mut next = parent;
@@ -165,8 +176,8 @@ impl<'s> Direct<'s> {
         });
         let mounts = match answer {
             Some(mounts) => mounts,
-            // It happened, or it did not.
-            None => match self.ask("mounts", |c| c.mounts(&key)) {
+            // The lost call may have happened or not.
+            None => match self.query("mounts", |c| c.mounts(&key)) {
                 Some(mounts) => mounts,
                 None => return,
             },
@@ -174,18 +185,18 @@ impl<'s> Direct<'s> {
         let dir = (kind == Kind::ACTIVE).then(|| upper(&mounts));
         let known = Known { kind, parent, labels: with, info: None, mounts, dir: dir.clone(), files: Files::new() };
         if let Some(dir) = dir {
-            self.storm.was_given(&dir);
+            self.storm.assert_new_directory(&dir);
             assert_eq!(names(&dir), Vec::<String>::new(), "{key} begins empty");
             self.snapshots.insert(key.clone(), known);
             self.write_into(&key);
         } else {
-            self.look_at(&known);
+            self.check_view(&known);
             self.snapshots.insert(key, known);
         }
     }
 
     /// Mounts a view, as containerd would, and compares all of it.
-    fn look_at(&self, view: &Known) {
+    fn check_view(&self, view: &Known) {
         let mounted = Mounted::new(&view.mounts, &self.mnt).unwrap();
         let chain = self.chain(&view.parent);
         let mut expected = Files::new();
@@ -244,7 +255,7 @@ impl<'s> Direct<'s> {
         }
         self.snapshots.remove(&key);
         if self.random.below(3) == 0 {
-            // Its answer says nothing that anybody builds on.
+            // No later step depends on the answer.
             let _ = self.call("cleanup", Client::cleanup);
         }
     }
@@ -256,7 +267,7 @@ impl<'s> Direct<'s> {
         let wanted = Info { name: key.clone(), labels: with.clone(), ..Info::default() };
         let info = match self.call("update", |c| c.update(wanted, &["labels"])) {
             Some(info) => info,
-            None => match self.ask("stat", |c| c.stat(&key)) {
+            None => match self.query("stat", |c| c.stat(&key)) {
                 Some(info) if info.labels == with => info,
                 _ => return,
             },
@@ -265,7 +276,7 @@ impl<'s> Direct<'s> {
         (known.labels, known.info) = (with, Some(info));
     }
 
-    /// A published layer, on nothing or on what has the layers before it.
+    /// Pulls a published layer, without a parent or on the layers that precede it.
     fn pull(&mut self) {
         let parent = self.parent();
         let layer = 1 + self.chain(&parent).iter().filter(|below| below.dir.is_none()).count();
@@ -283,7 +294,7 @@ impl<'s> Direct<'s> {
             Err(status) => panic!("pull: {:?}: {}", status.code(), status.message()),
         }
         let filter = format!("labels.{REF:?}=={reference:?},parent=={parent:?}");
-        let found = self.ask("list", |c| c.list(&[&filter])).unwrap();
+        let found = self.query("list", |c| c.list(&[&filter])).unwrap();
         // A call that was lost may not have happened.
         let Some(info) = found.into_iter().next() else { return };
         let labels = labels(&[with[0], with[1], ("containerd.io/snapshot/remote", "remote snapshot")]);
@@ -299,18 +310,18 @@ impl<'s> Direct<'s> {
         self.snapshots.insert(info.name, known);
     }
 
-    /// Everything that was acknowledged is there, and nothing else of this client's.
+    /// Checks that all acknowledged snapshots of this client exist, and no others.
     pub fn check_all(&mut self) {
         let ours = [format!("{}-", self.name), format!("/sha256:{}-", self.name)];
-        let all = self.ask("list", |c| c.list(&[])).unwrap();
-        self.checked = self.turn;
+        let all = self.query("list", |c| c.list(&[])).unwrap();
+        self.checked = self.generation;
         let mut found: BTreeMap<String, Info> = all
             .into_iter()
             .filter(|info| info.name.starts_with(&ours[0]) || info.name.contains(&ours[1]))
             .map(|info| (info.name.clone(), info))
             .collect();
         let (there, known): (Vec<_>, Vec<_>) = (found.keys().collect(), self.snapshots.keys().collect());
-        assert_eq!(there, known, "left: what is there, right: what was acknowledged");
+        assert_eq!(there, known, "left: snapshots that exist, right: acknowledged snapshots");
         for key in self.snapshots.keys().cloned().collect::<Vec<_>>() {
             let info = found.remove(&key).unwrap();
             let known = self.snapshots.get_mut(&key).unwrap();
@@ -325,16 +336,16 @@ impl<'s> Direct<'s> {
                 assert!(files_in(dir) == known.files, "the files of {key} in {} differ", dir.display());
             }
             if known.kind == Kind::VIEW {
-                self.look_at(&known);
+                self.check_view(&known);
             }
             if known.kind != Kind::COMMITTED {
-                assert_eq!(self.ask("mounts", |c| c.mounts(&key)).as_ref(), Some(&known.mounts), "{key}");
+                assert_eq!(self.query("mounts", |c| c.mounts(&key)).as_ref(), Some(&known.mounts), "{key}");
             }
             Storm::count(&self.storm.compared);
         }
     }
 
-    /// Without kills.
+    /// Removes all snapshots. No kill may happen meanwhile.
     pub fn remove_all(&mut self) {
         while !self.snapshots.is_empty() {
             self.remove_one();
@@ -346,7 +357,7 @@ fn pairs(labels: &Labels) -> Vec<(&str, &str)> {
     labels.iter().map(|(label, value)| (label.as_str(), value.as_str())).collect()
 }
 
-/// Where what is written to an active snapshot goes.
+/// The directory to which writes to an active snapshot go.
 fn upper(mounts: &[Mount]) -> PathBuf {
     let option = mounts[0].options.iter().find_map(|o| o.strip_prefix("upperdir="));
     PathBuf::from(option.unwrap_or(&mounts[0].source))

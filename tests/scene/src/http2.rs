@@ -1,4 +1,4 @@
-//! HTTP/2 frames written by hand on the snapshotter's socket, for what no client library sends.
+//! HTTP/2 frames that are written by hand on the snapshotter's socket, for requests that no client library sends.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,7 @@ pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 
 pub const END_STREAM: u8 = 1;
-/// Of SETTINGS and PING.
+/// The flag of SETTINGS and PING.
 const ACK: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
@@ -29,7 +29,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A text as HPACK writes it, without its code.
+/// A string literal of HPACK, without Huffman code.
 fn text(bytes: &[u8]) -> Vec<u8> {
     let mut written = Vec::new();
     if bytes.len() < 127 {
@@ -47,7 +47,7 @@ fn text(bytes: &[u8]) -> Vec<u8> {
     written
 }
 
-/// One header that no table takes up.
+/// A header that is not added to the dynamic table.
 pub fn header(name: &str, value: &[u8]) -> Vec<u8> {
     [vec![0], text(name.as_bytes()), text(value)].concat()
 }
@@ -55,17 +55,17 @@ pub fn header(name: &str, value: &[u8]) -> Vec<u8> {
 /// The headers of a call.
 pub fn call(method: &str) -> Vec<u8> {
     let path = format!("/containerd.services.snapshots.v1.Snapshots/{method}");
-    // :method POST and :scheme http stand in the static table.
+    // 0x83 and 0x86 are :method POST and :scheme http of the static table.
     let pseudo = [vec![0x83, 0x86], header(":path", path.as_bytes()), header(":authority", b"localhost")];
     [pseudo.concat(), header("te", b"trailers"), header("content-type", b"application/grpc")].concat()
 }
 
-/// A message as gRPC writes it.
+/// A message with the prefix of gRPC.
 pub fn message(bytes: &[u8]) -> Vec<u8> {
     message_as(0, bytes)
 }
 
-/// As `message`, of bytes that are compressed.
+/// As `message`, for bytes that are compressed.
 pub fn compressed_message(bytes: &[u8]) -> Vec<u8> {
     message_as(1, bytes)
 }
@@ -82,35 +82,35 @@ struct Frame {
     payload: Vec<u8>,
 }
 
-/// A connection that does not have to keep to any rule.
-pub struct Raw(UnixStream);
+/// A connection on which the test can break any rule of the protocol.
+pub struct RawConnection(UnixStream);
 
-/// How the sending of much ended.
+/// How far the server accepted what was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
-    /// All was taken.
+    /// The server accepted everything.
     All,
-    /// So many bytes, then the other side took no more.
+    /// The server accepted this many bytes, and then no more within the time limit.
     Blocked(usize),
-    /// So many bytes, then it closed the connection.
+    /// The server accepted this many bytes, and then closed the connection.
     Closed(usize),
 }
 
-impl Raw {
+impl RawConnection {
     pub fn connect(socket: &Path) -> Self {
         Self(UnixStream::connect(socket).expect("the socket takes connections"))
     }
 
-    /// With all that a client begins with.
-    pub fn greeted(socket: &Path) -> Self {
+    /// Connects and sends what every client begins with: the preface and SETTINGS.
+    pub fn connect_with_preface(socket: &Path) -> Self {
         let mut raw = Self::connect(socket);
         raw.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat(), Duration::from_secs(10));
         raw
     }
 
-    /// Sends without reading; whoever takes nothing for `patience` is not sent more.
-    pub fn send(&mut self, bytes: &[u8], patience: Duration) -> Sent {
-        self.0.set_write_timeout(Some(patience)).expect("a timeout can be set");
+    /// Sends without reading, until the server accepts nothing for `timeout`.
+    pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Sent {
+        self.0.set_write_timeout(Some(timeout)).expect("a timeout can be set");
         let mut sent = 0;
         while sent < bytes.len() {
             match self.0.write(&bytes[sent..]) {
@@ -126,21 +126,21 @@ impl Raw {
         Sent::All
     }
 
-    /// As `send`, while what the other side says is read and forgotten.
-    pub fn talk(&mut self, bytes: &[u8], patience: Duration) -> Sent {
-        let mut ear = self.0.try_clone().expect("a connection can be shared");
-        let listener = std::thread::spawn(move || {
-            let mut forgotten = [0; 16_384];
-            while matches!(ear.read(&mut forgotten), Ok(1..)) {}
+    /// As `send`, while a thread reads and discards what the server sends.
+    pub fn send_while_reading(&mut self, bytes: &[u8], timeout: Duration) -> Sent {
+        let mut stream = self.0.try_clone().expect("a connection can be shared");
+        let reader = std::thread::spawn(move || {
+            let mut discarded = [0; 16_384];
+            while matches!(stream.read(&mut discarded), Ok(1..)) {}
         });
-        let sent = self.send(bytes, patience);
+        let sent = self.send(bytes, timeout);
         self.0.shutdown(std::net::Shutdown::Both).ok();
-        listener.join().expect("reading does not panic");
+        reader.join().expect("reading does not panic");
         sent
     }
 
-    /// Whether the other side sends a frame of this kind within `limit`. Others are passed over.
-    pub fn hears(&mut self, kind: u8, limit: Duration) -> bool {
+    /// Whether the server sends a frame of this kind within `limit`. Other frames are skipped.
+    pub fn receives(&mut self, kind: u8, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while let Some(frame) = self.read_frame(until) {
             if frame.kind == kind {
@@ -150,7 +150,7 @@ impl Raw {
         false
     }
 
-    /// The next frame. None: there is none until then, or the connection is closed.
+    /// The next frame. None means that no frame came in time, or that the connection is closed.
     fn read_frame(&mut self, until: Instant) -> Option<Frame> {
         let left = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
         self.0.set_read_timeout(Some(left)).expect("a timeout can be set");
@@ -163,11 +163,11 @@ impl Raw {
         Some(Frame { kind: head[3], flags: head[4], stream, payload })
     }
 
-    /// Sends a call on stream 1 with a message of any length, no faster than the other side takes it, and reads what it
-    /// says until the stream or the connection is closed. The result is whether all was taken.
+    /// Sends a call on stream 1 with a message of any length, within the server's flow-control windows, and reads until
+    /// the stream or the connection is closed. The result is whether the server accepted the whole message.
     pub fn upload(&mut self, headers: &[u8], message: &[u8], limit: Duration) -> bool {
         const FRAME: usize = 16_000;
-        /// As HTTP/2 begins with, in both windows.
+        /// The initial size of both flow-control windows in HTTP/2.
         const WINDOW: usize = 65_535;
         let until = Instant::now() + limit;
         self.send(&frame(HEADERS, END_HEADERS, 1, headers), limit);
@@ -193,7 +193,7 @@ impl Raw {
                     let more = payload.first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
                     windows[usize::from(stream == 1)] += usize::try_from(more).expect("a window is small");
                 }
-                // The window of a stream, among other things, each with two bytes that name it.
+                // Each setting has two bytes of name; name 4 is the initial window of a stream.
                 SETTINGS if flags & ACK == 0 => {
                     self.send(&frame(SETTINGS, ACK, 0, &[]), limit);
                     for setting in payload.chunks_exact(6).filter(|setting| setting[..2] == [0, 4]) {
@@ -206,23 +206,23 @@ impl Raw {
                 PING if flags & ACK == 0 => {
                     self.send(&frame(PING, ACK, 0, &payload), limit);
                 }
-                // Trailers come last.
+                // Trailers are the last frame of an answer.
                 RST_STREAM | HEADERS if stream == 1 => return sent == message.len(),
                 _ => {}
             }
         }
     }
 
-    /// Whether the other side closes the connection within `limit`.
+    /// Whether the server closes the connection within `limit`.
     pub fn is_closed_within(&mut self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
-        let mut forgotten = [0; 16_384];
+        let mut discarded = [0; 16_384];
         loop {
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 return false;
             };
             self.0.set_read_timeout(Some(left)).expect("a timeout can be set");
-            match self.0.read(&mut forgotten) {
+            match self.0.read(&mut discarded) {
                 Ok(1..) => {}
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return false,
                 Ok(0) | Err(_) => return true,

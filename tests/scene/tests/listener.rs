@@ -1,4 +1,4 @@
-//! Who may come in, what happens at the bounds, and a restart that nobody notices.
+//! The daemon's socket: which users may connect, and restarts behind a socket that systemd holds.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use scene::calls::Calls;
+use scene::background_calls::BackgroundCalls;
 use scene::client::Client;
 use scene::containerd::Containerd;
 use scene::process::run;
@@ -28,7 +28,7 @@ fn root_containerd_calls_succeed_during_daemon_restart_behind_its_socket() {
     let mut snapshotter = Snapshotter::start_behind_socket(&sandbox.path("s"), repository.dir(), "");
     let containerd = Containerd::with_snapshotter(&sandbox.path("o"), "none:1", &snapshotter.socket());
     let clients: Vec<Client> = (0..6).map(|_| containerd.snapshots()).collect();
-    let calls = Calls::beside(&clients, |calls| {
+    let calls = BackgroundCalls::run_during(&clients, |calls| {
         for n in 0..RESTARTS {
             calls.wait_for_more(30);
             std::thread::sleep(Duration::from_millis(7 * (n as u64 % 5)));
@@ -36,7 +36,7 @@ fn root_containerd_calls_succeed_during_daemon_restart_behind_its_socket() {
             snapshotter.start_again();
         }
     });
-    let (made, failed) = (calls.made(), calls.take_failed());
+    let (made, failed) = (calls.made(), calls.drain_failures());
     scene::report::print(format_args!(
         "behind a socket: {RESTARTS} restarts, {made} calls through containerd, {} failed",
         failed.len()
@@ -59,7 +59,7 @@ fn root_silent_client_does_not_delay_stop() {
     assert!(begun.elapsed() < Duration::from_secs(7), "the stop took {:?}", begun.elapsed());
 }
 
-/// Killed in between, calls under way fail, but whoever comes while nobody serves waits.
+/// A kill fails the calls under way. A client that connects while no daemon runs must wait for the next one.
 #[test]
 fn root_connection_made_while_daemon_is_down_is_served_by_its_successor() {
     let sandbox = Sandbox::enter("dead");
@@ -104,9 +104,9 @@ fn root_slow_start_fails_no_call_behind_its_socket() {
     assert!(snapshotter.log().contains("\"event\":\"daemon_started\""), "it did start late");
 }
 
-/// What a process of another user hears when it speaks HTTP/2 to the socket.
+/// The answer that a process of another user gets when it sends HTTP/2 to the socket.
 fn answer_to_user(uid: u32, socket: &Path) -> String {
-    // Perl is in every Debian. The preface of HTTP/2, and an empty SETTINGS frame.
+    // Perl, which is in every Debian, sends the preface of HTTP/2 and an empty SETTINGS frame.
     const SPEAK: &str = r#"
         use IO::Socket::UNIX;
         my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print "cannot connect: $!"; exit };

@@ -1,4 +1,4 @@
-//! Images from an OCI layout: a directory with an index and blobs that are named by their digests.
+//! Images of an OCI layout, which is a directory with an index and with blobs that are named by their digests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,31 +7,31 @@ use serde_json::Value;
 
 use crate::image::{Blob, Image, chain_ids};
 
-pub struct Layout {
+pub struct OciLayout {
     dir: PathBuf,
     index: Value,
 }
 
-impl Layout {
+impl OciLayout {
     pub fn open(dir: &Path) -> Self {
         Self { dir: dir.to_owned(), index: read(&dir.join("index.json")) }
     }
 
-    /// What has this name: a manifest, or the index of several.
-    pub fn named(&self, name: &str) -> Blob {
+    /// The manifest, or the index of several manifests, that has this name.
+    pub fn find_named(&self, name: &str) -> Blob {
         let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == name;
         let entries = self.index["manifests"].as_array().expect("a layout lists what it has");
         self.blob(entries.iter().find(named).unwrap_or_else(|| panic!("the layout has no {name}")))
     }
 
     /// The images that an index lists.
-    pub fn listed(&self, index: &Blob, name: &str) -> Vec<Image> {
+    pub fn images_of_index(&self, index: &Blob, name: &str) -> Vec<Image> {
         let listed = read(&index.path);
         let manifests = listed["manifests"].as_array().expect("an index lists manifests");
         manifests.iter().map(|manifest| self.image(self.blob(manifest), name)).collect()
     }
 
-    /// The image of a manifest, under the name that clients pull.
+    /// The image of a manifest. `name` is the name that clients pull.
     pub fn image(&self, manifest: Blob, name: &str) -> Image {
         let described = read(&manifest.path);
         let config = self.blob(&described["config"]);
