@@ -528,7 +528,7 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     machine.run(&["systemctl", "stop", "cvmfs-snapshotter.socket", SERVICE]).ok();
     assert!(!machine.run(&["systemctl", "start", SERVICE]).status.success());
     let (said, code) = diagnosis(&machine, "daemon.running");
-    assert!(said.contains("Its last words: ") && said.contains("attach = 3 is not possible"), "{said}");
+    assert!(said.contains("Last error: ") && said.contains("attach = 3 is not possible"), "{said}");
     assert_eq!(code, Some(2));
     // A question at the socket would have started it, until systemd had given up the socket as well.
     machine.run(&["systemctl", "restart", "cvmfs-snapshotter.socket"]).ok();
