@@ -47,8 +47,49 @@ struct ContainerdInstance {
     socket: PathBuf,
     /// Its main configuration file.
     file: PathBuf,
-    /// What would be started there, if nothing runs.
+    /// The process that listens at the socket.
+    process: Option<Process>,
+    program: ContainerdProgram,
+}
+
+/// The program that runs, or would be started.
+struct ContainerdProgram {
     program: Program,
+    /// The user who runs it, if that is not root.
+    user: Option<PeerProcess>,
+}
+
+/// What the program makes of a configuration file.
+enum Dump {
+    Config(Box<ContainerdConfig>),
+    /// It does not start with the file, and says so in this error output.
+    Refused(String),
+    NoAnswer(io::Error),
+}
+
+impl ContainerdProgram {
+    fn run(&self, arguments: &[&OsStr]) -> io::Result<subprocess::Output> {
+        if let Some(PeerProcess { pid, uid }) = self.user {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("process {pid} is of user {uid}")));
+        }
+        subprocess::run_as(&self.program, CONTAINERD, arguments, LIMIT)
+    }
+
+    fn version(&self) -> Option<Version> {
+        let output = self.run(&["--version".as_ref()]).ok()?;
+        Version::parse(output.stdout.split_whitespace().nth(2)?)
+    }
+
+    fn dump(&self, file: &Path) -> Dump {
+        match self.run(&["--config".as_ref(), file.as_os_str(), "config".as_ref(), "dump".as_ref()]) {
+            Ok(output) if !output.status.success() => Dump::Refused(output.stderr),
+            Ok(output) => match ContainerdConfig::parse(&output.stdout) {
+                Ok(config) => Dump::Config(Box::new(config)),
+                Err(e) => Dump::NoAnswer(io::Error::other(format!("cannot parse its answer: {}", e.message()))),
+            },
+            Err(e) => Dump::NoAnswer(e),
+        }
+    }
 }
 
 /// What an instance that runs has said.
@@ -126,15 +167,22 @@ fn find_instances(options: &Doctor) -> Vec<ContainerdInstance> {
 impl ContainerdInstance {
     /// With the file and the program of the process that listens there, or of the unit that would be started.
     fn at(socket: PathBuf, default_file: PathBuf) -> Self {
-        let process = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
+        let listener = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener());
         let of_unit =
             || (socket == Path::new(CONTAINERD_SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
-        let words = process.map_or_else(of_unit, subprocess::command_line).unwrap_or_default();
-        let program = words.first().filter(|program| Path::new(program).is_absolute());
+        let words =
+            listener.map_or_else(of_unit, |listener| subprocess::command_line(listener.pid)).unwrap_or_default();
+        let process = listener.and_then(|listener| Process::find(listener.pid));
+        let path = words.first().map(PathBuf::from).filter(|path| path.is_absolute());
+        let program = process.map(Program::OfProcess).or_else(|| path.map(Program::At));
         Self {
             socket,
             file: config_file_of(&words).unwrap_or(default_file),
-            program: program.map_or_else(|| Program::Named(CONTAINERD.to_owned()), |path| Program::At(path.into())),
+            process,
+            program: ContainerdProgram {
+                program: program.unwrap_or_else(|| Program::Named(CONTAINERD.to_owned())),
+                user: listener.filter(|listener| listener.uid != 0),
+            },
         }
     }
 
@@ -170,8 +218,6 @@ impl ContainerdInstance {
     }
 
     fn check(&self, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> InstanceReport {
-        let listener = GrpcClient::connect(&self.socket).ok().and_then(|peer| peer.listener());
-        let process = listener.and_then(|listener| Process::find(listener.pid));
         let running = self.ask();
         let mut findings = vec![match &running {
             Ok(Running { version, .. }) => {
@@ -183,7 +229,7 @@ impl ContainerdInstance {
         let (address, root) = (arguments.address.display().to_string(), arguments.root.display().to_string());
         let endpoint = DaemonEndpoint { address: &address, root: &root };
         let running = running.ok();
-        let (config, config_findings) = self.check_config(listener, process, running.as_ref(), endpoint);
+        let (config, config_findings) = self.check_config(running.as_ref(), endpoint);
         let is_refused = config.is_none();
         findings.extend(config_findings);
         let is_unrelated = config.as_ref().is_some_and(|config| {
@@ -200,7 +246,7 @@ impl ContainerdInstance {
                     |check: &str, severity| findings.iter().any(|one| one.check == check && one.severity == severity);
                 let is_configured =
                     has("containerd.plugin", Severity::Good) && !has("containerd.disabled", Severity::Problem);
-                findings.extend(self.not_restarted(process, is_configured && ours.is_none()));
+                findings.extend(self.not_restarted(is_configured && ours.is_none()));
             }
             findings.extend(daemon.and_then(|daemon| mount_namespace(&running.peer, daemon)));
         }
@@ -211,60 +257,40 @@ impl ContainerdInstance {
     /// asked, or refuses its configuration.
     fn check_config(
         &self,
-        listener: Option<PeerProcess>,
-        process: Option<Process>,
         running: Option<&Running>,
         endpoint: DaemonEndpoint<'_>,
     ) -> (Option<ContainerdConfig>, Vec<Finding>) {
         const CHECK: &str = "containerd.config";
-        let program = process.map_or_else(|| self.program.clone(), Program::OfProcess);
-        let run = |arguments: &[&OsStr]| match listener {
-            Some(PeerProcess { pid, uid }) if uid != 0 => {
-                Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("process {pid} is of user {uid}")))
-            }
-            Some(_) | None => subprocess::run_as(&program, CONTAINERD, arguments, LIMIT),
-        };
         let mut findings = Vec::new();
         // This refuses pipes and what else would keep containerd.
-        let file_text = match safe_fs::read_to_string(&self.file) {
-            Ok(text) => Some(text),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        let (file_text, dumped_file) = match safe_fs::read_to_string(&self.file) {
+            Ok(text) => (text, self.file.as_path()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let message = format!("{} is not there: containerd uses its defaults", self.file.display());
+                findings.push(Finding::note(CHECK, message));
+                (String::new(), Path::new("/dev/null"))
+            }
             Err(e) => {
                 let message = format!("cannot read {}: {e}", self.file.display());
                 let remedy = format!("make it readable; {} tells when it is good", self.dump_command());
                 return (None, vec![Finding::problem(CHECK, message, remedy)]);
             }
         };
-        if file_text.is_none() {
-            let message = format!("{} is not there: containerd uses its defaults", self.file.display());
-            findings.push(Finding::note(CHECK, message));
-        }
-        let file = if file_text.is_some() { self.file.as_os_str() } else { OsStr::new("/dev/null") };
-        let version = running.and_then(|running| Version::parse(&running.version)).or_else(|| {
-            let output = run(&["--version".as_ref()]).ok()?;
-            Version::parse(output.stdout.split_whitespace().nth(2)?)
-        });
-        let dump = run(&["--config".as_ref(), file, "config".as_ref(), "dump".as_ref()]).and_then(|output| {
-            if !output.status.success() {
-                return Ok(Err(output.stderr));
-            }
-            let config = ContainerdConfig::parse(&output.stdout);
-            config.map(Ok).map_err(|e| io::Error::other(format!("cannot parse its answer: {}", e.message())))
-        });
-        let config = match dump {
-            Ok(Ok(config)) => config,
-            Ok(Err(stderr)) => {
+        let version = running.and_then(|running| Version::parse(&running.version)).or_else(|| self.program.version());
+        let config = match self.program.dump(dumped_file) {
+            Dump::Config(config) => *config,
+            Dump::Refused(stderr) => {
                 let error = error_line(&stderr);
                 findings.push(rules::explain_refusal(error, &self.editable_file(), &self.dump_command()));
                 return (None, findings);
             }
-            Err(e) => {
+            Dump::NoAnswer(e) => {
                 let message = format!("cannot ask containerd's program what it makes of {}: {e}", self.file.display());
                 findings.push(Finding::warning(CHECK, message, self.compare_by_hand(version, endpoint)));
                 return (None, findings);
             }
         };
-        let file_config = file_text.and_then(|text| ContainerdConfig::parse(&text).ok());
+        let file_config = ContainerdConfig::parse(&file_text).ok();
         findings.extend(rules::check(&RuleContext {
             version: version.unwrap_or_else(|| config.assumed_version()),
             config: &config,
@@ -291,7 +317,7 @@ impl ContainerdInstance {
     }
 
     /// The process does not use what its configuration says now.
-    fn not_restarted(&self, process: Option<Process>, is_missing: bool) -> Option<Finding> {
+    fn not_restarted(&self, is_missing: bool) -> Option<Finding> {
         const CHECK: &str = "containerd.restarted";
         let remedy = format!("{RESTART}; containers run on");
         if is_missing {
@@ -300,7 +326,7 @@ impl ContainerdInstance {
             );
             return Some(Finding::problem(CHECK, message, remedy));
         }
-        let start = start_time(process?)?;
+        let start = start_time(self.process?)?;
         (safe_fs::change_time(&self.file)? > start).then(|| {
             let message = format!("{} was changed after containerd had read it", self.file.display());
             Finding::warning(CHECK, message, remedy)

@@ -50,6 +50,8 @@ struct Image {
     name: String,
     /// The chain that each snapshotter has of it, by the snapshotter's name.
     chains: BTreeMap<String, String>,
+    /// This snapshotter has unpacked it, and does not have the snapshot any more.
+    is_gone: bool,
 }
 
 impl Image {
@@ -63,11 +65,7 @@ fn repull_images(images: &[&Image]) -> String {
 }
 
 pub fn check(peer: &GrpcClient, config: Option<&ContainerdConfig>, progress: &Progress, report: &mut Report<'_>) {
-    let images = list_images(peer, progress).and_then(|images| {
-        let missing = missing_snapshots(peer, &images, progress)?;
-        Ok((images, missing))
-    });
-    let (images, missing) = match images {
+    let images = match list_images(peer, progress) {
         Ok(images) => images,
         Err(e) => {
             let message = format!("cannot list containerd's images: {e}");
@@ -75,8 +73,8 @@ pub fn check(peer: &GrpcClient, config: Option<&ContainerdConfig>, progress: &Pr
             return;
         }
     };
-    let missing: Vec<&Image> = images.iter().zip(missing).filter(|(_, missing)| *missing).map(|(one, _)| one).collect();
-    report.extend(missing_findings(&missing));
+    let gone: Vec<&Image> = images.iter().filter(|image| image.is_gone).collect();
+    report.extend(gone_findings(&gone));
     // Which snapshotter is meant in other namespaces is unknown.
     let Some(config) = config.filter(|config| config.snapshotter() == Some(NAME)) else { return };
     let of_kubernetes: Vec<&Image> = images.iter().filter(|image| image.is_of_kubernetes()).collect();
@@ -84,7 +82,7 @@ pub fn check(peer: &GrpcClient, config: Option<&ContainerdConfig>, progress: &Pr
     let is_other = |image: &&Image| !image.chains.is_empty() && !image.chains.contains_key(NAME);
     let others: Vec<&Image> = of_kubernetes.into_iter().filter(is_other).collect();
     report.extend(other_snapshotter_findings(&others, config.pause_image()));
-    if others.is_empty() && !missing.iter().any(|image| image.is_of_kubernetes()) {
+    if others.is_empty() && !gone.iter().any(|image| image.is_of_kubernetes()) {
         report.push(Finding::good(OTHER, format!("all {count} images of Kubernetes are there for {NAME}")));
     }
 }
@@ -116,7 +114,7 @@ fn other_snapshotter_findings(images: &[&Image], pause: Option<&str>) -> Vec<Fin
     findings
 }
 
-fn missing_findings(images: &[&Image]) -> Vec<Finding> {
+fn gone_findings(images: &[&Image]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (n, image) in images.iter().take(MAX_NAMED).enumerate() {
         let message = format!(
@@ -164,32 +162,21 @@ fn list_images(peer: &GrpcClient, progress: &Progress) -> Result<Vec<Image>> {
         for (n, (target, name)) in names.into_iter().enumerate() {
             progress.set_message(&format!("image {} of {count} in {namespace}", n + 1));
             let chains = unpacked_chains(target, |digest| labels(peer, &namespace, digest))?;
-            images.push(Image { namespace: namespace.clone(), name, chains });
+            let is_gone = chains.get(NAME).map(|chain| is_gone(peer, &namespace, chain)).transpose()?.unwrap_or(false);
+            images.push(Image { namespace: namespace.clone(), name, chains, is_gone });
         }
     }
     images.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     Ok(images)
 }
 
-/// For each image, whether this snapshotter should have it and has not.
-fn missing_snapshots(peer: &GrpcClient, images: &[Image], progress: &Progress) -> Result<Vec<bool>> {
-    let mut known: HashMap<(&str, &str), bool> = HashMap::new();
-    let is_missing = |image| {
-        let Image { namespace, chains, .. }: &Image = image;
-        let Some(chain) = chains.get(NAME) else { return Ok(false) };
-        if let Some(missing) = known.get(&(namespace.as_str(), chain.as_str())) {
-            return Ok(*missing);
-        }
-        progress.set_message(&format!("snapshot {chain}"));
-        let request = StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.clone(), ..Default::default() };
-        let missing = match peer.call_in(namespace, &STAT, &request) {
-            Err(e) if is_timeout(&e) => return Err(e),
-            answer => matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. })),
-        };
-        known.insert((namespace, chain), missing);
-        Ok(missing)
-    };
-    images.iter().map(is_missing).collect()
+/// This snapshotter does not have the chain, which it should have.
+fn is_gone(peer: &GrpcClient, namespace: &str, chain: &str) -> Result<bool> {
+    let request = StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.to_owned(), ..Default::default() };
+    match peer.call_in(namespace, &STAT, &request) {
+        Err(e) if is_timeout(&e) => Err(e),
+        answer => Ok(matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. }))),
+    }
 }
 
 /// The labels of a blob; none if containerd does not have it.
@@ -268,11 +255,15 @@ mod tests {
     /// When remedies were followed one after the other, the second pull found layers that the third image still held.
     #[test]
     fn missing_images_are_all_removed_before_one_is_pulled() {
-        let image =
-            |name: &str| Image { namespace: KUBERNETES.to_owned(), name: name.to_owned(), chains: BTreeMap::new() };
+        let image = |name: &str| Image {
+            namespace: KUBERNETES.to_owned(),
+            name: name.to_owned(),
+            chains: BTreeMap::new(),
+            is_gone: true,
+        };
         let images = ["a:1", "b:1"].map(image);
         let remedies = |images: &[&Image]| -> Vec<String> {
-            missing_findings(images).into_iter().filter_map(|finding| finding.remedy).collect()
+            gone_findings(images).into_iter().filter_map(|finding| finding.remedy).collect()
         };
         let [first, second] = &remedies(&[&images[0], &images[1]])[..] else { panic!("one for each") };
         assert!(first.ends_with("then crictl rmi a:1 b:1 && crictl pull a:1 && crictl pull b:1"), "{first}");

@@ -160,11 +160,12 @@ impl RuleContext<'_> {
         text.join("\n")
     }
 
-    /// As `remedy`, for a key of the CRI. In a file without a version containerd 1 ignores that table.
+    /// As `remedy`, for keys of the CRI. containerd 1 reads their table only in a file of version 2.
     fn cri_remedy(&self, lines: &[&str]) -> String {
-        let table = Setting::new(self.cri_table(), lines);
-        let version = Setting::new("", &["version = 2"]);
-        if self.version.major < 2 { self.remedy(&[version, table]) } else { self.remedy(&[table]) }
+        let is_ignored = self.version.major < 2 && self.config.snapshotter() != Some(NAME);
+        let version = is_ignored.then(|| Setting::new("", &["version = 2"]));
+        let settings: Vec<Setting> = version.into_iter().chain([Setting::new(self.cri_table(), lines)]).collect();
+        self.remedy(&settings)
     }
 
     /// The table in which a key of the CRI counts: containerd 2 also reads the one of containerd 1, in files of an older

@@ -205,7 +205,7 @@ fn state_root_moved(described: &DescribeResponse) -> Option<Finding> {
 }
 
 /// The remedy when the client of a repository cannot reach its server.
-fn reach_server(name: &str) -> String {
+fn unreachable_server_remedy(name: &str) -> String {
     format!(
         "cvmfs_talk -i {name} host info and proxy info say whom the client asks, cvmfs_config stat -v {name} whether it \
          is online. Is the proxy up, and the stratum 1? Does a firewall of this node let the client reach them? If only one \
@@ -220,7 +220,7 @@ fn check_repository(repository: &Repository, arguments: &Arguments) -> Vec<Findi
     let Repository { name, path, trouble, .. } = repository;
     if repository.server_outage.is_some() {
         let message = format!("repository {name} at {path}: {trouble}");
-        return vec![Finding::problem(SERVER, message, reach_server(name))];
+        return vec![Finding::problem(SERVER, message, unreachable_server_remedy(name))];
     }
     if !trouble.is_empty() {
         return vec![Finding::problem(
@@ -243,7 +243,7 @@ fn check_repository(repository: &Repository, arguments: &Arguments) -> Vec<Findi
              the repository's server cannot be reached, or could not (host {host}, proxy {proxy})",
             errors.count
         );
-        findings.push(Finding::warning(SERVER, message, reach_server(name)));
+        findings.push(Finding::warning(SERVER, message, unreachable_server_remedy(name)));
     }
     findings.push(owners(repository));
     if repository.lists_own_attributes {

@@ -68,67 +68,88 @@ fn configurations_of_the_documentation_have_no_faults() {
     }
 }
 
+const PLUGIN: (Severity, &str) = (Problem, "containerd.plugin");
+const ANNOTATIONS: (Severity, &str) = (Problem, "containerd.annotations");
+
+#[track_caller]
+fn assert_faults(version: &str, parts: &[&str], expected: &[(Severity, &'static str)]) {
+    assert_eq!(faults(&check_parts(version, parts)), expected, "{version} {parts:?}");
+}
+
 #[test]
-fn each_fault_is_found_under_its_name() {
-    let kata = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.kata]\nsnapshotter = \"devmapper\"\n";
-    let replace = |text: &str, from: &str, to: &str| text.replace(from, to);
-    let wrong_name = &replace(PROXY, "cvmfs-snapshotter", "cvmfs");
-    let wrong_address = &replace(PROXY, "s.sock", "other.sock");
-    let linked = &replace(PROXY, "/run", "/var/run");
-    let with_scheme = &replace(PROXY, "/run", "unix:///run");
-    let content = &replace(PROXY, "snapshot\"", "content\"");
-    let wrong_root = &replace(EXPORTS, "/s\"", "/other\"");
-    let rebase = &format!("{PROXY}capabilities = [\"rebase\"]\n");
-    let remap = &format!("{PROXY}capabilities = [\"remap-ids\"]\n");
-    let arm = &replace(UNPACK, "linux", if cfg!(target_arch = "aarch64") { "linux/amd64" } else { "linux/arm64" });
-    let no_platform = &replace(UNPACK, "platform = \"linux\"\n", "");
-    let local = &format!("{CRI_2}use_local_image_pull = true\n");
-    let discard = &format!("{CRI_2}discard_unpacked_layers = true\n");
-    let downloads = &format!("{CRI_2}max_concurrent_downloads = 4\n");
-    let default_downloads = &format!("{CRI_2}max_concurrent_downloads = 3\n");
-    let mirrors = "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.\"docker.io\"]\n";
-    let no_cri = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
-    let no_images = "disabled_plugins = [\"io.containerd.cri.v1.images\"]\n";
-    let no_transfer = "disabled_plugins = [\"io.containerd.transfer.v1.local\"]\n";
-    let no_snapshotter = "disabled_plugins = [\"io.containerd.snapshotter.v1.cvmfs-snapshotter\"]\n";
-    let plugin = (Problem, "containerd.plugin");
+fn faults_of_the_registration_are_found_under_their_names() {
     let exports = (Warning, "containerd.exports");
-    let annotations = (Problem, "containerd.annotations");
+    let wrong_address: &str = &PROXY.replace("s.sock", "other.sock");
+    let with_scheme: &str = &PROXY.replace("/run", "unix:///run");
+    let rebase: &str = &format!("{PROXY}capabilities = [\"rebase\"]\n");
+    let wrong_name: &str = &PROXY.replace("cvmfs-snapshotter", "cvmfs");
+    let linked: &str = &PROXY.replace("/run", "/var/run");
+    let content: &str = &PROXY.replace("snapshot\"", "content\"");
+    let remap: &str = &rebase.replace("rebase", "remap-ids");
+    let wrong_root: &str = &EXPORTS.replace("/s\"", "/other\"");
+    for (version, registration, expected) in [
+        ("1.7.24", &[][..], &[PLUGIN][..]),
+        ("1.7.24", &[wrong_name], &[PLUGIN]),
+        ("1.7.24", &[wrong_address], &[PLUGIN, exports]),
+        ("1.7.24", &[linked, EXPORTS], &[]),
+        ("1.6.33", &[with_scheme, EXPORTS], &[]),
+        ("1.7.24", &[with_scheme, EXPORTS], &[PLUGIN]),
+        ("2.0.7", &[with_scheme, EXPORTS], &[]),
+        ("1.7.24", &[content, EXPORTS], &[(Problem, "containerd.type")]),
+        ("1.6.20", &[PROXY], &[]),
+        ("1.7.24", &[PROXY], &[exports]),
+        ("1.7.24", &[PROXY, wrong_root], &[exports]),
+        ("1.7.24", &[remap, EXPORTS], &[(Problem, "containerd.capabilities")]),
+        ("2.2.9", &[rebase, EXPORTS], &[(Problem, "containerd.capabilities")]),
+        ("2.1.9", &[rebase, EXPORTS], &[]),
+    ] {
+        let cri = if version < "2" { CRI_1 } else { CRI_2 };
+        assert_faults(version, &[&[cri, CLIENT], registration].concat(), expected);
+    }
+}
+
+#[test]
+fn faults_of_the_transfer_service_are_found_under_their_names() {
     let platform = (Problem, "containerd.platform");
+    let arm = &UNPACK.replace("linux", if cfg!(target_arch = "aarch64") { "linux/amd64" } else { "linux/arm64" });
+    let no_platform = &UNPACK.replace("platform = \"linux\"\n", "");
+    let mirrors = "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.\"docker.io\"]\n";
+    let downloads = "max_concurrent_downloads = 4\n";
+    let told = &[PROXY, EXPORTS, REMOTE].concat();
+    for (version, parts, expected) in [
+        ("2.0.7", &[CRI_2, PROXY, EXPORTS][..], &[ANNOTATIONS][..]),
+        ("2.3.6", &[CRI_2, PROXY, EXPORTS], &[ANNOTATIONS]),
+        ("2.3.6", &[CRI_2, UNPACK, PROXY, EXPORTS], &[ANNOTATIONS]),
+        ("2.3.6", &[CRI_2, told], &[ANNOTATIONS]),
+        ("2.3.6", &[PROXY, EXPORTS], &[(Warning, "containerd.annotations")]),
+        ("2.3.6", &[CRI_2, arm, told], &[platform]),
+        ("2.1.9", &[CRI_2, no_platform, told], &[platform]),
+        ("2.1.9", &[CRI_2, UNPACK, arm, told], &[platform]),
+        ("2.0.7", &[CRI_2, CLIENT, arm, PROXY, EXPORTS], &[]),
+        ("2.3.6", &[CRI_2, "use_local_image_pull = true\n", UNPACK, told], &[ANNOTATIONS]),
+        ("2.1.9", &[CRI_2, "discard_unpacked_layers = true\n", UNPACK, told], &[ANNOTATIONS]),
+        ("2.1.9", &[CRI_2, downloads, UNPACK, told], &[ANNOTATIONS]),
+        ("2.1.9", &[CRI_2, "max_concurrent_downloads = 3\n", UNPACK, told], &[]),
+        ("2.1.9", &[CRI_2, downloads, CLIENT, PROXY, EXPORTS], &[]),
+        ("2.1.9", &[CRI_2, mirrors, UNPACK, told], &[ANNOTATIONS]),
+    ] {
+        assert_faults(version, parts, expected);
+    }
+}
+
+#[test]
+fn faults_of_plugins_and_runtimes_are_found_under_their_names() {
+    let disable = |id: &str| format!("disabled_plugins = [\"io.containerd.{id}\"]\n");
+    let kata = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.kata]\nsnapshotter = \"devmapper\"\n";
     let disabled = (Problem, "containerd.disabled");
     let parts = (Warning, "containerd.parts");
+    let no_cri: &str = &disable("grpc.v1.cri");
+    let no_images: &str = &disable("cri.v1.images");
+    let no_transfer: &str = &disable("transfer.v1.local");
+    let no_snapshotter: &str = &disable("snapshotter.v1.cvmfs-snapshotter");
     for (version, text, expected) in [
-        ("1.7.24", &[CRI_1, CLIENT][..], &[plugin][..]),
-        ("1.7.24", &[CRI_1, CLIENT, wrong_name], &[plugin]),
-        ("1.7.24", &[CRI_1, CLIENT, wrong_address], &[plugin, exports]),
-        ("1.7.24", &[CRI_1, CLIENT, linked, EXPORTS], &[]),
-        ("1.6.33", &[CRI_1, CLIENT, with_scheme, EXPORTS], &[]),
-        ("1.7.24", &[CRI_1, CLIENT, with_scheme, EXPORTS], &[plugin]),
-        ("2.3.6", &[CRI_2, CLIENT, with_scheme, EXPORTS], &[]),
-        ("1.7.24", &[CRI_1, CLIENT, content, EXPORTS], &[(Problem, "containerd.type")]),
-        ("1.6.20", &[CRI_1, CLIENT, PROXY], &[]),
-        ("1.7.24", &[CRI_1, CLIENT, PROXY], &[exports]),
-        ("1.7.24", &[CRI_1, CLIENT, PROXY, wrong_root], &[exports]),
-        ("1.7.24", &[CRI_1, PROXY, EXPORTS], &[annotations]),
+        ("1.7.24", &[CRI_1, PROXY, EXPORTS][..], &[ANNOTATIONS][..]),
         ("1.7.24", &[CRI_1, CLIENT, kata, PROXY, EXPORTS], &[(Warning, "containerd.runtimes")]),
-        ("1.7.24", &[CRI_1, CLIENT, remap, EXPORTS], &[(Problem, "containerd.capabilities")]),
-        ("2.2.9", &[CRI_2, CLIENT, rebase, EXPORTS], &[(Problem, "containerd.capabilities")]),
-        ("2.1.9", &[CRI_2, CLIENT, rebase, EXPORTS], &[]),
-        ("2.0.7", &[CRI_2, PROXY, EXPORTS], &[annotations]),
-        ("2.3.6", &[CRI_2, PROXY, EXPORTS], &[annotations]),
-        ("2.3.6", &[CRI_2, UNPACK, PROXY, EXPORTS], &[annotations]),
-        ("2.3.6", &[CRI_2, PROXY, EXPORTS, REMOTE], &[annotations]),
-        ("2.3.6", &[PROXY, EXPORTS], &[(Warning, "containerd.annotations")]),
-        ("2.3.6", &[CRI_2, arm, PROXY, EXPORTS, REMOTE], &[platform]),
-        ("2.1.9", &[CRI_2, no_platform, PROXY, EXPORTS, REMOTE], &[platform]),
-        ("2.1.9", &[CRI_2, UNPACK, arm, PROXY, EXPORTS, REMOTE], &[platform]),
-        ("2.0.7", &[CRI_2, CLIENT, arm, PROXY, EXPORTS], &[]),
-        ("2.3.6", &[local, UNPACK, PROXY, EXPORTS, REMOTE], &[annotations]),
-        ("2.1.9", &[discard, UNPACK, PROXY, EXPORTS, REMOTE], &[annotations]),
-        ("2.1.9", &[downloads, UNPACK, PROXY, EXPORTS, REMOTE], &[annotations]),
-        ("2.1.9", &[default_downloads, UNPACK, PROXY, EXPORTS, REMOTE], &[]),
-        ("2.1.9", &[downloads, CLIENT, PROXY, EXPORTS], &[]),
-        ("2.1.9", &[CRI_2, mirrors, UNPACK, PROXY, EXPORTS, REMOTE], &[annotations]),
         ("1.7.24", &[no_cri, CRI_1, CLIENT, PROXY, EXPORTS], &[parts]),
         ("1.7.24", &[no_cri, PROXY, EXPORTS], &[]),
         ("2.3.6", &[no_images, CRI_2, UNPACK, PROXY, EXPORTS, REMOTE], &[parts]),
@@ -136,7 +157,7 @@ fn each_fault_is_found_under_its_name() {
         ("2.0.7", &[no_transfer, CRI_2, CLIENT, PROXY, EXPORTS], &[]),
         ("1.7.24", &[no_snapshotter, CRI_1, CLIENT, PROXY, EXPORTS], &[disabled]),
     ] {
-        assert_eq!(faults(&check_parts(version, text)), expected, "{version} {text:?}");
+        assert_faults(version, text, expected);
     }
 }
 

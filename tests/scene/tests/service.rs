@@ -510,7 +510,14 @@ fn root_the_doctor_knows_what_keeps_a_service_from_running() {
     machine.drop_in(CONTAINERD, "site", &start);
     machine.run(&["systemctl", "stop", CONTAINERD]).ok();
     let all = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]).stdout;
-    assert!(all.contains("| in /etc/containerd/site.toml, table [proxy_plugins.cvmfs-snapshotter]: type"), "{all}");
+    for words in [
+        "containerd.type",
+        "set in /etc/containerd/site.toml:\n",
+        "| [proxy_plugins.cvmfs-snapshotter]\n",
+        "type = \"snapshot\"",
+    ] {
+        assert!(all.contains(words), "no {words:?} in {all}");
+    }
     machine.drop_in(CONTAINERD, "site", "");
     machine.restart(CONTAINERD);
 
