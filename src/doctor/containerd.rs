@@ -1,4 +1,6 @@
-//! The containerds on this node, asked over their sockets, beside what their configurations say.
+//! The containerds on this node. Each is asked over its socket what it is and which plugins it has, and its program is
+//! asked, with `config dump`, what it makes of its configuration. Files are not interpreted here: what containerd reads from
+//! which format and import is its own business.
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
@@ -9,21 +11,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use protobuf::well_known_types::empty::Empty;
 
-use super::child::{Said, Silence};
-use super::configuration::{self, Configuration};
-use super::judge::{Place, REGISTRATION, RESTART, Version, judge};
+use super::config::{ContainerdConfig, Version};
 use super::program::{Process, Program};
-use super::{Finding, Findings, State, child, images, reach, systemd};
-use crate::admin::client::{Error, GrpcClient, PeerProcess};
+use super::rules::{self, DaemonEndpoint, PAGE, REGISTRATION, RESTART, RuleContext};
+use super::{Finding, Report, Severity, images, safe_fs, subprocess, systemd};
+use crate::admin::client::{self, Error, GrpcClient, PeerProcess};
 use crate::admin::table::Progress;
-use crate::cli::{Arguments, CONTAINERD_CONFIGURATIONS as CONFIGURATIONS, CONTAINERD_SOCKETS as SOCKETS, Doctor};
+use crate::cli::{self, Arguments, CONTAINERD_CONFIGURATIONS, CONTAINERD_SOCKETS, Doctor};
 use crate::migration::rebuild::DEFAULT_NAME as NAME;
 use crate::model::shell_quote;
 use crate::proto::admin::DescribeResponse;
-use crate::proto::containerd::{
-    InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, ListNamespacesRequest, ListNamespacesResponse,
-    Plugin, PluginsRequest, PluginsResponse, VersionResponse,
-};
+use crate::proto::containerd::{Plugin, PluginsRequest, PluginsResponse, VersionResponse};
 use crate::server::service::methods;
 
 methods! {
@@ -36,400 +34,380 @@ methods! {
     PLUGINS Unary "Plugins" PluginsRequest => PluginsResponse;
 }
 
-methods! {
-    "containerd.services.namespaces.v1.Namespaces"
-    NAMESPACES Unary "List" ListNamespacesRequest => ListNamespacesResponse;
-}
-
-methods! {
-    "containerd.services.images.v1.Images"
-    IMAGES Unary "List" ListImagesRequest => ListImagesResponse;
-}
-
-methods! {
-    "containerd.services.content.v1.Content"
-    CONTENT Unary "Info" InfoRequest => InfoResponse;
-}
-
 /// The program, and the unit of the first of the usual ones.
 const CONTAINERD: &str = "containerd";
-/// For containerd to say what it made of its configuration.
-const DUMP_LIMIT: Duration = Duration::from_secs(10);
-/// For its first answer.
+/// Time limit of containerd's program, and of its first answer at the socket.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Plugins without which pulls fail, by the end of `TYPE.ID`.
+const NEEDED_PLUGINS: [&str; 4] = ["grpc.v1.cri", "cri.v1.images", "cri.v1.runtime", "transfer.v1.local"];
+/// Distributions that start containerd themselves, with a configuration made of a template: name and other unit.
+const DISTRIBUTIONS: [(&str, &str, &str); 2] = [("k3s", "k3s", "k3s-agent"), ("rke2", "rke2-server", "rke2-agent")];
 
-/// Checks whose problems are why containerd refuses its configuration.
-const EXPLAINED: [&str; 2] = ["containerd.type", "containerd.format"];
-
-/// One containerd: where it listens and what it was told.
-struct Node {
+struct ContainerdInstance {
     socket: PathBuf,
+    /// Its main configuration file.
     file: PathBuf,
-    /// What would be started there, if none runs.
-    program: Program,
+    /// The process that listens at the socket.
+    process: Option<Process>,
+    program: ContainerdProgram,
 }
 
-/// Those that an admin names, or else those that are there.
-fn nodes(wanted: &Doctor) -> Vec<Node> {
-    let usual = || SOCKETS.into_iter().zip(CONFIGURATIONS);
-    match (&wanted.socket, &wanted.configuration) {
-        (None, None) => {}
-        (Some(socket), None) => {
-            let file =
-                usual().find(|(usual, _)| Path::new(usual) == socket).map_or(CONFIGURATIONS[0], |(_, file)| file);
-            return vec![Node::at(socket.clone(), file.into())];
+/// The program that runs, or would be started.
+struct ContainerdProgram {
+    program: Program,
+    /// The user who runs it, if that is not root.
+    user: Option<PeerProcess>,
+}
+
+/// What the program makes of a configuration file.
+enum Dump {
+    Config(Box<ContainerdConfig>),
+    /// It does not start with the file, and says so in this error output.
+    Refused(String),
+    NoAnswer(io::Error),
+}
+
+impl ContainerdProgram {
+    fn run(&self, arguments: &[&OsStr]) -> io::Result<subprocess::Output> {
+        if let Some(PeerProcess { pid, uid }) = self.user {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("process {pid} is of user {uid}")));
         }
-        (socket, Some(file)) => {
-            let socket = socket.clone().unwrap_or_else(|| SOCKETS[0].into());
-            let program = Node::at(socket.clone(), file.clone()).program;
-            return vec![Node { socket, file: file.clone(), program }];
+        subprocess::run_as(&self.program, CONTAINERD, arguments, LIMIT)
+    }
+
+    fn version(&self) -> Option<Version> {
+        let output = self.run(&["--version".as_ref()]).ok()?;
+        Version::parse(output.stdout.split_whitespace().nth(2)?)
+    }
+
+    fn dump(&self, file: &Path) -> Dump {
+        match self.run(&["--config".as_ref(), file.as_os_str(), "config".as_ref(), "dump".as_ref()]) {
+            Ok(output) if !output.status.success() => Dump::Refused(output.stderr),
+            Ok(output) => match ContainerdConfig::parse(&output.stdout) {
+                Ok(config) => Dump::Config(Box::new(config)),
+                Err(e) => Dump::NoAnswer(io::Error::other(format!("cannot parse its answer: {}", e.message()))),
+            },
+            Err(e) => Dump::NoAnswer(e),
         }
     }
-    let all = usual().map(|(socket, file)| Node::at(socket.into(), file.into()));
-    // One that cannot be looked at is there.
-    let is_there = |path: &Path| !reach::touch(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-    all.filter(|node| is_there(&node.socket) || is_there(&node.file)).collect()
 }
 
-pub fn look(
+/// What an instance that runs has said.
+struct Running {
+    peer: GrpcClient,
+    version: String,
+    plugins: Vec<Plugin>,
+}
+
+struct InstanceReport {
+    findings: Vec<Finding>,
+    /// Its configuration does not mention this snapshotter.
+    is_unrelated: bool,
+    config: Option<ContainerdConfig>,
+    running: Option<Running>,
+    /// The snapshotter can be asked through it.
+    has_snapshotter: bool,
+}
+
+pub fn check(
     arguments: &Arguments,
-    wanted: &Doctor,
+    options: &Doctor,
     daemon: Option<&DescribeResponse>,
     progress: &Progress,
-    findings: &mut Findings<'_>,
+    report: &mut Report<'_>,
 ) {
-    let nodes = nodes(wanted);
-    if nodes.is_empty() {
-        findings.push(Finding::warning(
+    let instances = find_instances(options);
+    if instances.is_empty() {
+        report.push(Finding::warning(
             "containerd.running",
             "there is no containerd at its usual places",
             "say where it is: --containerd SOCKET --containerd-config FILE",
         ));
     }
-    let of_each: Vec<Looked> = nodes.iter().map(|node| look_at(node, arguments, daemon)).collect();
-    // Docker's beside k3s's: one that has nothing to do with us, or is not there, is no problem if
-    // another one has.
-    let uses_us = |looked: &Looked| looked.version.is_some() && !looked.is_strange;
-    let one_uses_us = of_each.iter().any(uses_us);
-    for (node, looked) in nodes.iter().zip(of_each) {
-        let socket = node.socket.display();
-        if one_uses_us && looked.is_strange {
-            let what = format!("the containerd at {socket} does not use this snapshotter");
-            findings.push(Finding::note("containerd.plugin", what));
-            continue;
-        }
-        if one_uses_us && looked.version.is_none() && !node.socket.exists() {
-            let what = format!("no containerd runs at {socket}, although {} is there", node.file.display());
-            findings.push(Finding::note("containerd.running", what));
-            continue;
-        }
-        findings.extend(looked.findings.into_iter().map(|one| node.as_it_is_restarted(one)));
-        if let Some((peer, content)) = looked.with_images {
-            images::look(&peer, content.as_deref(), looked.configuration.as_ref(), progress, findings);
+    let reports: Vec<InstanceReport> = instances.iter().map(|one| one.check(arguments, daemon)).collect();
+    // Docker's may stand beside the one of k3s: an unrelated one is no fault if another one uses this snapshotter.
+    let one_uses_us = reports.iter().any(|one| one.running.is_some() && !one.is_unrelated);
+    for (instance, result) in instances.iter().zip(reports) {
+        let socket = instance.socket.display();
+        if one_uses_us && result.is_unrelated {
+            let message = format!("the containerd at {socket} does not use this snapshotter");
+            report.push(Finding::note("containerd.plugin", message));
+        } else if one_uses_us && result.running.is_none() && !instance.socket.exists() {
+            let message = format!("no containerd runs at {socket}, although {} is there", instance.file.display());
+            report.push(Finding::note("containerd.running", message));
+        } else {
+            report.extend(result.findings.into_iter().map(|finding| instance.with_restart_command(finding)));
+            if let Some(running) = result.running.filter(|_| result.has_snapshotter && daemon.is_some()) {
+                images::check(&running.peer, result.config.as_ref(), progress, report);
+            }
         }
     }
 }
 
-/// What was found about a containerd, without its images: that may be many.
-struct Looked {
-    findings: Vec<Finding>,
-    /// Nobody has named us in its configuration.
-    is_strange: bool,
-    /// It runs, and said it.
-    version: Option<String>,
-    configuration: Option<Configuration>,
-    /// It has the snapshotter, so its images can be looked at; and where their blobs lie.
-    with_images: Option<(GrpcClient, Option<PathBuf>)>,
+/// The instance that an admin names, or those at the usual places.
+fn find_instances(options: &Doctor) -> Vec<ContainerdInstance> {
+    let usual = || CONTAINERD_SOCKETS.into_iter().zip(CONTAINERD_CONFIGURATIONS);
+    match (&options.socket, &options.configuration) {
+        (None, None) => {}
+        (Some(socket), None) => {
+            let file = usual().find(|(usual, _)| Path::new(usual) == socket).map(|(_, file)| file);
+            return vec![ContainerdInstance::at(socket.clone(), file.unwrap_or(CONTAINERD_CONFIGURATIONS[0]).into())];
+        }
+        (socket, Some(file)) => {
+            let socket = socket.clone().unwrap_or_else(|| CONTAINERD_SOCKETS[0].into());
+            return vec![ContainerdInstance { file: file.clone(), ..ContainerdInstance::at(socket, file.clone()) }];
+        }
+    }
+    let all = usual().map(|(socket, file)| ContainerdInstance::at(socket.into(), file.into()));
+    // A path that cannot be inspected is there.
+    let is_there = |path: &Path| !safe_fs::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    all.filter(|one| is_there(&one.socket) || is_there(&one.file)).collect()
 }
 
-impl Node {
-    /// With the file that the process has which listens there, or what its unit would start; else with this one.
-    fn at(socket: PathBuf, file: PathBuf) -> Self {
-        let process = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
-        let of_unit = || (socket == Path::new(SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
-        let words = process.map_or_else(of_unit, child::command_line).unwrap_or_default();
-        let program = words.first().filter(|program| Path::new(program).is_absolute());
+impl ContainerdInstance {
+    /// With the file and the program of the process that listens there, or of the unit that would be started.
+    fn at(socket: PathBuf, default_file: PathBuf) -> Self {
+        let listener = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener());
+        let of_unit =
+            || (socket == Path::new(CONTAINERD_SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
+        let words =
+            listener.map_or_else(of_unit, |listener| subprocess::command_line(listener.pid)).unwrap_or_default();
+        let process = listener.and_then(|listener| Process::find(listener.pid));
+        let path = words.first().map(PathBuf::from).filter(|path| path.is_absolute());
+        let program = process.map(Program::OfProcess).or_else(|| path.map(Program::At));
         Self {
             socket,
-            file: configuration_of(&words).unwrap_or(file),
-            program: program.map_or_else(|| Program::Named(CONTAINERD.to_owned()), |path| Program::At(path.into())),
+            file: config_file_of(&words).unwrap_or(default_file),
+            process,
+            program: ContainerdProgram {
+                program: program.unwrap_or_else(|| Program::Named(CONTAINERD.to_owned())),
+                user: listener.filter(|listener| listener.uid != 0),
+            },
         }
     }
 
-    /// What starts its containerd itself, from a template: its name and its other one.
     fn distribution(&self) -> Option<(&'static str, &'static str)> {
-        let all = [("k3s", ("k3s", "k3s-agent")), ("rke2", ("rke2-server", "rke2-agent"))];
         let is_it = |name: &str| self.file.starts_with(Path::new("/var/lib/rancher").join(name));
-        all.into_iter().find(|(name, _)| is_it(name)).map(|(_, units)| units)
+        DISTRIBUTIONS.into_iter().find(|(name, ..)| is_it(name)).map(|(_, server, agent)| (server, agent))
     }
 
-    fn as_it_is_restarted(&self, finding: Finding) -> Finding {
+    fn with_restart_command(&self, finding: Finding) -> Finding {
         let Some((server, agent)) = self.distribution() else { return finding };
         let restart = format!("systemctl restart {server} (or {agent})");
         Finding { remedy: finding.remedy.map(|remedy| remedy.replace(RESTART, &restart)), ..finding }
     }
 
-    /// The file that an admin changes: k3s makes its own anew from a template.
-    fn edited(&self) -> String {
-        if self.distribution().is_some() {
-            format!("{}'s template (config.toml.tmpl, or config-v3.toml.tmpl)", self.file.display())
-        } else {
-            self.file.display().to_string()
+    /// The file that an admin edits.
+    fn editable_file(&self) -> String {
+        let file = self.file.display();
+        match self.distribution() {
+            Some(_) => format!("{file}'s template (config.toml.tmpl, or config-v3.toml.tmpl)"),
+            None => file.to_string(),
         }
+    }
+
+    fn dump_command(&self) -> String {
+        format!("containerd --config {} config dump", shell_quote(&self.file.to_string_lossy()))
+    }
+
+    fn ask(&self) -> client::Result<Running> {
+        let peer = GrpcClient::connect(&self.socket)?;
+        let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
+        let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
+        Ok(Running { peer, version, plugins })
+    }
+
+    fn check(&self, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> InstanceReport {
+        let running = self.ask();
+        let mut findings = vec![match &running {
+            Ok(Running { version, .. }) => {
+                let message = format!("containerd {version} runs, at {}", self.socket.display());
+                Finding::good("containerd.running", message)
+            }
+            Err(e) => not_running(&self.socket, e),
+        }];
+        let (address, root) = (arguments.address.display().to_string(), arguments.root.display().to_string());
+        let endpoint = DaemonEndpoint { address: &address, root: &root };
+        let running = running.ok();
+        let (config, config_findings) = self.check_config(running.as_ref(), endpoint);
+        let is_refused = config.is_none();
+        findings.extend(config_findings);
+        let is_unrelated = config.as_ref().is_some_and(|config| {
+            !config.proxy_plugins.iter().any(|(name, proxy)| name == NAME || proxy.address == address)
+        });
+        let mut has_snapshotter = false;
+        if let Some(running) = &running {
+            findings.extend(running.plugins.iter().filter_map(plugin_error));
+            let ours = running.plugins.iter().find(|plugin| is_snapshotter(plugin));
+            has_snapshotter = ours.is_some_and(|plugin| plugin.init_err.is_none());
+            // A restart would end a containerd that refuses its configuration.
+            if !is_refused {
+                let has =
+                    |check: &str, severity| findings.iter().any(|one| one.check == check && one.severity == severity);
+                let is_configured =
+                    has("containerd.plugin", Severity::Good) && !has("containerd.disabled", Severity::Problem);
+                findings.extend(self.not_restarted(is_configured && ours.is_none()));
+            }
+            findings.extend(daemon.and_then(|daemon| mount_namespace(&running.peer, daemon)));
+        }
+        InstanceReport { findings, is_unrelated, config, running, has_snapshotter }
+    }
+
+    /// What containerd makes of its configuration, and what is wrong with that. Without the former containerd could not be
+    /// asked, or refuses its configuration.
+    fn check_config(
+        &self,
+        running: Option<&Running>,
+        endpoint: DaemonEndpoint<'_>,
+    ) -> (Option<ContainerdConfig>, Vec<Finding>) {
+        const CHECK: &str = "containerd.config";
+        let mut findings = Vec::new();
+        // This refuses pipes and what else would keep containerd.
+        let (file_text, dumped_file) = match safe_fs::read_to_string(&self.file) {
+            Ok(text) => (text, self.file.as_path()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let message = format!("{} is not there: containerd uses its defaults", self.file.display());
+                findings.push(Finding::note(CHECK, message));
+                (String::new(), Path::new("/dev/null"))
+            }
+            Err(e) => {
+                let message = format!("cannot read {}: {e}", self.file.display());
+                let remedy = format!("make it readable; {} tells when it is good", self.dump_command());
+                return (None, vec![Finding::problem(CHECK, message, remedy)]);
+            }
+        };
+        let version = running.and_then(|running| Version::parse(&running.version)).or_else(|| self.program.version());
+        let config = match self.program.dump(dumped_file) {
+            Dump::Config(config) => *config,
+            Dump::Refused(stderr) => {
+                let error = error_line(&stderr);
+                findings.push(rules::explain_refusal(error, &self.editable_file(), &self.dump_command()));
+                return (None, findings);
+            }
+            Dump::NoAnswer(e) => {
+                let message = format!("cannot ask containerd's program what it makes of {}: {e}", self.file.display());
+                findings.push(Finding::warning(CHECK, message, self.compare_by_hand(version, endpoint)));
+                return (None, findings);
+            }
+        };
+        let file_config = ContainerdConfig::parse(&file_text).ok();
+        findings.extend(rules::check(&RuleContext {
+            version: version.unwrap_or_else(|| config.assumed_version()),
+            config: &config,
+            file_table: file_config.and_then(|config| config.table_that_names_us()),
+            endpoint,
+            has_registration: safe_fs::inspect(Path::new(REGISTRATION)).is_ok(),
+            file: &self.editable_file(),
+        }));
+        (Some(config), findings)
+    }
+
+    /// What an admin does where containerd cannot be asked.
+    fn compare_by_hand(&self, version: Option<Version>, endpoint: DaemonEndpoint<'_>) -> String {
+        let dump_command = self.dump_command();
+        let compare = format!("compare what \"{dump_command}\" prints, run as its user, with {PAGE}");
+        let Some(version) = version else { return compare };
+        let snippet = match version {
+            version if version.major < 2 => include_str!("../../docs/containerd/client-1.toml"),
+            version if version.has_transfer() => include_str!("../../docs/containerd/transfer.toml"),
+            _ => include_str!("../../docs/containerd/client-2.toml"),
+        };
+        let snippet = snippet.replace(cli::DEFAULT_ADDRESS, endpoint.address).replace(cli::DEFAULT_ROOT, endpoint.root);
+        format!("{compare}; this version needs:\n{}", snippet.trim_end())
+    }
+
+    /// The process does not use what its configuration says now.
+    fn not_restarted(&self, is_missing: bool) -> Option<Finding> {
+        const CHECK: &str = "containerd.restarted";
+        let remedy = format!("{RESTART}; containers run on");
+        if is_missing {
+            let message = format!(
+                "the containerd that runs does not know {NAME}: it has not been restarted since its configuration names it"
+            );
+            return Some(Finding::problem(CHECK, message, remedy));
+        }
+        let start = start_time(self.process?)?;
+        (safe_fs::change_time(&self.file)? > start).then(|| {
+            let message = format!("{} was changed after containerd had read it", self.file.display());
+            Finding::warning(CHECK, message, remedy)
+        })
     }
 }
 
 /// The file that a command line of containerd names, with an absolute path.
-fn configuration_of(words: &[OsString]) -> Option<PathBuf> {
+fn config_file_of(words: &[OsString]) -> Option<PathBuf> {
     let mut words = words.iter().skip(1).map(|word| word.to_string_lossy());
     let file = loop {
         let word = words.next()?;
         let (flag, value) = word.split_once('=').map_or((&*word, None), |(flag, value)| (flag, Some(value)));
         if ["-c", "-config", "--config"].contains(&flag) {
-            break value.map_or_else(|| words.next().map(Cow::into_owned), |value| Some(value.to_owned()))?;
+            break value.map(str::to_owned).or_else(|| words.next().map(Cow::into_owned))?;
         }
     };
     Some(PathBuf::from(file)).filter(|file| file.is_absolute())
 }
 
-fn look_at(node: &Node, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> Looked {
-    let mut findings = Vec::new();
-    let connected = GrpcClient::connect(&node.socket);
-    let listener = connected.as_ref().ok().and_then(GrpcClient::listener);
-    let process = listener.and_then(|listener| Process::of(listener.pid));
-    let asked = connected.and_then(|peer| {
-        let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
-        let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
-        Ok((peer, version, plugins))
-    });
-    // The program that runs, or the one that would be started.
-    let program = process.map_or_else(|| node.program.clone(), Program::OfProcess);
-    let ask = |arguments: &[&OsStr]| match listener {
-        Some(PeerProcess { pid, uid }) if uid != 0 => Err(Silence::Refused(format!("process {pid} is of user {uid}"))),
-        Some(_) | None => child::ask_containerd(&program, arguments, DUMP_LIMIT),
-    };
-    let said = asked.as_ref().ok().map(|(_, text, _)| text.clone());
-    findings.push(match &asked {
-        Ok((_, text, _)) => {
-            Finding::good("containerd.running", format!("containerd {text} runs, at {}", node.socket.display()))
-        }
-        Err(e) => not_running(&node.socket, e),
-    });
-    let address = arguments.address.display().to_string();
-    let root = arguments.root.display().to_string();
-    let registration = reach::touch(Path::new(REGISTRATION)).is_ok().then_some(REGISTRATION);
-    let place = Place { address: &address, root: &root, registration };
-    let file = node.edited();
-    let (configuration, about_file) = read(node, &ask, &file);
-    let is_refused = about_file.as_ref().is_some_and(|one| one.state == State::Problem);
-    let judged = configuration.as_ref().map(|configuration| {
-        // A file for a later one is not meant for a program that was only found by its name.
-        let is_meant = !matches!(program, Program::Named(_));
-        let fits = |version: &Version| {
-            is_meant || configuration.written.version.is_none_or(|format| format <= version.format())
-        };
-        let version = said.as_deref().and_then(Version::parse).or_else(|| version_of(&ask).filter(fits));
-        let version = version.unwrap_or_else(|| configuration.suggests());
-        judge(version, configuration, &place, &file)
-    });
-    let mut judged = judged.unwrap_or_default();
-    // Said once, with the line to change where that is known.
-    let is_explained = judged.iter().any(|one| EXPLAINED.contains(&one.check) && one.state > State::Good);
-    findings.extend(about_file.filter(|_| !is_explained));
-    findings.append(&mut judged);
-    let is = |check: &str, state: State| findings.iter().any(|one| one.check == check && one.state == state);
-    let is_registered = is("containerd.plugin", State::Good) && !is("containerd.disabled", State::Problem);
-    let proxies = configuration.iter().flat_map(|one| &one.proxies);
-    let is_strange =
-        configuration.is_some() && !proxies.into_iter().any(|proxy| proxy.name == NAME || proxy.address == address);
-    let mut looked = Looked { findings, is_strange, version: said, configuration, with_images: None };
-    let Ok((peer, _, plugins)) = asked else { return looked };
-    looked.findings.append(&mut in_error(&plugins));
-    let loaded = plugins.iter().find(|plugin| is_ours(plugin)).map(|plugin| plugin.init_err.is_none());
-    // With a file that it refuses it would not come back.
-    if !is_refused {
-        let newer = process.and_then(|process| not_restarted(process, node, looked.configuration.as_ref()));
-        let missing = (is_registered && loaded.is_none()).then(not_loaded);
-        looked.findings.extend(missing.or(newer));
-    }
-    looked.findings.extend(daemon.and_then(|daemon| mount_namespace(&peer, daemon)));
-    if loaded == Some(true) && daemon.is_some() {
-        looked.with_images = Some((peer, content_store(&plugins)));
-    }
-    looked
+/// When a process started, rounded up: the kernel counts from the second in which it booted.
+fn start_time(process: Process) -> Option<SystemTime> {
+    // The kernel's USER_HZ is the same on every architecture.
+    const TICKS_PER_SECOND: u64 = 100;
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let boot: u64 = stat.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
+    Some(UNIX_EPOCH + Duration::from_secs(boot + process.start / TICKS_PER_SECOND + 2))
 }
 
-/// Its file names us, and it has not read that.
-fn not_loaded() -> Finding {
-    let what = format!(
-        "the containerd that runs does not know {NAME}: it has not been restarted since its configuration names it"
-    );
-    Finding::problem("containerd.restarted", what, format!("{RESTART}; containers run on"))
-}
-
-/// Asks containerd's program.
-type Ask<'a> = dyn Fn(&[&OsStr]) -> Result<Said, Silence> + 'a;
-
-/// As a program says it of itself.
-fn version_of(ask: &Ask<'_>) -> Option<Version> {
-    let said = ask(&["--version".as_ref()]).ok()?;
-    Version::parse(said.stdout.split_whitespace().nth(2)?)
-}
-
-/// What the file says, and what containerd makes of it: older formats, imports and keys that it
-/// passes over are its own business, so it is asked. And what is to be said of the file itself: a problem,
-/// if containerd refuses it.
-fn read(node: &Node, ask: &Ask<'_>, file: &str) -> (Option<Configuration>, Option<Finding>) {
-    const CHECK: &str = "containerd.config";
-    let dump = || ask(&["--config".as_ref(), node.file.as_os_str(), "config".as_ref(), "dump".as_ref()]);
-    let said = match configuration::read(&node.file) {
-        Ok(said) => said,
-        Err(configuration::Error::Unreadable { path, cause })
-            if cause.kind() == io::ErrorKind::NotFound && path == node.file =>
-        {
-            let note = Finding::note(CHECK, format!("{} is not there: containerd's defaults hold", path.display()));
-            return (Some(Configuration::default()), Some(note));
-        }
-        Err(e) if dump().is_ok_and(|dump| dump.success) => {
-            let remedy =
-                "look yourself: docs/containerd.md; or put a regular file of at most 1 MiB on a local disk there";
-            let what = format!("{e}, although containerd can: what is in it was not looked at");
-            return (None, Some(Finding::warning(CHECK, what, remedy)));
-        }
-        Err(e) => {
-            let mends = match &e {
-                configuration::Error::Unreadable { path, .. } if *path != node.file => {
-                    format!("see to it that {} can be read, or take it out of imports", path.display())
-                }
-                configuration::Error::Unreadable { .. } => "see to it that it can be read".to_owned(),
-                configuration::Error::Syntax { .. } => "correct that line".to_owned(),
-            };
-            let remedy = format!("{mends}; {} tells when it is good", dump_command(&node.file));
-            return (None, Some(Finding::problem(CHECK, e.to_string(), remedy)));
-        }
-    };
-    let dump = match dump() {
-        Ok(dump) => dump,
-        Err(Silence::NoAnswer) => return (Some(said), None),
-        Err(Silence::Refused(why)) => {
-            let what =
-                format!("{why}: containerd's program was not run, only the files of its configuration were read");
-            let remedy = format!("ask it yourself what it makes of them, as its user: {}", dump_command(&node.file));
-            return (Some(said), Some(Finding::warning(CHECK, what, remedy)));
-        }
-    };
-    if dump.success {
-        return (Some(Configuration::of_dump(&dump.stdout, &said).unwrap_or(said)), None);
-    }
-    let refusal = Finding::problem(
-        CHECK,
-        format!("containerd refuses its configuration: {}", complaint(&dump.stderr)),
-        format!("correct {file}; {} tells when it is good", dump_command(&node.file)),
-    );
-    // What is wrong with it otherwise may be the reason.
-    (Some(said), Some(refusal))
-}
-
-fn dump_command(file: &Path) -> String {
-    format!("containerd --config {} config dump", shell_quote(&file.to_string_lossy()))
-}
-
-/// When a process began, and a little later: the kernel counts from the second in which it booted.
-fn began(process: Process) -> Option<SystemTime> {
-    // What the kernel tells programs, on every architecture.
-    const TICKS: u64 = 100;
-    let all = std::fs::read_to_string("/proc/stat").ok()?;
-    let booted: u64 = all.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
-    Some(UNIX_EPOCH + Duration::from_secs(booted + process.start / TICKS + 2))
-}
-
-/// The line of what a Go program says at its end that names the reason.
-fn complaint(stderr: &str) -> &str {
+/// The line of a Go program's error output that names the reason.
+fn error_line(stderr: &str) -> &str {
     let lines = || stderr.lines().map(str::trim).filter(|line| !line.is_empty());
-    let names_it = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
-    lines().find(names_it).or_else(|| lines().next_back()).unwrap_or("it does not say why")
+    let is_reason = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
+    lines().find(is_reason).or_else(|| lines().next_back()).unwrap_or("it does not say why")
 }
 
-fn is_ours(plugin: &Plugin) -> bool {
+fn is_snapshotter(plugin: &Plugin) -> bool {
     plugin.type_ == "io.containerd.snapshotter.v1" && plugin.id == NAME
 }
 
-/// Parts of containerd that did not start, of those that matter here.
-fn in_error(plugins: &[Plugin]) -> Vec<Finding> {
-    let matters = |plugin: &&Plugin| {
-        let kind = format!("{}.{}", plugin.type_, plugin.id);
-        is_ours(plugin)
-            || ["grpc.v1.cri", "cri.v1.images", "cri.v1.runtime", "transfer.v1.local"]
-                .iter()
-                .any(|end| kind.ends_with(end))
-    };
-    let fault = |plugin: &Plugin| {
-        let why = &plugin.init_err.as_ref()?.message;
-        Some(Finding::problem(
+/// A plugin that matters here and did not start.
+fn plugin_error(plugin: &Plugin) -> Option<Finding> {
+    let id = format!("{}.{}", plugin.type_, plugin.id);
+    let error = &plugin.init_err.as_ref()?.message;
+    (is_snapshotter(plugin) || NEEDED_PLUGINS.iter().any(|end| id.ends_with(end))).then(|| {
+        Finding::problem(
             "containerd.parts",
-            format!("{}.{} of containerd did not start: {why}", plugin.type_, plugin.id),
+            format!("{id} of containerd did not start: {error}"),
             format!("correct what it complains about in containerd's configuration, then {RESTART}"),
-        ))
-    };
-    plugins.iter().filter(matters).filter_map(fault).collect()
-}
-
-/// Its configuration was changed after it had been read.
-fn not_restarted(process: Process, node: &Node, configuration: Option<&Configuration>) -> Option<Finding> {
-    let started = began(process)?;
-    let files = configuration.map_or_else(|| vec![node.file.clone()], |one| one.files.clone());
-    let newer = files.into_iter().find(|file| changed(file).is_some_and(|changed| changed > started))?;
-    Some(Finding::warning(
-        "containerd.restarted",
-        format!("{} was changed after containerd had read it", newer.display()),
-        format!("{RESTART}; containers run on"),
-    ))
-}
-
-/// What our package brings is put there anew by each of its upgrades, and containerd is asked whether it knows us.
-fn changed(file: &Path) -> Option<SystemTime> {
-    if file == Path::new(REGISTRATION) {
-        return std::fs::metadata(file).ok()?.modified().ok();
-    }
-    reach::changed(file)
+        )
+    })
 }
 
 fn not_running(socket: &Path, e: &Error) -> Finding {
-    const CHECK: &str = "containerd.running";
-    let what = match e {
-        Error::NotRunning { cause, .. } => format!("containerd does not answer at {}: {cause}", socket.display()),
-        Error::NotOurs { .. } => format!("what listens at {} is no containerd, or one of before 1.0", socket.display()),
-        e @ (Error::Silent { .. } | Error::Call { .. }) => {
-            format!("containerd at {} cannot be asked: {e}", socket.display())
-        }
+    let socket = socket.display();
+    let message = match e {
+        Error::NotRunning { cause, .. } => format!("containerd does not answer at {socket}: {cause}"),
+        Error::NotOurs { .. } => format!("what listens at {socket} is no containerd, or one older than 1.0"),
+        Error::Silent { .. } | Error::Call { .. } => format!("cannot ask containerd at {socket}: {e}"),
     };
-    Finding::problem(CHECK, what, "systemctl status containerd; or say where it is: --containerd SOCKET")
+    let remedy = "systemctl status containerd; or say where it is: --containerd SOCKET";
+    Finding::problem("containerd.running", message, remedy)
 }
 
-/// What the daemon mounts must be seen by containerd; with links it mounts nothing.
+/// containerd must see what the daemon mounts; with symlinks the daemon mounts nothing.
 fn mount_namespace(containerd: &GrpcClient, daemon: &DescribeResponse) -> Option<Finding> {
     const CHECK: &str = "daemon.namespace";
     let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     if namespace(containerd.listener()?.pid)? == namespace(daemon.pid)? {
         return None;
     }
-    let what = "the daemon has a mount namespace of its own";
-    Some(if daemon.attach == "bind" {
-        Finding::problem(
-            CHECK,
-            format!("{what}: containerd does not see the layers that it binds"),
-            "remove the line that makes it (PrivateTmp, ProtectSystem, …: systemctl cat cvmfs-snapshotter), or set attach = \
-             \"symlink\"; see docs/privileges.md",
-        )
-    } else {
-        Finding::note(CHECK, format!("{what}, which does no harm with attach = \"symlink\""))
-    })
-}
-
-/// Where blobs lie, if containerd says it.
-fn content_store(plugins: &[Plugin]) -> Option<PathBuf> {
-    let plugin = plugins.iter().find(|plugin| plugin.type_ == "io.containerd.content.v1" && plugin.id == "content")?;
-    plugin.exports.get("root").map(PathBuf::from)
+    let message = "the daemon has a mount namespace of its own";
+    if daemon.attach != "bind" {
+        return Some(Finding::note(CHECK, format!("{message}, which does no harm with attach = \"symlink\"")));
+    }
+    Some(Finding::problem(
+        CHECK,
+        format!("{message}: containerd does not see the layers that it binds"),
+        "remove the line that makes it (PrivateTmp, ProtectSystem, …: systemctl cat cvmfs-snapshotter), or set attach = \
+         \"symlink\"; see docs/privileges.md",
+    ))
 }
 
 #[cfg(test)]
@@ -437,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_that_a_command_line_names_is_found() {
+    fn config_file_is_found_in_a_command_line() {
         for (line, file) in [
             ("/usr/bin/containerd", None),
             ("containerd --config /etc/k0s/containerd.toml", Some("/etc/k0s/containerd.toml")),
@@ -447,7 +425,7 @@ mod tests {
             ("containerd --config relative.toml", None),
         ] {
             let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
-            assert_eq!(configuration_of(&words), file.map(PathBuf::from), "{line}");
+            assert_eq!(config_file_of(&words), file.map(PathBuf::from), "{line}");
         }
     }
 }

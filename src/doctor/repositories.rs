@@ -1,119 +1,103 @@
-//! A repository, if no daemon can be asked: looked at by a process of its own, because one that
-//! hangs in it may not even be killed.
+//! A repository, checked without the daemon: by a process of our own, because a thread that hangs in it cannot be ended.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use protobuf::{EnumOrUnknown, MessageField};
+use serde::{Deserialize, Serialize};
 
-use super::child;
+use super::subprocess;
 use crate::config::RepositoryConfig;
 use crate::proto::admin::{IoErrors, Owner, Repository as Described};
+use crate::repository::Repository;
 use crate::repository::client::CacheDirectory;
-use crate::repository::server_health::{self, RepositoryServer};
-use crate::repository::{Repository, RepositoryStatus};
 use crate::server::convert;
 use crate::system::Host;
 
 /// More than a repository that answers ever takes.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The first line of one that can be used, and the beginning of that of one that cannot.
-const GOOD: &str = "good";
-const BAD: &str = "bad ";
+/// What the other process prints about a repository that can be used.
+#[derive(Serialize, Deserialize)]
+struct ProbeAnswer {
+    /// The state of the owners, as a number of the protocol.
+    owners: i32,
+    /// The only owner that was seen: uid and gid.
+    owner: Option<(u32, u32)>,
+    lists_own_attributes: bool,
+    io_errors: Option<ClientErrors>,
+    cache: Option<(u64, PathBuf)>,
+}
 
-/// Begins the line about the client's cache, with its device and its path.
-const CACHE: &str = "cache ";
-/// Begins the line about input/output errors of the client.
-const IO_ERRORS: &str = "errors\t";
+#[derive(Serialize, Deserialize)]
+struct ClientErrors {
+    count: u64,
+    last: i64,
+    host: String,
+    proxy: String,
+}
 
-/// Begins the line about the owners: the state's number in the protocol, and the one owner if there is one.
-const OWNERS: &str = "owners ";
-
-/// The whole line where the client lists attributes of its own on every file.
-const LISTS: &str = "lists-own-attributes";
-
-/// What the other process says: that it is good, or why it cannot be used; then what is known of the owners, the
-/// attributes, what its client answered with errors, and where it keeps what it has fetched.
+/// JSON of a `ProbeAnswer`, or of the reason why the repository cannot be used.
 pub fn probe(path: &Path) -> String {
     let repository = Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host));
-    match repository.status() {
-        Ok(RepositoryStatus { sample, cache, io_errors }) => {
-            let sampled = convert::sampled_owners(sample);
-            let owner =
-                sampled.owner.as_ref().map_or_else(String::new, |owner| format!(" {} {}", owner.uid, owner.gid));
-            let owners = format!("{OWNERS}{}{owner}", sampled.owners.value());
-            let lists = if sampled.lists_own_attributes { format!("{LISTS}\n") } else { String::new() };
-            let cache = cache.map_or_else(String::new, |cache| line_of_cache(&cache));
-            let errors = io_errors.map_or_else(String::new, |errors| line_of_errors(&errors));
-            format!("{GOOD}\n{owners}\n{lists}{errors}{cache}")
+    let answer = repository.status().map_err(|e| e.to_string()).map(|status| {
+        let sampled = convert::sampled_owners(status.sample);
+        let io_errors = status.io_errors.map(|errors| {
+            let [host, proxy] = [errors.server.host, errors.server.proxy];
+            ClientErrors { count: errors.count, last: errors.last.0, host, proxy }
+        });
+        ProbeAnswer {
+            owners: sampled.owners.value(),
+            owner: sampled.owner.as_ref().map(|owner| (owner.uid, owner.gid)),
+            lists_own_attributes: sampled.lists_own_attributes,
+            io_errors,
+            cache: status.cache.map(|cache| (cache.device, cache.path)),
         }
-        Err(why) => format!("{BAD}{why}\n"),
-    }
+    });
+    serde_json::to_string(&answer).unwrap_or_default()
 }
 
-fn line_of_cache(cache: &CacheDirectory) -> String {
-    format!("{CACHE}{} {}\n", cache.device, cache.path.display())
-}
-
-fn line_of_errors(errors: &server_health::IoErrors) -> String {
-    let server_health::IoErrors { count, last, server: RepositoryServer { host, proxy } } = errors;
-    let [host, proxy] = [host, proxy].map(|text| text.replace(char::is_control, " "));
-    format!("{IO_ERRORS}{count}\t{}\t{host}\t{proxy}\n", last.0)
-}
-
-fn errors_of(line: &str) -> Option<IoErrors> {
-    let mut parts = line.strip_prefix(IO_ERRORS)?.split('\t');
-    let (count, last) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    let (host, proxy) = (parts.next()?.to_owned(), parts.next()?.to_owned());
-    Some(IoErrors { count, last, host, proxy, ..IoErrors::default() })
-}
-
-/// Where the client keeps what it has fetched: looked at with all that root may see, which the daemon's unit takes from it.
+/// Where the client keeps what it has fetched. The daemon cannot tell: its unit hides these paths from it.
 pub fn cache(path: &Path) -> Option<CacheDirectory> {
-    let said = ask(path).ok()?;
-    let (device, path) = said.lines().find_map(|line| line.strip_prefix(CACHE))?.split_once(' ')?;
-    Some(CacheDirectory { device: device.parse().ok()?, path: path.into() })
+    let (device, path) = ask(path).ok()?.cache?;
+    Some(CacheDirectory { path, device })
 }
 
-pub fn look(at: &RepositoryConfig) -> Described {
-    let mut described =
-        Described { name: at.name.clone(), path: at.path.display().to_string(), ..Described::default() };
-    let said = match ask(&at.path) {
-        Ok(said) => said,
-        Err(why) => return Described { trouble: why, ..described },
+/// The repository as the daemon would describe it.
+pub fn describe(repository: &RepositoryConfig) -> Described {
+    let mut described = Described {
+        name: repository.name.clone(),
+        path: repository.path.display().to_string(),
+        ..Described::default()
     };
-    let mut lines = said.lines();
-    match lines.next().unwrap_or_default() {
-        GOOD => {}
-        bad => {
-            let failed = || format!("the process that looked at it failed: {bad:?}");
-            return Described { trouble: bad.strip_prefix(BAD).map_or_else(failed, str::to_owned), ..described };
-        }
-    }
-    for line in lines {
-        if let Some(owners) = line.strip_prefix(OWNERS) {
-            let numbers: Vec<u32> = owners.split(' ').map_while(|number| number.parse().ok()).collect();
-            let state = numbers.first().and_then(|state| i32::try_from(*state).ok());
-            described.owners = EnumOrUnknown::from_i32(state.unwrap_or_default());
-            if let [_, uid, gid] = numbers[..] {
-                described.owner = MessageField::some(Owner { uid, gid, ..Owner::default() });
-            }
-        }
-        described.lists_own_attributes |= line == LISTS;
-        if let Some(errors) = errors_of(line) {
-            described.io_errors = MessageField::some(errors);
+    match ask(&repository.path) {
+        Err(reason) => described.trouble = reason,
+        Ok(answer) => {
+            described.owners = EnumOrUnknown::from_i32(answer.owners);
+            let owner = answer.owner.map(|(uid, gid)| Owner { uid, gid, ..Owner::default() });
+            described.owner = MessageField::from_option(owner);
+            described.lists_own_attributes = answer.lists_own_attributes;
+            let io_errors = answer.io_errors.map(|ClientErrors { count, last, host, proxy }| IoErrors {
+                count,
+                last,
+                host,
+                proxy,
+                ..IoErrors::default()
+            });
+            described.io_errors = MessageField::from_option(io_errors);
         }
     }
     described
 }
 
-fn ask(path: &Path) -> Result<String, String> {
-    match child::ourselves("probe-repository", path, LIMIT + Duration::from_secs(1)) {
-        Ok(Some(said)) => Ok(said.stdout),
-        Ok(None) => Err(format!("it did not answer within {} s", LIMIT.as_secs())),
-        Err(e) => Err(format!("it cannot be looked at: {e}")),
-    }
+fn ask(path: &Path) -> Result<ProbeAnswer, String> {
+    let answer = subprocess::run_self("probe-repository", path, LIMIT + Duration::from_secs(1));
+    let answer = answer.map_err(|e| match e.kind() {
+        io::ErrorKind::TimedOut => format!("it did not answer within {} s", LIMIT.as_secs()),
+        _ => format!("cannot inspect it: {e}"),
+    })?;
+    serde_json::from_str(&answer).unwrap_or_else(|_| Err(format!("the process that inspected it failed: {answer:?}")))
 }

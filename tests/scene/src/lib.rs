@@ -25,12 +25,10 @@ pub mod publisher;
 pub mod random;
 pub mod registry;
 pub mod release;
-pub mod remedy;
 pub mod report;
 pub mod resource_usage;
 pub mod rootfs;
 pub mod sandbox;
-pub mod slip;
 pub mod snapshotter;
 pub mod snapshotter_fixture;
 

@@ -1,23 +1,39 @@
-//! What the doctor says about containerd's configuration is right to the letter, for each version of
-//! containerd: good files get slips, each remedy is followed as it stands there, and in the end the
-//! real containerd takes the file and the doctor has nothing to say. What it says will happen
-//! does. `CONTAINERD_VERSIONS` chooses, see `make test-matrix`.
+//! What the doctor says about containerd's configuration, beside what the real containerd does with it. A file has
+//! something wrong; containerd does what the doctor claims, and with the tables and lines that the doctor names it pulls
+//! lazily and the doctor finds no fault. `CONTAINERD_VERSIONS` chooses the versions, see `make test-matrix`.
 
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 use scene::containerd::{Containerd, PLUGIN_NAME};
 use scene::doctor::{Finding, findings};
 use scene::e2e_fixture::{E2eFixture, PAUSE};
-use scene::process::{Output, Server, run};
+use scene::process::Server;
 use scene::publisher::Repository;
 use scene::release::{ConfigVariant, Configuration, Release};
-use scene::remedy::follow;
 use scene::report;
-use scene::slip::{BY_CLIENT, CRI_1, CRI_2, OF_CRI, PROXY, SAYS, Slip, TOLD, UNPACK, bare, other_platform, slips};
+use toml::{Table, Value};
+
+const PROXY: &str = "[proxy_plugins.cvmfs-snapshotter]";
+const UNPACK: &str = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]";
+const CLIENT_LINE: &str = "disable_snapshot_annotations = false";
+const TRANSFER_LINE: &str = "enable_remote_snapshot_annotations = \"true\"";
+const CRI_1: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]";
+const CRI_2: &str = "[plugins.'io.containerd.cri.v1.images']";
+const SNAPSHOTTER_LINE: &str = "snapshotter = \"cvmfs-snapshotter\"";
+const TYPE_LINE: &str = "type = \"snapshot\"";
+/// Each keeps containerd 2.1 and later from pulling by the transfer service. Lines of the CRI's table, or a table.
+const CLIENT_PULL_SETTINGS: [&str; 7] = [
+    "use_local_image_pull = true",
+    "discard_unpacked_layers = true",
+    "image_pull_with_sync_fs = true",
+    "max_concurrent_downloads = 10",
+    "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.'scene.test']\n  endpoint = [\"http://127.0.0.1:1\"]",
+    "[plugins.'io.containerd.cri.v1.images'.registry.configs.'scene.test'.auth]\n  username = \"u\"",
+    "[plugins.'io.containerd.cri.v1.images'.registry.auths.'http://scene.test']\n  username = \"u\"",
+];
 
 macro_rules! remedies {
     ($($module:ident $release:ident;)*) => {
@@ -27,13 +43,13 @@ macro_rules! remedies {
             const RELEASE: Release = Release::$release;
 
             #[test]
-            fn root_every_remedy_followed_to_the_letter_mends_the_file() {
-                super::on(RELEASE, "remedies", super::mend);
+            fn root_lines_that_the_doctor_names_make_a_bare_file_good() {
+                super::on(RELEASE, "bare", super::complete_bare_file);
             }
 
             #[test]
-            fn root_what_the_doctor_says_will_happen_does() {
-                super::on(RELEASE, "effects", super::happen);
+            fn root_containerd_does_what_the_doctor_claims_until_its_lines_are_set() {
+                super::on(RELEASE, "effects", super::check_effects);
             }
         })*
     };
@@ -41,260 +57,189 @@ macro_rules! remedies {
 
 scene::for_each_release!(remedies);
 
-fn on(release: Release, what: &str, check: impl Fn(&E2eFixture, Release) -> usize) {
+fn on(release: Release, name: &str, check: impl Fn(&E2eFixture, Release)) {
     if !release.is_selected() {
         return;
     }
     let start = Instant::now();
-    let stage = E2eFixture::start_with_containerd(what, "", release, release.best_config_variant(), Repository::plain);
-    let count = check(&stage, release);
+    let stage = E2eFixture::start_with_containerd(name, "", release, release.best_config_variant(), Repository::plain);
+    check(&stage, release);
     let seconds = start.elapsed().as_secs_f64();
-    report::print(format_args!("containerd {}, {what}: {count} files, {seconds:.1} s", release.version()));
+    report::print(format_args!("containerd {}, {name}: {seconds:.1} s", release.version()));
 }
 
-/// What an admin edits: the main file, and one that it may import.
-struct Files {
-    main: PathBuf,
-    imported: PathBuf,
+/// Nothing but the version and the snapshotter of Kubernetes: the doctor says all the rest.
+fn complete_bare_file(stage: &E2eFixture, release: Release) {
+    let (version, cri) = if release.has_transfer() { (3, CRI_2) } else { (2, CRI_1) };
+    let text = format!("version = {version}\n{cri}\n{SNAPSHOTTER_LINE}\n");
+    let subject = Subject::start(stage, release, "bare", &text);
+    let found = subject.findings();
+    assert_found(&found, "containerd.plugin", "problem", &[PROXY, TYPE_LINE], &text);
+    subject.assert_mended(found);
 }
 
-fn mend(stage: &E2eFixture, release: Release) -> usize {
-    let files = Files {
-        main: stage.sandbox.path("edited.toml"),
-        imported: stage.sandbox.make_dir("edited.d").join("ours.toml"),
-    };
-    let all = slips(release, stage);
-    // Each that fails has said why.
-    let is_mended = |slip: &&Slip| {
-        let patient = Patient { stage, release, files: &files, slip };
-        catch_unwind(AssertUnwindSafe(|| patient.is_found_and_mended())).is_ok()
-    };
-    let failed: Vec<&str> = all.iter().filter(|slip| !is_mended(slip)).map(|slip| slip.name.as_str()).collect();
-    assert!(failed.is_empty(), "{} of {} were not mended: {failed:#?}", failed.len(), all.len());
-    all.len()
-}
-
-/// Without what is said of the process that runs.
-fn of_configuration(mut all: Vec<Finding>) -> Vec<Finding> {
-    // Parts that did not start are a problem; those that are disabled are not.
-    let is_of_process = |one: &Finding| match one.check.as_str() {
-        "containerd.running" | "containerd.restarted" => true,
-        "containerd.parts" => one.state == "problem",
-        _ => false,
-    };
-    all.retain(|one| one.check.starts_with("containerd.") && !is_of_process(one));
-    all
-}
-
-/// How remedies are followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pace {
-    AllAtOnce,
-    LastFirst,
-    OneByOne,
-}
-
-struct Patient<'t> {
-    stage: &'t E2eFixture,
-    release: Release,
-    files: &'t Files,
-    slip: &'t Slip,
-}
-
-impl Patient<'_> {
-    fn is_found_and_mended(&self) {
-        self.write();
-        let first = self.ask();
-        if let Some(check) = self.slip.check {
-            let is_it = |one: &Finding| one.check == check && one.state != "good";
-            assert!(first.iter().any(is_it), "{}: no {check} in {first:#?}\n{}", self.slip.name, self.text());
-        }
-        self.mend(first.clone(), Pace::AllAtOnce);
-        if first.iter().filter(|one| one.is_fault()).count() > 1 {
-            for pace in [Pace::OneByOne, Pace::LastFirst] {
-                self.write();
-                self.mend(first.clone(), pace);
-            }
-        }
-    }
-
-    fn write(&self) {
-        let Configuration { main, conf_d } = &self.slip.configuration;
-        let mut main = main.clone();
-        if let Some(text) = conf_d {
-            fs::write(&self.files.imported, text).expect("a file can be written");
-            // containerd looks for a star in a folder's name as well.
-            let all = self.files.main.with_file_name("edited.*").join("*.toml");
-            main = format!("imports = [{all:?}]\n{main}");
-        }
-        fs::write(&self.files.main, main).expect("a file can be written");
-    }
-
-    fn text(&self) -> String {
-        let read = |path: &Path| fs::read_to_string(path).expect("a file can be read");
-        let conf_d = self.slip.configuration.conf_d.as_ref().map(|_| read(&self.files.imported)).unwrap_or_default();
-        format!("{}{conf_d}", read(&self.files.main))
-    }
-
-    /// What the doctor has to say of the file.
-    fn ask(&self) -> Vec<Finding> {
-        of_configuration(findings(&self.stage.snapshotter, &self.stage.ours.socket(), &self.files.main))
-    }
-
-    fn dump(&self) -> Output {
-        let main = self.files.main.as_os_str();
-        run(self.release.program("containerd"), ["--config".as_ref(), main, "config".as_ref(), "dump".as_ref()])
-    }
-
-    fn follow(&self, remedy: &str) {
-        let before = self.text();
-        follow(remedy, &[&self.files.main, &self.files.imported]);
-        assert_ne!(self.text(), before, "{}: this changed nothing: {remedy}", self.slip.name);
-    }
-
-    /// Until there is nothing left to follow.
-    fn mend(&self, first: Vec<Finding>, pace: Pace) {
-        const ROUNDS: usize = 8;
-        let name = &self.slip.name;
-        let mut found = first;
-        for _ in 0..ROUNDS {
-            let mut remedies: Vec<&str> = found
-                .iter()
-                .filter(|one| one.check != "containerd.config")
-                .filter_map(|one| one.remedy.as_deref())
-                .collect();
-            match pace {
-                Pace::AllAtOnce => {}
-                Pace::LastFirst => remedies.reverse(),
-                Pace::OneByOne => remedies.truncate(1),
-            }
-            let hint = found.iter().find_map(|one| one.what.split_once("To change that, "));
-            match (remedies.is_empty(), hint) {
-                (false, _) => remedies.into_iter().for_each(|remedy| self.follow(remedy)),
-                (true, _) if found.iter().any(Finding::is_fault) => {
-                    // No line can be named: containerd cannot read it either.
-                    assert!(found.iter().all(|one| one.check == "containerd.config"), "{name}: {found:#?}");
-                    assert!(!self.dump().status.success(), "{name}: containerd reads it\n{}", self.text());
-                    return;
-                }
-                (true, Some((_, hint))) => self.follow(&format!("{hint}, then systemctl restart containerd")),
-                (true, None) => return self.assert_used(),
-            }
-            found = self.ask();
-        }
-        panic!("{name} ({pace:?}) comes to no end: {found:#?}\n{}", self.text());
-    }
-
-    /// containerd takes the file, and uses us.
-    fn assert_used(&self) {
-        let dump = self.dump();
-        let text = self.text();
-        assert!(dump.status.success(), "{}: {}\n{text}", self.slip.name, dump.stderr);
-        let lines: Vec<&str> = dump.stdout.lines().map(str::trim).collect();
-        let is_used = ["\"", "'"].iter().any(|quote| {
-            let line = format!("snapshotter = {quote}{PLUGIN_NAME}{quote}");
-            lines.iter().any(|one| *one == line)
-        });
-        let is_off = |part: &str| lines.iter().any(|line| line.starts_with("disabled_plugins") && line.contains(part));
-        let has_cri = !["cri", PLUGIN_NAME, "transfer"].into_iter().any(is_off);
-        assert!(is_used && has_cri && lines.contains(&PROXY), "{}: {text}\n{}", self.slip.name, dump.stdout);
-    }
-}
-
-/// What becomes of containerd, or of a pull of Kubernetes, with a slip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
-    /// It ends at its start, with these words.
+    /// containerd ends at its start, with these words.
     Ends(&'static str),
     NoCri,
-    /// The pull does, with these words.
+    /// A pull of Kubernetes fails, with these words.
     Fails(&'static str),
     Downloads,
     Overlayfs,
 }
 
-/// A file, what becomes of it, and the words in which the doctor says so.
-type Case = (String, Effect, &'static str);
+/// A file with something wrong, and what the doctor says of it.
+struct Case {
+    text: String,
+    effect: Effect,
+    check: &'static str,
+    /// Tables, keys and values that its message and remedy name.
+    words: &'static [&'static str],
+}
 
-fn effects(release: Release, stage: &E2eFixture) -> Vec<Case> {
-    const NOWHERE: &str = "no unpack platforms defined";
+impl Case {
+    fn new(text: String, effect: Effect, check: &'static str, words: &'static [&'static str]) -> Self {
+        Self { text, effect, check, words }
+    }
+}
+
+fn without(text: &str, line: &str) -> String {
+    assert!(text.contains(line), "{line} is not in {text}");
+    text.replacen(line, "", 1)
+}
+
+/// Without indentation, comments and empty lines.
+fn bare(text: &str) -> String {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+fn cases(release: Release, stage: &E2eFixture) -> Vec<Case> {
     let file =
         |way: ConfigVariant| bare(&way.configuration(&stage.snapshotter.socket(), &stage.snapshotter.root()).main);
     let best = file(release.best_config_variant());
-    let without = |text: &str, line: &str| {
-        assert!(text.contains(line), "{line} is not in {text}");
-        text.replacen(line, "", 1)
-    };
-    let kind = "type = \"snapshot\"";
-    let mut all: Vec<Case> = vec![
-        (without(&best, kind), Effect::Ends("plugin: no type"), "panics at its start"),
-        (best.replace(kind, "type = \"snapshots\""), Effect::Ends("plugin: no type"), "panics at its start"),
+    let (version, rest) = best.split_once('\n').expect("a file has lines");
+    let with_head = |line: &str| format!("{version}\n{line}\n{rest}");
+    let no_type = Effect::Ends("plugin: no type");
+    let typed = &[PROXY, TYPE_LINE];
+    let mut all = vec![
+        Case::new(without(&best, TYPE_LINE), no_type, "containerd.type", typed),
+        Case::new(best.replace(TYPE_LINE, "type = \"snapshots\""), no_type, "containerd.type", typed),
+        Case::new(
+            with_head("disabled_plugins = [\"zfs\"]"),
+            Effect::Ends("invalid disabled plugin URI"),
+            "containerd.format",
+            &["disabled_plugins"],
+        ),
+        Case::new(
+            with_head(if release < Release::V2_1 {
+                "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]"
+            } else {
+                "disabled_plugins = [\"io.containerd.cri.v1.images\"]"
+            }),
+            Effect::NoCri,
+            "containerd.parts",
+            &["disabled_plugins = []"],
+        ),
     ];
-    let (version, others) = best.split_once('\n').expect("a file has lines");
     if release != Release::V1_6 {
-        all.push((format!("version = 7\n{others}"), Effect::Ends("version"), "does not start with it"));
+        let text = format!("version = 7\n{rest}");
+        all.push(Case::new(text, Effect::Ends("version"), "containerd.format", &["version"]));
     }
-    let cri = if release < Release::V2_1 { "grpc.v1.cri" } else { "cri.v1.images" };
-    let disabled = format!("{version}\ndisabled_plugins = [\"io.containerd.{cri}\"]\n{others}");
-    all.push((disabled, Effect::NoCri, "Kubernetes cannot use this containerd"));
-    let short = format!("{version}\ndisabled_plugins = [\"zfs\"]\n{others}");
-    all.push((short, Effect::Ends("invalid disabled plugin URI"), "does not start from version 2"));
-    if release < Release::V2_1 {
-        all.push((without(&best, SAYS), Effect::Downloads, "every layer is downloaded"));
-        let docker = format!("disabled_plugins = [\"cri\"]\n{others}");
-        all.push((docker, Effect::NoCri, "Kubernetes does not use this snapshotter"));
-        all.push((without(&best, version), Effect::Overlayfs, "Kubernetes does not use this snapshotter"));
-        all.push((best.replace(CRI_1, CRI_2), Effect::Overlayfs, "Kubernetes uses overlayfs"));
+    if release.has_transfer() {
+        all.extend(transfer_cases(&best, &file(ConfigVariant::Client1), &file(ConfigVariant::Client2)));
         return all;
     }
-    let transfer = format!("{version}\ndisabled_plugins = [\"io.containerd.transfer.v1.local\"]\n{others}");
-    all.push((transfer, Effect::NoCri, "the CRI of containerd does not start"));
-    let ours = format!("{UNPACK}\nplatform = \"linux\"\n{OF_CRI}\n");
-    let with = |platform: &str| best.replace(&ours, &ours.replace("platform = \"linux\"", platform));
+    let docker = format!("disabled_plugins = [\"cri\"]\n{rest}");
     all.extend([
-        (without(&file(ConfigVariant::Client2), SAYS), Effect::Fails(NOWHERE), "every pull of Kubernetes fails"),
-        (without(&best, &ours), Effect::Fails(NOWHERE), "every pull of Kubernetes fails"),
-        (without(&best, TOLD), Effect::Downloads, "every layer is downloaded"),
-        (with(&format!("platform = \"{}\"", other_platform())), Effect::NoCri, "the CRI does not either"),
-        (with(""), Effect::NoCri, "the CRI does not either"),
-        (file(ConfigVariant::Client1), Effect::Overlayfs, "Kubernetes uses overlayfs"),
+        Case::new(without(&best, CLIENT_LINE), Effect::Downloads, "containerd.annotations", &[CRI_1, CLIENT_LINE]),
+        Case::new(docker, Effect::NoCri, "containerd.parts", &["disabled_plugins = []"]),
+        Case::new(without(&best, version), Effect::Overlayfs, "containerd.snapshotter", &["version = 2", CRI_1]),
+        Case::new(
+            best.replace(CRI_1, CRI_2),
+            Effect::Overlayfs,
+            "containerd.snapshotter",
+            &[CRI_2, CRI_1, SNAPSHOTTER_LINE],
+        ),
     ]);
-    for key in BY_CLIENT {
-        let text = if key.starts_with('[') {
-            format!("{best}{key}\n")
+    all
+}
+
+fn transfer_cases(transfer: &str, client_1: &str, client_2: &str) -> Vec<Case> {
+    const ANNOTATIONS: &str = "containerd.annotations";
+    let (version, rest) = transfer.split_once('\n').expect("a file has lines");
+    let disabled = format!("{version}\ndisabled_plugins = [\"io.containerd.transfer.v1.local\"]\n{rest}");
+    let entry = format!("{UNPACK}\nplatform = \"linux\"\n{SNAPSHOTTER_LINE}\n");
+    let with_platform = |line: &str| transfer.replace(&entry, &entry.replace("platform = \"linux\"", line));
+    let other = if cfg!(target_arch = "aarch64") { "linux/amd64" } else { "linux/arm64" };
+    let fails = Effect::Fails("no unpack platforms defined");
+    let mut all = vec![
+        Case::new(disabled, Effect::NoCri, "containerd.disabled", &["disabled_plugins = []"]),
+        Case::new(without(client_2, CLIENT_LINE), fails, ANNOTATIONS, &[UNPACK, TRANSFER_LINE]),
+        Case::new(without(transfer, &entry), fails, ANNOTATIONS, &[UNPACK]),
+        Case::new(without(transfer, TRANSFER_LINE), Effect::Downloads, ANNOTATIONS, &[TRANSFER_LINE]),
+        Case::new(with_platform(&format!("platform = \"{other}\"")), Effect::NoCri, "containerd.platform", &[UNPACK]),
+        Case::new(with_platform(""), Effect::NoCri, "containerd.platform", &[UNPACK]),
+        Case::new(client_1.to_owned(), Effect::Overlayfs, "containerd.snapshotter", &[CRI_1, CRI_2, SNAPSHOTTER_LINE]),
+    ];
+    for setting in CLIENT_PULL_SETTINGS {
+        let text = if setting.starts_with('[') {
+            format!("{transfer}{setting}\n")
         } else {
-            best.replace(CRI_2, &format!("{CRI_2}\n{key}"))
+            transfer.replace(CRI_2, &format!("{CRI_2}\n{setting}"))
         };
-        all.push((text, Effect::Downloads, "makes containerd pull by its client"));
+        all.push(Case::new(text, Effect::Downloads, ANNOTATIONS, &[CRI_2, CLIENT_LINE]));
     }
     all
 }
 
-fn happen(stage: &E2eFixture, release: Release) -> usize {
-    let cases = effects(release, stage);
-    for (n, (text, effect, claim)) in cases.iter().enumerate() {
-        let dir = stage.sandbox.make_dir(&format!("c{n}"));
-        match effect {
-            Effect::Ends(words) => ends(stage, release, &dir, text, (words, claim)),
-            effect => pulls(stage, release, &dir, text, (*effect, claim)),
+fn check_effects(stage: &E2eFixture, release: Release) {
+    for (n, case) in cases(release, stage).iter().enumerate() {
+        match case.effect {
+            Effect::Ends(words) => check_end(stage, release, &format!("c{n}"), case, words),
+            _ => check_pull(stage, release, &format!("c{n}"), case),
         }
     }
-    cases.len()
 }
 
-/// The claim is among what the doctor finds.
+/// Without what is said of the process that runs.
+fn of_configuration(mut found: Vec<Finding>) -> Vec<Finding> {
+    // Parts that did not start are a problem; those that are disabled are a warning or a note.
+    let is_of_process = |one: &Finding| match one.check.as_str() {
+        "containerd.running" | "containerd.restarted" => true,
+        "containerd.parts" => one.state == "problem",
+        _ => false,
+    };
+    found.retain(|one| one.check.starts_with("containerd.") && !is_of_process(one));
+    found
+}
+
 #[track_caller]
-fn assert_says(found: &[Finding], claim: &str, text: &str) {
-    let says = |one: &Finding| one.is_fault() && one.what.contains(claim);
-    assert!(found.iter().any(says), "nobody says {claim:?}: {found:#?}\n{text}");
+fn assert_found(found: &[Finding], check: &str, least: &str, words: &[&str], text: &str) {
+    let is_it = |one: &Finding| {
+        let says = format!("{} {}", one.what, one.remedy.as_deref().unwrap_or_default());
+        one.check == check && one.is_fault() && words.iter().all(|word| says.contains(word))
+    };
+    let one = found.iter().find(|one| is_it(one));
+    let one = one.unwrap_or_else(|| panic!("no {check} that names {words:?} in {found:#?}\n{text}"));
+    assert!(least == "warning" || one.state == "problem", "{one:?}");
 }
 
-fn ends(stage: &E2eFixture, release: Release, dir: &Path, text: &str, (words, claim): (&str, &str)) {
+/// The disabled CRI is a warning: others can use this snapshotter.
+fn severity(check: &str) -> &'static str {
+    if check == "containerd.parts" { "warning" } else { "problem" }
+}
+
+fn check_end(stage: &E2eFixture, release: Release, name: &str, case: &Case, words: &str) {
+    let dir = stage.sandbox.make_dir(name);
     let file = dir.join("config.toml");
     let (root, state, socket) = (dir.join("root"), dir.join("state"), dir.join("c.sock"));
-    let text = format!("root = {root:?}\nstate = {state:?}\n{text}[grpc]\naddress = {socket:?}\n");
+    let text = format!("root = {root:?}\nstate = {state:?}\n{}[grpc]\naddress = {socket:?}\n", case.text);
     fs::write(&file, &text).expect("a file can be written");
-    assert_says(&findings(&stage.snapshotter, &stage.ours.socket(), &file), claim, &text);
+    let found = of_configuration(findings(&stage.snapshotter, &stage.ours.socket(), &file));
+    assert_found(&found, case.check, severity(case.check), case.words, &text);
+    assert_eq!(found.iter().filter(|one| one.is_fault()).count(), 1, "nothing else is guessed: {found:#?}");
     let mut command = Command::new(release.program("containerd"));
     command.arg("--config").arg(&file);
     let mut server = Server::start_on(&release.search_path(), &mut command, &dir.join("log"));
@@ -302,52 +247,108 @@ fn ends(stage: &E2eFixture, release: Release, dir: &Path, text: &str, (words, cl
     assert!(server.log().contains(words), "no {words:?} in {}", server.log());
 }
 
-fn pulls(stage: &E2eFixture, release: Release, dir: &Path, text: &str, (effect, claim): (Effect, &str)) {
-    let configuration = Configuration { main: text.to_owned(), conf_d: None };
-    let mut containerd = Containerd::configured(dir, release, &stage.registry.reference(PAUSE), configuration);
-    let ask = |containerd: &Containerd| {
-        of_configuration(findings(&stage.snapshotter, &containerd.socket(), &containerd.configuration()))
-    };
-    let name = dir.file_name().expect("it has a name").display().to_string();
-    // What is fetched of a new image, all of which is published; or why it is not pulled.
-    let pull = |containerd: &Containerd, tag: &str| {
-        let layer = |n: usize| {
+fn check_pull(stage: &E2eFixture, release: Release, name: &str, case: &Case) {
+    let Case { text, effect, check, words } = case;
+    let subject = Subject::start(stage, release, name, text);
+    let found = subject.findings();
+    assert_found(&found, check, severity(check), words, text);
+    match (effect, subject.pull("before")) {
+        (Effect::NoCri, Err(error)) => assert!(error.contains("unknown service"), "{error}"),
+        (Effect::Fails(words), Err(error)) => assert!(error.contains(words), "{error}"),
+        (Effect::Downloads, Ok(2)) => {}
+        (Effect::Overlayfs, Ok(2)) => {
+            let paths = subject.containerd.cri().image_file_systems();
+            assert!(paths.iter().all(|path| path.ends_with(".overlayfs")), "{paths:?}");
+        }
+        (effect, pulled) => panic!("{effect:?}, not {pulled:?}:\n{text}\n{}", subject.containerd.log()),
+    }
+    // A line of an entry that is there already cannot be merged.
+    if *check != "containerd.platform" {
+        subject.assert_mended(found);
+    }
+}
+
+/// A containerd with a file that the doctor looks at.
+struct Subject<'t> {
+    stage: &'t E2eFixture,
+    name: String,
+    containerd: Containerd,
+}
+
+impl<'t> Subject<'t> {
+    fn start(stage: &'t E2eFixture, release: Release, name: &str, text: &str) -> Self {
+        let configuration = Configuration { main: text.to_owned(), conf_d: None };
+        let pause = stage.registry.reference(PAUSE);
+        let containerd = Containerd::configured(&stage.sandbox.make_dir(name), release, &pause, configuration);
+        Self { stage, name: name.to_owned(), containerd }
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let (socket, file) = (self.containerd.socket(), self.containerd.configuration());
+        of_configuration(findings(&self.stage.snapshotter, &socket, &file))
+    }
+
+    /// How many layers of a new image are fetched, all of which are published; or why it is not pulled.
+    fn pull(&self, tag: &str) -> Result<usize, String> {
+        let (stage, name) = (self.stage, &self.name);
+        let layers = [1, 2].map(|n| {
             stage.builder.layer(|l| {
                 l.file(format!("data/{n}"), format!("{name} {tag} {n}"));
             })
-        };
-        let image = stage.builder.image(&format!("{name}:{tag}"), &[layer(1), layer(2)], &[]);
+        });
+        let image = stage.builder.image(&format!("{name}:{tag}"), &layers, &[]);
         let reference = stage.publish_and_push(&image);
         let before = stage.registry.fetched();
-        let pulled = containerd.cri().try_pull(&reference);
-        pulled.map(|()| stage.registry.fetched().since(&before).layers_of(&image))
-    };
-    let mut found = ask(&containerd);
-    assert_says(&found, claim, text);
-    let pulled = pull(&containerd, "before");
-    match (effect, pulled) {
-        (Effect::NoCri, Err(status)) => assert!(status.message().contains("unknown service"), "{}", status.message()),
-        (Effect::Fails(words), Err(status)) => assert!(status.message().contains(words), "{}", status.message()),
-        (Effect::Downloads, Ok(2)) => {}
-        (Effect::Overlayfs, Ok(2)) => {
-            let places = containerd.cri().image_file_systems();
-            assert!(places.iter().all(|place| place.ends_with(".overlayfs")), "{places:?}");
-        }
-        (effect, pulled) => panic!("{effect:?}, not {pulled:?}:\n{text}\n{}", containerd.log()),
+        self.containerd.cri().try_pull(&reference).map_err(|status| status.message().to_owned())?;
+        Ok(stage.registry.fetched().since(&before).layers_of(&image))
     }
-    // Somebody follows the doctor.
-    for _ in 0..4 {
-        for remedy in found.iter().filter_map(|one| one.remedy.as_deref()) {
-            follow(remedy, &[&containerd.configuration()]);
+
+    /// With the lines that the doctor names containerd pulls lazily, and the doctor finds no fault.
+    fn assert_mended(mut self, first: Vec<Finding>) {
+        const MAX_ROUNDS: usize = 4;
+        let file = self.containerd.configuration();
+        let mut found = first;
+        for _ in 0..MAX_ROUNDS {
+            for finding in found.iter().filter(|one| one.is_fault()) {
+                set(&file, finding);
+            }
+            self.containerd.end();
+            self.containerd.start_again();
+            found = self.findings();
+            if !found.iter().any(Finding::is_fault) {
+                break;
+            }
         }
-        containerd.end();
-        containerd.start_again();
-        found = ask(&containerd);
-        if !found.iter().any(Finding::is_fault) {
-            break;
+        let text = fs::read_to_string(&file).expect("a file can be read");
+        assert!(!found.iter().any(Finding::is_fault), "{}: {found:#?}\n{text}", self.name);
+        let is_used = |one: &Finding| {
+            one.check == "containerd.snapshotter" && one.state == "good" && one.what.contains(PLUGIN_NAME)
+        };
+        assert!(found.iter().any(is_used), "{found:#?}");
+        let pulled = self.pull("after");
+        assert!(matches!(pulled, Ok(0)), "{}: {pulled:?}\n{text}\n{}", self.name, self.containerd.log());
+    }
+}
+
+/// Sets the tables and lines that a remedy names: what stands between its first line and the restart is TOML.
+#[track_caller]
+fn set(file: &Path, finding: &Finding) {
+    let remedy = finding.remedy.as_deref().expect("a fault has a remedy");
+    let lines = remedy.split_once(":\n").and_then(|(_, rest)| rest.rsplit_once("\nthen systemctl restart containerd"));
+    let (lines, _) = lines.unwrap_or_else(|| panic!("no lines to set in {finding:?}"));
+    let parse = |text: &str| text.parse::<Table>().unwrap_or_else(|e| panic!("{e}: {text}"));
+    let mut all = parse(&fs::read_to_string(file).expect("a file can be read"));
+    merge(&mut all, parse(lines));
+    fs::write(file, all.to_string()).expect("a file can be written");
+}
+
+/// Keys replace those that are there, and tables are added to a list of tables.
+fn merge(into: &mut Table, from: Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
+            (Some(Value::Array(old)), Value::Array(new)) if new.first().is_some_and(Value::is_table) => old.extend(new),
+            (_, value) => drop(into.insert(key, value)),
         }
     }
-    assert!(!found.iter().any(Finding::is_fault), "{found:#?}\n{text}");
-    let pulled = pull(&containerd, "after");
-    assert!(matches!(pulled, Ok(0)), "{pulled:?} after {effect:?}\n{text}\n{}", containerd.log());
 }

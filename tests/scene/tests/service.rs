@@ -517,7 +517,14 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     machine.drop_in(CONTAINERD, "site", &start);
     machine.run(&["systemctl", "stop", CONTAINERD]).ok();
     let all = machine.run(&["/usr/bin/cvmfs-snapshotter", "doctor"]).stdout;
-    assert!(all.contains("| in /etc/containerd/site.toml, table [proxy_plugins.cvmfs-snapshotter]: type"), "{all}");
+    for words in [
+        "containerd.type",
+        "set in /etc/containerd/site.toml:\n",
+        "| [proxy_plugins.cvmfs-snapshotter]\n",
+        "type = \"snapshot\"",
+    ] {
+        assert!(all.contains(words), "no {words:?} in {all}");
+    }
     machine.drop_in(CONTAINERD, "site", "");
     machine.restart(CONTAINERD);
 
@@ -535,7 +542,7 @@ fn root_doctor_explains_why_the_service_does_not_run() {
     machine.run(&["systemctl", "stop", "cvmfs-snapshotter.socket", SERVICE]).ok();
     assert!(!machine.run(&["systemctl", "start", SERVICE]).status.success());
     let (said, code) = diagnosis(&machine, "daemon.running");
-    assert!(said.contains("Its last words: ") && said.contains("invalid value 3 for attach"), "{said}");
+    assert!(said.contains("Last error: ") && said.contains("invalid value 3 for attach"), "{said}");
     assert_eq!(code, Some(2));
     // A call at the socket would start the service again and again, until systemd gave up the socket as well.
     machine.run(&["systemctl", "restart", "cvmfs-snapshotter.socket"]).ok();
