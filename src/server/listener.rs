@@ -158,18 +158,6 @@ enum AcceptError {
     Accept(io::Error),
 }
 
-impl AcceptError {
-    /// The stable name in the log.
-    fn event(&self) -> &'static str {
-        match self {
-            Self::UserNotAllowed { .. } => "connection_user_refused",
-            Self::TooManyConnections { .. } => "connection_limit_reached",
-            Self::Setup(_) => "connection_setup_failed",
-            Self::Accept(_) => "accept_failed",
-        }
-    }
-}
-
 impl fmt::Display for AcceptError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -308,11 +296,16 @@ impl RateLimitedLog {
             self.suppressed += 1;
             return;
         }
-        match std::mem::take(&mut self.suppressed) {
-            0 => log::warn!(event = error.event(); "{error}"),
-            suppressed => {
-                log::warn!(event = error.event(), suppressed; "{error} ({suppressed} similar lines were suppressed)");
+        let suppressed = std::mem::take(&mut self.suppressed);
+        match error {
+            AcceptError::UserNotAllowed { .. } => {
+                log::warn!(event = "connection_user_refused", suppressed; "{error}");
             }
+            AcceptError::TooManyConnections { .. } => {
+                log::warn!(event = "connection_limit_reached", suppressed; "{error}");
+            }
+            AcceptError::Setup(_) => log::warn!(event = "connection_setup_failed", suppressed; "{error}"),
+            AcceptError::Accept(_) => log::warn!(event = "accept_failed", suppressed; "{error}"),
         }
         self.last_line = Some(Instant::now());
     }
