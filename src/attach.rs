@@ -317,7 +317,7 @@ impl Attacher {
     /// else of a variant, names the source; where there is no marker, an absolute link does. None if there is nothing of
     /// the variant.
     fn recorded_source(&self, link: &Path) -> Result<Option<PathBuf>> {
-        if let Some(source) = self.link_target(&source_marker(link))? {
+        if let Some(source) = self.link_target(&source_link(link))? {
             return Ok(Some(source));
         }
         match self.link_target(link) {
@@ -329,9 +329,9 @@ impl Attacher {
     }
 
     fn record_source(&self, link: &Path, source: &Path) -> Result<()> {
-        match self.link_target(&source_marker(link))? {
+        match self.link_target(&source_link(link))? {
             Some(_) => Ok(()),
-            None => self.replace_link(&source_marker(link), source),
+            None => self.replace_link(&source_link(link), source),
         }
     }
 
@@ -388,7 +388,7 @@ impl Attacher {
 }
 
 /// The link beside an attached root that names the source of the variant.
-fn source_marker(attached_root: &Path) -> PathBuf {
+fn source_link(attached_root: &Path) -> PathBuf {
     attached_root.with_extension("of")
 }
 

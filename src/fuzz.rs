@@ -70,7 +70,7 @@ pub const TARGETS: [Target; 8] = [
         name: "config",
         run: check_config,
         dictionary: "repository absolute-mountpoint repositories repository-timeout attach workers queue log-format \
-                     log-level = \n \" ''' [ ] { } .. /cvmfs/ 0x10 1_0 inf #",
+                     log-level allowed-uids metrics-address = \n \" ''' [ ] { } .. /cvmfs/ 0x10 1_0 inf #",
     },
     Target { name: "quoted", run: check_quoted, dictionary: "\n \r \x1b[2J \" \\ \u{202e} \u{300} é" },
 ];

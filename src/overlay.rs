@@ -85,7 +85,7 @@ impl SourceVariant {
     }
 }
 
-/// The names that the mask of a layer hides.
+/// The names that the mask of a layer covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MaskContents {
     /// The publisher's catalog markers at the top of the layer, one bit for each name. Nearly every layer has one marker

@@ -95,7 +95,7 @@ impl Repository {
     /// The generation of what is mounted now.
     pub fn generation(&self) -> Arc<MountGeneration> {
         let mut current = self.current.lock();
-        if let Some(next) = current.successor() {
+        if let Some(next) = current.close_if_replaced() {
             *current = Arc::new(next);
         }
         Arc::clone(&current)

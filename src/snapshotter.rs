@@ -2,8 +2,8 @@
 //!
 //! Knows the store, the repositories and the disk, and nothing of the wire. All calls block, and come from many threads
 //! at once. Invariant: a snapshot's directory is made first, under an id that is never used again, then the row, then
-//! the answer; a removal goes the other way. So what was acknowledged is there, and a crash leaves at most a directory
-//! without a row, which the next start removes.
+//! the answer; a removal goes the other way. So what was acknowledged is there, and a crash leaves at most directories
+//! without a row and layers that are attached for nobody. The next start schedules both for cleanup.
 //!
 //! `pull` decides whether a layer has to be downloaded, `create` makes ordinary snapshots, `layer_provider` and
 //! `attached_chains` bring published layers under them, `cleanup` takes away what removed ones left.

@@ -3,8 +3,8 @@
 //! A few threads serve one client each, for a short time, and never wait for a repository. A client that misbehaves can
 //! delay other scrapes, and nothing else: the number of clients, the size of a request and the time for it are bounded.
 //!
-//! The crate `tiny_http` (0.12) is not used, because it keeps none of these bounds: it starts a thread for each client
-//! that connects, reads requests of any length, and waits without a limit for a client that sends nothing.
+//! The crate `tiny_http` (0.12) is not used, because it starts a thread for each client that connects, and waits without
+//! a limit for a client that sends nothing.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;

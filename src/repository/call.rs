@@ -60,7 +60,7 @@ fn wait<S, T>(
         }
         let (now, idle) = (now(), idle_for());
         // Where another caller has waited in vain, this one need not wait as long.
-        if idle >= limits.no_progress || generation.is_confirmed_down() {
+        if idle >= limits.no_progress || generation.is_waiting_pointless() {
             return Err(WaitError::NoProgress);
         }
         if now >= limits.deadline {
@@ -227,7 +227,7 @@ impl<T> PendingJob<T> {
             let late = std::mem::replace(&mut *result.state.lock(), JobState::Abandoned);
             match late {
                 JobState::Ready(result) => result,
-                JobState::Pending | JobState::Abandoned => Err(generation.wait_failed(e, || generation.slow())),
+                JobState::Pending | JobState::Abandoned => Err(generation.wait_failed(e, || generation.too_slow())),
             }
         })
     }

@@ -190,10 +190,13 @@ impl HangTolerantPool {
             Priority::Next => state.jobs.push_front((heartbeat, job)),
             Priority::Last => state.jobs.push_back((heartbeat, job)),
         }
+        // Another thread is started only if the idle ones do not suffice for the queue, fewer than `target` threads get on,
+        // and there are fewer than `max`.
         if state.idle >= state.jobs.len() || threads - stuck >= target || threads >= max {
             self.shared.job_queued.notify_one();
             return Ok(());
         }
+        // If it could not be started, a thread that gets on takes the job later.
         if self.start_thread(&mut state) || threads > stuck {
             return Ok(());
         }

@@ -49,8 +49,8 @@ pub struct MountGeneration {
     health: Health,
     server: ServerHealth,
     availability: AvailabilityCache,
-    /// When the last call was begun that showed that the layers can be used.
-    pub(super) usable: Mutex<Option<Instant>>,
+    /// The start time of the last successful `require_usable`. A caller that began earlier need not check again.
+    pub(super) shown_usable_at: Mutex<Option<Instant>>,
     pub(super) client_attributes: OnceLock<Arc<Vec<OsString>>>,
     /// Whether a sample of the layers is being read, or has shown who owns the files.
     pub(super) is_sampled: AtomicBool,
@@ -58,7 +58,7 @@ pub struct MountGeneration {
     pub(super) sample: Mutex<Option<OwnerSample>>,
 }
 
-/// The next generation has threads of its own.
+/// Idle threads would wait for jobs that can no longer come, so they are ended.
 impl Drop for MountGeneration {
     fn drop(&mut self) {
         self.close();
@@ -98,7 +98,7 @@ impl MountGeneration {
             health: Health::new(name, *timeout, threads, Arc::clone(mount)),
             server: ServerHealth::new(name, threads, probe_server),
             availability: AvailabilityCache::default(),
-            usable: Mutex::default(),
+            shown_usable_at: Mutex::default(),
             client_attributes: OnceLock::new(),
             is_sampled: AtomicBool::new(false),
             sample: Mutex::default(),
@@ -107,7 +107,7 @@ impl MountGeneration {
     }
 
     /// The generation of the mount that has taken the place of this one, which ends. None: there is no other mount.
-    pub(super) fn successor(&self) -> Option<Self> {
+    pub(super) fn close_if_replaced(&self) -> Option<Self> {
         if !self.health.is_replaced() {
             return None;
         }
@@ -115,7 +115,7 @@ impl MountGeneration {
         Some(Self::new(Arc::clone(&self.settings), self.number + 1))
     }
 
-    /// Ends the threads that do not hang, once they have no job.
+    /// Lets idle threads end now, and busy ones after their jobs. Threads that hang end when their mount's client does.
     pub(super) fn close(&self) {
         self.health.close();
         self.server.close();
@@ -166,8 +166,8 @@ impl MountGeneration {
     }
 
     /// Whether it is pointless to wait for an answer.
-    pub(super) fn is_confirmed_down(&self) -> bool {
-        self.health.is_confirmed_down()
+    pub(super) fn is_waiting_pointless(&self) -> bool {
+        self.health.is_waiting_pointless()
     }
 
     /// The error of a caller whose wait ended without a result; `slow` is the error if its deadline has passed.
@@ -179,12 +179,13 @@ impl MountGeneration {
         }
     }
 
-    pub(super) fn slow(&self) -> Unavailable {
+    pub(super) fn too_slow(&self) -> Unavailable {
         Unavailable::Slow { limit: self.timeout() * TOTAL_WAIT_FACTOR }
     }
 
     pub(super) fn report_exhausted(&self, PoolExhausted { threads }: PoolExhausted) -> Unavailable {
-        // Without a thread the repository was not asked, so nothing is known about it.
+        // Without a thread the repository was not asked, so nothing is known about it. Otherwise all threads are stuck in
+        // it, so it is down.
         if threads == 0 { Unavailable::NoThread } else { self.mark_down(Unavailable::ThreadsExhausted { threads }) }
     }
 
@@ -193,8 +194,8 @@ impl MountGeneration {
         why
     }
 
-    /// What a failed system call on the repository means.
-    pub fn unreadable(&self, error: system::Error) -> Unavailable {
+    /// Turns a failed system call on the repository into an error, and marks the mount as down if the error says so.
+    pub fn report_failed_call(&self, error: system::Error) -> Unavailable {
         if error.is_dead() {
             self.health.mark_down(error.to_string());
         }
@@ -204,10 +205,10 @@ impl MountGeneration {
         }
     }
 
-    /// The same, for a failure that may be one of a system call.
+    /// Does what `report_failed_call` does if `why` is a failed system call; any other failure is returned unchanged.
     pub(super) fn report(&self, why: Unavailable) -> Unavailable {
         match why {
-            Unavailable::Unreadable(e) => self.unreadable(e),
+            Unavailable::Unreadable(e) => self.report_failed_call(e),
             other => other,
         }
     }
@@ -219,7 +220,7 @@ impl MountGeneration {
         Some(self.server.report_error(below_root.to_owned(), error.clone(), server))
     }
 
-    /// Queues a scan, which has threads of its own. It tells its result itself.
+    /// Queues a scan, on threads that do nothing else. `scan` stores its result; the caller gets none from here.
     pub fn spawn_scan(
         self: &Arc<Self>,
         priority: Priority,
@@ -248,7 +249,7 @@ impl MountGeneration {
     pub(super) fn is_healthy_cached(self: &Arc<Self>) -> bool {
         let is_up = self.health.outage().is_none();
         if is_up && let Some(probe) = self.availability.try_begin_probe() {
-            // A probe that finds no thread is dropped, and that counts as a failure.
+            // If no thread can be started, the closure is dropped with `probe`, whose `drop` records "unavailable".
             let _ = self.spawn_background(move |generation| {
                 let is_available = generation.check_layers_directory().is_ok();
                 if is_available {

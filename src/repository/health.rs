@@ -182,8 +182,9 @@ impl Health {
         }
     }
 
-    /// Whether it is pointless to wait for an answer: the first probe has not helped, or the mount was replaced.
-    pub fn is_confirmed_down(&self) -> bool {
+    /// Whether it is pointless to wait for an answer: the outage is older than a first probe takes, or the mount was
+    /// replaced.
+    pub fn is_waiting_pointless(&self) -> bool {
         match &self.shared.state.lock().condition {
             Condition::Up { .. } => false,
             Condition::Down { outage, .. } => now() - outage.since > RECOVERY_WAIT,

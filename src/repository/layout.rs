@@ -66,16 +66,16 @@ impl MountGeneration {
 
     /// What the repository shows now. `since` is that of `layer_since`.
     pub fn state(&self, since: Instant) -> Result<RepositoryState, Unavailable> {
-        let unreadable = |e| self.unreadable(e);
+        let report = |e| self.report_failed_call(e);
         let layers = self.open(Path::new(LAYERS))?.ok_or(Unavailable::NotPublished)?;
         // On a plain directory the attribute may have any meaning.
         let is_client = !self.client_attributes()?.is_empty();
-        let root_hash = is_client.then(|| self.sys().attribute(self.path(), ROOT_HASH_XATTR).map_err(unreadable));
+        let root_hash = is_client.then(|| self.sys().attribute(self.path(), ROOT_HASH_XATTR).map_err(report));
         let root_hash = root_hash.transpose()?.flatten();
         record_progress();
         // A client that answered this is alive.
         self.require_usable(&layers, root_hash.is_some(), since)?;
-        let device = self.sys().dir_status(&layers).map_err(unreadable)?.device;
+        let device = self.sys().dir_status(&layers).map_err(report)?.device;
         Ok(RepositoryState { device, root_hash })
     }
 
@@ -86,7 +86,7 @@ impl MountGeneration {
             let layer = self.sys().open_below(&directory, &path_below_layers(digest))?;
             self.sys().dir_status(&layer).inspect(|_| record_progress()).map(|status| status.inode)
         };
-        layers.iter().map(|digest| inode(digest).map_err(|e| self.unreadable(e))).collect()
+        layers.iter().map(|digest| inode(digest).map_err(|e| self.report_failed_call(e))).collect()
     }
 
     /// The names of the extended attributes that the client makes up. It shows them on every file in some of its
@@ -95,7 +95,7 @@ impl MountGeneration {
         if let Some(known) = self.client_attributes.get() {
             return Ok(Arc::clone(known));
         }
-        let mut names = self.sys().attribute_names(self.path()).map_err(|e| self.unreadable(e))?;
+        let mut names = self.sys().attribute_names(self.path()).map_err(|e| self.report_failed_call(e))?;
         record_progress();
         // The attributes of a directory on a disk are its own.
         if !names.iter().any(|name| name == FQRN_XATTR) {
@@ -123,7 +123,7 @@ impl MountGeneration {
                     Err(why) => why.to_string(),
                 },
                 Err(e) if is_no_file(e.errno) => e.to_string(),
-                Err(e) => return Err(self.unreadable(e)),
+                Err(e) => return Err(self.report_failed_call(e)),
             };
             log::warn!(event = "manifest_ignored", repository = self.name();
                 "cannot use the manifest {}: {why}", full_path.display());
@@ -153,7 +153,7 @@ impl MountGeneration {
             // The reference of an image may be longer than a file name can be.
             Err(e) if matches!(e.errno, Errno::ENOENT | Errno::ENAMETOOLONG) => Ok(None),
             Err(e) if matches!(e.errno, Errno::ELOOP | Errno::ENOTDIR) => Err(self.find_obstacle(path)),
-            Err(e) => Err(self.unreadable(e)),
+            Err(e) => Err(self.report_failed_call(e)),
         }
     }
 
@@ -174,19 +174,19 @@ impl MountGeneration {
     /// Fails if the client adds attributes to the files of layers, or is dead, which is not checked if `is_alive`.
     /// `directory` is any directory of the repository.
     fn require_usable(&self, directory: &DirHandle, is_alive: bool, since: Instant) -> Result<(), Unavailable> {
-        if self.usable.lock().is_some_and(|checked| checked >= since) {
+        if self.shown_usable_at.lock().is_some_and(|checked| checked >= since) {
             return Ok(());
         }
         let checked = Instant::now();
         if !is_alive {
             // The kernel answers `lstat` from its caches long after a FUSE server has died, and `statfs` never.
-            self.sys().dir_statfs(directory).map_err(|e| self.unreadable(e))?;
+            self.sys().dir_statfs(directory).map_err(|e| self.report_failed_call(e))?;
             record_progress();
         }
-        if lists_own_attributes(self.sys(), self.path()).map_err(|e| self.unreadable(e))? {
+        if lists_own_attributes(self.sys(), self.path()).map_err(|e| self.report_failed_call(e))? {
             return Err(Unavailable::OwnAttributes);
         }
-        *self.usable.lock() = Some(checked);
+        *self.shown_usable_at.lock() = Some(checked);
         Ok(())
     }
 

@@ -82,7 +82,8 @@ pub struct Directory {
     pub has_no_owner: bool,
 }
 
-/// A limit of a scan. A layer that exceeds one is downloaded, and not scanned again.
+/// A limit of a scan. A layer that exceeds one is not scanned again: later pulls download it, and starts of containers on it
+/// fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     Memory,

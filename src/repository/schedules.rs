@@ -186,7 +186,7 @@ fn new_mount_is_used_and_is_not_blamed_for_the_old_one() {
                         }
                         mount.call_first();
                         let (path, errno) = (PathBuf::from("/nonexistent"), nix::errno::Errno::ENOTCONN);
-                        Err(generation.unreadable(crate::system::Error { call: "late call", path, errno }))
+                        Err(generation.report_failed_call(crate::system::Error { call: "late call", path, errno }))
                     },
                     drop,
                 );
@@ -202,7 +202,7 @@ fn new_mount_is_used_and_is_not_blamed_for_the_old_one() {
                 thread::yield_now();
             }
             assert_eq!(repository.generation().number(), 1);
-            assert!(first.check().is_err() && first.is_confirmed_down());
+            assert!(first.check().is_err() && first.is_waiting_pointless());
         }
         mount.release();
         while threads.used() > 0 {

@@ -101,7 +101,7 @@ impl MountGeneration {
     /// Reads a sample of the layers, and logs what this mount has not shown before.
     fn log_sample(&self) -> Option<OwnerSample> {
         let name = self.name();
-        let sample = owners::sample(self.sys(), self.path()).map_err(|e| self.unreadable(e)).ok();
+        let sample = owners::sample(self.sys(), self.path()).map_err(|e| self.report_failed_call(e)).ok();
         let is_known = sample.is_some_and(|sample| sample.owners != Owners::Unknown);
         self.is_sampled.store(is_known, Ordering::Relaxed);
         let sample = sample?;

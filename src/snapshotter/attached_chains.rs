@@ -27,6 +27,7 @@ pub struct AttachedChain {
     snapshots: Vec<SnapshotId>,
     /// The repositories of the chain, in the order of their uppermost layers.
     pub repositories: Vec<RepositoryInUse>,
+    /// While they live, a cleanup leaves the layers attached. Nothing else is done with them.
     _pins: Vec<LayerPin>,
 }
 
@@ -34,7 +35,7 @@ pub struct AttachedChain {
 pub struct RepositoryInUse {
     pub repository: Arc<Repository>,
     /// The repository's state before its layers were attached. None if it is not known, or if a layer of the chain was
-    /// attached from another repository than its own; the chain is not cached then.
+    /// attached from another repository than its own. Then it is None for all repositories, and the chain is not cached.
     pub state: Option<RepositoryState>,
     /// At least one layer, uppermost first.
     pub layers: Arc<[AttachedLayer]>,
@@ -70,7 +71,7 @@ impl RepositoryInUse {
             }
             let digests: Vec<Digest> = layers.iter().map(|layer| layer.digest.clone()).collect();
             let inodes = generation.inodes(&digests)?;
-            // Only directories without a client are compared by their inodes: a client may give a directory a new one.
+            // The repository is a plain directory here, so inodes are stable. A client may give a directory a new one.
             let is_unchanged = layers.iter().zip(inodes).all(|(layer, inode)| layer.inode == inode);
             Ok(is_unchanged
                 && layers
@@ -112,8 +113,8 @@ impl AttachedChain {
     }
 }
 
-/// The cache of attached chains, by their uppermost snapshots. It never has to be updated for a change of the chain:
-/// below a committed snapshot nothing changes.
+/// The cache of attached chains, by their uppermost snapshots. Entries are dropped or replaced, but never changed: below a
+/// committed snapshot nothing changes.
 #[derive(Default)]
 pub struct AttachedChains {
     chains: Mutex<HashMap<SnapshotId, Arc<AttachedChain>>>,

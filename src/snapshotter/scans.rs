@@ -248,7 +248,7 @@ impl Inner {
         let since = Instant::now();
         let scanned = generation.layer(&scan_key.digest).and_then(|layer| {
             scan::scan(self.sys.as_ref(), &layer, &job.progress, generation.threads()).map_err(|e| match e {
-                scan::Error::System(e) => generation.unreadable(e),
+                scan::Error::System(e) => generation.report_failed_call(e),
                 e => Unavailable::ScanFailed(e),
             })
         });

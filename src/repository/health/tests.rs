@@ -111,7 +111,7 @@ fn mount_whose_probe_is_answered_by_another_mount_is_replaced() {
     p.health.mark_down("no answer".to_owned());
     p.mount.state.store(FINE, Ordering::SeqCst);
     let until = Instant::now() + Duration::from_secs(10);
-    while !p.health.is_confirmed_down() || p.threads.used() > 0 {
+    while !p.health.is_waiting_pointless() || p.threads.used() > 0 {
         let _ = p.health.check();
         assert!(Instant::now() < until, "its end was not noticed");
     }

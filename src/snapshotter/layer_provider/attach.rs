@@ -150,7 +150,8 @@ impl LayerProvider {
         let layers = self.chain_layers(chain);
         let queries = query_states(&layers);
         let scans = self.scan_layers(&layers, deadlines)?;
-        // The states are known before any layer is surveyed, so that the next call notices any later change.
+        // If a state were read after the survey, a change in between would be cached as the state in which the layers were
+        // attached, and never noticed.
         let states = wait_for_states(queries, deadlines);
         let attached = self.attach_layers(chain, &layers, scans, deadlines)?;
         let is_from_another =
@@ -189,7 +190,8 @@ impl LayerProvider {
         }
         let scans: Vec<ScanResult> = handles.into_iter().map(|handle| handle.wait(deadlines.scan)).collect();
         for (layer, scan) in layers.iter().zip(&scans) {
-            // No other repository would help, and the scans that this call holds keep other calls waiting.
+            // Only memory is short, so no other repository would help. The error frees the scans of this call; until then
+            // other calls are refused.
             if let Err(why @ Unavailable::ScansTakeMemory { .. }) = scan {
                 return Err(layer.unavailable(why.clone()));
             }
@@ -197,7 +199,8 @@ impl LayerProvider {
         Ok(scans)
     }
 
-    /// Attaches all layers, with their masks where the chain uses them.
+    /// Attaches all layers, with their masks where the chain uses them: first each from its own repository, then those that
+    /// failed from another one. Layers whose mask turns out to be needed only then are attached again.
     fn attach_layers(
         self: &Arc<Self>,
         chain: &[Snapshot],
@@ -223,7 +226,8 @@ impl LayerProvider {
             });
         }
         // A layer from another repository may hide fewer names than the one that it replaces. Then a layer below may
-        // need the mask of its own that it could do without before.
+        // need the mask of its own that it could do without before. Such an entry is from its own repository: from another
+        // one a layer is always attached with its mask.
         let uses_masks = self::uses_masks(&chain_entries(chain, &layout_inputs(&attached)));
         for ((layer, entry), uses_mask) in layers.iter().zip(&mut attached).zip(uses_masks) {
             if uses_mask && !entry.uses_mask {
@@ -233,15 +237,15 @@ impl LayerProvider {
         Ok(attached)
     }
 
-    /// Attaches each target from its repository. A target that is an error has that as its result. The results are in
-    /// the order of `targets`.
+    /// Attaches each target from its repository. A target that is an error has that as its result. There is one result for
+    /// each target, in the order of `targets`.
     fn attach_targets(
         self: &Arc<Self>,
         targets: Vec<Result<AttachTarget, Unavailable>>,
         deadlines: Deadlines,
     ) -> Vec<AttachResult> {
         let local_timeout = self.repositories[0].timeout();
-        let pin_deadline = deadlines.scan.max(Instant::now() + local_timeout);
+        let pin_deadline = Instant::now() + local_timeout;
         // By the index of the target.
         let mut results: BTreeMap<usize, AttachResult> = BTreeMap::new();
         let mut pinned = Vec::with_capacity(targets.len());
@@ -259,7 +263,8 @@ impl LayerProvider {
             }
         }
         let surveyed = self.survey_targets(pinned, deadlines);
-        // The repositories have answered. From here on only the local disk takes time.
+        // The repositories have answered. From here on only the local disk takes time, except for a target whose survey is
+        // outdated.
         let attach_deadline = Instant::now() + local_timeout;
         for SurveyedBatch { targets, surveys } in surveyed {
             match surveys {
@@ -280,7 +285,8 @@ impl LayerProvider {
     }
 
     /// Surveys the targets on the threads of their repositories. All jobs are started before the first is awaited, and
-    /// each takes several layers, because switching threads costs more than a layer that is attached already.
+    /// each takes several layers, because switching threads costs more than the survey of a layer that
+    /// is attached already.
     fn survey_targets(self: &Arc<Self>, pinned: Vec<PinnedTarget>, deadlines: Deadlines) -> Vec<SurveyedBatch> {
         let since = Instant::now();
         let mut by_repository: BTreeMap<String, Vec<PinnedTarget>> = BTreeMap::new();
@@ -302,8 +308,8 @@ impl LayerProvider {
         surveyed
     }
 
-    /// Starts a job that surveys targets of one repository, one after the other. An answer of the repository after
-    /// `since` proves that it is alive. The caller holds the pins and not the job, so that a job that hangs does not
+    /// Starts a job that surveys targets of one repository, one after the other. What was checked after
+    /// `since` is not checked again. The caller holds the pins and not the job, so that a job that hangs does not
     /// keep the layers from being removed.
     fn start_survey(self: &Arc<Self>, pinned: Vec<PinnedTarget>, since: Instant) -> SurveyBatch {
         let targets: Vec<Arc<AttachTarget>> = pinned.iter().map(|pinned| Arc::clone(&pinned.target)).collect();
@@ -356,7 +362,7 @@ impl LayerProvider {
             if self.attacher.is_local(&e) {
                 LayerError::Local(Error::System(e))
             } else {
-                LayerError::Unavailable(generation.unreadable(e))
+                LayerError::Unavailable(generation.report_failed_call(e))
             }
         })?;
         if request.is_lowest && !survey.variant_exists {
@@ -365,7 +371,8 @@ impl LayerProvider {
         Ok(survey)
     }
 
-    /// Attaches a surveyed target, which takes the local disk only.
+    /// Attaches a surveyed target, which takes only the local disk. If another call has exchanged the layer's source since the
+    /// survey, the target is surveyed again; that ends, because the next survey finds the variant of the new source.
     fn attach_surveyed(
         self: &Arc<Self>,
         pinned: PinnedTarget,
@@ -403,11 +410,11 @@ impl LayerProvider {
         }
     }
 
-    /// Attaches a layer from another repository, because its own one cannot provide it.
+    /// Attaches a layer from another repository, because the one that was asked first cannot provide it.
     fn attach_from_others(self: &Arc<Self>, layer: &ChainLayer<'_>, why: Unavailable) -> Result<AttachedEntry, Error> {
         let name = &layer.layer.repository;
         let others = self.repositories_preferring(name).split_off(1);
-        // All of them share one deadline.
+        // The call's own deadline may have been used up by the first repository. The others share a new one.
         let deadlines = self.deadlines();
         for repository in others {
             match self.attach_layer(&ChainLayer { repository, ..*layer }, deadlines) {

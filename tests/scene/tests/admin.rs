@@ -327,7 +327,7 @@ fn root_admin_commands_time_out_on_unresponsive_daemon() {
         let output = d.admin(words);
         let said = format!("{}{}", output.stdout, output.stderr);
         assert!(since.elapsed() < LIMIT, "{words:?} took {:?}: {said}", since.elapsed());
-        assert!(!output.status.success() && said.contains("takes calls and does not answer"), "{words:?}: {said}");
+        assert!(!output.status.success() && said.contains("accepts calls but does not answer"), "{words:?}: {said}");
     };
     std::thread::scope(|scope| {
         for words in [&["status"][..], &["gc"], &["doctor", "--containerd", "/nonexistent"]] {

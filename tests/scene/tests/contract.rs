@@ -294,7 +294,7 @@ fn root_unpublished_layer_becomes_an_ordinary_snapshot() {
     c.prepare("extract-x sha256:c", "", &[(REF, "sha256:c")]).unwrap();
     let log = d.snapshotter.log();
     assert_eq!(log.matches("layer_download").count(), 10, "one line for each");
-    assert!(log.contains("containerd must be configured to pass image annotations"));
+    assert!(log.contains("configure containerd to pass image annotations"));
     // The repository is checked again each time.
     fs::create_dir_all(d.repository.layer_dir(&digest(9)).join("layerfs")).unwrap();
     d.repository.commit();

@@ -35,7 +35,7 @@ fn root_broken_snapshot_blocks_neither_start_nor_its_removal() {
     let c = d.snapshotter.client();
     let message = assert_refused(c.mounts("on-bad"), Code::UNAVAILABLE);
     assert!(
-        message.contains("\"bad\"") && message.contains("remove all containers and images that stand on it"),
+        message.contains("\"bad\"") && message.contains("remove all containers and images that use it"),
         "{message}"
     );
     assert_refused(c.prepare("new", "bad", &[]), Code::UNAVAILABLE);
