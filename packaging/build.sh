@@ -166,7 +166,7 @@ stage() {
     install -D -m 644 -t "$doc/packaging" packaging/prometheus-alerts.yaml packaging/grafana-dashboard.json \
         packaging/config.toml packaging/$name.service packaging/$name.socket
     install -D -m 644 -t "$doc/docs" docs/*.md docs/*.svg
-    for page in docs/containerd/*.toml; do
+    for page in docs/containerd/*; do
         [ ! -e "$page" ] || install -D -m 644 -t "$doc/docs/containerd" "$page"
     done
     install -D -m 644 CHANGELOG.md "$doc/changelog"

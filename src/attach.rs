@@ -3,16 +3,17 @@
 //! Attaching a layer has two halves, so that nobody who hangs in a repository holds a lock:
 //!
 //! ```text
-//! LayerProvider::attach_chain     on the worker of the call
+//! LayerProvider::attach_chain     on the thread that runs the call
 //!   Attacher::pin                 from here on no cleanup takes the layer away
 //!   Attacher::survey              on a thread of the repository: plan_skeleton, find_mount_point
-//!   Attacher::attach              on the worker, local disk only, under the lock of the slot:
+//!   Attacher::attach              on the thread of the call, local disk only, under the lock of the slot:
 //!                                 build_skeleton (mask, hide), ensure_link
 //! ```
 //!
-//! Knows directories and mounts, not chains and not containerd. Invariants: what is pinned is not taken away; what
-//! exists is complete, because everything is built beside its path and renamed; paths that were returned to containerd
-//! keep their contents, because another source is another variant; `release` never asks a repository.
+//! Knows directories and mounts, not chains and not containerd. Invariants: what is pinned is not taken away; a mask or
+//! a hide that exists is complete, because it is built beside its path and renamed; the link comes last; paths that
+//! were returned to containerd keep their contents, because another source is another variant; `release` never asks a
+//! repository.
 #![forbid(unsafe_code)]
 
 mod mounts;
@@ -128,8 +129,8 @@ pub struct Attacher {
     sys: Arc<dyn Sys>,
     slots: Mutex<HashMap<SnapshotId, Arc<LayerSlot>>>,
     superseded: Mutex<Vec<SupersededMount>>,
-    /// Name of the next mount point. No name is used twice, not even by two processes: whoever unmounts an old mount
-    /// must not find a new one there.
+    /// Name of the next mount point. It begins at the microseconds since 1970, so a later process uses other names,
+    /// unless the clock was set back: whoever unmounts an old mount must not find a new one there.
     next_mount_point: AtomicU64,
     /// Bytes that the plans of all skeletons take together.
     planned: Arc<std::sync::atomic::AtomicUsize>,
@@ -141,11 +142,13 @@ pub struct Attacher {
 /// - *pinned* while `pins` is not 0: a release answers `Busy`, attaches go on;
 /// - *locked* while an attach builds or a release removes, which both work on the local disk only: others wait, with a
 ///   time limit;
-/// - *retired* once a release has removed it from the map: who still waits for its lock takes the slot in the map.
+/// - *retired* once a release that was not `Busy` has removed it from the map, whatever the release decided: who still
+///   waits for its lock takes the slot that is in the map then.
 #[derive(Default)]
 struct LayerSlot {
     lock: Mutex<()>,
-    /// Number of users that the store does not know yet. It is increased only with the lock held.
+    /// Number of pins: of calls whose snapshots the store does not know yet, and of cached chains. It is increased only
+    /// with the lock held.
     pins: AtomicUsize,
 }
 
@@ -221,8 +224,8 @@ impl Attacher {
     }
 
     /// Reads from the repository what `attach` needs. `layer` is the open `request.source`, and `ignored` names
-    /// extended attributes that belong to the repository's client and not to the layer. Changes nothing, but may mount.
-    /// The caller holds a pin.
+    /// extended attributes that belong to the repository's client and not to the layer. With `AttachMode::Bind` it may
+    /// mount the layer at a new mount point; it changes nothing else. The caller holds a pin.
     pub fn survey(&self, request: &AttachRequest, layer: &DirHandle, ignored: &[OsString]) -> Result<LayerSurvey> {
         let id = request.id;
         let (variant, variant_exists) = without_repository(|| self.find_variant(id, &request.source))?;
@@ -301,7 +304,7 @@ impl Attacher {
     }
 
     /// The variant of the layer that was attached from `source`, or else the next free one; and whether anything of it
-    /// exists. There are at most as many variants as repositories that publish the layer.
+    /// exists. There are at most as many variants as source directories from which the layer was attached.
     fn find_variant(&self, id: SnapshotId, source: &Path) -> Result<(SourceVariant, bool)> {
         let mut variant = SourceVariant(0);
         loop {
@@ -313,9 +316,9 @@ impl Attacher {
         }
     }
 
-    /// The source of the variant whose attached root is `link`. The marker beside it, which is written before anything
-    /// else of a variant, names the source; where there is no marker, an absolute link does. None if there is nothing of
-    /// the variant.
+    /// The source of the variant whose attached root is `link`, or None if there is nothing of the variant. The marker
+    /// beside the link names the source and is written first. A variant without a marker consists of an absolute link,
+    /// which is the source itself.
     fn recorded_source(&self, link: &Path) -> Result<Option<PathBuf>> {
         if let Some(source) = self.link_target(&source_link(link))? {
             return Ok(Some(source));

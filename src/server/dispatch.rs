@@ -31,7 +31,7 @@ impl BlockingPools {
     }
 }
 
-/// Finds out which repositories a call may have to wait for, without waiting for them. `None`: it waits for none.
+/// Finds out which repository a call may have to wait for, without waiting for it. `None`: it waits for none.
 pub type FindDependency<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<RepositoryDependency>>;
 
 /// Executes a method.
@@ -45,7 +45,7 @@ pub struct CallContext<'s> {
 }
 
 impl CallContext<'_> {
-    /// Whether the caller no longer waits for the response.
+    /// Whether the caller's deadline has passed. A call that was cancelled before its deadline is not noticed.
     pub fn is_expired(&self) -> bool {
         self.deadline.exceeded()
     }
@@ -88,8 +88,8 @@ impl<Q, R> CallJob<Q, R> {
 }
 
 impl Handlers {
-    /// Runs `job` on the right pool and passes its result to `on_result`. If a pool refuses the job, that happens on
-    /// the thread that submitted it, which is this one or a worker.
+    /// Runs `job` on the right pool and passes its result to `on_result`. A refusal by the workers' pool is reported on
+    /// the caller's thread, a refusal by the pool to which a worker passes the job on that worker.
     pub(super) fn dispatch<Q: Message, R: Message>(
         &self,
         job: CallJob<Q, R>,

@@ -2,7 +2,10 @@
 //!
 //! It must not know any method: what a method does is a function in its `UnaryMethod`. Its invariants:
 //! - No thread of gRPC waits, neither for a worker nor for a client.
-//! - The memory of a call stays reserved, and its connection is marked as busy, until its response was sent.
+//! - The memory of an admitted call stays reserved until its response was sent.
+//! - A connection is marked as busy while the result of a job is sent on it. Marking may wait, so responses that a
+//!   thread of gRPC may send are not marked: those to calls that were not admitted or came before the daemon was ready,
+//!   and errors of a pool.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -95,12 +98,11 @@ async fn serve<Q: Message, R: Message>(
     let (gate, connection) = (Arc::clone(&handlers.send_gate), call.connection);
     let (send_began_sender, send_began) = oneshot::channel();
     handlers.dispatch(job, request, move |result| {
-        // Sending begins on the worker, which saves a change of threads.
         let sending = sender.send_result(&gate, connection, reservation, result);
         drop(send_began_sender.send(sending));
     });
-    // grpcio cancels a call if the future of its response is dropped before the response was sent. The worker must
-    // not wait for that, because the client may be slow, so it is waited for here.
+    // The worker begins to send, which saves a change of threads, but does not wait for a slow client. We wait here for
+    // the end, because dropping the future cancels the call.
     if let Ok(sending) = send_began.await {
         sending.finish().await;
     }
@@ -114,7 +116,7 @@ struct ResponseSender<R> {
 }
 
 impl<R: Message> ResponseSender<R> {
-    /// Begins to send the result of a job. Waits while the gate is paused, unless a pool refused the job.
+    /// Begins to send the result of a job. Waits while the gate is paused, unless the result is an error of a pool.
     fn send_result(
         self,
         gate: &Arc<SendGate>,
@@ -122,7 +124,8 @@ impl<R: Message> ResponseSender<R> {
         mut reservation: MemoryReservation,
         result: CallResult<R>,
     ) -> SendingResponse {
-        // A pool may refuse a job on a thread of gRPC, which must not wait for the gate.
+        // A pool that is full or stopping reports that on the submitting thread, which may be one of gRPC and must not
+        // wait for the gate. The other errors of a pool come from a worker and are treated alike.
         let is_refused = matches!(result, Err(CallError::Pool(_)));
         let send_guard = (!is_refused).then(|| gate.begin_send(connection));
         let result = result.and_then(|response| {

@@ -1,9 +1,10 @@
 //! Group commit: writes that wait at the same time become durable with one sync.
 //!
 //! Each write runs its body on its own thread while it has the lock, in a savepoint of the open transaction, so a write
-//! that fails undoes only its own changes. If other writes wait for the lock at its end, the transaction stays open for
-//! the next of them, and the last one commits it for all. A write that is alone waits for nobody, and nobody gets a result
-//! before the transaction on which it depends is on disk.
+//! that fails undoes only its own changes. If other writes wait for the lock at its end, the next of them inherits the
+//! transaction, and the last one commits it for all. A write that is alone waits for nobody, and nobody gets a result
+//! before the transaction on which it depends is on disk. A write that waits for the commit blocks its thread, so a group
+//! has at most as many writes as there are threads that write.
 #![forbid(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -36,7 +37,8 @@ struct OpenWriter {
 /// The writes in one transaction.
 #[derive(Default)]
 struct Group {
-    /// Number of writes that wait for its commit: the first that changed something, and all after it.
+    /// Number of writes that wait for its commit: the first that changed something, and all after it, refused ones and
+    /// reads included.
     writes: usize,
     /// The result of the commit, shared by these writes.
     commit: Arc<OnceLock<Result<()>>>,
@@ -91,7 +93,7 @@ impl Store {
         let needs_commit = has_changed || group.writes > 0;
         group.writes += usize::from(needs_commit);
         let commit = Arc::clone(&group.commit);
-        // A write that waits for the lock now commits this transaction, or leaves it to one that waits then.
+        // A write that waits for the lock now inherits this transaction: it commits it, or leaves it to the next one.
         if self.writer.waiting.load(Ordering::SeqCst) > 0 {
             writer.group = Some(group);
         } else {

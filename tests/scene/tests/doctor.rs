@@ -455,7 +455,7 @@ fn root_metrics_of_another_program_are_a_warning() {
     });
     let stage =
         E2eFixture::start_with_repository("others", &format!("metrics-address = \"{address}\""), Repository::plain);
-    assert_finds(&stage, "config.metrics", "warning", &format!("at {address}: another program answers"));
+    assert_finds(&stage, "config.metrics", "warning", &format!("at {address}|another program answers"));
 }
 
 /// Whatever reads the exit code must not take silence for a good report.
