@@ -93,14 +93,8 @@ pub enum DrainOutcome {
 }
 
 impl Pool {
-    /// Starts `threads` workers that share a queue of `queue_capacity` waiting jobs.
-    pub fn start(name: &str, threads: usize, queue_capacity: usize) -> io::Result<Self> {
-        let mut pool = Self::unstarted(name, threads, queue_capacity);
-        pool.start_workers()?;
-        Ok(pool)
-    }
-
-    /// Creates a pool that queues jobs and runs none of them until `start_workers` is called.
+    /// Creates a pool of `threads` workers that share a queue of `queue_capacity` waiting jobs. Jobs stay in the queue
+    /// until `start_workers` is called.
     pub fn unstarted(name: &str, threads: usize, queue_capacity: usize) -> Self {
         let (new_jobs, new_jobs_receiver) = bounded(queue_capacity);
         let (continuations, continuations_receiver) = unbounded();

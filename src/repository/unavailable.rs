@@ -126,15 +126,6 @@ impl Unavailable {
             _ => None,
         }
     }
-
-    /// Whether it does not exist, rather than being unavailable for a time.
-    pub fn is_gone(&self) -> bool {
-        match self {
-            Self::NotPublished => true,
-            Self::NotConfigured { instead } => instead.as_ref().is_none_or(|(_, why)| why.is_gone()),
-            _ => false,
-        }
-    }
 }
 
 /// What an admin or a user can do.
