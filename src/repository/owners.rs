@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use super::client::{self, ClientUser};
 use super::executor::record_progress;
 use super::{LAYER_ROOT, LAYERS, lists_own_attributes};
+use crate::model::Owner;
 use crate::system::{self, DirHandle, FileType, Status, Sys};
 
 /// Layers in a sample.
@@ -27,12 +28,6 @@ const MAX_ENTRIES: usize = 200;
 const MAX_TIME: Duration = Duration::from_secs(3);
 /// From fewer entries of the same owner nothing follows for the others.
 const MIN_ENTRIES: usize = 10;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    pub uid: u32,
-    pub gid: u32,
-}
 
 /// Who owns the files of a repository, as this mount shows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
