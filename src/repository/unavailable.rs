@@ -69,7 +69,7 @@ pub enum Unavailable {
 }
 
 impl Unavailable {
-    pub fn reason(&self) -> DownloadCause {
+    pub fn download_cause(&self) -> DownloadCause {
         match self {
             Self::NotPublished => DownloadCause::NotPublished,
             Self::NotMounted { .. } => DownloadCause::NotMounted,
@@ -88,7 +88,7 @@ impl Unavailable {
             | Self::JobPanicked
             | Self::ScanFailed(_) => DownloadCause::Unreadable,
             Self::NotConfigured { instead } => {
-                instead.as_ref().map_or(DownloadCause::NotPublished, |(_, missing)| missing.reason())
+                instead.as_ref().map_or(DownloadCause::NotPublished, |(_, missing)| missing.download_cause())
             }
         }
     }

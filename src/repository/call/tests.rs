@@ -146,8 +146,8 @@ fn job_with_priority_next_is_the_next_one() {
             done.send(()).unwrap();
         })
     };
-    pool.calls().run(Priority::Last, Heartbeat::default(), record(1)).unwrap();
-    pool.calls().run(Priority::Next, Heartbeat::default(), record(2)).unwrap();
+    pool.calls.run(Priority::Last, Heartbeat::default(), record(1)).unwrap();
+    pool.calls.run(Priority::Next, Heartbeat::default(), record(2)).unwrap();
     drop(release);
     for _ in 0..2 {
         both.recv_timeout(SOON).unwrap();
@@ -176,7 +176,7 @@ fn threads_that_hang_in_replaced_mounts_count_against_the_budget() {
     let size = PoolSize { target: 2, max: 4 };
     let (_dir, old) = generation(size, SHORT, &budget);
     let hanging = [start_stuck_job(&old), start_stuck_job(&old)];
-    old.calls().close();
+    old.calls.close();
     let (_other_dir, new) = generation(size, SHORT, &budget);
     let (release, last) = start_stuck_job(&new);
     thread::sleep(SHORT * 2);
@@ -202,10 +202,10 @@ fn job_that_works_on_the_local_disk_is_not_stuck() {
         started.send(()).unwrap();
         let _ = released.recv();
     };
-    pool.calls().run(Priority::Last, heartbeat.clone(), Box::new(job)).unwrap();
+    pool.calls.run(Priority::Last, heartbeat.clone(), Box::new(job)).unwrap();
     has_started.recv_timeout(SOON).unwrap();
     thread::sleep(SHORT * 2);
-    assert_eq!((heartbeat.idle_for(), pool.calls().idle_for()), (Duration::ZERO, Duration::ZERO));
+    assert_eq!((heartbeat.idle_for(), pool.calls.idle_for()), (Duration::ZERO, Duration::ZERO));
     let waiting = start(&pool, || 1).unwrap();
     drop(release);
     assert_eq!(waiting.wait(within(SOON)), Ok(1));
