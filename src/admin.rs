@@ -3,6 +3,5 @@
 
 pub mod client;
 pub mod gc;
-mod grpc_client;
 pub mod status;
 pub mod table;

@@ -27,14 +27,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use self::mounts::{MountPoint, SupersededMount};
 pub use self::skeleton::skeleton_needs;
 use self::skeleton::{SkeletonKind, SkeletonPlan};
-use crate::model::{AttachMode, Quoted, SnapshotId};
+use crate::model::{AttachMode, Quoted, SnapshotId, Timestamp};
 use crate::overlay::{SnapshotPaths, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::repository::scan::Scan;
@@ -191,8 +191,8 @@ pub enum ReleaseOutcome {
 
 impl Attacher {
     pub fn new(paths: SnapshotPaths, mode: AttachMode, sys: Arc<dyn Sys>) -> Self {
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let next_mount_point = AtomicU64::new(u64::try_from(since_1970.as_micros()).unwrap_or(0));
+        let microseconds = Timestamp::now().0 / 1000;
+        let next_mount_point = AtomicU64::new(u64::try_from(microseconds).unwrap_or(0));
         Self {
             paths,
             mode,

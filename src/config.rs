@@ -267,10 +267,8 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Er
 }
 
 fn attach_mode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AttachMode, D::Error> {
-    convert(deserializer, "\"bind\" or \"symlink\"", |mode: String| match mode.as_str() {
-        "bind" => Some(AttachMode::Bind),
-        "symlink" => Some(AttachMode::Symlink),
-        _ => None,
+    convert(deserializer, "\"bind\" or \"symlink\"", |name: String| {
+        [AttachMode::Bind, AttachMode::Symlink].into_iter().find(|mode| mode.as_str() == name)
     })
 }
 

@@ -255,7 +255,7 @@ fn check_labels(mut labels: Labels) -> Option<Labels> {
     assert!(bytes <= MAX_LABELS_BYTES && labels.values().all(|value| !value.is_empty()));
     match snapshotter::mapped_root(&labels) {
         // The kernel uses this number for "no id", so it must not become an owner.
-        Ok(root) => assert!(root.is_none_or(|(uid, gid)| uid != u32::MAX && gid != u32::MAX), "{root:?}"),
+        Ok(root) => assert!(root.is_none_or(|root| root.uid != u32::MAX && root.gid != u32::MAX), "{root:?}"),
         Err(e) => assert!(matches!(e, Error::InvalidMapping { .. }) && e.to_string().len() < 5_000, "{e}"),
     }
     Some(labels)

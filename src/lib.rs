@@ -21,10 +21,9 @@ pub mod overlay;
 pub mod repository;
 #[cfg(feature = "server")]
 pub mod server;
-// Without gRPC there are only the parsers of the server, for the fuzzers.
+// Fuzzers are built without gRPC, and the server then consists of its parsers.
 #[cfg(not(feature = "server"))]
-#[allow(dead_code)]
-mod server {
+pub mod server {
     pub mod convert;
     pub mod field_count;
     pub mod filters;

@@ -52,7 +52,7 @@ pub fn parse_level(name: &str) -> Option<LevelFilter> {
 /// Starts the log. May be called once in a process.
 pub fn start(format: Format, level: LevelFilter) {
     env_logger::Builder::new()
-        // Lines of this crate pass at any level, so that `set_level` decides; of grpcio's lines only warnings pass.
+        // Lines of this crate pass at any level, so that `log::set_max_level` decides; of grpcio's lines only warnings pass.
         .filter_level(LevelFilter::Warn)
         .filter_module(env!("CARGO_CRATE_NAME"), LevelFilter::Trace)
         .target(Target::Pipe(Box::new(LineQueue::start())))
@@ -61,7 +61,7 @@ pub fn start(format: Format, level: LevelFilter) {
             Format::Text => text,
         })
         .init();
-    set_level(level);
+    log::set_max_level(level);
     std::panic::set_hook(Box::new(log_panic));
 }
 
@@ -145,10 +145,6 @@ pub fn flush(limit: Duration) {
     while QUEUED.load(Ordering::SeqCst) > 0 && Instant::now() < until {
         thread::sleep(Duration::from_millis(1));
     }
-}
-
-pub fn set_level(level: LevelFilter) {
-    log::set_max_level(level);
 }
 
 /// The keys of a line: `event` first, the others sorted by name as the Go logger sorts them.

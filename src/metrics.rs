@@ -32,67 +32,57 @@ const SECONDS: [f64; 15] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 
 const FAILURES: [&str; 4] = ["INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"];
 
 /// A metric's name, without the prefix `cvmfs_snapshotter_` and without its unit, and its help.
-struct Definition {
-    name: &'static str,
-    help: &'static str,
-}
+type Definition = (&'static str, &'static str);
 
-const fn define(name: &'static str, help: &'static str) -> Definition {
-    Definition { name, help }
-}
-
-const CALLS: Definition = define(
+const CALLS: Definition = (
     "call_duration",
     "Calls by method and gRPC code, from their arrival to the beginning of their answer; CANCELLED where the client went away before it had it. Of a pull, ALREADY_EXISTS is the good answer: the layer need not be downloaded",
 );
-const FAILED_CALLS: Definition = define(
+const FAILED_CALLS: Definition = (
     "calls_failed",
     "Calls that failed because of this program, its load or its node, by method and code (INTERNAL, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED); call_duration has these too, from the first one on",
 );
-const UNREADABLE_REQUESTS: Definition = define(
+const UNREADABLE_REQUESTS: Definition = (
     "requests_unreadable",
     "Requests that could not be decoded, which are in no other metric; gRPC answers them INTERNAL",
 );
-const PUBLISHED_LAYERS: Definition = define("layers_published", "Layers of pulls that a repository had, by repository");
-const DOWNLOADED_LAYERS: Definition = define(
+const PUBLISHED_LAYERS: Definition = ("layers_published", "Layers of pulls that a repository had, by repository");
+const DOWNLOADED_LAYERS: Definition = (
     "layers_downloaded",
     "Layers of pulls that containerd had to download, by reason (not_published, no_digest, bad_digest, not_mounted, no_answer, server_unreachable, own_attributes, unreadable, name)",
 );
 const ATTACHMENTS: Definition =
-    define("attachments", "Layers that were attached below the state root, by result (attached, failed)");
-const SCANS: Definition =
-    define("scan_duration", "First walks over layers in search of markers, by result (done, failed)");
-const REPOSITORY_WAITS: Definition =
-    define("repository_wait", "Waits of calls for an answer of a repository, by repository");
+    ("attachments", "Layers that were attached below the state root, by result (attached, failed)");
+const SCANS: Definition = ("scan_duration", "First walks over layers in search of markers, by result (done, failed)");
+const REPOSITORY_WAITS: Definition = ("repository_wait", "Waits of calls for an answer of a repository, by repository");
 const REPOSITORY_OUTAGES: Definition =
-    define("repository_outages", "Times that a repository ceased to answer, by repository");
-const SERVER_OUTAGES: Definition = define(
+    ("repository_outages", "Times that a repository ceased to answer, by repository");
+const SERVER_OUTAGES: Definition = (
     "repository_server_outages",
     "Times that the client of a repository was there and could not reach its server, by repository",
 );
 const STORE_COMMITS: Definition =
-    define("store_commit_duration", "Commits of the metadata, each of which makes one or more writes durable");
-const STORE_WRITES: Definition = define("store_writes", "Writes to the metadata that were made durable");
-const CLEANUPS: Definition = define(
+    ("store_commit_duration", "Commits of the metadata, each of which makes one or more writes durable");
+const STORE_WRITES: Definition = ("store_writes", "Writes to the metadata that were made durable");
+const CLEANUPS: Definition = (
     "cleanups",
     "What cleanups did with what nothing needs any more, by result (removed, left: busy, or it failed and will be tried again)",
 );
-const POOL_THREADS: Definition =
-    define("pool_threads", "Threads that do the work of calls, by pool (worker, pull, start)");
-const POOL_BUSY: Definition = define("pool_busy", "Threads that are at work, by pool");
-const POOL_WAITING: Definition = define("pool_waiting", "Calls that wait for a thread, by pool");
+const POOL_THREADS: Definition = ("pool_threads", "Threads that do the work of calls, by pool (worker, pull, start)");
+const POOL_BUSY: Definition = ("pool_busy", "Threads that are at work, by pool");
+const POOL_WAITING: Definition = ("pool_waiting", "Calls that wait for a thread, by pool");
 const POOL_WAITING_LIMIT: Definition =
-    define("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool");
-const REPOSITORY_UP: Definition = define(
+    ("pool_waiting_limit", "Calls that may wait for a thread before more are refused, by pool");
+const REPOSITORY_UP: Definition = (
     "repository_up",
     "Whether the repository is mounted and answers, and its client reaches its server, by repository",
 );
-const SNAPSHOTS: Definition = define("snapshots", "Snapshots in the metadata");
-const LEFTOVERS: Definition = define("leftovers", "What waits for the next cleanup");
-const RESIDENT_MEMORY: Definition = define("resident_memory", "Memory of the process");
-const OPEN_DESCRIPTORS: Definition = define("open_descriptors", "Files and sockets that the process has open");
-const START_TIME: Definition = define("start_time", "When the process began, since 1970");
-const BUILD_INFO: Definition = define("build_info", "1, with the version of the program");
+const SNAPSHOTS: Definition = ("snapshots", "Snapshots in the metadata");
+const LEFTOVERS: Definition = ("leftovers", "What waits for the next cleanup");
+const RESIDENT_MEMORY: Definition = ("resident_memory", "Memory of the process");
+const OPEN_DESCRIPTORS: Definition = ("open_descriptors", "Files and sockets that the process has open");
+const START_TIME: Definition = ("start_time", "When the process began, since 1970");
+const BUILD_INFO: Definition = ("build_info", "1, with the version of the program");
 
 pub struct Metrics {
     calls: Histograms<2>,
@@ -133,18 +123,23 @@ fn new_histogram() -> Histogram {
 }
 
 /// Registers `metric` and returns it.
-fn register<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, metric: M) -> M {
-    registry.register(definition.name, definition.help, metric.clone());
+fn register<M: Metric + Clone>(registry: &mut Registry, (name, help): Definition, metric: M) -> M {
+    registry.register(name, help, metric.clone());
     metric
 }
 
-/// As `register`, for a metric whose name ends in its unit.
-fn register_with_unit<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, unit: Unit, metric: M) -> M {
-    registry.register_with_unit(definition.name, definition.help, unit, metric.clone());
+/// Registers a metric whose name ends in its unit, and returns it.
+fn register_with_unit<M: Metric + Clone>(
+    registry: &mut Registry,
+    (name, help): Definition,
+    unit: Unit,
+    metric: M,
+) -> M {
+    registry.register_with_unit(name, help, unit, metric.clone());
     metric
 }
 
-fn register_durations<const N: usize>(registry: &mut Registry, definition: &Definition) -> Histograms<N> {
+fn register_durations<const N: usize>(registry: &mut Registry, definition: Definition) -> Histograms<N> {
     let histograms = Histograms::new_with_constructor(new_histogram as fn() -> Histogram);
     register_with_unit(registry, definition, Unit::Seconds, histograms)
 }
@@ -157,23 +152,23 @@ impl Metrics {
         let build_info = Family::<Labels<1>, Gauge>::default();
         build_info.get_or_create(&[("version", env!("CARGO_PKG_VERSION").to_owned())]).set(1);
         let metrics = Self {
-            calls: register_durations(registry, &CALLS),
-            failed_calls: register(registry, &FAILED_CALLS, Family::default()),
-            unreadable_requests: register(registry, &UNREADABLE_REQUESTS, Counter::default()),
-            published_layers: register(registry, &PUBLISHED_LAYERS, Family::default()),
-            downloaded_layers: register(registry, &DOWNLOADED_LAYERS, Family::default()),
-            attachments: register(registry, &ATTACHMENTS, Family::default()),
-            scans: register_durations(registry, &SCANS),
-            repository_waits: register_durations(registry, &REPOSITORY_WAITS),
-            repository_outages: register(registry, &REPOSITORY_OUTAGES, Family::default()),
-            server_outages: register(registry, &SERVER_OUTAGES, Family::default()),
-            store_commits: register_with_unit(registry, &STORE_COMMITS, Unit::Seconds, new_histogram()),
-            store_writes: register(registry, &STORE_WRITES, Counter::default()),
-            cleanups: register(registry, &CLEANUPS, Family::default()),
+            calls: register_durations(registry, CALLS),
+            failed_calls: register(registry, FAILED_CALLS, Family::default()),
+            unreadable_requests: register(registry, UNREADABLE_REQUESTS, Counter::default()),
+            published_layers: register(registry, PUBLISHED_LAYERS, Family::default()),
+            downloaded_layers: register(registry, DOWNLOADED_LAYERS, Family::default()),
+            attachments: register(registry, ATTACHMENTS, Family::default()),
+            scans: register_durations(registry, SCANS),
+            repository_waits: register_durations(registry, REPOSITORY_WAITS),
+            repository_outages: register(registry, REPOSITORY_OUTAGES, Family::default()),
+            server_outages: register(registry, SERVER_OUTAGES, Family::default()),
+            store_commits: register_with_unit(registry, STORE_COMMITS, Unit::Seconds, new_histogram()),
+            store_writes: register(registry, STORE_WRITES, Counter::default()),
+            cleanups: register(registry, CLEANUPS, Family::default()),
             gauges: GaugeFamilies::register(registry),
             registry: {
-                register_with_unit(registry, &START_TIME, Unit::Seconds, start_time);
-                register(registry, &BUILD_INFO, build_info);
+                register_with_unit(registry, START_TIME, Unit::Seconds, start_time);
+                register(registry, BUILD_INFO, build_info);
                 std::mem::take(registry)
             },
         };
@@ -195,7 +190,7 @@ impl Metrics {
         self.record_cleanup(0, 0);
     }
 
-    /// As `create_series`, for a repository.
+    /// Creates the series of a repository, for the same reason.
     pub fn init_repository(&self, repository: &str) {
         let labels = repository_label(repository);
         drop(self.published_layers.get_or_create(&labels));
@@ -204,8 +199,8 @@ impl Metrics {
         drop(self.server_outages.get_or_create(&labels));
     }
 
-    /// As `create_series`, for a method.
-    pub fn init_methods(&self, method: &str) {
+    /// Creates the series of a method, for the same reason.
+    pub fn init_method(&self, method: &str) {
         for code in FAILURES {
             drop(self.failed_calls.get_or_create(&call_labels(method, code)));
         }
@@ -374,21 +369,21 @@ pub struct PoolState {
     pub busy: usize,
     pub waiting: usize,
     /// Maximum number of waiting calls.
-    pub room: usize,
+    pub max_waiting: usize,
 }
 
 impl GaugeFamilies {
     fn register(registry: &mut Registry) -> Self {
         Self {
-            pool_threads: register(registry, &POOL_THREADS, Family::default()),
-            pool_busy: register(registry, &POOL_BUSY, Family::default()),
-            pool_waiting: register(registry, &POOL_WAITING, Family::default()),
-            pool_waiting_limit: register(registry, &POOL_WAITING_LIMIT, Family::default()),
-            repository_up: register(registry, &REPOSITORY_UP, Family::default()),
-            snapshots: register(registry, &SNAPSHOTS, Gauge::default()),
-            leftovers: register(registry, &LEFTOVERS, Gauge::default()),
-            resident_memory: register_with_unit(registry, &RESIDENT_MEMORY, Unit::Bytes, Gauge::default()),
-            open_descriptors: register(registry, &OPEN_DESCRIPTORS, Gauge::default()),
+            pool_threads: register(registry, POOL_THREADS, Family::default()),
+            pool_busy: register(registry, POOL_BUSY, Family::default()),
+            pool_waiting: register(registry, POOL_WAITING, Family::default()),
+            pool_waiting_limit: register(registry, POOL_WAITING_LIMIT, Family::default()),
+            repository_up: register(registry, REPOSITORY_UP, Family::default()),
+            snapshots: register(registry, SNAPSHOTS, Gauge::default()),
+            leftovers: register(registry, LEFTOVERS, Gauge::default()),
+            resident_memory: register_with_unit(registry, RESIDENT_MEMORY, Unit::Bytes, Gauge::default()),
+            open_descriptors: register(registry, OPEN_DESCRIPTORS, Gauge::default()),
         }
     }
 
@@ -402,7 +397,7 @@ impl GaugeFamilies {
             self.pool_threads.get_or_create(&label).inc_by(number(pool.threads));
             self.pool_busy.get_or_create(&label).inc_by(number(pool.busy));
             self.pool_waiting.get_or_create(&label).inc_by(number(pool.waiting));
-            self.pool_waiting_limit.get_or_create(&label).inc_by(number(pool.room));
+            self.pool_waiting_limit.get_or_create(&label).inc_by(number(pool.max_waiting));
         }
         for (name, is_up) in &gauges.repositories {
             self.repository_up.get_or_create(&repository_label(name)).set(i64::from(*is_up));

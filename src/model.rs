@@ -31,6 +31,13 @@ pub const MAX_CHAIN: usize = 512;
 /// Maximum length of the path of a unix socket, in bytes. The kernel's `sun_path` has room for one more.
 pub const MAX_SOCKET_PATH: usize = 107;
 
+/// The user and the group that own a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+}
+
 /// How a published layer is attached: where its link `snapshots/<id>/fs` leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMode {
@@ -38,6 +45,16 @@ pub enum AttachMode {
     Bind,
     /// The link leads to the layer itself, so there is no mount.
     Symlink,
+}
+
+impl AttachMode {
+    /// The name in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bind => "bind",
+            Self::Symlink => "symlink",
+        }
+    }
 }
 
 /// The address at which metrics are served.

@@ -108,7 +108,7 @@ impl Repository {
             match generation.check() {
                 Ok(()) => return Ok(generation),
                 // The probe that was waited for has found another mount.
-                Err(_) if generation.is_replaced() => {}
+                Err(_) if generation.health.is_replaced() => {}
                 Err(why) => return Err(why),
             }
         }
@@ -138,7 +138,7 @@ impl Repository {
 
     /// Why a pull does not ask the repository: for each of its layers it would wait until the client gives up.
     pub fn refusal_of_pulls(&self) -> Option<Unavailable> {
-        let unreachable = self.generation().server().refusal_of_pulls()?;
+        let unreachable = self.generation().server.refusal_of_pulls()?;
         Some(Unavailable::ServerUnreachable(Box::new(unreachable)))
     }
 

@@ -34,12 +34,12 @@ use nix::sys::statvfs::FsFlags;
 pub use self::counted::CountedMemory;
 #[cfg(feature = "server")]
 pub use self::descriptors::{inherited_sockets, into_grpc_fd};
-pub use self::directory::DirHandle;
+pub use self::directory::{DirHandle, is_entry_name};
 pub use self::host::Host;
 pub use self::memory::{configure_allocator, give_back_free_memory};
 pub use self::mountinfo::mount_point_of;
 pub use self::sqlite::sqlite_errno;
-pub use self::tree::DiskUsage;
+pub use self::tree::{DiskUsage, supports_d_type};
 use crate::model::{Quoted, SnapshotId};
 
 /// A failed system call, with what it was asked to do.
@@ -257,10 +257,4 @@ pub fn snapshot_ids(sys: &dyn Sys, path: &Path) -> Result<Vec<SnapshotId>> {
         ControlFlow::Continue(())
     })?;
     Ok(ids)
-}
-
-/// Whether the file system of directory `path` stores the types of entries, as overlayfs needs it of its upper
-/// directories. ext4 made without `filetype` and XFS made with `ftype=0` do not. The directory must not be empty.
-pub fn supports_d_type(path: &Path) -> Result<bool> {
-    tree::supports_d_type(path).map_err(|e| Error::new("read directory", path, e))
 }

@@ -53,14 +53,8 @@ impl fmt::Display for JobError {
     }
 }
 
-/// What happens to a queued job.
-enum Disposition {
-    Run,
-    Fail(JobError),
-}
-
-/// A queued job. It reports its result itself.
-type Job = Box<dyn FnOnce(Disposition) + Send>;
+/// A queued job, which reports its result itself. It is run unless the pool passes it an error to fail with.
+type Job = Box<dyn FnOnce(Result<(), JobError>) + Send>;
 
 /// A pool of worker threads. Dropping it leaves the threads running; `drain` ends it properly.
 pub struct Pool {
@@ -93,14 +87,8 @@ pub enum DrainOutcome {
 }
 
 impl Pool {
-    /// Starts `threads` workers that share a queue of `queue_capacity` waiting jobs.
-    pub fn start(name: &str, threads: usize, queue_capacity: usize) -> io::Result<Self> {
-        let mut pool = Self::unstarted(name, threads, queue_capacity);
-        pool.start_workers()?;
-        Ok(pool)
-    }
-
-    /// Creates a pool that queues jobs and runs none of them until `start_workers` is called.
+    /// Creates a pool of `threads` workers that share a queue of `queue_capacity` waiting jobs. Jobs stay in the queue
+    /// until `start_workers` is called.
     pub fn unstarted(name: &str, threads: usize, queue_capacity: usize) -> Self {
         let (new_jobs, new_jobs_receiver) = bounded(queue_capacity);
         let (continuations, continuations_receiver) = unbounded();
@@ -174,10 +162,8 @@ impl PoolHandle {
         let Some(job) = self.new_job(is_expired, work, on_result) else { return };
         match self.new_jobs.try_send(job) {
             Ok(()) => self.spawn_worker_if_needed(),
-            Err(TrySendError::Full(job)) => {
-                job(Disposition::Fail(JobError::QueueFull { capacity: self.queue_capacity }));
-            }
-            Err(TrySendError::Disconnected(job)) => job(Disposition::Fail(JobError::Stopping)),
+            Err(TrySendError::Full(job)) => job(Err(JobError::QueueFull { capacity: self.queue_capacity })),
+            Err(TrySendError::Disconnected(job)) => job(Err(JobError::Stopping)),
         }
     }
 
@@ -192,7 +178,7 @@ impl PoolHandle {
         let Some(job) = self.new_job(is_expired, work, on_result) else { return };
         match self.continuations.send(job) {
             Ok(()) => self.spawn_worker_if_needed(),
-            Err(SendError(job)) => job(Disposition::Fail(JobError::Stopping)),
+            Err(SendError(job)) => job(Err(JobError::Stopping)),
         }
     }
 
@@ -201,7 +187,7 @@ impl PoolHandle {
         let waiting = self.new_jobs.len() + self.continuations.len();
         let jobs = self.counters.counts.lock().jobs;
         let busy = jobs.saturating_sub(waiting).min(self.max_threads);
-        PoolState { threads: self.max_threads, busy, waiting, room: self.queue_capacity }
+        PoolState { threads: self.max_threads, busy, waiting, max_waiting: self.queue_capacity }
     }
 
     /// Wraps `work` as a job. `None`: the pool is closed, and `on_result` was told so.
@@ -215,12 +201,12 @@ impl PoolHandle {
             on_result(Err(JobError::Stopping));
             return None;
         };
-        Some(Box::new(move |disposition| {
+        Some(Box::new(move |may_run| {
             let _guard = guard;
-            let result = match disposition {
-                Disposition::Fail(error) => Err(error),
-                Disposition::Run if is_expired() => Err(JobError::DeadlinePassed),
-                Disposition::Run => catch_unwind(AssertUnwindSafe(work))
+            let result = match may_run {
+                Err(error) => Err(error),
+                Ok(()) if is_expired() => Err(JobError::DeadlinePassed),
+                Ok(()) => catch_unwind(AssertUnwindSafe(work))
                     .map_err(|panic| JobError::Panicked(panic_message(panic.as_ref()).to_owned())),
             };
             on_result(result);
@@ -293,7 +279,7 @@ fn run_jobs(queues: &JobQueues) {
 
 fn run(job: Job) {
     // `new_job` catches a panic of the work itself. This one catches a panic while the result is reported.
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(Disposition::Run))) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(Ok(())))) {
         let message = panic_message(panic.as_ref());
         log::error!(event = "job_result_lost"; "reporting the result of a job panicked: {message}");
     }

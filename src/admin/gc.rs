@@ -75,13 +75,12 @@ fn as_json(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> Stri
 }
 
 fn as_table(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> String {
-    let mut rows = vec![["PATH", "WHAT", "SIZE", ""].map(str::to_owned).to_vec()];
-    rows.extend(leftovers.iter().map(|leftover| {
+    let rows = leftovers.iter().map(|leftover| {
         let bytes = leftover.bytes.map_or_else(|| "-".to_owned(), table::size);
         let note = if is_present(leftover, remaining) { "in use, or failed (see the log)" } else { "" };
-        vec![leftover.path.display().to_string(), leftover.kind.to_owned(), bytes, note.to_owned()]
-    }));
-    let mut text = if leftovers.is_empty() { String::new() } else { table::table(&rows) };
+        [leftover.path.display().to_string(), leftover.kind.to_owned(), bytes, note.to_owned()]
+    });
+    let mut text = if leftovers.is_empty() { String::new() } else { table::table(["PATH", "WHAT", "SIZE", ""], rows) };
     let (count, bytes) = leftovers
         .iter()
         .filter(|leftover| !is_present(leftover, remaining))

@@ -7,11 +7,11 @@ use std::io::{IsTerminal, Write as _};
 use crate::model::printable;
 
 /// Formats rows so that each column is as wide as its widest cell.
-pub fn table(rows: &[Vec<String>]) -> String {
-    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
-    let mut widths = Vec::new();
+pub fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> =
+        [head.map(str::to_owned)].into_iter().chain(rows).map(|row| row.map(|text| cell(&text))).collect();
+    let mut widths = [0; N];
     for row in &rows {
-        widths.resize(row.len().max(widths.len()), 0);
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
         }
@@ -102,9 +102,11 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
-        let row = |cells: &[&str]| cells.iter().map(|&cell| cell.to_owned()).collect::<Vec<_>>();
-        let rows = [row(&["IMAGE", "USED BY"]), row(&["grün", "2"]), row(&["a\x1b[2Jlonger", ""])];
-        assert_eq!(table(&rows), "IMAGE        USED BY\ngrün         2\na?[2Jlonger\n");
+        let rows = [["grün", "2"], ["a\x1b[2Jlonger", ""]].map(|row| row.map(str::to_owned));
+        assert_eq!(
+            table(["IMAGE", "USED BY"], rows.into_iter()),
+            "IMAGE        USED BY\ngrün         2\na?[2Jlonger\n"
+        );
     }
 
     #[test]

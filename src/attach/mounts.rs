@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{AttachMode, Attacher, staging_path};
-use crate::model::SnapshotId;
+use super::{Attacher, staging_path};
+use crate::model::{AttachMode, SnapshotId};
 use crate::overlay::{BIND_MOUNTS_DIR, SourceVariant};
 use crate::repository::executor::without_repository;
 use crate::system::{DirHandle, Error, FileType, Result, Status, Unmount};
@@ -256,7 +256,7 @@ impl Attacher {
                 return Ok(());
             }
         }
-        Err(too_many_mounts(path))
+        Err(Error { call: "unmount all of the many mounts on", path: path.to_owned(), errno: Errno::ELOOP })
     }
 
     /// Unmounts the uppermost mount on `path`, and returns false if there was none. Asks no file system. A process that
@@ -294,8 +294,4 @@ impl Attacher {
         self.sys.symlink(target, &staging)?;
         self.sys.rename(&staging, link)
     }
-}
-
-fn too_many_mounts(path: &Path) -> Error {
-    Error { call: "unmount all of the many mounts on", path: path.to_owned(), errno: Errno::ELOOP }
 }

@@ -86,19 +86,12 @@ impl Attacher {
             }
             let xattrs = xattrs_size(&attributes);
             bytes += xattrs;
+            let exceeded = |call, errno| Err(Error { call, path: layer.path().join(&path), errno });
             if memory.add(size_of::<PlannedDirectory>() + xattrs) > MAX_PLANNED {
-                return Err(Error {
-                    call: "hold the attributes of more directories at one time (64 MiB), at",
-                    path: layer.path().join(path),
-                    errno: Errno::ENOMEM,
-                });
+                return exceeded("hold the attributes of more directories at one time (64 MiB), at", Errno::ENOMEM);
             }
             if bytes > MAX_ATTRIBUTES {
-                return Err(Error {
-                    call: "hold more than 8 MiB of attributes of directories, at",
-                    path: layer.path().join(path),
-                    errno: Errno::E2BIG,
-                });
+                return exceeded("hold more than 8 MiB of attributes of directories, at", Errno::E2BIG);
             }
             directories.push(PlannedDirectory { index, attributes });
         }

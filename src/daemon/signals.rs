@@ -12,7 +12,6 @@ use nix::sys::signal::{SigSet, Signal};
 use super::StopRequest;
 use crate::cli::Arguments;
 use crate::config::{self, LoadedConfig};
-use crate::logging;
 
 /// Blocks the signals for the calling thread and for those that it starts, so that they wait for `listen`.
 pub fn block() -> SigSet {
@@ -49,7 +48,7 @@ fn handle_until_stop(signals: &SigSet, arguments: &Arguments, mut configured_lev
 }
 
 fn change_level(level: LevelFilter) {
-    logging::set_level(level);
+    log::set_max_level(level);
     // Whoever sent the signal waits for this line, so the new level must let it through; it is never above info.
     let line_level = level.to_level().map_or(log::Level::Error, |most_verbose| most_verbose.min(log::Level::Info));
     log::log!(line_level, event = "log_level_changed", log_level:% = level; "log level {level}");

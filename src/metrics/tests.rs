@@ -12,7 +12,7 @@ fn names(text: &str, prefix: &str) -> BTreeSet<String> {
 fn documentation_lists_exactly_the_metrics() {
     let metrics = Metrics::new();
     metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", "OK", Duration::ZERO);
-    metrics.init_methods("Stat");
+    metrics.init_method("Stat");
     metrics.init_repository("a.test");
     let pools = vec![("worker", PoolState::default())];
     let text = metrics.text(&Gauges { pools, repositories: vec![("a.test".to_owned(), true)], ..Gauges::default() });
@@ -31,7 +31,7 @@ fn failed_calls_are_counted_from_zero() {
         let sample = format!("cvmfs_snapshotter_calls_failed_total{{method=\"Stat\",code=\"{code}\"}} ");
         text.lines().find_map(|line| line.strip_prefix(&sample)).map(str::to_owned)
     };
-    metrics.init_methods("/containerd.services.snapshots.v1.Snapshots/Stat");
+    metrics.init_method("/containerd.services.snapshots.v1.Snapshots/Stat");
     assert_eq!(count("INTERNAL").as_deref(), Some("0"));
     for code in ["INTERNAL", "NOT_FOUND"] {
         metrics.record_call("/containerd.services.snapshots.v1.Snapshots/Stat", code, Duration::ZERO);
@@ -43,7 +43,7 @@ fn failed_calls_are_counted_from_zero() {
 #[test]
 fn scrape_shows_current_states() {
     let metrics = Metrics::new();
-    let pool = PoolState { threads: 4, busy: 2, waiting: 1, room: 9 };
+    let pool = PoolState { threads: 4, busy: 2, waiting: 1, max_waiting: 9 };
     let gauges = Gauges {
         pools: vec![("start", pool), ("start", pool)],
         repositories: vec![("a.test".to_owned(), false)],

@@ -1,7 +1,6 @@
 //! Keys: the names that clients give to snapshots.
 #![forbid(unsafe_code)]
 
-use std::borrow::Borrow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -39,12 +38,6 @@ impl Key {
     }
 
     pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl Borrow<str> for Key {
-    fn borrow(&self) -> &str {
         &self.0
     }
 }

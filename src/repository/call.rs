@@ -32,7 +32,7 @@ struct PendingJob<T> {
 struct WaitLimits {
     /// The longest time without an answer of the repository to the job.
     pub no_progress: Duration,
-    pub deadline: Instant,
+    deadline: Instant,
 }
 
 /// Why a caller waits no longer.
@@ -60,7 +60,7 @@ fn wait<S, T>(
         }
         let (now, idle) = (now(), idle_for());
         // Where another caller has waited in vain, this one need not wait as long.
-        if idle >= limits.no_progress || generation.is_waiting_pointless() {
+        if idle >= limits.no_progress || generation.health.is_waiting_pointless() {
             return Err(WaitError::NoProgress);
         }
         if now >= limits.deadline {
@@ -193,7 +193,7 @@ impl MountGeneration {
                 on_abandoned(abandoned);
             }
         };
-        self.calls().run(Priority::Last, heartbeat, Box::new(run))?;
+        self.calls.run(Priority::Last, heartbeat, Box::new(run))?;
         Ok(PendingJob { result, generation: Arc::clone(self) })
     }
 }
@@ -218,7 +218,7 @@ impl<T> PendingJob<T> {
         let since = Instant::now();
         let idle_for = || {
             let has_started = result.has_started.load(Ordering::SeqCst);
-            if has_started { result.heartbeat.idle_for() } else { generation.calls().idle_for() }
+            if has_started { result.heartbeat.idle_for() } else { generation.calls.idle_for() }
         };
         let waited = wait((&result.state, &result.changed), limits, generation, idle_for, JobResult::take);
         METRICS.record_wait(generation.name(), since);

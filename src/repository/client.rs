@@ -68,13 +68,15 @@ pub fn client_user(sys: &dyn Sys, path: &Path) -> ClientUser {
     uid.map_or(ClientUser::Hidden, ClientUser::Uid)
 }
 
-fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
-    String::from_utf8(sys.attribute(path, name).ok()??).ok()
+/// The text of an extended attribute of the client. Some clients end it with a line break.
+pub(super) fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
+    let value = String::from_utf8(sys.attribute(path, name).ok()??).ok()?;
+    Some(value.trim().to_owned())
 }
 
 /// The id of the process that serves repository `name` at `path`.
 fn pid(sys: &dyn Sys, path: &Path, name: &str) -> Option<u32> {
-    let pid: u32 = attribute(sys, path, PID_XATTR)?.trim().parse().ok()?;
+    let pid: u32 = attribute(sys, path, PID_XATTR)?.parse().ok()?;
     // A client in a container has another id here, and the id may be that of another process.
     let command_line = sys.read_file(Path::new(&format!("/proc/{pid}/cmdline")), MAX_BYTES).ok()?;
     let mut words = command_line.split(|byte| *byte == 0);

@@ -44,11 +44,11 @@ pub(super) struct RepositorySettings {
 pub struct MountGeneration {
     settings: Arc<RepositorySettings>,
     number: u64,
-    calls: HangTolerantPool,
+    pub(super) calls: HangTolerantPool,
     scans: HangTolerantPool,
-    health: Health,
-    server: ServerHealth,
-    availability: AvailabilityCache,
+    pub(super) health: Health,
+    pub(super) server: ServerHealth,
+    pub(super) availability: AvailabilityCache,
     /// The start time of the last successful `require_usable`. A caller that began earlier need not check again.
     pub(super) shown_usable_at: Mutex<Option<Instant>>,
     pub(super) client_attributes: OnceLock<Arc<Vec<OsString>>>,
@@ -148,26 +148,9 @@ impl MountGeneration {
         &self.settings.threads
     }
 
-    pub(super) fn calls(&self) -> &HangTolerantPool {
-        &self.calls
-    }
-
-    pub(super) fn server(&self) -> &ServerHealth {
-        &self.server
-    }
-
     /// Fails if the mount does not answer, after a moment in which it may come back.
     pub(super) fn check(&self) -> Result<(), Unavailable> {
         self.health.check().map_err(Unavailable::KnownDown)
-    }
-
-    pub(super) fn is_replaced(&self) -> bool {
-        self.health.is_replaced()
-    }
-
-    /// Whether it is pointless to wait for an answer.
-    pub(super) fn is_waiting_pointless(&self) -> bool {
-        self.health.is_waiting_pointless()
     }
 
     /// The error of a caller whose wait ended without a result; `slow` is the error if its deadline has passed.
@@ -253,20 +236,11 @@ impl MountGeneration {
             let _ = self.spawn_background(move |generation| {
                 let is_available = generation.check_layers_directory().is_ok();
                 if is_available {
-                    generation.record_device();
+                    generation.health.record_device();
                 }
                 probe.record(is_available);
             });
         }
         is_up && self.availability.is_available(self.timeout()) && self.server.outage().is_none()
-    }
-
-    /// Remembers what is mounted, after a probe has succeeded.
-    pub(super) fn record_device(&self) {
-        self.health.record_device();
-    }
-
-    pub(super) fn record_availability(&self, is_available: bool) {
-        self.availability.record(is_available);
     }
 }

@@ -5,9 +5,8 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,7 +15,8 @@ use nix::errno::Errno;
 use super::client::{self, ClientUser};
 use super::executor::record_progress;
 use super::{LAYER_ROOT, LAYERS, lists_own_attributes};
-use crate::system::{self, DirHandle, FileType, Status, Sys};
+use crate::model::Owner;
+use crate::system::{self, DirHandle, FileType, Status, Sys, is_entry_name};
 
 /// Layers in a sample.
 const MAX_LAYERS: usize = 8;
@@ -27,12 +27,6 @@ const MAX_ENTRIES: usize = 200;
 const MAX_TIME: Duration = Duration::from_secs(3);
 /// From fewer entries of the same owner nothing follows for the others.
 const MIN_ENTRIES: usize = 10;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    pub uid: u32,
-    pub gid: u32,
-}
 
 /// Who owns the files of a repository, as this mount shows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,11 +200,6 @@ fn subdirectories(sys: &dyn Sys, root: &DirHandle, path: &Path, limit: usize) ->
     })?;
     record_progress();
     Ok(names)
-}
-
-/// Whether it is the name of an entry, which leads nowhere else.
-fn is_entry_name(name: &OsStr) -> bool {
-    !matches!(name.as_bytes(), b"" | b"." | b"..") && !name.as_bytes().contains(&b'/')
 }
 
 fn continue_if(condition: bool) -> ControlFlow<()> {

@@ -175,7 +175,7 @@ fn new_mount_is_used_and_is_not_blamed_for_the_old_one() {
         let repository = Arc::new(repository(PoolSize { target: 1, max: 3 }, &threads, &mount));
         // The start of the daemon has seen the first mount.
         let first = repository.generation();
-        first.record_device();
+        first.health.record_device();
         let hanging = (0..2).map(|_| {
             let (repository, mount) = (Arc::clone(&repository), Arc::clone(&mount));
             thread::spawn(move || {
@@ -202,7 +202,7 @@ fn new_mount_is_used_and_is_not_blamed_for_the_old_one() {
                 thread::yield_now();
             }
             assert_eq!(repository.generation().number(), 1);
-            assert!(first.check().is_err() && first.is_waiting_pointless());
+            assert!(first.check().is_err() && first.health.is_waiting_pointless());
         }
         mount.release();
         while threads.used() > 0 {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 
+use super::client::attribute;
 use super::executor::ThreadBudget;
 use super::health::Seconds;
 use crate::metrics::METRICS;
@@ -35,8 +36,8 @@ const LAST_IO_ERROR_XATTR: &str = "user.timestamp_last_ioerr";
 /// Errors of the client that are older are not reported.
 const RECENT_ERROR: Duration = Duration::from_secs(300);
 
-/// Reads a path, which is given from the repository's root.
-pub type PathProbe = Box<dyn Fn(&Path) -> ProbeResult + Send + Sync>;
+/// Asks the server by reading a path, which is given from the repository's root.
+pub type ServerProbe = Box<dyn Fn(&Path) -> ProbeResult + Send + Sync>;
 
 pub struct ProbeResult {
     pub result: system::Result<()>,
@@ -108,11 +109,6 @@ pub fn io_errors(sys: &dyn Sys, path: &Path) -> Option<u64> {
     attribute(sys, path, IO_ERRORS_XATTR)?.parse().ok()
 }
 
-fn attribute(sys: &dyn Sys, path: &Path, name: &str) -> Option<String> {
-    let value = String::from_utf8(sys.attribute(path, name).ok()??).ok()?;
-    Some(value.trim().to_owned())
-}
-
 #[derive(Clone)]
 pub struct ServerHealth {
     shared: Arc<Shared>,
@@ -120,7 +116,7 @@ pub struct ServerHealth {
 
 struct Shared {
     repository: String,
-    probe: PathProbe,
+    probe: ServerProbe,
     threads: ThreadBudget,
     state: Mutex<State>,
     changed: Condvar,
@@ -146,7 +142,7 @@ struct ServerOutage {
 }
 
 impl ServerHealth {
-    pub fn new(repository: &str, threads: &ThreadBudget, probe: PathProbe) -> Self {
+    pub fn new(repository: &str, threads: &ThreadBudget, probe: ServerProbe) -> Self {
         let (repository, threads) = (repository.to_owned(), threads.clone());
         let (state, changed) = (Mutex::default(), Condvar::new());
         Self { shared: Arc::new(Shared { repository, probe, threads, state, changed }) }

@@ -39,19 +39,19 @@ pub struct RepositoryStatus {
 impl MountGeneration {
     pub(super) fn status(self: &Arc<Self>) -> Result<RepositoryStatus, Unavailable> {
         let checked = self.check_layers_directory();
-        self.record_availability(checked.is_ok());
+        self.availability.record(checked.is_ok());
         match checked {
             // The sample shows it as well.
             Ok(()) | Err(Unavailable::OwnAttributes) => {}
             Err(why) => return Err(self.report(why)),
         }
-        if let Some(unreachable) = self.server().outage() {
+        if let Some(unreachable) = self.server.outage() {
             return Err(Unavailable::ServerUnreachable(Box::new(unreachable)));
         }
         let sample = self.log_sample();
         // Errors that the sample met are counted as well.
         let io_errors = IoErrors::recent(self.sys(), self.path());
-        let io_errors = io_errors.and_then(|errors| self.server().unexplained(errors));
+        let io_errors = io_errors.and_then(|errors| self.server.unexplained(errors));
         Ok(RepositoryStatus { sample, cache: self.cache(), io_errors })
     }
 

@@ -69,7 +69,7 @@ pub enum Unavailable {
 }
 
 impl Unavailable {
-    pub fn reason(&self) -> DownloadCause {
+    pub fn download_cause(&self) -> DownloadCause {
         match self {
             Self::NotPublished => DownloadCause::NotPublished,
             Self::NotMounted { .. } => DownloadCause::NotMounted,
@@ -88,7 +88,7 @@ impl Unavailable {
             | Self::JobPanicked
             | Self::ScanFailed(_) => DownloadCause::Unreadable,
             Self::NotConfigured { instead } => {
-                instead.as_ref().map_or(DownloadCause::NotPublished, |(_, missing)| missing.reason())
+                instead.as_ref().map_or(DownloadCause::NotPublished, |(_, missing)| missing.download_cause())
             }
         }
     }
@@ -124,15 +124,6 @@ impl Unavailable {
         match self {
             Self::ServerUnreachable(unreachable) => Some(unreachable),
             _ => None,
-        }
-    }
-
-    /// Whether it does not exist, rather than being unavailable for a time.
-    pub fn is_gone(&self) -> bool {
-        match self {
-            Self::NotPublished => true,
-            Self::NotConfigured { instead } => instead.as_ref().is_none_or(|(_, why)| why.is_gone()),
-            _ => false,
         }
     }
 }

@@ -95,7 +95,7 @@ fn describe(call: &CallContext<'_>) -> DescribeResponse {
         pid: std::process::id(),
         started: call.process_start.0,
         snapshots: daemon.snapshots.display().to_string(),
-        attach: convert::attach(daemon.attach).to_owned(),
+        attach: daemon.attach.as_str().to_owned(),
         found: MessageField::some(Found {
             unknown: daemon.recovery.unknown.len() as u64,
             foreign: daemon.recovery.foreign as u64,

@@ -2,21 +2,22 @@
 //! converts, and decides nothing.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
-
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::model::AttachMode;
-use crate::model::{Key, Kind, Labels, Mount, Snapshot, Timestamp};
+use crate::model::{Key, Kind, Labels, Mount, Owner, Snapshot, Timestamp};
 use crate::proto::admin::repository::Owners as WireOwners;
 use crate::proto::admin::{Owner as WireOwner, Repository};
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots::{Info, Kind as WireKind, UpdateSnapshotRequest};
-use crate::repository::owners::{Owner, OwnerSample, Owners};
+use crate::repository::owners::{OwnerSample, Owners};
 use crate::snapshotter::{CreateRequest, Error, LabelChange, Result};
 
-pub fn create_request(key: &str, parent: &str, labels: HashMap<String, String>) -> Result<CreateRequest> {
+pub fn create_request(
+    key: &str,
+    parent: &str,
+    labels: impl IntoIterator<Item = (String, String)>,
+) -> Result<CreateRequest> {
     Ok(CreateRequest {
         key: Key::parse(key)?,
         parent: Key::parse_optional(parent)?,
@@ -82,14 +83,6 @@ pub fn info(snapshot: Snapshot) -> Info {
         updated_at: MessageField::some(timestamp(snapshot.updated)),
         labels: snapshot.labels.into_iter().collect(),
         ..Info::default()
-    }
-}
-
-/// The mode, as the configuration names it.
-pub fn attach(mode: AttachMode) -> &'static str {
-    match mode {
-        AttachMode::Bind => "bind",
-        AttachMode::Symlink => "symlink",
     }
 }
 

@@ -34,7 +34,6 @@ impl BlockingPools {
 /// Finds out which repository a call may have to wait for, without waiting for it. `None`: it waits for none.
 pub type FindDependency<Q> = fn(&Snapshotter, &Q) -> snapshotter::Result<Option<RepositoryDependency>>;
 
-/// Executes a method.
 pub type Execute<Q, R> = fn(&CallContext<'_>, Q) -> CallResult<R>;
 
 /// What a method may use while it is executed.

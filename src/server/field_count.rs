@@ -57,6 +57,4 @@ fn add_fields(input: &mut CodedInputStream<'_>, nested: NestedMessages, count: &
 }
 
 #[cfg(test)]
-// The path is needed because `fuzz.rs` includes this file by its own path.
-#[path = "field_count/tests.rs"]
 mod tests;

@@ -9,8 +9,6 @@
 //! filters is bounded, and known before they are parsed.
 #![forbid(unsafe_code)]
 
-// The path is needed because `fuzz.rs` includes this file by its own path.
-#[path = "filters/parser.rs"]
 mod parser;
 
 use std::fmt;
@@ -191,6 +189,4 @@ fn label_name(path: &[Literal]) -> Option<String> {
 }
 
 #[cfg(test)]
-// The path is needed because `fuzz.rs` includes this file by its own path.
-#[path = "filters/tests.rs"]
 mod tests;

@@ -38,11 +38,6 @@ pub struct Handlers {
 pub(super) type CallResult<T> = Result<T, CallError>;
 
 impl Handlers {
-    /// Whether the start of the daemon is over.
-    pub(super) fn is_ready(&self) -> bool {
-        self.snapshotter.get().is_some()
-    }
-
     /// Reserves memory for a request, or refuses it.
     pub(super) fn admit<Q>(&self, request: DecodedRequest<Q>) -> CallResult<(Q, MemoryReservation)> {
         match request {

@@ -58,9 +58,8 @@ struct ListState {
 }
 
 impl Handlers {
-    /// Registers List.
     pub(super) fn add_list(&self, service: ServiceBuilder) -> ServiceBuilder {
-        METRICS.init_methods(METHOD);
+        METRICS.init_method(METHOD);
         let handlers = self.clone();
         service.add_duplex_streaming_handler(&limit_fields(&service::LIST), move |context, messages, sink| {
             let call = IncomingCall::new(&context, messages);

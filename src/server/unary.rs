@@ -51,13 +51,12 @@ impl<Q: 'static, R: 'static> UnaryMethod<Q, R> {
 }
 
 impl Handlers {
-    /// Registers a method.
     pub(super) fn add_unary<Q: Message, R: Message>(
         &self,
         service: ServiceBuilder,
         method: UnaryMethod<Q, R>,
     ) -> ServiceBuilder {
-        METRICS.init_methods(method.method.name);
+        METRICS.init_method(method.method.name);
         let (handlers, definition) = (self.clone(), limit_fields(method.method));
         let method = Arc::new(method);
         service.add_client_streaming_handler(&definition, move |context, messages, sink| {
@@ -84,7 +83,7 @@ async fn serve<Q: Message, R: Message>(
         Err(error) => return sender.send(Err(error)).finish().await,
     };
     if let Some(response) = method.response_before_ready
-        && !handlers.is_ready()
+        && handlers.snapshotter.get().is_none()
     {
         return sender.send(Ok(response())).finish().await;
     }

@@ -24,11 +24,11 @@ const MAX_CACHED_SNAPSHOTS: usize = 8192;
 pub struct AttachedChain {
     pub lower: LowerDirectories,
     /// All snapshots of the chain, uppermost first.
-    snapshots: Vec<SnapshotId>,
+    pub snapshots: Vec<SnapshotId>,
     /// The repositories of the chain, in the order of their uppermost layers.
     pub repositories: Vec<RepositoryInUse>,
-    /// While they live, a cleanup leaves the layers attached. Nothing else is done with them.
-    _pins: Vec<LayerPin>,
+    /// They hold all published layers: while they live, a cleanup leaves these attached.
+    pub _pins: Vec<LayerPin>,
 }
 
 /// A repository, and those of its layers that are attached for a chain.
@@ -62,38 +62,24 @@ impl RepositoryInUse {
             if old_state.as_ref() != Some(&state) {
                 return Ok(false);
             }
-            if state.tells_changes() {
-                // Nothing was published since. Opening one layer proves that layers can be read.
-                generation.inodes(&[layers[0].digest.clone()])?;
-                return Ok(layers
-                    .iter()
-                    .all(|layer| attacher.is_in_place(layer.id, layer.variant, state.device, None)));
-            }
-            let digests: Vec<Digest> = layers.iter().map(|layer| layer.digest.clone()).collect();
+            // If the state tells changes, nothing was published since. Opening one layer proves that layers can be read.
+            let compares_inodes = !state.tells_changes();
+            let opened = if compares_inodes { &layers[..] } else { &layers[..1] };
+            let digests: Vec<Digest> = opened.iter().map(|layer| layer.digest.clone()).collect();
             let inodes = generation.inodes(&digests)?;
-            // The repository is a plain directory here, so inodes are stable. A client may give a directory a new one.
-            let is_unchanged = layers.iter().zip(inodes).all(|(layer, inode)| layer.inode == inode);
-            Ok(is_unchanged
-                && layers
-                    .iter()
-                    .all(|layer| attacher.is_in_place(layer.id, layer.variant, state.device, Some(layer.inode))))
+            // Inodes are compared only in a plain directory, where they are stable. A client may give a directory a new one.
+            let is_unchanged = !compares_inodes || layers.iter().zip(inodes).all(|(layer, inode)| layer.inode == inode);
+            let is_in_place = |layer: &AttachedLayer| {
+                let inode = compares_inodes.then_some(layer.inode);
+                attacher.is_in_place(layer.id, layer.variant, state.device, inode)
+            };
+            Ok(is_unchanged && layers.iter().all(is_in_place))
         };
         self.repository.spawn(job, drop)
     }
 }
 
 impl AttachedChain {
-    /// `snapshots` come uppermost first, `repositories` in the order of their uppermost layers, and `pins` hold all
-    /// layers.
-    pub fn new(
-        lower: LowerDirectories,
-        snapshots: Vec<SnapshotId>,
-        repositories: Vec<RepositoryInUse>,
-        pins: Vec<LayerPin>,
-    ) -> Self {
-        Self { lower, snapshots, repositories, _pins: pins }
-    }
-
     /// The ids of the published layers.
     pub fn published_ids(&self) -> Vec<SnapshotId> {
         self.repositories.iter().flat_map(|in_use| in_use.layers.iter().map(|layer| layer.id)).collect()

@@ -6,19 +6,12 @@ use super::pull::PullError;
 use super::{CreateRequest, Error, Result, Snapshotter, mapped_root};
 use crate::metrics::METRICS;
 use crate::model::{
-    Kind, LABEL_SNAPSHOT_REF, Labels, MAX_CHAIN, MAX_LABELS, MAX_LABELS_BYTES, Mount, Snapshot, SnapshotId, Timestamp,
-    labels_size,
+    Kind, LABEL_SNAPSHOT_REF, Labels, MAX_CHAIN, MAX_LABELS, MAX_LABELS_BYTES, Mount, Owner, Snapshot, SnapshotId,
+    Timestamp, labels_size,
 };
 use crate::overlay::LowerDirectories;
 use crate::sidecar::Sidecar;
 use crate::store::ReadTxn;
-
-/// The owner of an upper directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Owner {
-    uid: u32,
-    gid: u32,
-}
 
 impl Snapshotter {
     /// Makes a writable snapshot. With a `snapshot.ref` label containerd pulls a layer: if the layer is published, the
@@ -45,7 +38,7 @@ impl Snapshotter {
     }
 
     fn create(&self, kind: Kind, request: &CreateRequest) -> Result<Vec<Mount>> {
-        let mapped_root = mapped_root(&request.labels)?.map(|(uid, gid)| Owner { uid, gid });
+        let mapped_root = mapped_root(&request.labels)?;
         let parent = self.store.read(|tx| {
             let parent = validate_create(tx, request)?;
             check_depth(tx, parent.as_ref())?;

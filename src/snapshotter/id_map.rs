@@ -2,15 +2,15 @@
 #![forbid(unsafe_code)]
 
 use super::{Error, Result};
-use crate::model::{LABEL_GID_MAPPING, LABEL_UID_MAPPING, Labels};
+use crate::model::{LABEL_GID_MAPPING, LABEL_UID_MAPPING, Labels, Owner};
 
-/// The uid and the gid of the host to which the labels map the container's root. None if there is no such label.
-pub(crate) fn mapped_root(labels: &Labels) -> Result<Option<(u32, u32)>> {
+/// The user and the group of the host to which the labels map the container's root. None if there is no such label.
+pub(crate) fn mapped_root(labels: &Labels) -> Result<Option<Owner>> {
     let uid = host_id_in_label(labels, LABEL_UID_MAPPING)?;
     let gid = host_id_in_label(labels, LABEL_GID_MAPPING)?;
     Ok(match (uid, gid) {
         (None, None) => None,
-        (uid, gid) => Some((uid.unwrap_or(0), gid.unwrap_or(0))),
+        (uid, gid) => Some(Owner { uid: uid.unwrap_or(0), gid: gid.unwrap_or(0) }),
     })
 }
 

@@ -9,8 +9,7 @@ use std::time::Instant;
 use super::cleanup::needs_directory;
 use super::list::Cursor;
 use super::{Error, RecoveryReport, Result, Snapshotter};
-use crate::model::AttachMode;
-use crate::model::{Digest, Snapshot, SnapshotId};
+use crate::model::{AttachMode, Digest, Snapshot, SnapshotId};
 use crate::repository::scan::ScanKey;
 use crate::repository::{MountGeneration, Remedy, Repository, RepositoryStatus, Unavailable};
 

@@ -41,13 +41,6 @@ pub struct Deadlines {
     pub total: Instant,
 }
 
-impl Deadlines {
-    /// The deadlines of a call that begins now.
-    pub fn from_now(repository: &Repository) -> Self {
-        Self { scan: Instant::now() + repository.timeout(), total: repository.deadline() }
-    }
-}
-
 /// Why one repository cannot provide a layer.
 #[derive(Debug)]
 pub struct Refusal {
@@ -90,7 +83,8 @@ impl LayerProvider {
 
     /// The deadlines of a call that begins now. They are the same for all repositories.
     pub fn deadlines(&self) -> Deadlines {
-        Deadlines::from_now(&self.repositories[0])
+        let first = &self.repositories[0];
+        Deadlines { scan: Instant::now() + first.timeout(), total: first.deadline() }
     }
 
     /// Queues a scan of a layer that was just pulled, so that the first container need not wait for it. Does not wait.

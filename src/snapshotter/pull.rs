@@ -84,7 +84,7 @@ impl DownloadReason {
             // Any other reason says more than that a repository does not publish the layer.
             Self::Unavailable { refusals, .. } => refusals
                 .iter()
-                .map(|refusal| refusal.reason.reason())
+                .map(|refusal| refusal.reason.download_cause())
                 .find(|cause| *cause != DownloadCause::NotPublished)
                 .unwrap_or(DownloadCause::NotPublished),
         }

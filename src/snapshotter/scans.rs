@@ -90,7 +90,7 @@ impl LargeScans {
     }
 }
 
-type ScanResult = std::result::Result<Arc<Scan>, Unavailable>;
+pub type ScanResult = std::result::Result<Arc<Scan>, Unavailable>;
 
 struct ScanEntry {
     job: Arc<ScanJob>,

@@ -122,6 +122,11 @@ fn error(call: &'static str, path: &Path, e: rustix::io::Errno) -> Error {
     Error::new(call, path, Errno::from_raw(e.raw_os_error()))
 }
 
+/// Whether it is the name of an entry, which leads nowhere else. A hostile file system may return others.
+pub fn is_entry_name(name: &OsStr) -> bool {
+    !matches!(name.as_bytes(), b"" | b"." | b"..") && !name.as_bytes().contains(&b'/')
+}
+
 /// Whether the attribute is one with which overlayfs marks entries. Those are not part of an image.
 fn is_overlay_xattr(name: &OsStr) -> bool {
     name.as_bytes().starts_with(b"trusted.overlay.")

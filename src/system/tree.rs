@@ -69,10 +69,11 @@ fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error())
 }
 
-/// Whether the file system stores the types of entries, which overlayfs needs to hide its whiteouts. The directory `path`
-/// must have an entry to read it from.
-pub fn supports_d_type(path: &Path) -> Result<bool, Errno> {
-    let entry = Directory::open(path)?.next_entry()?;
+/// Whether the file system of directory `path` stores the types of entries, which overlayfs needs of its upper directories
+/// to hide its whiteouts. ext4 made without `filetype` and XFS made with `ftype=0` do not. The directory must not be empty.
+pub fn supports_d_type(path: &Path) -> super::Result<bool> {
+    let entry = Directory::open(path).and_then(|mut directory| directory.next_entry());
+    let entry = entry.map_err(|e| super::Error::new("read directory", path, e))?;
     Ok(entry.is_none_or(|entry| entry.file_type() != FileType::Unknown))
 }
 

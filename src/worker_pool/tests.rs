@@ -5,6 +5,12 @@ use std::sync::mpsc;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+fn start_pool(threads: usize, queue_capacity: usize) -> Pool {
+    let mut pool = Pool::unstarted("t", threads, queue_capacity);
+    pool.start_workers().unwrap();
+    pool
+}
+
 /// Occupies a worker until the returned sender is dropped.
 fn occupy(handle: &PoolHandle) -> mpsc::Sender<()> {
     let (release, wait_for_release) = mpsc::channel::<()>();
@@ -43,7 +49,7 @@ fn submit(
 
 #[test]
 fn full_queue_refuses_at_once() {
-    let pool = Pool::start("t", 1, 2).unwrap();
+    let pool = start_pool(1, 2);
     let handle = pool.handle();
     let busy = occupy(&handle);
     let waiting: Vec<_> = (0..2).map(|n| submit(&handle, Queue::NewJobs, move || n)).collect();
@@ -56,7 +62,7 @@ fn full_queue_refuses_at_once() {
 
 #[test]
 fn panic_fails_only_its_own_job() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let handle = pool.handle();
     for _ in 0..3 {
         let panicked = submit(&handle, Queue::NewJobs, || panic!("on purpose"));
@@ -67,7 +73,7 @@ fn panic_fails_only_its_own_job() {
 
 #[test]
 fn job_past_its_deadline_is_not_started() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let (send, receive) = mpsc::channel();
     pool.handle().submit(|| true, || panic!("it ran"), move |result: Result<(), _>| drop(send.send(result)));
     assert_eq!(receive.recv_timeout(TIMEOUT), Ok(Err(JobError::DeadlinePassed)));
@@ -94,7 +100,7 @@ fn unstarted_pool_queues_jobs_until_its_workers_start() {
 
 #[test]
 fn drain_finishes_accepted_jobs_and_refuses_new_ones() {
-    let pool = Pool::start("t", 2, 8).unwrap();
+    let pool = start_pool(2, 8);
     let handle = pool.handle();
     let busy = occupy(&handle);
     let waiting = submit(&handle, Queue::NewJobs, || 5);
@@ -109,7 +115,7 @@ fn drain_finishes_accepted_jobs_and_refuses_new_ones() {
 
 #[test]
 fn continuation_is_accepted_while_the_queue_is_full() {
-    let pool = Pool::start("t", 1, 1).unwrap();
+    let pool = start_pool(1, 1);
     let handle = pool.handle();
     let busy = occupy(&handle);
     let waiting = submit(&handle, Queue::NewJobs, || 1);
@@ -124,7 +130,7 @@ fn continuation_is_accepted_while_the_queue_is_full() {
 /// If one queue had priority, enough jobs in it would starve the other.
 #[test]
 fn new_jobs_and_continuations_alternate() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let handle = pool.handle();
     let busy = occupy(&handle);
     let (done, order) = mpsc::channel();
@@ -144,7 +150,7 @@ fn new_jobs_and_continuations_alternate() {
 
 #[test]
 fn continuation_may_panic_and_has_a_deadline() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let handle = pool.handle();
     for _ in 0..3 {
         let panicked = submit(&handle, Queue::Continuations, || panic!("on purpose"));
@@ -158,7 +164,7 @@ fn continuation_may_panic_and_has_a_deadline() {
 
 #[test]
 fn drain_finishes_an_accepted_continuation_and_refuses_the_next() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let handle = pool.handle();
     let busy = occupy(&handle);
     let continuation = submit(&handle, Queue::Continuations, || 5);
@@ -175,7 +181,7 @@ fn drain_finishes_an_accepted_continuation_and_refuses_the_next() {
 fn jobs_of_both_queues_run_after_the_last_handle_is_dropped() {
     // With 1 and 5 new jobs of 6, either queue is empty while the other still has jobs.
     for new_count in [1, 5] {
-        let pool = Pool::start("t", 1, 8).unwrap();
+        let pool = start_pool(1, 8);
         let handle = pool.handle();
         let busy = occupy(&handle);
         let new = (0..new_count).map(|n| submit(&handle, Queue::NewJobs, move || n));
@@ -214,7 +220,7 @@ fn growing_pool_has_a_thread_for_each_job_and_shrinks_to_one() {
 
 #[test]
 fn drain_ends_at_its_time_limit() {
-    let pool = Pool::start("t", 1, 8).unwrap();
+    let pool = start_pool(1, 8);
     let _busy = occupy(&pool.handle());
     assert_eq!(pool.drain(Duration::from_millis(50)), DrainOutcome::TimedOut { remaining: 1 });
 }

@@ -164,10 +164,10 @@ impl Report {
         let downloaded = pulls.not_published + pulls.unnamed + pulls.failed;
         // Writing into memory cannot fail.
         let _ = writeln!(text, "layers pulled since then: {} published, {downloaded} downloaded\n", pulls.published);
-        text.push_str(&table(&self.repository_rows()));
+        text.push_str(&self.repository_table());
         text.push_str(&self.repository_notes());
         text.push('\n');
-        text.push_str(&table(&self.image_rows()));
+        text.push_str(&self.image_table());
         for image in &self.images {
             if let Some(reason) = &image.broken {
                 let remedy = if image.refused { format!("; {}", Remedy::Download) } else { String::new() };
@@ -220,22 +220,18 @@ impl Report {
         age(u64::try_from((self.now - then) / NANOS).unwrap_or(0))
     }
 
-    fn repository_rows(&self) -> Vec<Vec<String>> {
-        let row = |repository: &Repository| {
+    fn repository_table(&self) -> String {
+        let rows = self.daemon.repositories.iter().map(|repository| {
             let health = if repository.trouble.is_empty() { "answers" } else { repository.trouble.as_str() };
-            vec![repository.name.clone(), repository.path.clone(), health.to_owned()]
-        };
-        [["REPOSITORY", "AT", "HEALTH"].map(str::to_owned).to_vec()]
-            .into_iter()
-            .chain(self.daemon.repositories.iter().map(row))
-            .collect()
+            [repository.name.clone(), repository.path.clone(), health.to_owned()]
+        });
+        table(["REPOSITORY", "AT", "HEALTH"], rows)
     }
 
-    fn image_rows(&self) -> Vec<Vec<String>> {
-        let head = ["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "USED BY", "ON DISK", "AGE"];
-        let row = |image: &Image| {
+    fn image_table(&self) -> String {
+        let rows = self.images.iter().map(|image| {
             let source = if image.broken.is_some() { "broken" } else { image.source.as_str() };
-            vec![
+            [
                 name(image).to_owned(),
                 image.layers.to_string(),
                 image.published.to_string(),
@@ -244,8 +240,8 @@ impl Report {
                 size(image.bytes),
                 self.since(image.created),
             ]
-        };
-        [head.map(str::to_owned).to_vec()].into_iter().chain(self.images.iter().map(row)).collect()
+        });
+        table(["IMAGE", "LAYERS", "PUBLISHED", "SOURCE", "USED BY", "ON DISK", "AGE"], rows)
     }
 }
 

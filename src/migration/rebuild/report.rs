@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::containerd::{self, ContainerdSnapshot, Repair};
-use crate::migration::chain_validation::{Accepted, Counts};
+use crate::migration::chain_validation::{Accepted, Counts, Rejected};
 use crate::model::{printable, shell_quote, shell_quote_all};
 
 #[derive(Clone, Debug, Default)]
@@ -19,7 +19,7 @@ pub struct Report {
     pub counts: Counts,
     /// Number of restored snapshots that containerd does not know.
     pub unknown: usize,
-    pub rejected: Vec<RejectedRecord>,
+    pub rejected: Vec<Rejected>,
     pub repairs: Vec<Repair>,
     /// The new name of the old file.
     pub old: Option<PathBuf>,
@@ -27,22 +27,14 @@ pub struct Report {
     pub containerd: Option<PathBuf>,
 }
 
-#[derive(Clone, Debug)]
-pub struct RejectedRecord {
-    pub name: String,
-    pub reason: String,
-}
-
 impl Report {
     pub(super) fn new(containerd: Option<PathBuf>, accepted: &Accepted, known: &[ContainerdSnapshot]) -> Self {
         let names: HashSet<&str> = known.iter().map(|snapshot| snapshot.name.as_str()).collect();
         let keys: HashSet<&str> = accepted.snapshots.iter().map(|snapshot| snapshot.key.as_str()).collect();
-        let rejected = accepted.rejected.iter();
-        let rejected = rejected.map(|one| RejectedRecord { name: one.name.clone(), reason: one.reason.to_string() });
         Self {
             counts: accepted.counts(),
             unknown: if containerd.is_some() { keys.difference(&names).count() } else { 0 },
-            rejected: rejected.collect(),
+            rejected: accepted.rejected.clone(),
             repairs: containerd::repairs(known, &|name| keys.contains(name)),
             containerd,
             ..Self::default()
@@ -54,7 +46,8 @@ impl Report {
     }
 
     fn json(&self) -> String {
-        let rejected = self.rejected.iter().map(|rejected| json!({"name": rejected.name, "reason": rejected.reason}));
+        let rejected = self.rejected.iter();
+        let rejected = rejected.map(|one| json!({"name": one.name, "reason": one.reason.to_string()}));
         let repairs = self.repairs.iter().map(|repair| match repair {
             Repair::Image { namespace, reference } => json!({"namespace": namespace, "image": reference}),
             Repair::Snapshot { namespace, key } => json!({"namespace": namespace, "snapshot": key}),
@@ -104,7 +97,7 @@ impl Report {
             text.push_str("left out (their directories were not touched):\n");
         }
         for rejected in &self.rejected {
-            let _ = writeln!(text, "  {}: {}", printable(&rejected.name), printable(&rejected.reason));
+            let _ = writeln!(text, "  {}: {}", printable(&rejected.name), printable(&rejected.reason.to_string()));
         }
         if !self.repairs.is_empty() {
             text.push_str(
@@ -138,12 +131,17 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::chain_validation::RejectReason;
+    use crate::model::Key;
 
     #[test]
     fn names_of_clients_are_printed_without_control_characters_and_not_as_options() {
         let text = |name: &str| name.to_owned();
         let report = Report {
-            rejected: vec![RejectedRecord { name: text("k8s.io/1/\x1b[2J"), reason: text("why\r") }],
+            rejected: vec![Rejected {
+                name: text("k8s.io/1/\x1b[2J"),
+                reason: RejectReason::ParentMissing(Key::parse("parent\r").unwrap()),
+            }],
             repairs: vec![
                 Repair::Image { namespace: text("k8s.io"), reference: text("--all") },
                 Repair::Snapshot { namespace: text("k8s.io"), key: text("a\x1b]0;x\x07b") },

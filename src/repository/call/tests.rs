@@ -67,7 +67,7 @@ fn stuck_threads_are_replaced_and_bounded() {
     let ran = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&ran);
     let third = start(&pool, move || count.fetch_add(1, Ordering::SeqCst)).unwrap();
-    assert_eq!(third.wait(within(Duration::from_millis(5))), Err(pool.slow()));
+    assert_eq!(third.wait(within(Duration::from_millis(5))), Err(pool.too_slow()));
     thread::sleep(SHORT * 2);
     // Now both count as stuck, so there is one more thread; the job that was abandoned does not run.
     assert_eq!(start(&pool, || 7).unwrap().wait(within(SOON)), Ok(7));
@@ -94,7 +94,7 @@ fn result_of_an_abandoned_job_is_handed_over() {
     };
     let pending = pool.start(job, move |n| send.send(n).unwrap()).unwrap();
     thread::sleep(SHORT);
-    assert_eq!(pending.wait(within(SHORT)), Err(pool.slow()));
+    assert_eq!(pending.wait(within(SHORT)), Err(pool.too_slow()));
     drop(release);
     assert_eq!(abandoned.recv_timeout(SOON), Ok(5));
 }
@@ -121,7 +121,7 @@ fn job_that_makes_progress_is_slow_and_one_that_makes_none_is_not_answered() {
         }
     };
     let busy = start(&pool, job).unwrap();
-    assert_eq!(busy.wait(limits()), Err(pool.slow()));
+    assert_eq!(busy.wait(limits()), Err(pool.too_slow()));
     let (_release, stuck) = start_stuck_job(&pool);
     assert_eq!(stuck.wait(limits()), Err(Unavailable::NoAnswer { limit: SOON }));
     let until = Instant::now() + SOON;
@@ -129,7 +129,7 @@ fn job_that_makes_progress_is_slow_and_one_that_makes_none_is_not_answered() {
         assert!(Instant::now() < until, "no probe has succeeded");
     }
     // A queued job is not answered only if no job that runs makes progress.
-    assert_eq!(start(&pool, || 1).unwrap().wait(limits()), Err(pool.slow()));
+    assert_eq!(start(&pool, || 1).unwrap().wait(limits()), Err(pool.too_slow()));
     drop(stop);
 }
 
@@ -146,8 +146,8 @@ fn job_with_priority_next_is_the_next_one() {
             done.send(()).unwrap();
         })
     };
-    pool.calls().run(Priority::Last, Heartbeat::default(), record(1)).unwrap();
-    pool.calls().run(Priority::Next, Heartbeat::default(), record(2)).unwrap();
+    pool.calls.run(Priority::Last, Heartbeat::default(), record(1)).unwrap();
+    pool.calls.run(Priority::Next, Heartbeat::default(), record(2)).unwrap();
     drop(release);
     for _ in 0..2 {
         both.recv_timeout(SOON).unwrap();
@@ -176,7 +176,7 @@ fn threads_that_hang_in_replaced_mounts_count_against_the_budget() {
     let size = PoolSize { target: 2, max: 4 };
     let (_dir, old) = generation(size, SHORT, &budget);
     let hanging = [start_stuck_job(&old), start_stuck_job(&old)];
-    old.calls().close();
+    old.calls.close();
     let (_other_dir, new) = generation(size, SHORT, &budget);
     let (release, last) = start_stuck_job(&new);
     thread::sleep(SHORT * 2);
@@ -202,10 +202,10 @@ fn job_that_works_on_the_local_disk_is_not_stuck() {
         started.send(()).unwrap();
         let _ = released.recv();
     };
-    pool.calls().run(Priority::Last, heartbeat.clone(), Box::new(job)).unwrap();
+    pool.calls.run(Priority::Last, heartbeat.clone(), Box::new(job)).unwrap();
     has_started.recv_timeout(SOON).unwrap();
     thread::sleep(SHORT * 2);
-    assert_eq!((heartbeat.idle_for(), pool.calls().idle_for()), (Duration::ZERO, Duration::ZERO));
+    assert_eq!((heartbeat.idle_for(), pool.calls.idle_for()), (Duration::ZERO, Duration::ZERO));
     let waiting = start(&pool, || 1).unwrap();
     drop(release);
     assert_eq!(waiting.wait(within(SOON)), Ok(1));

@@ -9,6 +9,7 @@ use protobuf::{EnumOrUnknown, Message};
 use super::{Directory, Limit, SCAN_FORMAT_VERSION, Scan};
 use crate::proto::record::layer_scan::Refusal;
 use crate::proto::record::{LayerScan, ScannedDirectory};
+use crate::system::is_entry_name;
 
 fn to_bytes(names: &[OsString]) -> Vec<Vec<u8>> {
     names.iter().map(|n| n.as_bytes().to_vec()).collect()
@@ -21,8 +22,8 @@ fn to_names(names: Vec<Vec<u8>>) -> Option<Vec<OsString>> {
 
 /// None: it is not the name of an entry, and may lead out of the directory.
 fn to_name(bytes: Vec<u8>) -> Option<OsString> {
-    let is_name = !matches!(bytes.as_slice(), b"" | b"." | b"..") && !bytes.iter().any(|b| matches!(b, b'/' | 0));
-    is_name.then(|| OsString::from_vec(bytes))
+    let name = OsString::from_vec(bytes);
+    (is_entry_name(&name) && !name.as_bytes().contains(&0)).then_some(name)
 }
 
 /// The stored result of a scan: the markers, or the limit that the layer exceeds.

@@ -4,7 +4,6 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::ops::ControlFlow;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,7 +17,7 @@ use super::{
     Result, Scan, cost, is_publishers, is_whiteout,
 };
 use crate::repository::executor::ThreadBudget;
-use crate::system::{self, CountedMemory, DirHandle, FileType, Sys};
+use crate::system::{self, CountedMemory, DirHandle, FileType, Sys, is_entry_name};
 
 /// Threads that read the directories of one layer. The time goes to the round trips of the FUSE server and not to our
 /// processor cores: four threads need half the time of one.
@@ -215,7 +214,7 @@ impl ScanWalk<'_> {
         let (mut leads_out, mut exceeds_memory) = (false, false);
         let status = self.sys.for_each_entry_below(self.top, &path, &mut |name, file_type| {
             entries += 1;
-            leads_out |= matches!(name.as_bytes(), b"" | b"." | b"..") || name.as_bytes().contains(&b'/');
+            leads_out |= !is_entry_name(name);
             // A large directory comes in many answers, each of which is progress.
             if entries.is_multiple_of(HEARTBEAT_EVERY) {
                 self.progress.heartbeat.record();

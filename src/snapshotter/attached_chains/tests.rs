@@ -194,7 +194,7 @@ fn cached_chains_are_bounded_by_their_snapshots() {
     for n in 0..100 {
         let snapshots: Vec<SnapshotId> = (0..500).map(|below| SnapshotId(1000 * n + below)).collect();
         let top = snapshots[0];
-        chains.insert(&Arc::new(AttachedChain::new(LowerDirectories::default(), snapshots, Vec::new(), Vec::new())));
+        chains.insert(&Arc::new(AttachedChain { snapshots, ..AttachedChain::default() }));
         assert!(chains.get(top).is_some());
         assert!(chains.len() * 500 <= MAX_CACHED_SNAPSHOTS);
     }

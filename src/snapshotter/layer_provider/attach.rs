@@ -20,6 +20,7 @@ use crate::repository::scan::{Scan, ScanKey};
 use crate::repository::{JobHandle, MountGeneration, Repository, RepositoryState, Unavailable};
 use crate::snapshotter::Error;
 use crate::snapshotter::attached_chains::{AttachedChain, AttachedLayer, RepositoryInUse};
+use crate::snapshotter::scans::ScanResult;
 
 /// A published layer of a chain.
 struct ChainLayer<'a> {
@@ -101,19 +102,12 @@ impl From<Unavailable> for LayerError {
 }
 
 type AttachResult = Result<AttachedEntry, LayerError>;
-type ScanResult = Result<Arc<Scan>, Unavailable>;
 type SurveyResult = Result<LayerSurvey, LayerError>;
 
 /// A repository of a chain that was asked for its state.
 struct StateQuery {
     repository: Arc<Repository>,
     pending: JobHandle<RepositoryState>,
-}
-
-/// A repository of a chain, with its state before any of the layers was surveyed.
-struct KnownState {
-    repository: Arc<Repository>,
-    state: Option<RepositoryState>,
 }
 
 /// A layer that cannot be removed any more, so that it can be surveyed.
@@ -128,12 +122,6 @@ struct PinnedTarget {
 struct SurveyBatch {
     targets: Vec<PinnedTarget>,
     pending: JobHandle<Vec<SurveyResult>>,
-}
-
-/// Layers whose survey is over.
-struct SurveyedBatch {
-    targets: Vec<PinnedTarget>,
-    surveys: Result<Vec<SurveyResult>, Unavailable>,
 }
 
 /// The properties of a layer that decide which lower directories it has.
@@ -152,12 +140,15 @@ impl LayerProvider {
         let scans = self.scan_layers(&layers, deadlines)?;
         // If a state were read after the survey, a change in between would be cached as the state in which the layers were
         // attached, and never noticed.
-        let states = wait_for_states(queries, deadlines);
+        let mut states = Vec::with_capacity(queries.len());
+        for StateQuery { repository, pending } in queries {
+            states.push((repository, pending.wait(deadlines.total).ok()));
+        }
         let attached = self.attach_layers(chain, &layers, scans, deadlines)?;
         let is_from_another =
             layers.iter().zip(&attached).any(|(layer, entry)| !Arc::ptr_eq(&layer.repository, &entry.repository));
         let mut repositories = Vec::with_capacity(states.len());
-        for KnownState { repository, state } in states {
+        for (repository, state) in states {
             repositories.push(RepositoryInUse {
                 layers: layers_of(&repository, &layers, &attached),
                 state: state.filter(|_| !is_from_another),
@@ -167,7 +158,7 @@ impl LayerProvider {
         let lower = LowerDirectories::of_chain(&self.paths, &chain_entries(chain, &layout_inputs(&attached)));
         let snapshots = chain.iter().map(|snapshot| snapshot.id).collect();
         let pins = attached.into_iter().map(|entry| entry.pin).collect();
-        Ok(AttachedChain::new(lower, snapshots, repositories, pins))
+        Ok(AttachedChain { lower, snapshots, repositories, _pins: pins })
     }
 
     /// The published layers of `chain`, each with the repository that is asked first.
@@ -262,32 +253,27 @@ impl LayerProvider {
                 },
             }
         }
-        let surveyed = self.survey_targets(pinned, deadlines);
+        let mut surveyed = Vec::new();
+        for SurveyBatch { targets, pending } in self.start_surveys(pinned) {
+            // A job without a result has failed for each of its targets.
+            let all_failed = |why: Unavailable| targets.iter().map(|_| Err(why.clone().into())).collect();
+            let surveys: Vec<SurveyResult> = pending.wait(deadlines.total).unwrap_or_else(all_failed);
+            surveyed.extend(targets.into_iter().zip(surveys));
+        }
         // The repositories have answered. From here on only the local disk takes time, except for a target whose survey is
         // outdated.
         let attach_deadline = Instant::now() + local_timeout;
-        for SurveyedBatch { targets, surveys } in surveyed {
-            match surveys {
-                Err(why) => {
-                    results.extend(targets.into_iter().map(|pinned| (pinned.index, Err(why.clone().into()))));
-                }
-                Ok(surveys) => {
-                    for (pinned, survey) in targets.into_iter().zip(surveys) {
-                        let index = pinned.index;
-                        let result =
-                            survey.and_then(|survey| self.attach_surveyed(pinned, survey, deadlines, attach_deadline));
-                        results.insert(index, result);
-                    }
-                }
-            }
+        for (pinned, survey) in surveyed {
+            let index = pinned.index;
+            let result = survey.and_then(|survey| self.attach_surveyed(pinned, survey, deadlines, attach_deadline));
+            results.insert(index, result);
         }
         results.into_values().collect()
     }
 
-    /// Surveys the targets on the threads of their repositories. All jobs are started before the first is awaited, and
-    /// each takes several layers, because switching threads costs more than the survey of a layer that
-    /// is attached already.
-    fn survey_targets(self: &Arc<Self>, pinned: Vec<PinnedTarget>, deadlines: Deadlines) -> Vec<SurveyedBatch> {
+    /// Begins to survey the targets on the threads of their repositories. Each job takes several layers, because
+    /// switching threads costs more than the survey of a layer that is attached already.
+    fn start_surveys(self: &Arc<Self>, pinned: Vec<PinnedTarget>) -> Vec<SurveyBatch> {
         let since = Instant::now();
         let mut by_repository: BTreeMap<String, Vec<PinnedTarget>> = BTreeMap::new();
         for target in pinned {
@@ -301,11 +287,7 @@ impl LayerProvider {
                 batches.push(self.start_survey(targets.by_ref().take(batch_size).collect(), since));
             }
         }
-        let mut surveyed = Vec::with_capacity(batches.len());
-        for SurveyBatch { targets, pending } in batches {
-            surveyed.push(SurveyedBatch { targets, surveys: pending.wait(deadlines.total) });
-        }
-        surveyed
+        batches
     }
 
     /// Starts a job that surveys targets of one repository, one after the other. What was checked after
@@ -454,14 +436,6 @@ fn query_states(layers: &[ChainLayer<'_>]) -> Vec<StateQuery> {
         }
     }
     queries
-}
-
-fn wait_for_states(queries: Vec<StateQuery>, deadlines: Deadlines) -> Vec<KnownState> {
-    let mut states = Vec::with_capacity(queries.len());
-    for StateQuery { repository, pending } in queries {
-        states.push(KnownState { repository, state: pending.wait(deadlines.total).ok() });
-    }
-    states
 }
 
 /// Those of `layers` that belong to `repository`, as they were attached.
