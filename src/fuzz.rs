@@ -229,17 +229,9 @@ fn check_create_request(request: snapshotter::Result<CreateRequest>) {
     let Ok(request) = request else { return };
     check_key(&request.key);
     let Some(labels) = check_labels(request.labels) else { return };
-    let snapshot = Snapshot {
-        id: SnapshotId(1),
-        key: request.key,
-        parent: request.parent,
-        kind: Kind::Active,
-        created: Timestamp(i64::MIN),
-        updated: Timestamp(i64::MAX),
-        labels,
-        layer: None,
-        usage: None,
-    };
+    let (created, updated) = (Timestamp(i64::MIN), Timestamp(i64::MAX));
+    let other = snapshot("k", None, Kind::Active, &[]).unwrap();
+    let snapshot = Snapshot { key: request.key, parent: request.parent, created, updated, labels, ..other };
     // A client gets back what it sent, through the wire and through the record beside files.
     let info = Info::parse_from_bytes(&convert::info(snapshot.clone()).write_to_bytes().unwrap()).unwrap();
     assert_eq!((info.name.as_str(), info.labels.len()), (snapshot.key.as_str(), snapshot.labels.len()));

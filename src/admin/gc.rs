@@ -20,19 +20,23 @@ struct Leftover {
     kind: &'static str,
     /// Size on disk. None if it has no files of its own, or cannot be measured.
     bytes: Option<u64>,
+    /// Whether the cleanup has removed it. None if no cleanup ran.
+    removed: Option<bool>,
 }
 
 /// Collects or removes leftovers, and returns the report.
 pub fn run(address: &Path, options: Gc) -> client::Result<String> {
     let daemon = AdminClient::connect(address)?;
-    let leftovers = collect_leftovers(&daemon)?;
-    let remaining: Option<HashSet<PathBuf>> = if options.dry_run {
-        None
-    } else {
+    let mut leftovers = collect_leftovers(&daemon)?;
+    if !options.dry_run {
         daemon.clean_up()?;
-        Some(daemon.leftovers()?.into_iter().map(|leftover| PathBuf::from(leftover.path)).collect())
-    };
-    Ok(if options.json { as_json(&leftovers, remaining.as_ref()) } else { as_table(&leftovers, remaining.as_ref()) })
+        let remaining: HashSet<PathBuf> =
+            daemon.leftovers()?.into_iter().map(|leftover| PathBuf::from(leftover.path)).collect();
+        for leftover in &mut leftovers {
+            leftover.removed = Some(!remaining.contains(&leftover.path));
+        }
+    }
+    Ok(if options.json { as_json(&leftovers, options.dry_run) } else { as_table(&leftovers, options.dry_run) })
 }
 
 fn collect_leftovers(daemon: &AdminClient) -> client::Result<Vec<Leftover>> {
@@ -47,7 +51,7 @@ fn collect_leftovers(daemon: &AdminClient) -> client::Result<Vec<Leftover>> {
             What::REMOVED => ("removed snapshot", Host.disk_usage(&path, &|| false).ok().map(|usage| usage.bytes)),
             What::UNKNOWN => ("unknown", None),
         };
-        Leftover { path, kind, bytes }
+        Leftover { path, kind, bytes, removed: None }
     };
     // A leftover without a directory is only an id on the cleanup list.
     let on_disk =
@@ -55,37 +59,30 @@ fn collect_leftovers(daemon: &AdminClient) -> client::Result<Vec<Leftover>> {
     Ok(on_disk.collect())
 }
 
-/// Whether a cleanup ran and did not remove the leftover. `remaining` is None if no cleanup ran.
-fn is_present(leftover: &Leftover, remaining: Option<&HashSet<PathBuf>>) -> bool {
-    remaining.is_some_and(|remaining| remaining.contains(&leftover.path))
+/// The leftovers that were removed, or would be.
+fn removable(leftovers: &[Leftover]) -> impl Iterator<Item = &Leftover> {
+    leftovers.iter().filter(|leftover| leftover.removed != Some(false))
 }
 
-fn as_json(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> String {
-    let rows = leftovers.iter().map(|leftover| {
-        let removed = remaining.map(|_| !is_present(leftover, remaining));
-        json!({"path": leftover.path, "what": leftover.kind, "bytes": leftover.bytes, "removed": removed})
+fn as_json(leftovers: &[Leftover], dry_run: bool) -> String {
+    let rows = leftovers.iter().map(|Leftover { path, kind, bytes, removed }| {
+        json!({"path": path, "what": kind, "bytes": bytes, "removed": removed})
     });
-    let bytes: u64 = leftovers
-        .iter()
-        .filter(|leftover| !is_present(leftover, remaining))
-        .filter_map(|leftover| leftover.bytes)
-        .sum();
-    let report = json!({"dry_run": remaining.is_none(), "bytes": bytes, "leftovers": rows.collect::<Vec<_>>()});
+    let bytes: u64 = removable(leftovers).filter_map(|leftover| leftover.bytes).sum();
+    let report = json!({"dry_run": dry_run, "bytes": bytes, "leftovers": rows.collect::<Vec<_>>()});
     format!("{report:#}\n")
 }
 
-fn as_table(leftovers: &[Leftover], remaining: Option<&HashSet<PathBuf>>) -> String {
+fn as_table(leftovers: &[Leftover], dry_run: bool) -> String {
     let rows = leftovers.iter().map(|leftover| {
         let bytes = leftover.bytes.map_or_else(|| "-".to_owned(), table::size);
-        let note = if is_present(leftover, remaining) { "in use, or failed (see the log)" } else { "" };
+        let note = if leftover.removed == Some(false) { "in use, or failed (see the log)" } else { "" };
         [leftover.path.display().to_string(), leftover.kind.to_owned(), bytes, note.to_owned()]
     });
     let mut text = if leftovers.is_empty() { String::new() } else { table::table(["PATH", "WHAT", "SIZE", ""], rows) };
-    let (count, bytes) = leftovers
-        .iter()
-        .filter(|leftover| !is_present(leftover, remaining))
-        .fold((0, 0), |(count, bytes), leftover| (count + 1, bytes + leftover.bytes.unwrap_or(0)));
-    let verb = if remaining.is_some() { "were removed" } else { "would be removed" };
+    let count = removable(leftovers).count();
+    let bytes = removable(leftovers).filter_map(|leftover| leftover.bytes).sum();
+    let verb = if dry_run { "would be removed" } else { "were removed" };
     // Writing into memory cannot fail.
     let _ = writeln!(text, "{count} directories with {} {verb}", table::size(bytes));
     text

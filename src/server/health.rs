@@ -14,7 +14,6 @@ use super::status::CallError;
 use super::unary::UnaryMethod;
 use crate::proto::health::health_check_response::ServingStatus;
 use crate::proto::health::{HealthCheckRequest, HealthCheckResponse};
-use crate::snapshotter::Snapshotter;
 
 /// The service that containerd uses, by its name in the health protocol.
 const SNAPSHOTS_SERVICE: &str = "containerd.services.snapshots.v1.Snapshots";
@@ -30,19 +29,14 @@ impl Handlers {
 }
 
 fn check(call: &CallContext<'_>, request: HealthCheckRequest) -> CallResult<HealthCheckResponse> {
-    match is_healthy(call.snapshotter, &request.service) {
-        Some(true) => Ok(response(ServingStatus::SERVING)),
-        Some(false) => Ok(response(ServingStatus::NOT_SERVING)),
-        None => Err(CallError::UnknownService(request.service)),
+    // The daemon itself is healthy if this runs, because then a worker was free.
+    if matches!(request.service.as_str(), "" | SNAPSHOTS_SERVICE) {
+        return Ok(response(ServingStatus::SERVING));
     }
-}
-
-/// `None`: there is no such service or repository. The daemon itself is healthy if this runs, because then a worker
-/// was free.
-fn is_healthy(snapshotter: &Snapshotter, service: &str) -> Option<bool> {
-    match service {
-        "" | SNAPSHOTS_SERVICE => Some(true),
-        name => snapshotter.health().into_iter().find(|(repository, _)| repository == name).map(|(_, healthy)| healthy),
+    match call.snapshotter.health().into_iter().find(|(repository, _)| *repository == request.service) {
+        Some((_, true)) => Ok(response(ServingStatus::SERVING)),
+        Some((_, false)) => Ok(response(ServingStatus::NOT_SERVING)),
+        None => Err(CallError::UnknownService(request.service)),
     }
 }
 

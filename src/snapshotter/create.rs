@@ -39,11 +39,7 @@ impl Snapshotter {
 
     fn create(&self, kind: Kind, request: &CreateRequest) -> Result<Vec<Mount>> {
         let mapped_root = mapped_root(&request.labels)?;
-        let parent = self.store.read(|tx| {
-            let parent = validate_create(tx, request)?;
-            check_depth(tx, parent.as_ref())?;
-            Ok::<_, Error>(parent)
-        })?;
+        let parent = self.validate(request)?;
         // A pull prepares a snapshot on each layer, but containers stand on the last one only. The chains below the other
         // layers are not worth caching.
         let caching =
@@ -54,6 +50,15 @@ impl Snapshotter {
             self.detach_chain_if_unused(chain);
         }
         result
+    }
+
+    /// Checks a request before anything is done for it, and returns the parent.
+    pub(super) fn validate(&self, request: &CreateRequest) -> Result<Option<Snapshot>> {
+        self.store.read(|tx| {
+            let parent = validate_create(tx, request)?;
+            check_depth(tx, parent.as_ref())?;
+            Ok(parent)
+        })
     }
 
     /// Makes the snapshot on a parent whose chain is attached.
@@ -130,7 +135,7 @@ impl Snapshotter {
 }
 
 /// Checks a request in the order in which containerd expects the errors, and returns the parent.
-pub(super) fn validate_create(tx: &ReadTxn, request: &CreateRequest) -> Result<Option<Snapshot>> {
+fn validate_create(tx: &ReadTxn, request: &CreateRequest) -> Result<Option<Snapshot>> {
     let parent = match &request.parent {
         None => None,
         Some(key) => match tx.get(key.as_str())? {

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::create::{check_depth, validate_create, validate_create_on};
+use super::create::validate_create_on;
 use super::layer_provider::Refusal;
 use super::{CreateRequest, Error, Snapshotter};
 use crate::metrics::{DownloadCause, METRICS};
@@ -142,11 +142,7 @@ struct PublishedLayer {
 impl Snapshotter {
     /// Stores a committed snapshot of the published layer, unless there is one already. Nothing is made on disk.
     pub(super) fn commit_remote(&self, request: &CreateRequest, reference: &str) -> Result<(), PullError> {
-        let parent_id = self.store.read(|tx| {
-            let parent = validate_create(tx, request)?;
-            check_depth(tx, parent.as_ref())?;
-            Ok::<_, Error>(parent.map(|parent| parent.id))
-        })?;
+        let parent_id = self.validate(request)?.map(|parent| parent.id);
         let layer = self.find_published_layer(request)?;
         let id = self.store.reserve_id()?;
         self.store.write(|tx| insert_remote(tx, request, reference, parent_id, id, &layer.scan_key))?;
