@@ -9,13 +9,9 @@ mod config;
 mod containerd;
 mod images;
 mod node;
-mod program;
-mod repositories;
-mod repull;
+mod probe;
 mod rules;
-mod safe_fs;
 mod service;
-mod subprocess;
 mod systemd;
 
 use std::fmt::Write as _;
@@ -24,9 +20,7 @@ use std::io::{self, Write};
 use nix::unistd::geteuid;
 use serde_json::json;
 
-pub use self::program::Program;
-pub use self::repositories::probe as probe_repository;
-pub use self::safe_fs::probe as probe_path;
+pub use self::probe::probe;
 use crate::admin::table::Progress;
 use crate::cli::{self, Arguments};
 use crate::model::printable;
@@ -92,8 +86,14 @@ impl Finding {
     }
 }
 
-/// A check that finds many things of one kind names so many of them.
-const MAX_NAMED: usize = 5;
+/// Names the first few of many things.
+fn list(mut names: impl ExactSizeIterator<Item = String>) -> String {
+    const MAX_NAMED: usize = 5;
+    let first: Vec<String> = names.by_ref().take(MAX_NAMED).collect();
+    let rest = if names.len() > 0 { format!("; and {} more", names.len()) } else { String::new() };
+    format!("{}{rest}", first.join("; "))
+}
+
 /// Monitoring systems take this exit code for "unknown": nothing could be checked, or the report not be written.
 pub const UNKNOWN: u8 = 3;
 
@@ -250,7 +250,6 @@ mod tests {
             include_str!("doctor/images.rs"),
             include_str!("doctor/node.rs"),
             include_str!("doctor/rules.rs"),
-            include_str!("doctor/rules/pulls.rs"),
             include_str!("doctor/service.rs"),
             include_str!("doctor/systemd.rs"),
         ];
