@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use protobuf::well_known_types::empty::Empty;
 
 use super::config::{ContainerdConfig, Version};
-use super::rules::{self, PAGE, REGISTRATION, RESTART, RuleContext};
+use super::rules::{self, PAGE, RESTART, RuleContext};
 use super::systemd::Unit;
 use super::{Finding, Report, images, probe, service};
 use crate::admin::client::{self, GrpcClient};
@@ -84,24 +84,17 @@ pub fn check(
         |one: &InstanceReport| one.config.as_ref().is_some_and(|config| !config.mentions(&arguments.address));
     let one_uses_us = reports.iter().any(|one| one.running.is_some() && !is_unrelated(one));
     for (instance, result) in instances.iter().zip(reports) {
-        let (socket, file) = (instance.socket.display(), instance.file.display());
-        if one_uses_us && is_unrelated(&result) {
-            report.push(Finding::note(
-                "containerd.plugin",
-                format!("the containerd at {socket} does not use this snapshotter"),
-            ));
-        } else if one_uses_us && result.running.is_none() && !instance.socket.exists() {
-            report.push(Finding::note(
-                "containerd.running",
-                format!("no containerd runs at {socket}, although {file} is there"),
-            ));
-        } else {
-            report.extend(result.findings.into_iter().map(|finding| instance.with_restart_command(finding)));
-            let has_snapshotter =
-                |one: &Running| one.plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
-            if let Some(running) = result.running.filter(|one| has_snapshotter(one) && daemon.is_some()) {
-                images::check(&running.peer, result.config.as_ref(), progress, report);
-            }
+        if one_uses_us && (is_unrelated(&result) || result.running.is_none() && !instance.socket.exists()) {
+            let message =
+                format!("the containerd of {} does not run, or does not use this snapshotter", instance.file.display());
+            report.push(Finding::note("containerd.plugin", message));
+            continue;
+        }
+        report.extend(result.findings.into_iter().map(|finding| instance.with_restart_command(finding)));
+        let has_snapshotter =
+            |one: &Running| one.plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
+        if let Some(running) = result.running.filter(|one| has_snapshotter(one) && daemon.is_some()) {
+            images::check(&running.peer, result.config.as_ref(), progress, report);
         }
     }
 }
@@ -173,22 +166,20 @@ impl ContainerdInstance {
                 Finding::good("containerd.running", format!("containerd {} runs, at {socket}", running.version))
             }
             Err(e) => {
-                let message = format!("containerd does not answer at {socket}: {}", client_error(e));
+                // The errors of the client speak of our daemon.
+                let cause =
+                    if let client::Error::NotRunning { cause, .. } = e { cause.to_string() } else { e.to_string() };
+                let message = format!("containerd does not answer at {socket}: {cause}");
                 let remedy = "systemctl status containerd; or say where it is: --containerd SOCKET";
                 Finding::problem("containerd.running", message, remedy)
             }
         }];
         let running = running.ok();
-        let config = match self.check_config(running.as_ref(), arguments) {
-            Ok((config, of_config)) => {
-                findings.extend(of_config);
-                Some(config)
-            }
-            Err(finding) => {
-                findings.push(finding);
-                None
-            }
+        let (config, of_config) = match self.check_config(running.as_ref(), arguments) {
+            Ok((config, findings)) => (Some(config), findings),
+            Err(finding) => (None, vec![finding]),
         };
+        findings.extend(of_config);
         if let Some(Running { peer, plugins, .. }) = &running {
             findings.extend(plugins.iter().filter_map(plugin_error));
             // A restart would end a containerd that refuses its configuration.
@@ -257,7 +248,6 @@ impl ContainerdInstance {
             file_table: of_file.and_then(|config| config.table_that_names_us()),
             address: &address,
             root: &root,
-            has_registration: probe::inspect(Path::new(REGISTRATION)).is_ok(),
             file: &self.editable_file(),
         });
         Ok((config, missing.into_iter().chain(findings).collect()))
@@ -275,15 +265,6 @@ impl ContainerdInstance {
             let message = format!("{} was changed after containerd had read it", self.file.display());
             Finding::warning(CHECK, message, remedy)
         })
-    }
-}
-
-/// The errors of the client speak of our daemon.
-fn client_error(e: &client::Error) -> String {
-    match e {
-        client::Error::NotRunning { cause, .. } => cause.to_string(),
-        client::Error::NotOurs { .. } => "what listens there is no containerd".to_owned(),
-        client::Error::Silent { .. } | client::Error::Call { .. } => e.to_string(),
     }
 }
 
@@ -323,9 +304,8 @@ fn start_time(pid: u32) -> Option<SystemTime> {
 
 /// The line of a Go program's error output that names the reason.
 fn error_line(stderr: &str) -> &str {
-    let lines = || stderr.lines().map(str::trim).filter(|line| !line.is_empty());
     let is_reason = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
-    lines().find(is_reason).or_else(|| lines().next_back()).unwrap_or("it does not say why")
+    stderr.lines().find(is_reason).or(stderr.trim().lines().last()).unwrap_or("it does not say why")
 }
 
 fn is_ours(plugin: &Plugin) -> bool {

@@ -51,9 +51,8 @@ struct Image {
     namespace: String,
     /// The name that people use for it.
     name: String,
-    /// The snapshotters that have it.
-    snapshotters: String,
-    is_ours: bool,
+    /// The snapshotters that have it, unless this one does.
+    others: String,
     /// This snapshotter has unpacked it, and does not have the snapshot any more.
     is_gone: bool,
 }
@@ -91,16 +90,16 @@ fn findings(images: &[Image], config: Option<&ContainerdConfig>) -> Vec<Finding>
         |image: &&Image| image.namespace == KUBERNETES,
         |image: &&Image| Some(image.name.as_str()) == config.pause_image(),
     );
-    let others = images.iter().filter(of_kubernetes).filter(|image| !image.is_ours && !image.snapshotters.is_empty());
+    let others = images.iter().filter(of_kubernetes).filter(|image| !image.others.is_empty());
     let (pause, others): (Vec<&Image>, Vec<&Image>) = others.partition(is_pause);
-    if let [Image { name, snapshotters, .. }] = pause[..] {
+    if let [Image { name, others, .. }] = pause[..] {
         let message = format!(
-            "the pause image {name} is there for {snapshotters} only: containerd unpacks it for each first pod, or no pod starts"
+            "the pause image {name} is there for {others} only: containerd unpacks it for each first pod, or no pod starts"
         );
         findings.push(Finding::warning("images.pause", message, repull(&pause)));
     }
     if !others.is_empty() {
-        let names = list(others.iter().map(|image| format!("{} was pulled with {}", image.name, image.snapshotters)));
+        let names = list(others.iter().map(|image| format!("{} was pulled with {}", image.name, image.others)));
         let message =
             format!("{names}, and Kubernetes uses {NAME} now: their next containers copy every layer, or do not start");
         let remedy =
@@ -151,11 +150,10 @@ fn list_images(peer: &GrpcClient, progress: &Progress) -> Result<Vec<Image>> {
         for (n, (target, name)) in names.into_iter().enumerate() {
             progress.set_message(&format!("image {} of {count} in {namespace}", n + 1));
             let chains = unpacked_chains(&target, MAX_DEPTH, &|digest| labels(peer, &namespace, digest))?;
-            let ours = chains.get(NAME);
+            let (ours, others) = (chains.get(NAME), chains.keys().cloned().collect::<Vec<_>>().join(" and "));
             images.push(Image {
                 name,
-                snapshotters: chains.keys().map(String::as_str).collect::<Vec<_>>().join(" and "),
-                is_ours: ours.is_some(),
+                others: if ours.is_none() { others } else { String::new() },
                 is_gone: ours.map(|chain| is_gone(peer, &namespace, chain)).transpose()?.unwrap_or(false),
                 namespace: namespace.clone(),
             });

@@ -35,8 +35,8 @@ const FAILED: u8 = 126;
 const MAX_OUTPUT_BYTES: u64 = 8 << 20;
 /// Directories with programs of the system, whatever the environment says.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
-/// Directories that containerd's own archives are unpacked to.
-const LOCAL_PATH: &str = "/usr/local/sbin:/usr/local/bin";
+/// The same, and those that containerd's own archives are unpacked to.
+const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin";
 
 /// The directory of a client's cache, and its device.
 pub type ClientCache = (PathBuf, u64);
@@ -175,14 +175,10 @@ fn find_program(program: &Path) -> io::Result<PathBuf> {
         require_root(&fs::read_link(program)?, &fs::metadata(program)?)?;
         return Ok(program.to_owned());
     }
-    let path = if program.is_absolute() {
-        program.to_owned()
-    } else {
-        let local = LOCAL_PATH.split(':').filter(|directory| require_root_path(Path::new(directory)).is_ok());
-        let mut paths = PATH.split(':').chain(local).map(|directory| Path::new(directory).join(program));
-        let missing = || io::Error::other(format!("there is no {} in {PATH}", program.display()));
-        paths.find(|path| path.is_file()).ok_or_else(missing)?
-    };
+    // An absolute path stays as it is.
+    let mut paths = SEARCH_PATH.split(':').map(|directory| Path::new(directory).join(program));
+    let path = paths.find(|path| path.is_file());
+    let path = path.ok_or_else(|| io::Error::other(format!("there is no {} in {SEARCH_PATH}", program.display())))?;
     require_root_path(&path)?;
     Ok(path)
 }

@@ -8,14 +8,12 @@ mod tests;
 use std::env::consts::ARCH;
 use std::path::Path;
 
+use super::Finding;
 use super::config::{CRI_TABLE_1, ContainerdConfig, Proxy, Version};
-use super::{Finding, Severity};
 use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 /// What makes containerd read its configuration.
 pub const RESTART: &str = "systemctl restart containerd";
-/// What our package installs for containerd to import.
-pub const REGISTRATION: &str = "/etc/containerd/conf.d/cvmfs-snapshotter.toml";
 /// The page that has whole files and what else is known.
 pub const PAGE: &str = "docs/containerd.md";
 
@@ -31,6 +29,8 @@ const ANNOTATIONS_LINE: &str = "enable_remote_snapshot_annotations = \"true\"";
 /// The `type` of a snapshotter, in both spellings that containerd knows.
 const SNAPSHOTTER_TYPES: [&str; 2] = ["snapshot", "io.containerd.snapshotter.v1"];
 const OUR_IDS: [&str; 2] = [NAME, "io.containerd.snapshotter.v1.cvmfs-snapshotter"];
+/// From 2.2 on the first makes containerd record layers without their parents; FUSE file systems cannot be id-mapped.
+const HARMFUL_CAPABILITIES: [&str; 3] = ["rebase", "remap-ids", "only-remap-ids"];
 const TRANSFER_ID: &str = "io.containerd.transfer.v1.local";
 /// Without one of these there is no CRI; `cri` is its name in version 1 of the format.
 const CRI_IDS: [&str; 4] =
@@ -45,31 +45,29 @@ pub struct RuleContext<'a> {
     /// Where the daemon is, and its state root.
     pub address: &'a str,
     pub root: &'a str,
-    /// The package's registration is there to be imported.
-    pub has_registration: bool,
     /// The file that an admin edits.
     pub file: &'a str,
 }
 
-/// Something that can be wrong.
+/// Something that can be wrong, and the tables and lines to set then, in TOML.
 struct Rule {
-    check: &'static str,
     is_broken: bool,
-    severity: Severity,
-    message: String,
-    /// Tables and lines to set, in TOML.
-    lines: String,
+    finding: Finding,
+}
+
+fn problem(check: &'static str, is_broken: bool, message: String, lines: String) -> Rule {
+    Rule { is_broken, finding: Finding::problem(check, message, lines) }
+}
+
+fn warning(check: &'static str, is_broken: bool, message: String, lines: String) -> Rule {
+    Rule { is_broken, finding: Finding::warning(check, message, lines) }
 }
 
 pub fn check(context: &RuleContext<'_>) -> Vec<Finding> {
     let rules = context.registration_rules().into_iter().chain(context.plugin_rules()).chain(context.pull_rules());
-    let broken = rules.filter(|rule| rule.is_broken);
-    let mut findings: Vec<Finding> = broken
-        .map(|Rule { check, severity, message, lines, .. }| {
-            let remedy = Some(format!("set in {}:\n{lines}\nthen {RESTART}", context.file));
-            Finding { check, severity, message, remedy }
-        })
-        .collect();
+    let with_place = |lines: String| format!("set in {}:\n{lines}\nthen {RESTART}", context.file);
+    let broken = rules.filter(|rule| rule.is_broken).map(|rule| rule.finding);
+    let mut findings: Vec<Finding> = broken.map(|one| Finding { remedy: one.remedy.map(with_place), ..one }).collect();
     findings.extend(context.other_uses());
     for (check, is_met, message) in [
         ("containerd.plugin", true, format!("{NAME} is a proxy plugin of containerd")),
@@ -185,62 +183,42 @@ impl RuleContext<'_> {
                 "containerd does not know this snapshotter: it has no {PROXY_TABLE}{}",
                 others.collect::<String>()
             );
-            let imports = Path::new(REGISTRATION).with_file_name("*.toml");
             let exports =
                 if version.has_exports() { format!("\n{EXPORTS_TABLE}\n  root = \"{root}\"") } else { String::new() };
             let annotations = if version.has_transfer() { format!("\n  {ANNOTATIONS_LINE}") } else { String::new() };
-            let lines = if self.has_registration {
-                format!("imports = [{imports:?}]  # above all tables, beside what the list has")
-            } else {
-                format!("{address_line}\n  {TYPE_LINE}{exports}{annotations}")
-            };
-            return vec![Rule { check: MISSING, is_broken: true, severity: Severity::Problem, message, lines }];
+            let lines = format!("{address_line}\n  {TYPE_LINE}{exports}{annotations}");
+            return vec![problem(MISSING, true, message, lines)];
         };
-        // 1.7 cannot use an address with a scheme, the versions before and after it can (tested).
-        let is_1_7 = (version.major, version.minor) == (1, 7);
-        let bare = proxy.address.strip_prefix("unix://").filter(|_| !is_1_7).unwrap_or(&proxy.address);
+        let without_scheme = proxy.address.strip_prefix("unix://").unwrap_or(&proxy.address);
         let exported = proxy.exports.get("root");
-        let is_harmful = |name: &&String| match name.as_str() {
-            "rebase" => version >= Version::new(2, 2, 0),
-            name => ["remap-ids", "only-remap-ids"].contains(&name),
-        };
+        let is_harmful = |name: &&String| HARMFUL_CAPABILITIES.contains(&name.as_str());
         let (harmful, rest): (Vec<&String>, Vec<&String>) = proxy.capabilities.iter().partition(is_harmful);
+        let is_exported = exported.map(Path::new) == Some(Path::new(root));
         vec![
-            Rule {
-                check: MISSING,
-                is_broken: without_var_run(bare) != without_var_run(address),
-                severity: Severity::Problem,
-                message: format!("containerd looks for {NAME} at {:?}, and the daemon is at {address}", proxy.address),
-                lines: address_line,
-            },
-            Rule {
-                check: "containerd.type",
-                is_broken: !SNAPSHOTTER_TYPES.contains(&proxy.kind.as_str()),
-                severity: Severity::Problem,
-                message: format!(
-                    "{PROXY_TABLE} has the type {:?}: containerd does not take it for a snapshotter",
-                    proxy.kind
-                ),
-                lines: format!("{PROXY_TABLE}\n  {TYPE_LINE}"),
-            },
-            Rule {
-                check: "containerd.exports",
-                is_broken: version.has_exports() && exported.map(Path::new) != Some(Path::new(root)),
-                severity: Severity::Warning,
-                message: format!(
-                    "snapshots are in {root}, and kubelet is told {exported:?}: it does not watch that disk"
-                ),
-                lines: format!("{EXPORTS_TABLE}\n  root = \"{root}\""),
-            },
-            Rule {
-                check: "containerd.capabilities",
-                is_broken: !harmful.is_empty(),
-                severity: Severity::Problem,
-                message: format!(
-                    "{NAME} is declared to have {harmful:?}, which breaks images or pods here: see {PAGE}"
-                ),
-                lines: format!("{PROXY_TABLE}\n  capabilities = {}", string_list(rest.into_iter())),
-            },
+            problem(
+                MISSING,
+                without_var_run(without_scheme) != without_var_run(address),
+                format!("containerd looks for {NAME} at {:?}, and the daemon is at {address}", proxy.address),
+                address_line,
+            ),
+            problem(
+                "containerd.type",
+                !SNAPSHOTTER_TYPES.contains(&proxy.kind.as_str()),
+                format!("{PROXY_TABLE} has the type {:?}: containerd does not take it for a snapshotter", proxy.kind),
+                format!("{PROXY_TABLE}\n  {TYPE_LINE}"),
+            ),
+            warning(
+                "containerd.exports",
+                version.has_exports() && !is_exported,
+                format!("snapshots are in {root}, and kubelet is told {exported:?}: it does not watch that disk"),
+                format!("{EXPORTS_TABLE}\n  root = \"{root}\""),
+            ),
+            problem(
+                "containerd.capabilities",
+                !harmful.is_empty(),
+                format!("{NAME} is declared to have {harmful:?}, which breaks images or pods here: see {PAGE}"),
+                format!("{PROXY_TABLE}\n  capabilities = {}", string_list(rest.into_iter())),
+            ),
         ]
     }
 
@@ -254,37 +232,32 @@ impl RuleContext<'_> {
         let lines = format!("disabled_plugins = {}  # above all tables", string_list(rest));
         let unpacks = self.config.unpack_config().unwrap_or_default().iter();
         let platform = unpacks.filter(|one| one.snapshotter == NAME).find(|one| !is_our_platform(&one.platform));
+        let platform = platform.map(|one| one.platform.as_str());
         vec![
-            Rule {
-                check: "containerd.disabled",
-                is_broken: !needed.is_empty(),
-                severity: Severity::Problem,
-                message: format!(
-                    "disabled_plugins has {needed:?}: this snapshotter, or the CRI, does not work without"
-                ),
-                lines: lines.clone(),
-            },
-            Rule {
-                check: "containerd.parts",
-                is_broken: !self.has_cri() && self.file_table.is_some(),
-                severity: Severity::Warning,
-                message:
-                    "the CRI is disabled, although its snapshotter is named: Kubernetes cannot use this containerd"
-                        .to_owned(),
+            problem(
+                "containerd.disabled",
+                !needed.is_empty(),
+                format!("disabled_plugins has {needed:?}: this snapshotter, or the CRI, does not work without"),
+                lines.clone(),
+            ),
+            warning(
+                "containerd.parts",
+                !self.has_cri() && self.file_table.is_some(),
+                "the CRI is disabled, although its snapshotter is named: Kubernetes cannot use this containerd"
+                    .to_owned(),
                 lines,
-            },
-            Rule {
-                check: "containerd.platform",
-                is_broken: self.version.has_transfer() && platform.is_some(),
-                severity: Severity::Problem,
-                message: format!(
-                    "an unpack_config for {NAME} has the platform {:?}, and this node is linux/{}: containerd's transfer \
-                     service does not start with it, and so the CRI does not either",
-                    platform.map(|one| one.platform.as_str()).unwrap_or_default(),
+            ),
+            problem(
+                "containerd.platform",
+                self.version.has_transfer() && platform.is_some(),
+                format!(
+                    "an unpack_config for {NAME} has the platform {:?}, and this node is linux/{}: the transfer service of \
+                     containerd does not start with it, and so the CRI does not either",
+                    platform.unwrap_or_default(),
                     architecture()
                 ),
-                lines: format!("{}  # instead of that entry", unpack_entry(NAME)),
-            },
+                format!("{}  # instead of that entry", unpack_entry(NAME)),
+            ),
         ]
     }
 
@@ -322,40 +295,35 @@ impl RuleContext<'_> {
         }
         let consequence =
             if self.unpacks() { "downloads every layer" } else { "fails with \"no unpack platforms defined\"" };
+        let because = setting.map(|setting| format!(" because of {setting}")).unwrap_or_default();
+        let ignored = self.file_table.unwrap_or_default();
+        let used = self.config.snapshotter().unwrap_or_default();
+        let severity = if is_wanted { problem } else { warning };
         vec![
-            Rule {
-                check: "containerd.snapshotter",
-                is_broken: is_wanted && !self.is_used(),
-                severity: Severity::Problem,
-                message: format!(
-                    "{} names {NAME} in {}, but containerd ignores that table, and Kubernetes uses {:?}; see {PAGE}",
-                    self.file,
-                    self.file_table.unwrap_or_default(),
-                    self.config.snapshotter().unwrap_or_default()
+            problem(
+                "containerd.snapshotter",
+                is_wanted && !self.is_used(),
+                format!(
+                    "containerd ignores table {ignored} of {}, and Kubernetes uses {used:?}; see {PAGE}",
+                    self.file
                 ),
-                lines: self.cri_lines(&snapshotter_lines),
-            },
-            Rule {
-                check: CHECK,
+                self.cri_lines(&snapshotter_lines),
+            ),
+            problem(
+                CHECK,
                 // The lines of containerd.snapshotter have this one.
-                is_broken: is_by_client && !self.config.has_client_annotations() && (self.is_used() || has_transfer),
-                severity: Severity::Problem,
-                message: format!(
-                    "Kubernetes pulls by containerd's client{}, which does not say which layers it pulls: every layer is \
-                     downloaded",
-                    setting.map(|setting| format!(" because of {setting}")).unwrap_or_default()
+                is_by_client && !self.config.has_client_annotations() && (self.is_used() || has_transfer),
+                format!(
+                    "Kubernetes pulls by containerd's client{because}, which does not say which layers: all are downloaded"
                 ),
-                lines: self.cri_lines(CLIENT_LINE),
-            },
-            Rule {
-                check: CHECK,
-                is_broken: has_transfer && !is_by_client && !self.says_layers(),
-                severity: if is_wanted { Severity::Problem } else { Severity::Warning },
-                message: format!(
-                    "containerd's transfer service is not set up for {NAME}: what pulls by it {consequence}"
-                ),
-                lines: lines.join("\n"),
-            },
+                self.cri_lines(CLIENT_LINE),
+            ),
+            severity(
+                CHECK,
+                has_transfer && !is_by_client && !self.says_layers(),
+                format!("containerd's transfer service is not set up for {NAME}: what pulls by it {consequence}"),
+                lines.join("\n"),
+            ),
         ]
     }
 

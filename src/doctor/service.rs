@@ -141,30 +141,22 @@ fn not_running(e: &Error) -> Finding {
 
 fn running(described: &DescribeResponse, root: &Path) -> Finding {
     const CHECK: &str = "daemon.running";
-    let own = env!("CARGO_PKG_VERSION");
-    if described.version == own {
-        let (pid, root) = (described.pid, root.display());
-        return Finding::good(CHECK, format!("version {own} runs as process {pid}, with the state root {root}"));
+    let (own, version) = (env!("CARGO_PKG_VERSION"), &described.version);
+    if version != own {
+        let message = format!("version {version} runs, and {own} is installed");
+        return Finding::warning(CHECK, message, "systemctl restart cvmfs-snapshotter");
     }
-    Finding::warning(
-        CHECK,
-        format!("version {} runs, and {own} is installed", described.version),
-        "systemctl restart cvmfs-snapshotter",
-    )
+    let (pid, root) = (described.pid, root.display());
+    Finding::good(CHECK, format!("version {own} runs as process {pid}, with the state root {root}"))
 }
 
 /// The configuration was changed after the daemon had read it.
 fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<Finding> {
     let file = arguments.config_file();
-    let changed = probe::inspect(file).ok()?.changed;
     let started = UNIX_EPOCH + Duration::from_nanos(u64::try_from(described.started).ok()?);
-    (changed > started).then(|| {
-        Finding::warning(
-            "config.in-use",
-            format!("{} was changed after the daemon had read it", file.display()),
-            "systemctl restart cvmfs-snapshotter; containers run on",
-        )
-    })
+    let message = format!("{} was changed after the daemon had read it", file.display());
+    let remedy = "systemctl restart cvmfs-snapshotter; containers run on";
+    (probe::inspect(file).ok()?.changed > started).then(|| Finding::warning("config.in-use", message, remedy))
 }
 
 /// The path of the lock in the state root of a process, and the descriptor that holds it.
@@ -281,39 +273,27 @@ fn client_cache(name: &str, cache: &Path, cache_device: u64, root: &Path) -> Opt
 
 fn snapshots(daemon: &AdminClient, described: &DescribeResponse) -> Vec<Finding> {
     const CHECK: &str = "state.images";
-    let mut findings = Vec::new();
-    match daemon.snapshots(true, |_| {}) {
-        Err(e) => {
-            findings.push(Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50"));
-        }
+    let mut findings = match daemon.snapshots(true, |_| {}) {
+        Err(e) => vec![Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50")],
         Ok(snapshots) => {
-            findings.extend(containers(&snapshots));
-            let report = StatusReport::new(described, &snapshots, &HashMap::new(), 0);
-            findings.extend(broken_images(&report.images, &described.repositories));
-            if findings.iter().all(|one| one.check != CHECK) {
-                findings.push(Finding::good(
-                    CHECK,
-                    format!("the files of all {} images are available", report.images.len()),
-                ));
-            }
+            let images = StatusReport::new(described, &snapshots, &HashMap::new(), 0).images;
+            let broken = broken_images(&images, &described.repositories);
+            let message = format!("the files of all {} images are available", images.len());
+            let good = broken.is_empty().then(|| Finding::good(CHECK, message));
+            containers(&snapshots).into_iter().chain(broken).chain(good).collect()
         }
-    }
+    };
     let found = &described.found;
+    let place = &described.snapshots;
     if found.unknown > 0 {
-        findings.push(Finding::warning(
-            "state.unknown-files",
-            format!("{} directories in {} hold files that the metadata does not know", found.unknown, described.snapshots),
-            "an older copy of the metadata was put back, or it was damaged: journalctl -u cvmfs-snapshotter names them; remove them once nothing needs them",
-        ));
+        let message = format!("{} directories in {place} hold files that the metadata does not know", found.unknown);
+        let remedy = "an older copy of the metadata was put back, or it was damaged: journalctl -u cvmfs-snapshotter names \
+                      them; remove them once nothing needs them";
+        findings.push(Finding::warning("state.unknown-files", message, remedy));
     }
     if found.foreign > 0 {
-        findings.push(Finding::note(
-            "state.foreign",
-            format!(
-                "{} entries in {} are of another snapshotter, and are left alone",
-                found.foreign, described.snapshots
-            ),
-        ));
+        let message = format!("{} entries in {place} are of another snapshotter, and are left alone", found.foreign);
+        findings.push(Finding::note("state.foreign", message));
     }
     findings
 }

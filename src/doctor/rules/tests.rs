@@ -19,7 +19,7 @@ const UNPACK: &str = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]
 fn check_both(version: &str, [address, root]: [&str; 2], dump: &str, file: &str) -> Vec<Finding> {
     let (config, file) = (ContainerdConfig::parse(dump).unwrap(), ContainerdConfig::parse(file).unwrap());
     let (version, file_table) = (Version::parse(version).unwrap(), file.table_that_names_us());
-    check(&RuleContext { version, config: &config, file_table, address, root, has_registration: false, file: "c" })
+    check(&RuleContext { version, config: &config, file_table, address, root, file: "c" })
 }
 
 /// The faults, the worst first.
@@ -87,13 +87,11 @@ fn faults_are_found_under_their_names() {
         ("1.7.24", &[client_1, &PROXY.replace("s.sock", "other.sock")], &[PLUGIN, EXPORT]),
         ("1.7.24", &[client_1, &registered.replace("/run", "/var/run")], &[]),
         ("1.6.33", &[client_1, with_scheme], &[]),
-        ("1.7.24", &[client_1, with_scheme], &[PLUGIN]),
         ("1.7.24", &[client_1, &registered.replace("snapshot\"", "content\"")], &[(Problem, "containerd.type")]),
         ("1.6.20", &[client_1, PROXY], &[]),
         ("1.7.24", &[client_1, PROXY], &[EXPORT]),
         ("1.7.24", &[client_1, &registered.replace("/s\"", "/other\"")], &[EXPORT]),
         ("1.7.24", &[client_1, &rebase.replace("rebase", "remap-ids")], &[CAPABILITIES]),
-        ("2.1.9", &[CRI_2, CLIENT, rebase], &[]),
         ("2.2.9", &[CRI_2, CLIENT, rebase], &[CAPABILITIES]),
         ("1.7.24", &[CRI_1, registered], &[ANNOTATIONS]),
         ("1.7.24", &[client_1, kata, registered], &[(Warning, "containerd.runtimes")]),
