@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::builder::{OsStringValueParser, PathBufValueParser};
+use clap::builder::PathBufValueParser;
 use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 use log::LevelFilter;
 
@@ -47,10 +47,8 @@ pub enum Action {
     Status(Status),
     Doctor(Doctor),
     Gc(Gc),
-    /// The last three are run by the doctor in processes of their own, because they may hang for ever.
-    ProbePath(PathBuf),
-    ProbeRepository(PathBuf),
-    RunProgram(RunProgram),
+    /// The doctor runs this in a process of its own, because it may hang for ever: a request in JSON.
+    Probe(String),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,16 +74,6 @@ pub struct Gc {
     pub json: bool,
 }
 
-/// Replaces this process by another program, if only root can have installed that program.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunProgram {
-    /// The program, in the form that `doctor::Program` writes and parses.
-    pub program: OsString,
-    /// The name that the program gets as its first argument.
-    pub name: OsString,
-    pub arguments: Vec<OsString>,
-}
-
 /// The options and commands for people. The manual pages are generated from this.
 pub fn command() -> Command {
     Command::new("cvmfs-snapshotter")
@@ -96,15 +84,9 @@ pub fn command() -> Command {
         .subcommands([status(), doctor(), gc()])
 }
 
-/// `command` with the internal commands of the doctor. They are kept apart, because shells would complete even hidden ones.
+/// `command` with the internal command of the doctor. It is kept apart, because shells would complete even hidden ones.
 fn with_internal_commands() -> Command {
-    let probe = |name| {
-        Command::new(name).hide(true).arg(Arg::new("path").required(true).value_parser(PathBufValueParser::new()))
-    };
-    let word = |name| Arg::new(name).required(true).value_parser(OsStringValueParser::new());
-    let arguments = Arg::new("arguments").num_args(0..).last(true).value_parser(OsStringValueParser::new());
-    let run_program = Command::new("run-program").hide(true).args([word("program"), word("name"), arguments]);
-    command().subcommands(["probe-path", "probe-repository"].map(probe)).subcommand(run_program)
+    command().subcommand(Command::new("probe").hide(true).arg(Arg::new("request").required(true)))
 }
 
 fn path(name: &'static str, help: String) -> Arg {
@@ -272,13 +254,7 @@ fn action(matches: &mut ArgMatches) -> Action {
     match matches.remove_subcommand() {
         Some((name, mut matches)) => match name.as_str() {
             "status" => Action::Status(Status { json: matches.get_flag("json"), quick: matches.get_flag("quick") }),
-            "probe-path" => Action::ProbePath(matches.remove_one("path").unwrap_or_default()),
-            "probe-repository" => Action::ProbeRepository(matches.remove_one("path").unwrap_or_default()),
-            "run-program" => Action::RunProgram(RunProgram {
-                program: matches.remove_one("program").unwrap_or_default(),
-                name: matches.remove_one("name").unwrap_or_default(),
-                arguments: matches.remove_many("arguments").map(Iterator::collect).unwrap_or_default(),
-            }),
+            "probe" => Action::Probe(matches.remove_one("request").unwrap_or_default()),
             "gc" => Action::Gc(Gc { dry_run: matches.get_flag("dry-run"), json: matches.get_flag("json") }),
             _ => Action::Doctor(Doctor {
                 json: matches.get_flag("json"),

@@ -9,13 +9,9 @@ mod config;
 mod containerd;
 mod images;
 mod node;
-mod program;
-mod repositories;
-mod repull;
+mod probe;
 mod rules;
-mod safe_fs;
 mod service;
-mod subprocess;
 mod systemd;
 
 use std::fmt::Write as _;
@@ -24,9 +20,7 @@ use std::io::{self, Write};
 use nix::unistd::geteuid;
 use serde_json::json;
 
-pub use self::program::Program;
-pub use self::repositories::probe as probe_repository;
-pub use self::safe_fs::probe as probe_path;
+pub use self::probe::probe;
 use crate::admin::table::Progress;
 use crate::cli::{self, Arguments};
 use crate::model::printable;
@@ -92,16 +86,22 @@ impl Finding {
     }
 }
 
-/// A check that finds many things of one kind names so many of them.
-const MAX_NAMED: usize = 5;
+/// Names the first few of many things.
+fn list(mut names: impl ExactSizeIterator<Item = String>) -> String {
+    const MAX_NAMED: usize = 5;
+    let first: Vec<String> = names.by_ref().take(MAX_NAMED).collect();
+    let rest = if names.len() > 0 { format!("; and {} more", names.len()) } else { String::new() };
+    format!("{}{rest}", first.join("; "))
+}
+
 /// Monitoring systems take this exit code for "unknown": nothing could be checked, or the report not be written.
 pub const UNKNOWN: u8 = 3;
 
 /// Writes the report. The result is the exit code: 0 is good, 1 a warning, 2 a problem, as monitoring systems have it.
 pub fn run(arguments: &Arguments, options: &cli::Doctor, out: &mut dyn Write) -> io::Result<u8> {
     let progress = Progress::new();
-    let format = if options.json { OutputFormat::Json } else { OutputFormat::Text };
-    let mut report = Report::new(format, &progress, out);
+    let mut report =
+        Report { is_json: options.json, progress: &progress, out, findings: Vec::new(), write_error: None };
     if !geteuid().is_root() {
         let remedy = "run it as root: sudo cvmfs-snapshotter doctor";
         report.push(Finding::warning("node.user", "not run by root: nothing can be checked", remedy));
@@ -123,29 +123,19 @@ pub fn run(arguments: &Arguments, options: &cli::Doctor, out: &mut dyn Write) ->
     })
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OutputFormat {
-    Text,
-    Json,
-}
-
 /// The findings so far. Text is written at once, JSON at the end.
 struct Report<'w> {
     findings: Vec<Finding>,
-    format: OutputFormat,
+    is_json: bool,
     progress: &'w Progress,
     out: &'w mut dyn Write,
     /// The first failure; nothing is written after it, and the checks go on.
     write_error: Option<io::Error>,
 }
 
-impl<'w> Report<'w> {
-    fn new(format: OutputFormat, progress: &'w Progress, out: &'w mut dyn Write) -> Self {
-        Self { findings: Vec::new(), format, progress, out, write_error: None }
-    }
-
+impl Report<'_> {
     fn push(&mut self, finding: Finding) {
-        if self.format == OutputFormat::Text {
+        if !self.is_json {
             self.write(&finding.to_text());
         }
         self.findings.push(finding);
@@ -154,10 +144,7 @@ impl<'w> Report<'w> {
     /// The worst severity, if all was written or the reader has closed the pipe.
     fn finish(mut self) -> io::Result<Severity> {
         let worst = self.findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Good);
-        let text = match self.format {
-            OutputFormat::Text => summary(&self.findings),
-            OutputFormat::Json => to_json(&self.findings, worst),
-        };
+        let text = if self.is_json { to_json(&self.findings, worst) } else { summary(&self.findings) };
         self.write(&text);
         match self.write_error {
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e),
@@ -201,45 +188,20 @@ mod tests {
 
     use super::*;
 
-    /// Fails with `error` after `capacity` bytes.
-    struct FailingWriter {
-        written: Vec<u8>,
-        capacity: usize,
-        error: io::ErrorKind,
-    }
-
-    impl Write for FailingWriter {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            if self.written.len() + bytes.len() > self.capacity {
-                return Err(self.error.into());
-            }
-            self.written.extend(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
-    fn findings_are_written_at_once_and_a_write_error_fails_the_report() {
-        let progress = Progress::new();
-        for (capacity, error, expected) in [
-            (1 << 20, io::ErrorKind::StorageFull, Ok(Severity::Problem)),
-            (40, io::ErrorKind::BrokenPipe, Ok(Severity::Problem)),
-            (40, io::ErrorKind::StorageFull, Err(io::ErrorKind::StorageFull)),
-        ] {
-            let mut out = FailingWriter { written: Vec::new(), capacity, error };
-            let mut report = Report::new(OutputFormat::Text, &progress, &mut out);
-            report.push(Finding::good("node.disk", "x"));
-            report.push(Finding::problem("node.disk", "a\x1b[2Jb", "first\nsecond"));
-            assert_eq!(report.finish().map_err(|e| e.kind()), expected, "{capacity}");
-            let written = String::from_utf8(out.written).unwrap();
-            assert!(written.starts_with("good     node.disk                 x\n"), "{written}");
-            let whole = "problem  node.disk                 a?[2Jb\n           | first\n           | second\n1 problem, 0 warnings; good: 1\n";
-            assert_eq!(written.ends_with(whole), capacity > 40, "{written}");
-        }
+    fn report_shows_each_finding_with_its_remedy_and_a_summary() {
+        let (progress, mut out) = (Progress::new(), Vec::new());
+        let mut report =
+            Report { is_json: false, progress: &progress, out: &mut out, findings: Vec::new(), write_error: None };
+        report.push(Finding::good("node.disk", "x"));
+        report.push(Finding::problem("node.disk", "a\x1b[2Jb", "first\nsecond"));
+        assert_eq!(report.finish().unwrap(), Severity::Problem);
+        let text = "good     node.disk                 x\n\
+                    problem  node.disk                 a?[2Jb\n           | first\n           | second\n\
+                    1 problem, 0 warnings; good: 1\n";
+        assert_eq!(String::from_utf8(out).unwrap(), text);
+        let names = |count: usize| list((0..count).map(|n| n.to_string()));
+        assert_eq!((names(2), names(7)), ("0; 1".to_owned(), "0; 1; 2; 3; 4; and 2 more".to_owned()));
     }
 
     #[test]
@@ -250,7 +212,6 @@ mod tests {
             include_str!("doctor/images.rs"),
             include_str!("doctor/node.rs"),
             include_str!("doctor/rules.rs"),
-            include_str!("doctor/rules/pulls.rs"),
             include_str!("doctor/service.rs"),
             include_str!("doctor/systemd.rs"),
         ];

@@ -29,12 +29,9 @@ fn main() -> ExitCode {
         Action::Gc(options) => print_report(gc::run(&arguments.address, *options)),
         Action::Doctor(options) => doctor::run(&arguments, options, &mut std::io::stdout())
             .map_or_else(|e| fail(&format!("cannot write the report: {e}"), doctor::UNKNOWN), ExitCode::from),
-        Action::ProbePath(path) => print(&doctor::probe_path(path)),
-        Action::ProbeRepository(path) => print(&doctor::probe_repository(path)),
-        Action::RunProgram(options) => {
-            // `exec` returns only if it failed.
-            let error = doctor::Program::parse(&options.program).exec(&options.name, &options.arguments);
-            fail(&error, error.exit_code())
+        Action::Probe(request) => {
+            let (answer, code) = doctor::probe(request);
+            if print(&answer) == ExitCode::SUCCESS { ExitCode::from(code) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -8,7 +8,7 @@
 //! - A stop fails no call that was begun in time (`Server::stop`).
 #![forbid(unsafe_code)]
 
-mod admin;
+pub(crate) mod admin;
 pub(crate) mod convert;
 mod dispatch;
 pub(crate) mod field_count;

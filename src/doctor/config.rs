@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Deserialize;
 
@@ -65,19 +66,17 @@ pub struct Proxy {
     pub capabilities: Vec<String>,
 }
 
-/// An `unpack_config` of the transfer service.
+/// An `unpack_config` of the transfer service, or a runtime of the CRI.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Unpack {
     pub snapshotter: String,
     pub platform: String,
-    pub optional: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct ContainerdConfig {
-    version: i64,
     pub disabled_plugins: Vec<String>,
     pub proxy_plugins: BTreeMap<String, Proxy>,
     plugins: Plugins,
@@ -115,14 +114,8 @@ struct CriTable {
     max_concurrent_downloads: Option<i64>,
     registry: BTreeMap<String, toml::Value>,
     pinned_images: BTreeMap<String, String>,
-    runtimes: BTreeMap<String, Runtime>,
-    runtime_platforms: BTreeMap<String, Runtime>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Runtime {
-    snapshotter: String,
+    runtimes: BTreeMap<String, Unpack>,
+    runtime_platforms: BTreeMap<String, Unpack>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -136,13 +129,9 @@ impl ContainerdConfig {
         toml::from_str(text)
     }
 
-    /// The version of containerd that prints such a dump, if nothing else tells it: of each format the most common one.
-    pub fn assumed_version(&self) -> Version {
-        match self.version {
-            ..3 => Version::new(1, 7, 24),
-            3 => Version::new(2, 2, 0),
-            4.. => Version::new(2, 3, 0),
-        }
+    /// It has a proxy plugin with our name or address.
+    pub fn mentions(&self, address: &Path) -> bool {
+        self.proxy_plugins.iter().any(|(name, proxy)| name == NAME || Path::new(&proxy.address) == address)
     }
 
     fn cri(&self) -> &CriTable {
@@ -202,5 +191,26 @@ impl ContainerdConfig {
             |key: &&&str| matches!(cri.registry.get(**key), Some(toml::Value::Table(hosts)) if !hosts.is_empty());
         flag.or_else(|| downloads.map(|count| format!("max_concurrent_downloads = {count}")))
             .or_else(|| ["mirrors", "configs", "auths"].iter().find(has_hosts).map(|key| format!("registry.{key}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_parsed_as_distributions_write_them() {
+        for (text, version) in [
+            ("1.6.20~ds1", Some((1, 6, 20))),
+            ("v2.2.9", Some((2, 2, 9))),
+            ("2.4.0-beta.0", Some((2, 4, 0))),
+            ("2.1", Some((2, 1, 0))),
+            ("1.7.23-k3s2", Some((1, 7, 23))),
+            ("2.3.6+unknown", Some((2, 3, 6))),
+            ("unknown", None),
+        ] {
+            let expected = version.map(|(major, minor, patch)| Version::new(major, minor, patch));
+            assert_eq!(Version::parse(text), expected, "{text}");
+        }
     }
 }

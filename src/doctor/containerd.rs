@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,10 +12,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use protobuf::well_known_types::empty::Empty;
 
 use super::config::{ContainerdConfig, Version};
-use super::program::{Process, Program};
-use super::rules::{self, DaemonEndpoint, PAGE, REGISTRATION, RESTART, RuleContext};
-use super::{Finding, Report, Severity, images, safe_fs, subprocess, systemd};
-use crate::admin::client::{self, Error, GrpcClient, PeerProcess};
+use super::rules::{self, PAGE, RESTART, RuleContext};
+use super::systemd::Unit;
+use super::{Finding, Report, images, probe, service};
+use crate::admin::client::{self, GrpcClient};
 use crate::admin::table::Progress;
 use crate::cli::{self, Arguments, CONTAINERD_CONFIGURATIONS, CONTAINERD_SOCKETS, Doctor};
 use crate::migration::rebuild::DEFAULT_NAME as NAME;
@@ -36,60 +36,20 @@ methods! {
 
 /// The program, and the unit of the first of the usual ones.
 const CONTAINERD: &str = "containerd";
-/// Time limit of containerd's program, and of its first answer at the socket.
-const LIMIT: Duration = Duration::from_secs(10);
 /// Plugins without which pulls fail, by the end of `TYPE.ID`.
 const NEEDED_PLUGINS: [&str; 4] = ["grpc.v1.cri", "cri.v1.images", "cri.v1.runtime", "transfer.v1.local"];
-/// Distributions that start containerd themselves, with a configuration made of a template: name and other unit.
-const DISTRIBUTIONS: [(&str, &str, &str); 2] = [("k3s", "k3s", "k3s-agent"), ("rke2", "rke2-server", "rke2-agent")];
+/// Distributions that start containerd themselves, with a configuration made of a template, and their units.
+const DISTRIBUTIONS: [(&str, &str); 2] =
+    [("/var/lib/rancher/k3s", "k3s (or k3s-agent)"), ("/var/lib/rancher/rke2", "rke2-server (or rke2-agent)")];
 
 struct ContainerdInstance {
     socket: PathBuf,
     /// Its main configuration file.
     file: PathBuf,
     /// The process that listens at the socket.
-    process: Option<Process>,
-    program: ContainerdProgram,
-}
-
-/// The program that runs, or would be started.
-struct ContainerdProgram {
-    program: Program,
-    /// The user who runs it, if that is not root.
-    user: Option<PeerProcess>,
-}
-
-/// What the program makes of a configuration file.
-enum Dump {
-    Config(Box<ContainerdConfig>),
-    /// It does not start with the file, and says so in this error output.
-    Refused(String),
-    NoAnswer(io::Error),
-}
-
-impl ContainerdProgram {
-    fn run(&self, arguments: &[&OsStr]) -> io::Result<subprocess::Output> {
-        if let Some(PeerProcess { pid, uid }) = self.user {
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("process {pid} is of user {uid}")));
-        }
-        subprocess::run_as(&self.program, CONTAINERD, arguments, LIMIT)
-    }
-
-    fn version(&self) -> Option<Version> {
-        let output = self.run(&["--version".as_ref()]).ok()?;
-        Version::parse(output.stdout.split_whitespace().nth(2)?)
-    }
-
-    fn dump(&self, file: &Path) -> Dump {
-        match self.run(&["--config".as_ref(), file.as_os_str(), "config".as_ref(), "dump".as_ref()]) {
-            Ok(output) if !output.status.success() => Dump::Refused(output.stderr),
-            Ok(output) => match ContainerdConfig::parse(&output.stdout) {
-                Ok(config) => Dump::Config(Box::new(config)),
-                Err(e) => Dump::NoAnswer(io::Error::other(format!("cannot parse its answer: {}", e.message()))),
-            },
-            Err(e) => Dump::NoAnswer(e),
-        }
-    }
+    pid: Option<u32>,
+    /// What is run to ask it, see `probe::run_as`.
+    program: PathBuf,
 }
 
 /// What an instance that runs has said.
@@ -101,12 +61,9 @@ struct Running {
 
 struct InstanceReport {
     findings: Vec<Finding>,
-    /// Its configuration does not mention this snapshotter.
-    is_unrelated: bool,
+    /// None: containerd could not be asked, or refuses its configuration.
     config: Option<ContainerdConfig>,
     running: Option<Running>,
-    /// The snapshotter can be asked through it.
-    has_snapshotter: bool,
 }
 
 pub fn check(
@@ -118,202 +75,182 @@ pub fn check(
 ) {
     let instances = find_instances(options);
     if instances.is_empty() {
-        report.push(Finding::warning(
-            "containerd.running",
-            "there is no containerd at its usual places",
-            "say where it is: --containerd SOCKET --containerd-config FILE",
-        ));
+        let remedy = "say where it is: --containerd SOCKET --containerd-config FILE";
+        report.push(Finding::warning("containerd.running", "there is no containerd at its usual places", remedy));
     }
     let reports: Vec<InstanceReport> = instances.iter().map(|one| one.check(arguments, daemon)).collect();
     // Docker's may stand beside the one of k3s: an unrelated one is no fault if another one uses this snapshotter.
-    let one_uses_us = reports.iter().any(|one| one.running.is_some() && !one.is_unrelated);
+    let is_unrelated =
+        |one: &InstanceReport| one.config.as_ref().is_some_and(|config| !config.mentions(&arguments.address));
+    let one_uses_us = reports.iter().any(|one| one.running.is_some() && !is_unrelated(one));
     for (instance, result) in instances.iter().zip(reports) {
-        let socket = instance.socket.display();
-        if one_uses_us && result.is_unrelated {
-            let message = format!("the containerd at {socket} does not use this snapshotter");
+        if one_uses_us && (is_unrelated(&result) || result.running.is_none() && !instance.socket.exists()) {
+            let message =
+                format!("the containerd of {} does not run, or does not use this snapshotter", instance.file.display());
             report.push(Finding::note("containerd.plugin", message));
-        } else if one_uses_us && result.running.is_none() && !instance.socket.exists() {
-            let message = format!("no containerd runs at {socket}, although {} is there", instance.file.display());
-            report.push(Finding::note("containerd.running", message));
-        } else {
-            report.extend(result.findings.into_iter().map(|finding| instance.with_restart_command(finding)));
-            if let Some(running) = result.running.filter(|_| result.has_snapshotter && daemon.is_some()) {
-                images::check(&running.peer, result.config.as_ref(), progress, report);
-            }
+            continue;
+        }
+        report.extend(result.findings.into_iter().map(|finding| instance.with_restart_command(finding)));
+        let has_snapshotter =
+            |one: &Running| one.plugins.iter().any(|plugin| is_ours(plugin) && plugin.init_err.is_none());
+        if let Some(running) = result.running.filter(|one| has_snapshotter(one) && daemon.is_some()) {
+            images::check(&running.peer, result.config.as_ref(), progress, report);
         }
     }
 }
 
 /// The instance that an admin names, or those at the usual places.
 fn find_instances(options: &Doctor) -> Vec<ContainerdInstance> {
-    let usual = || CONTAINERD_SOCKETS.into_iter().zip(CONTAINERD_CONFIGURATIONS);
-    match (&options.socket, &options.configuration) {
-        (None, None) => {}
-        (Some(socket), None) => {
-            let file = usual().find(|(usual, _)| Path::new(usual) == socket).map(|(_, file)| file);
-            return vec![ContainerdInstance::at(socket.clone(), file.unwrap_or(CONTAINERD_CONFIGURATIONS[0]).into())];
-        }
-        (socket, Some(file)) => {
-            let socket = socket.clone().unwrap_or_else(|| CONTAINERD_SOCKETS[0].into());
-            return vec![ContainerdInstance { file: file.clone(), ..ContainerdInstance::at(socket, file.clone()) }];
-        }
+    let usual = || CONTAINERD_SOCKETS.map(PathBuf::from).into_iter().zip(CONTAINERD_CONFIGURATIONS.map(PathBuf::from));
+    if options.socket.is_some() || options.configuration.is_some() {
+        let socket = options.socket.clone().unwrap_or_else(|| CONTAINERD_SOCKETS[0].into());
+        let file = usual().find(|(usual, _)| *usual == socket).map(|(_, file)| file);
+        let found = ContainerdInstance::find(socket, file.unwrap_or_else(|| CONTAINERD_CONFIGURATIONS[0].into()));
+        return vec![ContainerdInstance { file: options.configuration.clone().unwrap_or(found.file), ..found }];
     }
-    let all = usual().map(|(socket, file)| ContainerdInstance::at(socket.into(), file.into()));
+    let all = usual().map(|(socket, file)| ContainerdInstance::find(socket, file));
     // A path that cannot be inspected is there.
-    let is_there = |path: &Path| !safe_fs::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    let is_there = |path: &Path| !probe::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
     all.filter(|one| is_there(&one.socket) || is_there(&one.file)).collect()
 }
 
 impl ContainerdInstance {
     /// With the file and the program of the process that listens there, or of the unit that would be started.
-    fn at(socket: PathBuf, default_file: PathBuf) -> Self {
-        let listener = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener());
-        let of_unit =
-            || (socket == Path::new(CONTAINERD_SOCKETS[0])).then(|| systemd::command_line_of(CONTAINERD)).flatten();
-        let words =
-            listener.map_or_else(of_unit, |listener| subprocess::command_line(listener.pid)).unwrap_or_default();
-        let process = listener.and_then(|listener| Process::find(listener.pid));
-        let path = words.first().map(PathBuf::from).filter(|path| path.is_absolute());
-        let program = process.map(Program::OfProcess).or_else(|| path.map(Program::At));
-        Self {
-            socket,
-            file: config_file_of(&words).unwrap_or(default_file),
-            process,
-            program: ContainerdProgram {
-                program: program.unwrap_or_else(|| Program::Named(CONTAINERD.to_owned())),
-                user: listener.filter(|listener| listener.uid != 0),
-            },
-        }
+    fn find(socket: PathBuf, default_file: PathBuf) -> Self {
+        let pid = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
+        let is_usual = socket == Path::new(CONTAINERD_SOCKETS[0]);
+        let of_unit = || is_usual.then(|| Unit::show(CONTAINERD).command_line()).flatten();
+        let words = pid.map_or_else(of_unit, service::command_line).unwrap_or_default();
+        let of_unit = words.first().map(PathBuf::from).filter(|path| path.is_absolute());
+        let program = pid.map(|pid| format!("/proc/{pid}/exe").into()).or(of_unit);
+        let file = config_file_of(&words).unwrap_or(default_file);
+        Self { socket, file, pid, program: program.unwrap_or_else(|| CONTAINERD.into()) }
     }
 
-    fn distribution(&self) -> Option<(&'static str, &'static str)> {
-        let is_it = |name: &str| self.file.starts_with(Path::new("/var/lib/rancher").join(name));
-        DISTRIBUTIONS.into_iter().find(|(name, ..)| is_it(name)).map(|(_, server, agent)| (server, agent))
+    fn distribution(&self) -> Option<&'static str> {
+        DISTRIBUTIONS.into_iter().find(|(directory, _)| self.file.starts_with(directory)).map(|(_, units)| units)
     }
 
     fn with_restart_command(&self, finding: Finding) -> Finding {
-        let Some((server, agent)) = self.distribution() else { return finding };
-        let restart = format!("systemctl restart {server} (or {agent})");
+        let Some(units) = self.distribution() else { return finding };
+        let restart = format!("systemctl restart {units}");
         Finding { remedy: finding.remedy.map(|remedy| remedy.replace(RESTART, &restart)), ..finding }
     }
 
     /// The file that an admin edits.
     fn editable_file(&self) -> String {
-        let file = self.file.display();
-        match self.distribution() {
-            Some(_) => format!("{file}'s template (config.toml.tmpl, or config-v3.toml.tmpl)"),
-            None => file.to_string(),
-        }
+        let template = self.distribution().map_or("", |_| "'s template (config.toml.tmpl, or config-v3.toml.tmpl)");
+        format!("{}{template}", self.file.display())
     }
 
     fn dump_command(&self) -> String {
-        format!("containerd --config {} config dump", shell_quote(&self.file.to_string_lossy()))
+        format!("\"containerd --config {} config dump\"", shell_quote(&self.file.to_string_lossy()))
+    }
+
+    fn run(&self, words: &[&str]) -> io::Result<probe::Output> {
+        probe::run_as(&self.program, CONTAINERD, words.iter().map(OsString::from).collect())
     }
 
     fn ask(&self) -> client::Result<Running> {
         let peer = GrpcClient::connect(&self.socket)?;
-        let version = peer.call_within(LIMIT, "", &VERSION, &Empty::new())?.version;
+        let version = peer.call_within(probe::LIMIT, "", &VERSION, &Empty::new())?.version;
         let plugins = peer.call(&PLUGINS, &PluginsRequest::new())?.plugins;
         Ok(Running { peer, version, plugins })
     }
 
     fn check(&self, arguments: &Arguments, daemon: Option<&DescribeResponse>) -> InstanceReport {
+        let socket = self.socket.display();
         let running = self.ask();
         let mut findings = vec![match &running {
-            Ok(Running { version, .. }) => {
-                let message = format!("containerd {version} runs, at {}", self.socket.display());
-                Finding::good("containerd.running", message)
+            Ok(running) => {
+                Finding::good("containerd.running", format!("containerd {} runs, at {socket}", running.version))
             }
-            Err(e) => not_running(&self.socket, e),
+            Err(e) => {
+                // The errors of the client speak of our daemon.
+                let cause =
+                    if let client::Error::NotRunning { cause, .. } = e { cause.to_string() } else { e.to_string() };
+                let message = format!("containerd does not answer at {socket}: {cause}");
+                let remedy = "systemctl status containerd; or say where it is: --containerd SOCKET";
+                Finding::problem("containerd.running", message, remedy)
+            }
         }];
-        let (address, root) = (arguments.address.display().to_string(), arguments.root.display().to_string());
-        let endpoint = DaemonEndpoint { address: &address, root: &root };
         let running = running.ok();
-        let (config, config_findings) = self.check_config(running.as_ref(), endpoint);
-        let is_refused = config.is_none();
-        findings.extend(config_findings);
-        let is_unrelated = config.as_ref().is_some_and(|config| {
-            !config.proxy_plugins.iter().any(|(name, proxy)| name == NAME || proxy.address == address)
-        });
-        let mut has_snapshotter = false;
-        if let Some(running) = &running {
-            findings.extend(running.plugins.iter().filter_map(plugin_error));
-            let ours = running.plugins.iter().find(|plugin| is_snapshotter(plugin));
-            has_snapshotter = ours.is_some_and(|plugin| plugin.init_err.is_none());
+        let (config, of_config) = match self.check_config(running.as_ref(), arguments) {
+            Ok((config, findings)) => (Some(config), findings),
+            Err(finding) => (None, vec![finding]),
+        };
+        findings.extend(of_config);
+        if let Some(Running { peer, plugins, .. }) = &running {
+            findings.extend(plugins.iter().filter_map(plugin_error));
             // A restart would end a containerd that refuses its configuration.
-            if !is_refused {
-                let has =
-                    |check: &str, severity| findings.iter().any(|one| one.check == check && one.severity == severity);
-                let is_configured =
-                    has("containerd.plugin", Severity::Good) && !has("containerd.disabled", Severity::Problem);
-                findings.extend(self.not_restarted(is_configured && ours.is_none()));
+            if config.is_some() {
+                let is_fault = |one: &Finding| {
+                    ["containerd.plugin", "containerd.disabled"].contains(&one.check) && one.remedy.is_some()
+                };
+                let is_missing = !findings.iter().any(is_fault) && !plugins.iter().any(is_ours);
+                findings.extend(self.not_restarted(is_missing));
             }
-            findings.extend(daemon.and_then(|daemon| mount_namespace(&running.peer, daemon)));
+            findings.extend(daemon.and_then(|daemon| mount_namespace(peer, daemon)));
         }
-        InstanceReport { findings, is_unrelated, config, running, has_snapshotter }
+        InstanceReport { findings, config, running }
     }
 
-    /// What containerd makes of its configuration, and what is wrong with that. Without the former containerd could not be
-    /// asked, or refuses its configuration.
+    /// What containerd makes of its configuration, and what is wrong with that. An error is why that is unknown.
     fn check_config(
         &self,
         running: Option<&Running>,
-        endpoint: DaemonEndpoint<'_>,
-    ) -> (Option<ContainerdConfig>, Vec<Finding>) {
+        arguments: &Arguments,
+    ) -> Result<(ContainerdConfig, Vec<Finding>), Finding> {
         const CHECK: &str = "containerd.config";
-        let mut findings = Vec::new();
+        let (file, dump_command) = (self.file.display(), self.dump_command());
         // This refuses pipes and what else would keep containerd.
-        let (file_text, dumped_file) = match safe_fs::read_to_string(&self.file) {
-            Ok(text) => (text, self.file.as_path()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let message = format!("{} is not there: containerd uses its defaults", self.file.display());
-                findings.push(Finding::note(CHECK, message));
-                (String::new(), Path::new("/dev/null"))
+        let text = match probe::read_to_string(&self.file) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Finding::problem(
+                    CHECK,
+                    format!("cannot read {file}: {e}"),
+                    format!("make it readable for {dump_command}"),
+                ));
             }
-            Err(e) => {
-                let message = format!("cannot read {}: {e}", self.file.display());
-                let remedy = format!("make it readable; {} tells when it is good", self.dump_command());
-                return (None, vec![Finding::problem(CHECK, message, remedy)]);
+            text => text.ok(),
+        };
+        let missing =
+            text.is_none().then(|| Finding::note(CHECK, format!("{file} is not there: containerd uses its defaults")));
+        let dumped_file = if text.is_some() { &*self.file.to_string_lossy() } else { "/dev/null" };
+        let of_program = || self.run(&["--version"]).ok()?.stdout.split_whitespace().nth(2).and_then(Version::parse);
+        let version = running.and_then(|running| Version::parse(&running.version)).or_else(of_program);
+        let (address, root) = (arguments.address.display().to_string(), arguments.root.display().to_string());
+        let dump = self.run(&["--config", dumped_file, "config", "dump"]).and_then(|output| {
+            let config = ContainerdConfig::parse(&output.stdout).map_err(io::Error::other);
+            if output.status.success() { config.map(Ok) } else { Ok(Err(output.stderr)) }
+        });
+        let (config, version) = match (dump, version) {
+            (Ok(Ok(config)), Some(version)) => (config, version),
+            (Ok(Err(stderr)), _) => {
+                return Err(rules::explain_refusal(error_line(&stderr), &self.editable_file(), &dump_command));
+            }
+            (dump, version) => {
+                let reason = dump.err().map_or_else(|| "its version is unknown".to_owned(), |e| e.to_string());
+                let message = format!("cannot ask containerd's program what it makes of {file}: {reason}");
+                let snippet = version
+                    .map_or("", example_of)
+                    .replace(cli::DEFAULT_ADDRESS, &address)
+                    .replace(cli::DEFAULT_ROOT, &root);
+                let remedy =
+                    format!("compare what {dump_command} prints, run as its user, with {PAGE}\n{}", snippet.trim_end());
+                return Err(Finding::warning(CHECK, message, remedy));
             }
         };
-        let version = running.and_then(|running| Version::parse(&running.version)).or_else(|| self.program.version());
-        let config = match self.program.dump(dumped_file) {
-            Dump::Config(config) => *config,
-            Dump::Refused(stderr) => {
-                let error = error_line(&stderr);
-                findings.push(rules::explain_refusal(error, &self.editable_file(), &self.dump_command()));
-                return (None, findings);
-            }
-            Dump::NoAnswer(e) => {
-                let message = format!("cannot ask containerd's program what it makes of {}: {e}", self.file.display());
-                findings.push(Finding::warning(CHECK, message, self.compare_by_hand(version, endpoint)));
-                return (None, findings);
-            }
-        };
-        let file_config = ContainerdConfig::parse(&file_text).ok();
-        findings.extend(rules::check(&RuleContext {
-            version: version.unwrap_or_else(|| config.assumed_version()),
+        let of_file = text.and_then(|text| ContainerdConfig::parse(&text).ok());
+        let findings = rules::check(&RuleContext {
+            version,
             config: &config,
-            file_table: file_config.and_then(|config| config.table_that_names_us()),
-            endpoint,
-            has_registration: safe_fs::inspect(Path::new(REGISTRATION)).is_ok(),
+            file_table: of_file.and_then(|config| config.table_that_names_us()),
+            address: &address,
+            root: &root,
             file: &self.editable_file(),
-        }));
-        (Some(config), findings)
-    }
-
-    /// What an admin does where containerd cannot be asked.
-    fn compare_by_hand(&self, version: Option<Version>, endpoint: DaemonEndpoint<'_>) -> String {
-        let dump_command = self.dump_command();
-        let compare = format!("compare what \"{dump_command}\" prints, run as its user, with {PAGE}");
-        let Some(version) = version else { return compare };
-        let snippet = match version {
-            version if version.major < 2 => include_str!("../../docs/containerd/client-1.toml"),
-            version if version.has_transfer() => include_str!("../../docs/containerd/transfer.toml"),
-            _ => include_str!("../../docs/containerd/client-2.toml"),
-        };
-        let snippet = snippet.replace(cli::DEFAULT_ADDRESS, endpoint.address).replace(cli::DEFAULT_ROOT, endpoint.root);
-        format!("{compare}; this version needs:\n{}", snippet.trim_end())
+        });
+        Ok((config, missing.into_iter().chain(findings).collect()))
     }
 
     /// The process does not use what its configuration says now.
@@ -321,16 +258,22 @@ impl ContainerdInstance {
         const CHECK: &str = "containerd.restarted";
         let remedy = format!("{RESTART}; containers run on");
         if is_missing {
-            let message = format!(
-                "the containerd that runs does not know {NAME}: it has not been restarted since its configuration names it"
-            );
+            let message = format!("the containerd that runs does not know {NAME}, which its configuration names");
             return Some(Finding::problem(CHECK, message, remedy));
         }
-        let start = start_time(self.process?)?;
-        (safe_fs::change_time(&self.file)? > start).then(|| {
+        (probe::inspect(&self.file).ok()?.changed > start_time(self.pid?)?).then(|| {
             let message = format!("{} was changed after containerd had read it", self.file.display());
             Finding::warning(CHECK, message, remedy)
         })
+    }
+}
+
+/// The whole file for a version.
+fn example_of(version: Version) -> &'static str {
+    match version {
+        version if version.major < 2 => include_str!("../../docs/containerd/client-1.toml"),
+        version if version.has_transfer() => include_str!("../../docs/containerd/transfer.toml"),
+        _ => include_str!("../../docs/containerd/client-2.toml"),
     }
 }
 
@@ -348,22 +291,24 @@ fn config_file_of(words: &[OsString]) -> Option<PathBuf> {
 }
 
 /// When a process started, rounded up: the kernel counts from the second in which it booted.
-fn start_time(process: Process) -> Option<SystemTime> {
+fn start_time(pid: u32) -> Option<SystemTime> {
     // The kernel's USER_HZ is the same on every architecture.
     const TICKS_PER_SECOND: u64 = 100;
+    let process = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in brackets may hold anything; the start time is the 20th field after it.
+    let ticks: u64 = process.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let boot: u64 = stat.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
-    Some(UNIX_EPOCH + Duration::from_secs(boot + process.start / TICKS_PER_SECOND + 2))
+    Some(UNIX_EPOCH + Duration::from_secs(boot + ticks / TICKS_PER_SECOND + 2))
 }
 
 /// The line of a Go program's error output that names the reason.
 fn error_line(stderr: &str) -> &str {
-    let lines = || stderr.lines().map(str::trim).filter(|line| !line.is_empty());
     let is_reason = |line: &&str| line.starts_with("containerd: ") || line.starts_with("panic: ");
-    lines().find(is_reason).or_else(|| lines().next_back()).unwrap_or("it does not say why")
+    stderr.lines().find(is_reason).or(stderr.trim().lines().last()).unwrap_or("it does not say why")
 }
 
-fn is_snapshotter(plugin: &Plugin) -> bool {
+fn is_ours(plugin: &Plugin) -> bool {
     plugin.type_ == "io.containerd.snapshotter.v1" && plugin.id == NAME
 }
 
@@ -371,24 +316,10 @@ fn is_snapshotter(plugin: &Plugin) -> bool {
 fn plugin_error(plugin: &Plugin) -> Option<Finding> {
     let id = format!("{}.{}", plugin.type_, plugin.id);
     let error = &plugin.init_err.as_ref()?.message;
-    (is_snapshotter(plugin) || NEEDED_PLUGINS.iter().any(|end| id.ends_with(end))).then(|| {
-        Finding::problem(
-            "containerd.parts",
-            format!("{id} of containerd did not start: {error}"),
-            format!("correct what it complains about in containerd's configuration, then {RESTART}"),
-        )
+    (is_ours(plugin) || NEEDED_PLUGINS.iter().any(|end| id.ends_with(end))).then(|| {
+        let message = format!("{id} of containerd did not start: {error}");
+        Finding::problem("containerd.parts", message, format!("correct what it complains about, then {RESTART}"))
     })
-}
-
-fn not_running(socket: &Path, e: &Error) -> Finding {
-    let socket = socket.display();
-    let message = match e {
-        Error::NotRunning { cause, .. } => format!("containerd does not answer at {socket}: {cause}"),
-        Error::NotOurs { .. } => format!("what listens at {socket} is no containerd, or one older than 1.0"),
-        Error::Silent { .. } | Error::Call { .. } => format!("cannot ask containerd at {socket}: {e}"),
-    };
-    let remedy = "systemctl status containerd; or say where it is: --containerd SOCKET";
-    Finding::problem("containerd.running", message, remedy)
 }
 
 /// containerd must see what the daemon mounts; with symlinks the daemon mounts nothing.

@@ -2,16 +2,16 @@
 //! copy of every layer, and those pulled with this one, which has lost their snapshots.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 
 use grpcio::RpcStatusCode;
 
 use super::config::ContainerdConfig;
-use super::repull::{KUBERNETES, repull_command};
-use super::{Finding, MAX_NAMED, Report};
+use super::{Finding, Report, list};
 use crate::admin::client::{Error, GrpcClient, Result};
 use crate::admin::table::Progress;
 use crate::migration::rebuild::DEFAULT_NAME as NAME;
+use crate::model::{shell_quote, shell_quote_all};
 use crate::proto::containerd::{
     InfoRequest, InfoResponse, ListImagesRequest, ListImagesResponse, ListNamespacesRequest, ListNamespacesResponse,
 };
@@ -38,110 +38,98 @@ methods! {
 const SNAPSHOT_LABEL: &str = "containerd.io/gc.ref.snapshot.";
 const CONFIG_LABEL: &str = "containerd.io/gc.ref.content.config";
 const MANIFEST_LABEL: &str = "containerd.io/gc.ref.content.m.";
-/// Blobs that are asked for in one image. An index lists an image for each platform, and few do for many.
-const MAX_BLOBS: usize = 256;
+/// Blobs below an index or a manifest that are asked for: one for each platform, or the configuration.
+const MAX_CHILDREN: usize = 64;
+/// From an index over a manifest to the configuration.
+const MAX_DEPTH: usize = 2;
 
+/// The namespace that Kubernetes uses in containerd.
+pub const KUBERNETES: &str = "k8s.io";
 const OTHER: &str = "images.other-snapshotter";
-const GONE: &str = "images.gone";
 
 struct Image {
     namespace: String,
     /// The name that people use for it.
     name: String,
-    /// The chain that each snapshotter has of it, by the snapshotter's name.
-    chains: BTreeMap<String, String>,
+    /// The snapshotters that have it, unless this one does.
+    others: String,
     /// This snapshotter has unpacked it, and does not have the snapshot any more.
     is_gone: bool,
 }
 
-impl Image {
-    fn is_of_kubernetes(&self) -> bool {
-        self.namespace == KUBERNETES
-    }
-}
-
-fn repull_images(images: &[&Image]) -> String {
-    repull_command(images.iter().map(|image| (image.namespace.as_str(), image.name.as_str())))
-}
-
 pub fn check(peer: &GrpcClient, config: Option<&ContainerdConfig>, progress: &Progress, report: &mut Report<'_>) {
-    let images = match list_images(peer, progress) {
-        Ok(images) => images,
+    match list_images(peer, progress) {
+        Ok(images) => report.extend(findings(&images, config)),
         Err(e) => {
             let message = format!("cannot list containerd's images: {e}");
             report.push(Finding::warning(OTHER, message, "see containerd's log: journalctl -u containerd -n 50"));
-            return;
         }
-    };
+    }
+}
+
+fn findings(images: &[Image], config: Option<&ContainerdConfig>) -> Vec<Finding> {
+    let repull =
+        |images: &[&Image]| repull_command(images.iter().map(|one| (one.namespace.as_str(), one.name.as_str())));
+    let mut findings = Vec::new();
     let gone: Vec<&Image> = images.iter().filter(|image| image.is_gone).collect();
-    report.extend(gone_findings(&gone));
-    // Which snapshotter is meant in other namespaces is unknown.
-    let Some(config) = config.filter(|config| config.snapshotter() == Some(NAME)) else { return };
-    let of_kubernetes: Vec<&Image> = images.iter().filter(|image| image.is_of_kubernetes()).collect();
-    let count = of_kubernetes.len();
-    let is_other = |image: &&Image| !image.chains.is_empty() && !image.chains.contains_key(NAME);
-    let others: Vec<&Image> = of_kubernetes.into_iter().filter(is_other).collect();
-    report.extend(other_snapshotter_findings(&others, config.pause_image()));
-    if others.is_empty() && !gone.iter().any(|image| image.is_of_kubernetes()) {
-        report.push(Finding::good(OTHER, format!("all {count} images of Kubernetes are there for {NAME}")));
-    }
-}
-
-fn other_snapshotter_findings(images: &[&Image], pause: Option<&str>) -> Vec<Finding> {
-    let snapshotters = |image: &Image| image.chains.keys().map(String::as_str).collect::<Vec<_>>().join(" and ");
-    let (pauses, others): (Vec<&Image>, Vec<&Image>) =
-        images.iter().partition(|image| Some(image.name.as_str()) == pause);
-    let mut findings = Vec::new();
-    for image in pauses {
-        let message = format!(
-            "the pause image {} is there for {} only: containerd unpacks it for each first pod, or no pod starts",
-            image.name,
-            snapshotters(image)
-        );
-        findings.push(Finding::warning("images.pause", message, repull_images(&[image])));
-    }
-    for image in others.iter().take(MAX_NAMED) {
-        let message = format!(
-            "{} was pulled with {}, and Kubernetes uses {NAME} now: its next container copies every layer, or does not \
-             start if containerd has discarded the blobs",
-            image.name,
-            snapshotters(image)
-        );
-        let remedy = format!("once no container uses it: {}", repull_images(&[image]));
-        findings.push(Finding::warning(OTHER, message, remedy));
-    }
-    findings.extend(remaining(&others).map(|message| Finding::warning(OTHER, message, "as above")));
-    findings
-}
-
-fn gone_findings(images: &[&Image]) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for (n, image) in images.iter().take(MAX_NAMED).enumerate() {
-        let message = format!(
-            "{} (namespace {}) was pulled with {NAME}, which has no snapshot of it: the state root was emptied or replaced; \
-             its containers do not start, and a new pull alone does not help",
-            image.name, image.namespace
-        );
-        let remedy = match (n, images.len()) {
-            (0, 1) => {
-                format!("put the old state root back; or remove its containers, then {}", repull_images(images))
-            }
-            (0, count) => format!(
-                "put the old state root back; or remove the containers of all {count} of {GONE}, then {}",
-                repull_images(images)
+    if !gone.is_empty() {
+        let names = list(gone.iter().map(|one| format!("{} (namespace {})", one.name, one.namespace)));
+        findings.push(Finding::problem(
+            "images.gone",
+            format!(
+                "{NAME} has no snapshot of images that were pulled with it: {names}. The state root was emptied or replaced; their \
+                 containers do not start, and a new pull alone does not help"
             ),
-            _ => format!("with the first one of {GONE}"),
-        };
-        findings.push(Finding::problem(GONE, message, remedy));
+            // An image that stays keeps the layers it shares.
+            format!("put the old state root back; or remove the containers of all these images, then {}", repull(&gone)),
+        ));
     }
-    findings.extend(remaining(images).map(|message| Finding::problem(GONE, message, "as above")));
+    // Which snapshotter is meant in other namespaces is unknown.
+    let Some(config) = config.filter(|config| config.snapshotter() == Some(NAME)) else { return findings };
+    let (of_kubernetes, is_pause) = (
+        |image: &&Image| image.namespace == KUBERNETES,
+        |image: &&Image| Some(image.name.as_str()) == config.pause_image(),
+    );
+    let others = images.iter().filter(of_kubernetes).filter(|image| !image.others.is_empty());
+    let (pause, others): (Vec<&Image>, Vec<&Image>) = others.partition(is_pause);
+    if let [Image { name, others, .. }] = pause[..] {
+        let message = format!(
+            "the pause image {name} is there for {others} only: containerd unpacks it for each first pod, or no pod starts"
+        );
+        findings.push(Finding::warning("images.pause", message, repull(&pause)));
+    }
+    if !others.is_empty() {
+        let names = list(others.iter().map(|image| format!("{} was pulled with {}", image.name, image.others)));
+        let message =
+            format!("{names}, and Kubernetes uses {NAME} now: their next containers copy every layer, or do not start");
+        let remedy =
+            format!("once no container uses them, {}; see docs/containerd.md, \"Kubernetes\"", repull(&others));
+        findings.push(Finding::warning(OTHER, message, remedy));
+    } else if pause.is_empty() && !gone.iter().any(of_kubernetes) {
+        let count = images.iter().filter(of_kubernetes).count();
+        findings.push(Finding::good(OTHER, format!("all {count} images of Kubernetes are there for {NAME}")));
+    }
     findings
 }
 
-/// The names of the images that get no finding of their own.
-fn remaining(images: &[&Image]) -> Option<String> {
-    let names: Vec<&str> = images.iter().skip(MAX_NAMED).map(|image| image.name.as_str()).collect();
-    (!names.is_empty()).then(|| format!("and {} more: {}", names.len(), names.join(" ")))
+/// One line for a shell, which removes these images, pairs of a namespace of containerd and a reference in it, and pulls them
+/// again. All are removed before one is pulled: an image that stays keeps the layers it shares, and with them what is wrong.
+pub fn repull_command<'i>(images: impl Iterator<Item = (&'i str, &'i str)>) -> String {
+    let mut by_namespace: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (namespace, reference) in images {
+        by_namespace.entry(namespace).or_default().push(reference);
+    }
+    let mut commands = Vec::new();
+    for (namespace, references) in by_namespace {
+        let program = if namespace == KUBERNETES {
+            "crictl".to_owned()
+        } else {
+            format!("nerdctl --namespace {} --snapshotter {NAME}", shell_quote(namespace))
+        };
+        commands.push(format!("{program} rmi {}", shell_quote_all(references.iter().copied())));
+        commands.extend(references.iter().map(|one| format!("{program} pull {}", shell_quote_all([*one]))));
+    }
+    commands.join(" && ")
 }
 
 fn list_images(peer: &GrpcClient, progress: &Progress) -> Result<Vec<Image>> {
@@ -161,9 +149,14 @@ fn list_images(peer: &GrpcClient, progress: &Progress) -> Result<Vec<Image>> {
         let count = names.len();
         for (n, (target, name)) in names.into_iter().enumerate() {
             progress.set_message(&format!("image {} of {count} in {namespace}", n + 1));
-            let chains = unpacked_chains(target, |digest| labels(peer, &namespace, digest))?;
-            let is_gone = chains.get(NAME).map(|chain| is_gone(peer, &namespace, chain)).transpose()?.unwrap_or(false);
-            images.push(Image { namespace: namespace.clone(), name, chains, is_gone });
+            let chains = unpacked_chains(&target, MAX_DEPTH, &|digest| labels(peer, &namespace, digest))?;
+            let (ours, others) = (chains.get(NAME), chains.keys().cloned().collect::<Vec<_>>().join(" and "));
+            images.push(Image {
+                name,
+                others: if ours.is_none() { others } else { String::new() },
+                is_gone: ours.map(|chain| is_gone(peer, &namespace, chain)).transpose()?.unwrap_or(false),
+                namespace: namespace.clone(),
+            });
         }
     }
     images.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -173,50 +166,36 @@ fn list_images(peer: &GrpcClient, progress: &Progress) -> Result<Vec<Image>> {
 /// This snapshotter does not have the chain, which it should have.
 fn is_gone(peer: &GrpcClient, namespace: &str, chain: &str) -> Result<bool> {
     let request = StatSnapshotRequest { snapshotter: NAME.to_owned(), key: chain.to_owned(), ..Default::default() };
-    match peer.call_in(namespace, &STAT, &request) {
-        Err(e) if is_timeout(&e) => Err(e),
-        answer => Ok(matches!(answer, Err(Error::Call { code: RpcStatusCode::NOT_FOUND, .. }))),
-    }
+    peer.call_in(namespace, &STAT, &request).map(|_| false).or_else(not_found(true))
 }
 
 /// The labels of a blob; none if containerd does not have it.
-fn labels(peer: &GrpcClient, namespace: &str, digest: &str) -> Result<HashMap<String, String>> {
+fn labels(peer: &GrpcClient, namespace: &str, digest: &str) -> Result<Labels> {
     let request = InfoRequest { digest: digest.to_owned(), ..InfoRequest::default() };
-    match peer.call_in(namespace, &CONTENT, &request) {
-        Ok(answer) => Ok(answer.info.into_option().unwrap_or_default().labels),
-        Err(e) if is_timeout(&e) => Err(e),
-        Err(_) => Ok(HashMap::new()),
-    }
+    let info = peer.call_in(namespace, &CONTENT, &request).map(|answer| answer.info.into_option().unwrap_or_default());
+    info.map(|info| info.labels.into_iter().collect()).or_else(not_found(Labels::new()))
 }
 
-/// A server that has not answered is asked nothing more, because each question would take the whole time limit.
-fn is_timeout(e: &Error) -> bool {
-    matches!(e, Error::Call { code: RpcStatusCode::DEADLINE_EXCEEDED, .. })
+/// Turns the error that says that something is not there into an answer.
+fn not_found<T>(answer: T) -> impl FnOnce(Error) -> Result<T> {
+    |e| if matches!(e, Error::Call { code: RpcStatusCode::NOT_FOUND, .. }) { Ok(answer) } else { Err(e) }
 }
 
-/// The chains of the first image below `target` that a snapshotter has.
-fn unpacked_chains(
-    target: String,
-    labels: impl Fn(&str) -> Result<HashMap<String, String>>,
-) -> Result<BTreeMap<String, String>> {
-    let mut seen = HashSet::from([target.clone()]);
-    let mut pending = vec![target];
-    while let Some(digest) = pending.pop() {
-        let labels = labels(&digest)?;
-        let chain =
-            |(label, chain): (&String, &String)| Some((label.strip_prefix(SNAPSHOT_LABEL)?.into(), chain.into()));
-        let chains: BTreeMap<String, String> = labels.iter().filter_map(chain).collect();
-        if !chains.is_empty() {
-            return Ok(chains);
-        }
-        for (label, child) in labels {
-            let is_reference = label == CONFIG_LABEL || label.starts_with(MANIFEST_LABEL);
-            if is_reference && seen.len() < MAX_BLOBS && seen.insert(child.clone()) {
-                pending.push(child);
-            }
+type Labels = BTreeMap<String, String>;
+
+/// The chains, by the name of the snapshotter, of the first image at or below this blob that a snapshotter has.
+fn unpacked_chains(digest: &str, depth: usize, labels: &dyn Fn(&str) -> Result<Labels>) -> Result<Labels> {
+    let labels_here = labels(digest)?;
+    let chain =
+        |(label, chain): (&String, &String)| Some((label.strip_prefix(SNAPSHOT_LABEL)?.to_owned(), chain.clone()));
+    let mut chains: Labels = labels_here.iter().filter_map(chain).collect();
+    let is_child = |label: &str| label == CONFIG_LABEL || label.starts_with(MANIFEST_LABEL);
+    for (_, child) in labels_here.iter().filter(|(label, _)| depth > 0 && is_child(label)).take(MAX_CHILDREN) {
+        if chains.is_empty() {
+            chains = unpacked_chains(child, depth - 1, labels)?;
         }
     }
-    Ok(BTreeMap::new())
+    Ok(chains)
 }
 
 #[cfg(test)]
@@ -226,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chains_are_found_through_indexes_and_manifests_and_each_blob_is_asked_for_once() {
+    fn chains_are_found_through_indexes_and_manifests_and_few_blobs_are_asked_for() {
         let asked = Cell::new(0);
         let labels = |digest: &str| {
             asked.set(asked.get() + 1);
@@ -237,37 +216,25 @@ mod tests {
                 "m" => vec![(CONFIG_LABEL.into(), "config".into())],
                 "config" => vec![(format!("{SNAPSHOT_LABEL}overlayfs"), "chain".into())],
                 // An image's author can make indexes list each other many times.
-                "many" => (0..10_000).map(|n| (format!("{MANIFEST_LABEL}{n}"), format!("many{}", n % 1000))).collect(),
-                digest if digest.starts_with("many") => vec![(format!("{MANIFEST_LABEL}0"), "many".into())],
+                "many" => (0..10_000).map(|n| (format!("{MANIFEST_LABEL}{n}"), "many".into())).collect(),
                 _ => Vec::new(),
             };
             Ok(list.into_iter().collect())
         };
-        let expected = BTreeMap::from([("overlayfs".to_owned(), "chain".to_owned())]);
         for target in ["index", "m", "config"] {
-            assert_eq!(unpacked_chains(target.into(), labels).unwrap(), expected, "{target}");
+            let expected = [("overlayfs".to_owned(), "chain".to_owned())].into();
+            assert_eq!(unpacked_chains(target, MAX_DEPTH, &labels).unwrap(), expected, "{target}");
         }
         asked.set(0);
-        assert_eq!(unpacked_chains("many".into(), labels).unwrap(), BTreeMap::new());
-        assert_eq!(asked.get(), MAX_BLOBS);
+        assert_eq!(unpacked_chains("many", MAX_DEPTH, &labels).unwrap(), Labels::new());
+        assert_eq!(asked.get(), 1 + MAX_CHILDREN + MAX_CHILDREN * MAX_CHILDREN);
     }
 
-    /// When remedies were followed one after the other, the second pull found layers that the third image still held.
+    /// Whoever tags an image chooses its name. One that begins with a dash is no option.
     #[test]
-    fn missing_images_are_all_removed_before_one_is_pulled() {
-        let image = |name: &str| Image {
-            namespace: KUBERNETES.to_owned(),
-            name: name.to_owned(),
-            chains: BTreeMap::new(),
-            is_gone: true,
-        };
-        let images = ["a:1", "b:1"].map(image);
-        let remedies = |images: &[&Image]| -> Vec<String> {
-            gone_findings(images).into_iter().filter_map(|finding| finding.remedy).collect()
-        };
-        let [first, second] = &remedies(&[&images[0], &images[1]])[..] else { panic!("one for each") };
-        assert!(first.ends_with("then crictl rmi a:1 b:1 && crictl pull a:1 && crictl pull b:1"), "{first}");
-        assert_eq!(second, "with the first one of images.gone");
-        assert!(remedies(&[&images[0]])[0].ends_with("remove its containers, then crictl rmi a:1 && crictl pull a:1"));
+    fn all_images_of_a_namespace_are_removed_before_one_is_pulled() {
+        let images = [(KUBERNETES, "r/a:1"), ("my space", "r/b:1"), (KUBERNETES, "r/it's"), (KUBERNETES, "--all")];
+        let expected = r"crictl rmi -- r/a:1 'r/it'\''s' --all && crictl pull r/a:1 && crictl pull 'r/it'\''s' && crictl pull -- --all && nerdctl --namespace 'my space' --snapshotter cvmfs-snapshotter rmi r/b:1 && nerdctl --namespace 'my space' --snapshotter cvmfs-snapshotter pull r/b:1";
+        assert_eq!(repull_command(images.into_iter()), expected);
     }
 }

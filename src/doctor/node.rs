@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, Statvfs, statvfs};
 
-use super::{Finding, Report, Severity, safe_fs};
+use super::{Finding, Report, Severity, probe};
 use crate::admin::table::size;
 use crate::cli::Arguments;
 use crate::config::{self, Config, LoadedConfig};
@@ -52,74 +52,54 @@ fn overlayfs() -> Finding {
 fn state_root(root: &Path) -> Vec<Finding> {
     const CHECK: &str = "node.state-root";
     let shown = root.display();
-    let real = match safe_fs::inspect(root).and_then(|_| root.canonicalize()) {
+    let real = match probe::inspect(root).and_then(|_| root.canonicalize()) {
         Ok(real) => real,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return vec![Finding::note(
-                CHECK,
-                format!("the state root {shown} does not exist yet: the first start makes it"),
-            )];
+            let message = format!("the state root {shown} does not exist yet: the first start makes it");
+            return vec![Finding::note(CHECK, message)];
         }
         Err(e) => {
-            return vec![Finding::problem(
-                CHECK,
-                format!("cannot inspect the state root {shown}: {e}"),
-                "see what is mounted there (findmnt) and why it does not answer (dmesg); no container starts before it does",
-            )];
+            let message = format!("cannot inspect the state root {shown}: {e}");
+            let remedy = "see what is mounted there (findmnt) and why it does not answer (dmesg)";
+            return vec![Finding::problem(CHECK, message, remedy)];
         }
     };
-    let mut findings = Vec::new();
-    let unfit = statfs(&real).ok().and_then(|status| match status.filesystem_type() {
-        NFS_SUPER_MAGIC => Some("NFS"),
-        OVERLAYFS_SUPER_MAGIC => Some("an overlay"),
-        FUSE_SUPER_MAGIC => Some("a FUSE file system"),
-        _ => None,
-    });
-    if let Some(name) = unfit {
-        let message = format!("the state root {shown} is on {name}: overlayfs cannot write there");
-        findings.push(Finding::problem(CHECK, message, "put the state root on a local disk (--root)"));
-    }
+    let file_system = match statfs(&real).map(|status| status.filesystem_type()) {
+        Ok(NFS_SUPER_MAGIC) => Some("NFS"),
+        Ok(OVERLAYFS_SUPER_MAGIC) => Some("an overlay"),
+        Ok(FUSE_SUPER_MAGIC) => Some("a FUSE file system"),
+        Ok(_) | Err(_) => None,
+    };
+    let Ok(status) = statvfs(&real) else { return Vec::new() };
     let is_empty = fs::read_dir(&real).is_ok_and(|mut entries| entries.next().is_none());
-    if !is_empty && matches!(system::supports_d_type(&real), Ok(false)) {
-        findings.push(Finding::problem(
-            CHECK,
-            format!("the file system of {shown} does not tell the types of directory entries (d_type)"),
-            "move the state root to another file system, or reformat this one: XFS with -n ftype=1, ext4 with -O filetype",
-        ));
-    }
-    if let Ok(status) = statvfs(&real) {
-        findings.extend(mount_options(root, &real, status.flags()));
-        findings.push(free_space(&real, &status));
-    }
-    findings
-}
-
-fn mount_options(root: &Path, real: &Path, flags: FsFlags) -> Vec<Finding> {
-    const CHECK: &str = "node.state-root";
-    let shown = root.display();
-    let mount_point = system::mount_point_of(real).unwrap_or_else(|| real.to_owned());
+    let lacks_d_type = !is_empty && matches!(system::supports_d_type(&real), Ok(false));
+    let options = [(FsFlags::ST_NOEXEC, "noexec"), (FsFlags::ST_NOSUID, "nosuid"), (FsFlags::ST_NODEV, "nodev")];
+    let options = options.into_iter().filter(|(flag, _)| status.flags().contains(*flag)).map(|(_, name)| name);
+    let options = options.collect::<Vec<_>>().join(", ");
+    let mount_point = system::mount_point_of(&real).unwrap_or_else(|| real.clone());
     let mount_point = shell_quote(&mount_point.to_string_lossy());
-    let mut findings = Vec::new();
-    if flags.contains(FsFlags::ST_RDONLY) {
-        findings.push(Finding::problem(
-            CHECK,
-            format!("the file system of the state root {shown} is read-only: nothing can be pulled or started"),
-            format!("see why (dmesg: a disk with errors is often mounted so), then mount -o remount,rw {mount_point}"),
-        ));
-    }
-    let names = [(FsFlags::ST_NOEXEC, "noexec"), (FsFlags::ST_NOSUID, "nosuid"), (FsFlags::ST_NODEV, "nodev")];
-    let set: Vec<&str> = names.into_iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| name).collect();
-    if !set.is_empty() {
-        findings.push(Finding::warning(
-            CHECK,
-            format!(
-                "the state root {shown} is mounted {}: containers cannot use such files that they make",
-                set.join(", ")
-            ),
-            format!("mount it without: mount -o remount,exec,suid,dev {mount_point}"),
-        ));
-    }
-    findings
+    let faults = [
+        file_system.map(|name| {
+            let message = format!("the state root {shown} is on {name}: overlayfs cannot write there");
+            Finding::problem(CHECK, message, "put the state root on a local disk (--root)")
+        }),
+        lacks_d_type.then(|| {
+            let message = format!("the file system of {shown} does not tell the types of directory entries (d_type)");
+            let remedy = "move the state root to another file system, or reformat this one: XFS with -n ftype=1, ext4 with \
+                          -O filetype";
+            Finding::problem(CHECK, message, remedy)
+        }),
+        status.flags().contains(FsFlags::ST_RDONLY).then(|| {
+            let message = format!("the file system of the state root {shown} is read-only: nothing can be pulled or started");
+            let remedy = format!("see why (dmesg: a disk with errors?), then mount -o remount,rw {mount_point}");
+            Finding::problem(CHECK, message, remedy)
+        }),
+        (!options.is_empty()).then(|| {
+            let message = format!("the state root {shown} is mounted {options}: containers cannot use such files that they make");
+            Finding::warning(CHECK, message, format!("mount it without: mount -o remount,exec,suid,dev {mount_point}"))
+        }),
+    ];
+    faults.into_iter().flatten().chain([free_space(&real, &status)]).collect()
 }
 
 fn free_space(root: &Path, status: &Statvfs) -> Finding {
@@ -147,7 +127,7 @@ fn free_space(root: &Path, status: &Statvfs) -> Finding {
 /// Loads our configuration as the daemon does, but fails if the file system does not answer.
 pub fn load(arguments: &Arguments) -> Result<LoadedConfig, config::Error> {
     let path = arguments.config_file();
-    match safe_fs::inspect(path) {
+    match probe::inspect(path) {
         Err(cause) if cause.kind() == io::ErrorKind::TimedOut => {
             Err(config::Error::Unreadable { path: path.to_owned(), cause: config::file::Error::Unreadable(cause) })
         }
@@ -162,14 +142,8 @@ fn configuration(arguments: &Arguments) -> (Vec<Finding>, Option<Config>) {
     let LoadedConfig { config, unknown } = match load(arguments) {
         Ok(loaded) => loaded,
         Err(e) => {
-            let action = match e {
-                config::Error::Unreadable { .. } => "make it readable",
-                config::Error::Syntax { .. } | config::Error::Value { .. } => "correct that line",
-            };
-            let option =
-                arguments.config.as_ref().map(|file| format!(" --config {}", shell_quote(&file.to_string_lossy())));
-            let option = option.unwrap_or_default();
-            let remedy = format!("{action}; cvmfs-snapshotter{option} --check-config tells when it is good");
+            let file = shell_quote(&path.to_string_lossy());
+            let remedy = format!("correct it; cvmfs-snapshotter --config {file} --check-config tells when it is good");
             return (vec![Finding::problem(CHECK, e.to_string(), remedy)], None);
         }
     };

@@ -2,10 +2,10 @@
 //! `tests/scene/tests/remedies.rs` writes the tables and lines that it names into files of the real containerd.
 #![forbid(unsafe_code)]
 
-mod pulls;
 #[cfg(test)]
 mod tests;
 
+use std::env::consts::ARCH;
 use std::path::Path;
 
 use super::Finding;
@@ -14,27 +14,27 @@ use crate::migration::rebuild::DEFAULT_NAME as NAME;
 
 /// What makes containerd read its configuration.
 pub const RESTART: &str = "systemctl restart containerd";
-/// What our package installs for containerd to import.
-pub const REGISTRATION: &str = "/etc/containerd/conf.d/cvmfs-snapshotter.toml";
 /// The page that has whole files and what else is known.
 pub const PAGE: &str = "docs/containerd.md";
 
 const PROXY_TABLE: &str = "[proxy_plugins.cvmfs-snapshotter]";
 const EXPORTS_TABLE: &str = "[proxy_plugins.cvmfs-snapshotter.exports]";
+const UNPACK_TABLE: &str = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]";
+const TYPE_LINE: &str = "type = \"snapshot\"";
+const SNAPSHOTTER_LINE: &str = "snapshotter = \"cvmfs-snapshotter\"";
+const CLIENT_LINE: &str = "disable_snapshot_annotations = false";
+/// The export that makes the transfer service tell a snapshotter which layers it pulls. Its value is a text.
+const ANNOTATIONS_KEY: &str = "enable_remote_snapshot_annotations";
+const ANNOTATIONS_LINE: &str = "enable_remote_snapshot_annotations = \"true\"";
 /// The `type` of a snapshotter, in both spellings that containerd knows.
 const SNAPSHOTTER_TYPES: [&str; 2] = ["snapshot", "io.containerd.snapshotter.v1"];
-const SNAPSHOTTER_ID: &str = "io.containerd.snapshotter.v1.cvmfs-snapshotter";
+const OUR_IDS: [&str; 2] = [NAME, "io.containerd.snapshotter.v1.cvmfs-snapshotter"];
+/// From 2.2 on the first makes containerd record layers without their parents; FUSE file systems cannot be id-mapped.
+const HARMFUL_CAPABILITIES: [&str; 3] = ["rebase", "remap-ids", "only-remap-ids"];
 const TRANSFER_ID: &str = "io.containerd.transfer.v1.local";
 /// Without one of these there is no CRI; `cri` is its name in version 1 of the format.
 const CRI_IDS: [&str; 4] =
     ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
-
-/// What containerd has to be told about the daemon.
-#[derive(Clone, Copy, Debug)]
-pub struct DaemonEndpoint<'a> {
-    pub address: &'a str,
-    pub root: &'a str,
-}
 
 pub struct RuleContext<'a> {
     pub version: Version,
@@ -42,97 +42,73 @@ pub struct RuleContext<'a> {
     pub config: &'a ContainerdConfig,
     /// The table of the main file that names us for Kubernetes, whether containerd reads that table or not.
     pub file_table: Option<&'static str>,
-    pub endpoint: DaemonEndpoint<'a>,
-    /// The package's registration is there to be imported.
-    pub has_registration: bool,
+    /// Where the daemon is, and its state root.
+    pub address: &'a str,
+    pub root: &'a str,
     /// The file that an admin edits.
     pub file: &'a str,
 }
 
-/// Who uses this snapshotter.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Consumer {
-    Kubernetes,
-    /// Clients that name it, as nerdctl does.
-    Others,
+/// Something that can be wrong, and the tables and lines to set then, in TOML.
+struct Rule {
+    is_broken: bool,
+    finding: Finding,
+}
+
+fn problem(check: &'static str, is_broken: bool, message: String, lines: String) -> Rule {
+    Rule { is_broken, finding: Finding::problem(check, message, lines) }
+}
+
+fn warning(check: &'static str, is_broken: bool, message: String, lines: String) -> Rule {
+    Rule { is_broken, finding: Finding::warning(check, message, lines) }
 }
 
 pub fn check(context: &RuleContext<'_>) -> Vec<Finding> {
-    let config = context.config;
-    let mut findings = Vec::new();
-    let proxy = context.find_registration(&mut findings);
-    if let Some(proxy) = proxy {
-        context.check_type(proxy, &mut findings);
-        context.check_exports(proxy, &mut findings);
-        context.check_capabilities(proxy, &mut findings);
-    }
-    context.check_disabled(&mut findings);
-    if !context.has_cri(&mut findings) {
-        context.check_annotations(proxy, Consumer::Others, &mut findings);
-        context.check_platforms(&mut findings);
-        return findings;
-    }
-    let consumer = context.check_snapshotter(&mut findings);
-    context.check_annotations(proxy, consumer, &mut findings);
-    context.check_platforms(&mut findings);
-    let is_other = |other: &str| (consumer == Consumer::Kubernetes) != (other == NAME);
-    let runtimes: Vec<String> = config
-        .runtime_snapshotters()
-        .into_iter()
-        .filter(|(_, other)| is_other(other))
-        .map(|(runtime, other)| format!("{runtime}: {other}"))
-        .collect();
-    if !runtimes.is_empty() {
-        findings.push(Finding::warning(
-            "containerd.runtimes",
-            format!("runtimes with a snapshotter of their own: {}", runtimes.join(", ")),
-            "containerd mixes up the images of different snapshotters: use one snapshotter on a node; if you need both, pull \
-             the pause image and each image with the one that its runtime uses",
-        ));
+    let rules = context.registration_rules().into_iter().chain(context.plugin_rules()).chain(context.pull_rules());
+    let with_place = |lines: String| format!("set in {}:\n{lines}\nthen {RESTART}", context.file);
+    let broken = rules.filter(|rule| rule.is_broken).map(|rule| rule.finding);
+    let mut findings: Vec<Finding> = broken.map(|one| Finding { remedy: one.remedy.map(with_place), ..one }).collect();
+    findings.extend(context.other_uses());
+    for (check, is_met, message) in [
+        ("containerd.plugin", true, format!("{NAME} is a proxy plugin of containerd")),
+        ("containerd.snapshotter", context.has_cri(), format!("Kubernetes' containers use {NAME}")),
+        ("containerd.annotations", context.says_layers(), "containerd says which layers are pulled".to_owned()),
+    ] {
+        if is_met && findings.iter().all(|one| one.check != check) {
+            findings.push(Finding::good(check, message));
+        }
     }
     findings
 }
 
 /// What keeps containerd from printing its configuration, told by the last line of its error output.
 pub fn explain_refusal(error: &str, file: &str, dump_command: &str) -> Finding {
-    let (check, remedy) = if error.contains("plugin: no type") {
+    let remedies = [
         (
+            "plugin: no type",
             "containerd.type",
             format!(
-                "every table of proxy_plugins needs a type: remove those that are rests of a renamed one, and set in \
-                 {file}:\n{PROXY_TABLE}\n  type = \"snapshot\"\nthen {RESTART}"
+                "every table of proxy_plugins needs a type: remove rests of a renamed one, and set in {file}:\n{PROXY_TABLE}\n  {TYPE_LINE}"
             ),
-        )
-    } else if error.contains("config version") {
+        ),
         (
+            "config version",
             "containerd.format",
-            format!("set version, the first line of {file}, to one that is supported, then {RESTART}"),
-        )
-    } else if error.contains("plugin URI") {
+            format!("set version, the first line of {file}, to one that is supported"),
+        ),
         (
+            "plugin URI",
             "containerd.format",
             format!(
-                "in {file}, write the names in disabled_plugins and required_plugins out, as TYPE.ID of \"ctr plugins ls\" \
-                 (\"cri\" is \"io.containerd.grpc.v1.cri\"), or remove them, then {RESTART}"
+                "in {file}, write the names in disabled_plugins and required_plugins out, as TYPE.ID of \"ctr plugins ls\", or remove them"
             ),
-        )
-    } else {
-        ("containerd.config", format!("correct {file}; {dump_command} tells when it is good"))
-    };
-    Finding::problem(check, format!("containerd refuses its configuration and does not start with it: {error}"), remedy)
-}
-
-/// Lines to set in one table.
-struct Setting {
-    /// The heading; empty for keys above all tables.
-    table: String,
-    lines: Vec<String>,
-}
-
-impl Setting {
-    fn new(table: &str, lines: &[&str]) -> Self {
-        Self { table: table.to_owned(), lines: lines.iter().map(|&line| line.to_owned()).collect() }
-    }
+        ),
+        ("", "containerd.config", format!("correct {file} until {dump_command} has no error")),
+    ];
+    let found = remedies.into_iter().find(|(words, ..)| error.contains(words));
+    let (_, check, remedy) = found.expect("the last one fits");
+    let message = format!("containerd refuses its configuration and does not start with it: {error}");
+    Finding::problem(check, message, format!("{remedy}\nthen {RESTART}"))
 }
 
 /// `/var/run` is a link to `/run`.
@@ -144,189 +120,239 @@ fn string_list<'s>(names: impl Iterator<Item = &'s String>) -> String {
     format!("[{}]", names.map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", "))
 }
 
+fn unpack_entry(snapshotter: &str) -> String {
+    format!("{UNPACK_TABLE}\n  platform = \"linux\"\n  snapshotter = \"{snapshotter}\"")
+}
+
+/// `linux`, `linux/amd64`, `linux/arm64/v8` and the like.
+fn is_our_platform(platform: &str) -> bool {
+    let mut parts = platform.split('/');
+    parts.next() == Some("linux") && parts.next().is_none_or(|name| [ARCH, architecture()].contains(&name))
+}
+
+/// containerd's name for it.
+fn architecture() -> &'static str {
+    match ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
 impl RuleContext<'_> {
-    /// The tables and lines to set, in TOML, and what makes them count.
-    fn remedy(&self, settings: &[Setting]) -> String {
-        let mut text = vec![format!("set in {}:", self.file)];
-        for Setting { table, lines } in settings {
-            if table.is_empty() {
-                text.extend(lines.iter().map(|line| format!("{line}  # above all tables")));
-            } else {
-                text.push(table.clone());
-                text.extend(lines.iter().map(|line| format!("  {line}")));
-            }
-        }
-        text.push(format!("then {RESTART}"));
-        text.join("\n")
+    fn proxy(&self) -> Option<&Proxy> {
+        self.config.proxy_plugins.get(NAME)
     }
 
-    /// As `remedy`, for keys of the CRI. containerd 1 reads their table only in a file of version 2.
-    fn cri_remedy(&self, lines: &[&str]) -> String {
-        let is_ignored = self.version.major < 2 && self.config.snapshotter() != Some(NAME);
-        let version = is_ignored.then(|| Setting::new("", &["version = 2"]));
-        let settings: Vec<Setting> = version.into_iter().chain([Setting::new(self.cri_table(), lines)]).collect();
-        self.remedy(&settings)
+    /// Without a CRI nothing is said of Kubernetes.
+    fn has_cri(&self) -> bool {
+        !self.config.disabled_plugins.iter().any(|name| CRI_IDS.contains(&name.as_str()))
+    }
+
+    /// Kubernetes uses this snapshotter.
+    fn is_used(&self) -> bool {
+        self.config.snapshotter() == Some(NAME)
+    }
+
+    /// Kubernetes shall use it.
+    fn is_wanted(&self) -> bool {
+        self.has_cri() && (self.is_used() || self.file_table.is_some())
     }
 
     /// The table in which a key of the CRI counts: containerd 2 also reads the one of containerd 1, in files of an older
     /// format that have runtimes beside it.
     fn cri_table(&self) -> &'static str {
-        if self.config.snapshotter() == Some(NAME) && self.file_table == Some(CRI_TABLE_1) {
-            return CRI_TABLE_1;
-        }
-        self.version.cri_table()
+        let is_old = self.is_used() && self.file_table == Some(CRI_TABLE_1);
+        if is_old { CRI_TABLE_1 } else { self.version.cri_table() }
     }
 
-    fn is_our_address(&self, address: &str) -> bool {
-        // 1.7 cannot use an address with a scheme, the versions before and after it can (tested).
-        let is_1_7 = (self.version.major, self.version.minor) == (1, 7);
-        let bare = address.strip_prefix("unix://").filter(|_| !is_1_7);
-        without_var_run(bare.unwrap_or(address)) == without_var_run(self.endpoint.address)
+    /// Keys of the CRI. containerd 1 reads their table only in a file of version 2.
+    fn cri_lines(&self, lines: &str) -> String {
+        let is_ignored = self.version.major < 2 && !self.is_used();
+        let version = if is_ignored { "version = 2  # above all tables\n" } else { "" };
+        format!("{version}{}\n  {lines}", self.cri_table())
     }
 
-    fn find_registration(&self, findings: &mut Vec<Finding>) -> Option<&Proxy> {
-        const CHECK: &str = "containerd.plugin";
-        let address_line = format!("address = \"{}\"", self.endpoint.address);
-        let proxies = &self.config.proxy_plugins;
-        let Some(proxy) = proxies.get(NAME) else {
-            let namesake = proxies.iter().find(|(_, proxy)| self.is_our_address(&proxy.address));
-            findings.push(match namesake {
-                Some((name, _)) => Finding::problem(
-                    CHECK,
-                    format!("the proxy plugin is called {name:?}: nerdctl, and every page but its own, know it as {NAME}"),
-                    format!(
-                        "in {}, rename [proxy_plugins.{name}] and the tables below it to {PROXY_TABLE}, and {name:?} to \
-                         \"{NAME}\" where a table names it as snapshotter, then {RESTART}",
-                        self.file
-                    ),
-                ),
-                None => Finding::problem(CHECK, "containerd does not know this snapshotter", self.registration()),
-            });
-            return None;
-        };
-        if self.is_our_address(&proxy.address) {
-            findings.push(Finding::good(CHECK, format!("{NAME} is a proxy plugin of containerd")));
-        } else {
+    fn registration_rules(&self) -> Vec<Rule> {
+        const MISSING: &str = "containerd.plugin";
+        let &Self { address, root, version, .. } = self;
+        let address_line = format!("{PROXY_TABLE}\n  address = \"{address}\"");
+        let Some(proxy) = self.proxy() else {
+            let others = self.config.proxy_plugins.keys().map(|name| format!(", but [proxy_plugins.{name}]"));
             let message = format!(
-                "containerd looks for {NAME} at {:?}, and the daemon is at {}",
-                proxy.address, self.endpoint.address
+                "containerd does not know this snapshotter: it has no {PROXY_TABLE}{}",
+                others.collect::<String>()
             );
-            let setting = Setting::new(PROXY_TABLE, &[&address_line]);
-            findings.push(Finding::problem(CHECK, message, self.remedy(&[setting])));
-        }
-        Some(proxy)
-    }
-
-    fn registration(&self) -> String {
-        if self.has_registration {
-            let pattern = Path::new(REGISTRATION).with_file_name("*.toml");
-            return self
-                .remedy(&[Setting::new("", &[&format!("imports = [{pattern:?}]  # beside what the list has,")])]);
-        }
-        let (address, root) = (self.endpoint.address, self.endpoint.root);
-        let mut settings =
-            vec![Setting::new(PROXY_TABLE, &["type = \"snapshot\"", &format!("address = \"{address}\"")])];
-        let exports = [format!("root = \"{root}\""), pulls::ANNOTATIONS_LINE.to_owned()];
-        let count = usize::from(self.version.has_exports()) + usize::from(self.version.has_transfer());
-        if count > 0 {
-            settings.push(Setting { table: EXPORTS_TABLE.to_owned(), lines: exports[..count].to_vec() });
-        }
-        self.remedy(&settings)
-    }
-
-    fn check_type(&self, proxy: &Proxy, findings: &mut Vec<Finding>) {
-        if !SNAPSHOTTER_TYPES.contains(&proxy.kind.as_str()) {
-            findings.push(Finding::problem(
+            let exports =
+                if version.has_exports() { format!("\n{EXPORTS_TABLE}\n  root = \"{root}\"") } else { String::new() };
+            let annotations = if version.has_transfer() { format!("\n  {ANNOTATIONS_LINE}") } else { String::new() };
+            let lines = format!("{address_line}\n  {TYPE_LINE}{exports}{annotations}");
+            return vec![problem(MISSING, true, message, lines)];
+        };
+        let without_scheme = proxy.address.strip_prefix("unix://").unwrap_or(&proxy.address);
+        let exported = proxy.exports.get("root");
+        let is_harmful = |name: &&String| HARMFUL_CAPABILITIES.contains(&name.as_str());
+        let (harmful, rest): (Vec<&String>, Vec<&String>) = proxy.capabilities.iter().partition(is_harmful);
+        let is_exported = exported.map(Path::new) == Some(Path::new(root));
+        vec![
+            problem(
+                MISSING,
+                without_var_run(without_scheme) != without_var_run(address),
+                format!("containerd looks for {NAME} at {:?}, and the daemon is at {address}", proxy.address),
+                address_line,
+            ),
+            problem(
                 "containerd.type",
+                !SNAPSHOTTER_TYPES.contains(&proxy.kind.as_str()),
                 format!("{PROXY_TABLE} has the type {:?}: containerd does not take it for a snapshotter", proxy.kind),
-                self.remedy(&[Setting::new(PROXY_TABLE, &["type = \"snapshot\""])]),
+                format!("{PROXY_TABLE}\n  {TYPE_LINE}"),
+            ),
+            warning(
+                "containerd.exports",
+                version.has_exports() && !is_exported,
+                format!("snapshots are in {root}, and kubelet is told {exported:?}: it does not watch that disk"),
+                format!("{EXPORTS_TABLE}\n  root = \"{root}\""),
+            ),
+            problem(
+                "containerd.capabilities",
+                !harmful.is_empty(),
+                format!("{NAME} is declared to have {harmful:?}, which breaks images or pods here: see {PAGE}"),
+                format!("{PROXY_TABLE}\n  capabilities = {}", string_list(rest.into_iter())),
+            ),
+        ]
+    }
+
+    fn plugin_rules(&self) -> Vec<Rule> {
+        let is_needed =
+            |name: &&String| OUR_IDS.contains(&name.as_str()) || *name == TRANSFER_ID && self.version.has_transfer();
+        let is_of_cri = |name: &&String| CRI_IDS.contains(&name.as_str());
+        let disabled = &self.config.disabled_plugins;
+        let needed: Vec<&String> = disabled.iter().filter(is_needed).collect();
+        let rest = disabled.iter().filter(|name| !is_needed(name) && !is_of_cri(name));
+        let lines = format!("disabled_plugins = {}  # above all tables", string_list(rest));
+        let unpacks = self.config.unpack_config().unwrap_or_default().iter();
+        let platform = unpacks.filter(|one| one.snapshotter == NAME).find(|one| !is_our_platform(&one.platform));
+        let platform = platform.map(|one| one.platform.as_str());
+        vec![
+            problem(
+                "containerd.disabled",
+                !needed.is_empty(),
+                format!("disabled_plugins has {needed:?}: this snapshotter, or the CRI, does not work without"),
+                lines.clone(),
+            ),
+            warning(
+                "containerd.parts",
+                !self.has_cri() && self.file_table.is_some(),
+                "the CRI is disabled, although its snapshotter is named: Kubernetes cannot use this containerd"
+                    .to_owned(),
+                lines,
+            ),
+            problem(
+                "containerd.platform",
+                self.version.has_transfer() && platform.is_some(),
+                format!(
+                    "an unpack_config for {NAME} has the platform {:?}, and this node is linux/{}: the transfer service of \
+                     containerd does not start with it, and so the CRI does not either",
+                    platform.unwrap_or_default(),
+                    architecture()
+                ),
+                format!("{}  # instead of that entry", unpack_entry(NAME)),
+            ),
+        ]
+    }
+
+    fn unpacks(&self) -> bool {
+        self.config.unpack_config().is_some_and(|all| all.iter().any(|one| one.snapshotter == NAME))
+    }
+
+    /// The transfer service tells this snapshotter which layers it pulls. A registration that is missing comes with the line.
+    fn is_told(&self) -> bool {
+        self.proxy().is_none_or(|proxy| proxy.exports.get(ANNOTATIONS_KEY).is_some_and(|value| value == "true"))
+    }
+
+    fn says_layers(&self) -> bool {
+        self.is_wanted() && self.config.has_client_annotations()
+            || self.version.has_transfer() && self.unpacks() && self.is_told()
+    }
+
+    /// What Kubernetes pulls with, and whether containerd then says which layers it pulls: by the CRI's client, or from 2.1 on
+    /// by its transfer service.
+    fn pull_rules(&self) -> Vec<Rule> {
+        const CHECK: &str = "containerd.annotations";
+        let (is_wanted, has_transfer) = (self.is_wanted(), self.version.has_transfer());
+        let setting = self.config.client_pull_setting().filter(|_| has_transfer);
+        let is_by_client = is_wanted && (!has_transfer || setting.is_some());
+        let snapshotter_lines =
+            if has_transfer { SNAPSHOTTER_LINE.to_owned() } else { format!("{SNAPSHOTTER_LINE}\n  {CLIENT_LINE}") };
+        let mut lines = Vec::new();
+        if !self.is_told() {
+            lines.push(format!("{EXPORTS_TABLE}\n  {ANNOTATIONS_LINE}"));
+        }
+        if !self.unpacks() {
+            // The first entry replaces containerd's default list.
+            let default = self.config.unpack_config().is_none().then_some("overlayfs");
+            lines.extend([NAME].into_iter().chain(default).map(unpack_entry));
+        }
+        let consequence =
+            if self.unpacks() { "downloads every layer" } else { "fails with \"no unpack platforms defined\"" };
+        let because = setting.map(|setting| format!(" because of {setting}")).unwrap_or_default();
+        let ignored = self.file_table.unwrap_or_default();
+        let used = self.config.snapshotter().unwrap_or_default();
+        let severity = if is_wanted { problem } else { warning };
+        vec![
+            problem(
+                "containerd.snapshotter",
+                is_wanted && !self.is_used(),
+                format!(
+                    "containerd ignores table {ignored} of {}, and Kubernetes uses {used:?}; see {PAGE}",
+                    self.file
+                ),
+                self.cri_lines(&snapshotter_lines),
+            ),
+            problem(
+                CHECK,
+                // The lines of containerd.snapshotter have this one.
+                is_by_client && !self.config.has_client_annotations() && (self.is_used() || has_transfer),
+                format!(
+                    "Kubernetes pulls by containerd's client{because}, which does not say which layers: all are downloaded"
+                ),
+                self.cri_lines(CLIENT_LINE),
+            ),
+            severity(
+                CHECK,
+                has_transfer && !is_by_client && !self.says_layers(),
+                format!("containerd's transfer service is not set up for {NAME}: what pulls by it {consequence}"),
+                lines.join("\n"),
+            ),
+        ]
+    }
+
+    /// Other snapshotters beside this one.
+    fn other_uses(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        if !self.has_cri() && self.file_table.is_none() {
+            findings.push(Finding::note("containerd.parts", "the CRI of containerd is disabled (disabled_plugins)"));
+        } else if !self.is_wanted() && self.has_cri() {
+            let other = self.config.snapshotter().unwrap_or_default();
+            let message = format!(
+                "Kubernetes' containers use {other}; only clients that name {NAME} get it (nerdctl --snapshotter). To change \
+                 that, see {PAGE}: {SNAPSHOTTER_LINE} in table {} of {}",
+                self.cri_table(),
+                self.file
+            );
+            findings.push(Finding::note("containerd.snapshotter", message));
+        }
+        let runtimes = self.config.runtime_snapshotters().into_iter();
+        let others = runtimes.filter(|(_, other)| self.is_wanted() != (*other == NAME));
+        let others: Vec<String> = others.map(|(runtime, other)| format!("{runtime}: {other}")).collect();
+        if self.has_cri() && !others.is_empty() {
+            findings.push(Finding::warning(
+                "containerd.runtimes",
+                format!("runtimes with a snapshotter of their own: {}", others.join(", ")),
+                "containerd mixes up images of different snapshotters: use one on a node, or pull the pause image and each \
+                 image with the one that its runtime uses",
             ));
         }
-    }
-
-    fn check_exports(&self, proxy: &Proxy, findings: &mut Vec<Finding>) {
-        const CHECK: &str = "containerd.exports";
-        let root = self.endpoint.root;
-        if !self.version.has_exports() {
-            return;
-        }
-        let message = match proxy.exports.get("root") {
-            Some(exported) if Path::new(exported) == Path::new(root) => {
-                findings.push(Finding::good(CHECK, "kubelet sees the disk of the snapshots"));
-                return;
-            }
-            Some(exported) => format!("kubelet is told that snapshots are in {exported:?}, and they are in {root}"),
-            None => "kubelet is not told where snapshots are: it reports \"invalid capacity 0 on image filesystem\" and does \
-                     not watch that disk"
-                .to_owned(),
-        };
-        let setting = Setting::new(EXPORTS_TABLE, &[&format!("root = \"{root}\"")]);
-        findings.push(Finding::warning(CHECK, message, self.remedy(&[setting])));
-    }
-
-    fn check_capabilities(&self, proxy: &Proxy, findings: &mut Vec<Finding>) {
-        const MAPPED: &str = "files of CernVM-FS cannot be id-mapped, and pods with user namespaces would not start";
-        let refused = |name: &str| match name {
-            "rebase" if self.version >= Version::new(2, 2, 0) => Some("layers would be recorded without their parents"),
-            "remap-ids" | "only-remap-ids" => Some(MAPPED),
-            _ => None,
-        };
-        let rest = string_list(proxy.capabilities.iter().filter(|name| refused(name).is_none()));
-        for name in &proxy.capabilities {
-            if let Some(reason) = refused(name) {
-                let setting = Setting::new(PROXY_TABLE, &[&format!("capabilities = {rest}")]);
-                let message = format!("the capability {name:?} is declared for {NAME}: {reason}");
-                findings.push(Finding::problem("containerd.capabilities", message, self.remedy(&[setting])));
-            }
-        }
-    }
-
-    /// A remedy that removes plugins from the list of those that containerd does not start.
-    fn enable(&self, is_removed: impl Fn(&str) -> bool) -> String {
-        let rest = string_list(self.config.disabled_plugins.iter().filter(|name| !is_removed(name)));
-        self.remedy(&[Setting::new("", &[&format!("disabled_plugins = {rest}")])])
-    }
-
-    /// What happens without a plugin that this snapshotter cannot do without.
-    fn consequence_of_disabling(&self, name: &str) -> Option<&'static str> {
-        match name {
-            NAME | SNAPSHOTTER_ID => Some("containerd does not load this snapshotter"),
-            TRANSFER_ID if self.version.has_transfer() => {
-                Some("without its transfer service the CRI of containerd does not start, and \"ctr images pull\" fails")
-            }
-            _ => None,
-        }
-    }
-
-    fn check_disabled(&self, findings: &mut Vec<Finding>) {
-        let mut disabled = self.config.disabled_plugins.iter();
-        if let Some((name, consequence)) = disabled.find_map(|name| Some((name, self.consequence_of_disabling(name)?)))
-        {
-            let message = format!("disabled_plugins has {name:?}: {consequence}");
-            let remedy = self.enable(|name| self.consequence_of_disabling(name).is_some());
-            findings.push(Finding::problem("containerd.disabled", message, remedy));
-        }
-    }
-
-    /// Whether containerd has a CRI. Without one nothing is said of Kubernetes.
-    fn has_cri(&self, findings: &mut Vec<Finding>) -> bool {
-        const CHECK: &str = "containerd.parts";
-        let is_cri = |name: &str| CRI_IDS.contains(&name);
-        if !self.config.disabled_plugins.iter().any(|name| is_cri(name)) {
-            return true;
-        }
-        findings.push(if self.file_table.is_some() {
-            Finding::warning(
-                CHECK,
-                "the CRI of containerd is disabled, although its snapshotter is named: Kubernetes cannot use this containerd",
-                self.enable(|name| is_cri(name) || self.consequence_of_disabling(name).is_some()),
-            )
-        } else {
-            let message = format!(
-                "the CRI of containerd is disabled (disabled_plugins): only clients that name {NAME} get it (nerdctl --snapshotter)"
-            );
-            Finding::note(CHECK, message)
-        });
-        false
+        findings
     }
 }

@@ -2,23 +2,25 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::repull::{KUBERNETES, repull_command};
-use super::{Finding, MAX_NAMED, Report, node, repositories, safe_fs, subprocess, systemd};
+use super::images::{KUBERNETES, repull_command};
+use super::systemd::{self, Unit};
+use super::{Finding, Report, list, node, probe};
 use crate::admin::client::{self, AdminClient, Error};
 use crate::admin::status::{Image, Report as StatusReport};
 use crate::cli::{self, Arguments};
-use crate::config::Config;
+use crate::config::{Config, RepositoryConfig};
 use crate::metrics::endpoint;
-use crate::model::{MetricsAddress, Timestamp, printable, shell_quote};
+use crate::model::{MetricsAddress, Timestamp, shell_quote};
 use crate::proto::admin::snapshot::Kind;
-use crate::proto::admin::{DescribeResponse, Repository, Snapshot};
+use crate::proto::admin::{DescribeResponse, IoErrors, Repository, Snapshot};
 use crate::repository::owners::Owners;
 use crate::repository::{HIDE_ATTRIBUTES, own_attributes};
 use crate::server::convert;
@@ -34,7 +36,7 @@ pub fn connect(arguments: &Arguments) -> DaemonHandle {
     let address = &arguments.address;
     // With a bad configuration systemd would start the daemon in vain, and then give up the socket as well.
     if systemd::is_socket_activated_idle()
-        && node::load(&with_command_line(arguments, systemd::command_line())).is_err()
+        && node::load(&with_command_line(arguments, Unit::show(systemd::SERVICE).command_line())).is_err()
     {
         let cause = io::Error::other("it is stopped, and its configuration keeps it from starting");
         return Err(Error::NotRunning { address: address.clone(), cause });
@@ -48,10 +50,16 @@ pub fn connect(arguments: &Arguments) -> DaemonHandle {
 /// may have changed them.
 pub fn effective_arguments(arguments: &Arguments, daemon: &DaemonHandle) -> Arguments {
     let words = match daemon {
-        Ok((_, described)) => subprocess::command_line(described.pid),
-        Err(_) => systemd::command_line(),
+        Ok((_, described)) => command_line(described.pid),
+        Err(_) => Unit::show(systemd::SERVICE).command_line(),
     };
     with_command_line(arguments, words)
+}
+
+/// The command line that a process was started with.
+pub fn command_line(pid: u32) -> Option<Vec<OsString>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(bytes.strip_suffix(&[0])?.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
 }
 
 fn with_command_line(arguments: &Arguments, command_line: Option<Vec<OsString>>) -> Arguments {
@@ -77,7 +85,8 @@ pub fn check(
         Err(e) => {
             report.push(not_running(&e));
             for repository in config.map_or(&[][..], |config| &config.repositories) {
-                report.extend(check_repository(&repositories::describe(repository), arguments));
+                let (described, cache) = probe::describe(repository);
+                report.extend(check_repository(&described, cache, arguments));
             }
             return None;
         }
@@ -91,7 +100,9 @@ pub fn check(
     let is_in_place = moved.is_none();
     report.extend(moved);
     for repository in &described.repositories {
-        report.extend(check_repository(repository, arguments));
+        let config = RepositoryConfig { name: repository.name.clone(), path: repository.path.clone().into() };
+        let cache = repository.trouble.is_empty().then(|| probe::describe(&config).1).flatten();
+        report.extend(check_repository(repository, cache, arguments));
     }
     // When the state root is elsewhere, everything seems to be gone although nothing is.
     if is_in_place {
@@ -103,66 +114,49 @@ pub fn check(
 }
 
 fn not_running(e: &Error) -> Finding {
-    const CHECK: &str = "daemon.running";
+    let main_process = Unit::show(systemd::SERVICE).main_process();
+    let foreign = main_process.filter(|pid| !is_our_process(*pid));
     let last_error = || systemd::last_error().map_or_else(String::new, |error| format!(". Last error: {error}"));
-    if let Some(pid) = systemd::main_process().filter(|pid| !is_our_process(*pid)) {
-        return Finding::problem(
-            CHECK,
+    let (message, remedy) = match (foreign, e) {
+        (Some(pid), _) => (
             format!("{e}. Process {pid}, which the unit runs, is not ours: the Go snapshotter?"),
             format!("do not stop or restart it, that empties a Go snapshotter's snapshots; to replace it: {REPLACE}"),
-        );
-    }
-    match e {
-        Error::NotOurs { .. } => Finding::problem(
-            CHECK,
+        ),
+        (None, Error::NotOurs { .. }) => (
             e.to_string(),
             format!(
-                "an older version: systemctl restart cvmfs-snapshotter. The Go one: do not stop it as usual, that empties \
-                 its snapshots. Kill the process that serves there with SIGKILL, and disable what starts it (docs/takeover.md); \
-                 under the unit cvmfs-snapshotter this does it: {REPLACE}"
+                "an older version: systemctl restart cvmfs-snapshotter. The Go one: do not stop it as usual, that empties its \
+                 snapshots, but see docs/takeover.md; under the unit cvmfs-snapshotter: {REPLACE}"
             ),
         ),
-        Error::NotRunning { .. } => Finding::problem(
-            CHECK,
+        (None, Error::NotRunning { .. } | Error::Silent { .. } | Error::Call { .. }) => (
             format!("{e}{}", last_error()),
-            "systemctl enable --now cvmfs-snapshotter; if it runs and only its socket is gone: systemctl restart \
-             cvmfs-snapshotter.socket; what keeps it from starting: journalctl -u cvmfs-snapshotter -n 20",
+            "correct what its last error names (journalctl -u cvmfs-snapshotter -n 50), then systemctl enable --now \
+             cvmfs-snapshotter. If it runs: systemctl restart cvmfs-snapshotter.socket cvmfs-snapshotter, which harms no container"
+                .to_owned(),
         ),
-        Error::Silent { .. } | Error::Call { .. } => Finding::problem(
-            CHECK,
-            format!("{e}{}", last_error()),
-            "correct what its last error names, if there is one; see its log: journalctl -u cvmfs-snapshotter -n 50. A restart \
-             harms nothing: systemctl restart cvmfs-snapshotter",
-        ),
-    }
+    };
+    Finding::problem("daemon.running", message, remedy)
 }
 
 fn running(described: &DescribeResponse, root: &Path) -> Finding {
     const CHECK: &str = "daemon.running";
-    let own = env!("CARGO_PKG_VERSION");
-    if described.version == own {
-        let (pid, root) = (described.pid, root.display());
-        return Finding::good(CHECK, format!("version {own} runs as process {pid}, with the state root {root}"));
+    let (own, version) = (env!("CARGO_PKG_VERSION"), &described.version);
+    if version != own {
+        let message = format!("version {version} runs, and {own} is installed");
+        return Finding::warning(CHECK, message, "systemctl restart cvmfs-snapshotter");
     }
-    Finding::warning(
-        CHECK,
-        format!("version {} runs, and {own} is installed", described.version),
-        "systemctl restart cvmfs-snapshotter",
-    )
+    let (pid, root) = (described.pid, root.display());
+    Finding::good(CHECK, format!("version {own} runs as process {pid}, with the state root {root}"))
 }
 
 /// The configuration was changed after the daemon had read it.
 fn not_restarted(arguments: &Arguments, described: &DescribeResponse) -> Option<Finding> {
     let file = arguments.config_file();
-    let changed = safe_fs::change_time(file)?;
     let started = UNIX_EPOCH + Duration::from_nanos(u64::try_from(described.started).ok()?);
-    (changed > started).then(|| {
-        Finding::warning(
-            "config.in-use",
-            format!("{} was changed after the daemon had read it", file.display()),
-            "systemctl restart cvmfs-snapshotter; containers run on",
-        )
-    })
+    let message = format!("{} was changed after the daemon had read it", file.display());
+    let remedy = "systemctl restart cvmfs-snapshotter; containers run on";
+    (probe::inspect(file).ok()?.changed > started).then(|| Finding::warning("config.in-use", message, remedy))
 }
 
 /// The path of the lock in the state root of a process, and the descriptor that holds it.
@@ -183,12 +177,12 @@ fn is_our_process(pid: u32) -> bool {
 fn state_root_moved(described: &DescribeResponse) -> Option<Finding> {
     let lock = Path::new(&described.snapshots).with_file_name("lock");
     let (open_lock, fd) = lock_file_of(described.pid)?;
-    // Another check tells when it does not answer.
-    if safe_fs::inspect(&lock).is_err_and(|e| e.kind() == io::ErrorKind::TimedOut) {
-        return None;
-    }
-    let identity = |path: &Path| fs::metadata(path).ok().map(|status| (status.dev(), status.ino()));
-    if identity(&lock) == identity(&fd) {
+    let at_path = match probe::inspect(&lock) {
+        // Another check tells it.
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => return None,
+        status => status.ok().map(|status| (status.device, status.inode)),
+    };
+    if at_path == fs::metadata(&fd).ok().map(|status| (status.dev(), status.ino())) {
         return None;
     }
     let (root, used) = (lock.ancestors().nth(2)?.display(), open_lock.ancestors().nth(2)?.display());
@@ -204,52 +198,40 @@ fn state_root_moved(described: &DescribeResponse) -> Option<Finding> {
     ))
 }
 
-/// The remedy when the client of a repository cannot reach its server.
-fn unreachable_server_remedy(name: &str) -> String {
-    format!(
-        "cvmfs_talk -i {name} host info and proxy info say whom the client asks, cvmfs_config stat -v {name} whether it \
-         is online. Is the proxy up, and the stratum 1? Does a firewall of this node let the client reach them? If only one \
-         file cannot be read, it is damaged there: tell who runs them. Nothing has to be restarted when it is back; see \
-         docs/troubleshooting.md, \"input/output error\""
-    )
-}
-
-fn check_repository(repository: &Repository, arguments: &Arguments) -> Vec<Finding> {
+fn check_repository(repository: &Repository, cache: Option<probe::ClientCache>, arguments: &Arguments) -> Vec<Finding> {
     const CHECK: &str = "repository.answers";
     const SERVER: &str = "repository.server";
     let Repository { name, path, trouble, .. } = repository;
+    let server_remedy = format!(
+        "do its proxy and its stratum 1 answer, and does a firewall let this node reach them? cvmfs_talk -i {name} host info \
+         and proxy info say which they are. Nothing has to be restarted; see docs/troubleshooting.md, \"input/output error\""
+    );
     if repository.server_outage.is_some() {
-        let message = format!("repository {name} at {path}: {trouble}");
-        return vec![Finding::problem(SERVER, message, unreachable_server_remedy(name))];
+        return vec![Finding::problem(SERVER, format!("repository {name} at {path}: {trouble}"), server_remedy)];
     }
     if !trouble.is_empty() {
-        return vec![Finding::problem(
-            CHECK,
-            format!("repository {name} at {path} cannot be used: {trouble}"),
-            format!(
-                "is it mounted and alive? ls {}; cvmfs_config probe {name}; cvmfs_config stat -v {name}. If its name or \
-                 path is another one: repository and absolute-mountpoint in {}. Nothing has to be restarted when it is back",
-                shell_quote(path),
-                arguments.config_file().display()
-            ),
-        )];
+        let (path, file) = (shell_quote(path), arguments.config_file().display());
+        let message = format!("repository {name} at {path} cannot be used: {trouble}");
+        let remedy = format!(
+            "is it mounted and alive? ls {path}; cvmfs_config probe {name}. If its name or path is another one: repository and \
+             absolute-mountpoint in {file}. Nothing has to be restarted when it is back"
+        );
+        return vec![Finding::problem(CHECK, message, remedy)];
     }
     let mut findings = vec![Finding::good(CHECK, format!("repository {name} answers, at {path}"))];
-    if let Some(errors) = repository.io_errors.as_ref() {
-        let (host, proxy) = (printable(&errors.host), printable(&errors.proxy));
-        let ago = (Timestamp::now().0 - errors.last) / 1_000_000_000;
+    if let Some(IoErrors { count, last, host, proxy, .. }) = repository.io_errors.as_ref() {
+        let ago = (Timestamp::now().0 - last) / 1_000_000_000;
         let message = format!(
-            "the client of repository {name} answered with an input/output error {ago} s ago, {} in all since it began: \
-             the repository's server cannot be reached, or could not (host {host}, proxy {proxy})",
-            errors.count
+            "the client of repository {name} answered with an input/output error {ago} s ago, {count} in all since it began: \
+             the repository's server cannot be reached, or could not (host {host}, proxy {proxy})"
         );
-        findings.push(Finding::warning(SERVER, message, unreachable_server_remedy(name)));
+        findings.push(Finding::warning(SERVER, message, server_remedy));
     }
     findings.push(owners(repository));
     if repository.lists_own_attributes {
         findings.push(Finding::problem("repository.attributes", own_attributes(name), HIDE_ATTRIBUTES));
     }
-    findings.extend(client_cache(repository, arguments));
+    findings.extend(cache.and_then(|(path, device)| client_cache(name, &path, device, &arguments.root)));
     findings
 }
 
@@ -267,19 +249,21 @@ fn owners(repository: &Repository) -> Finding {
 }
 
 /// Whether the client's cache and the state root are on one file system.
-fn client_cache(repository: &Repository, arguments: &Arguments) -> Option<Finding> {
+fn client_cache(name: &str, cache: &Path, cache_device: u64, root: &Path) -> Option<Finding> {
     const CHECK: &str = "repository.cache-device";
-    let cache = repositories::cache(Path::new(&repository.path))?;
-    let (name, root, path) = (&repository.name, arguments.root.display(), cache.path.display());
-    if device(&arguments.root)? != cache.device {
+    // Of a state root that does not exist yet the nearest directory above it counts.
+    let is_missing = |path: &&Path| probe::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    let device = probe::inspect(root.ancestors().find(|path| !is_missing(path))?).ok()?.device;
+    let (root, cache) = (root.display(), cache.display());
+    if device != cache_device {
         let message =
-            format!("the cache of repository {name}'s client, {path}, and the state root are on two file systems");
+            format!("the cache of repository {name}'s client, {cache}, and the state root are on two file systems");
         return Some(Finding::good(CHECK, message));
     }
     Some(Finding::warning(
         CHECK,
         format!(
-            "the cache of repository {name}'s client, {path}, is on the file system of the state root, {root}: starting \
+            "the cache of repository {name}'s client, {cache}, is on the file system of the state root, {root}: starting \
              containers can make every rename on it hang, for all programs of this node"
         ),
         "put one of them on another file system: the cache with CVMFS_CACHE_BASE=/another/disk in /etc/cvmfs/default.local, or \
@@ -287,121 +271,79 @@ fn client_cache(repository: &Repository, arguments: &Arguments) -> Option<Findin
     ))
 }
 
-/// The device of a directory, or of the nearest one above it that exists.
-fn device(path: &Path) -> Option<u64> {
-    let exists = |path: &&Path| !safe_fs::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-    let path = path.ancestors().find(exists)?;
-    safe_fs::inspect(path).ok()?;
-    fs::metadata(path).ok().map(|status| status.dev())
-}
-
 fn snapshots(daemon: &AdminClient, described: &DescribeResponse) -> Vec<Finding> {
     const CHECK: &str = "state.images";
-    let mut findings = Vec::new();
-    match daemon.snapshots(true, |_| {}) {
-        Err(e) => {
-            findings.push(Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50"));
-        }
+    let mut findings = match daemon.snapshots(true, |_| {}) {
+        Err(e) => vec![Finding::problem(CHECK, e.to_string(), "see its log: journalctl -u cvmfs-snapshotter -n 50")],
         Ok(snapshots) => {
-            findings.extend(containers(&snapshots));
-            let report = StatusReport::new(described, &snapshots, &HashMap::new(), 0);
-            findings.extend(broken_images(&report.images, &described.repositories));
-            if findings.iter().all(|one| one.check != CHECK) {
-                findings.push(Finding::good(
-                    CHECK,
-                    format!("the files of all {} images are available", report.images.len()),
-                ));
-            }
+            let images = StatusReport::new(described, &snapshots, &HashMap::new(), 0).images;
+            let broken = broken_images(&images, &described.repositories);
+            let message = format!("the files of all {} images are available", images.len());
+            let good = broken.is_empty().then(|| Finding::good(CHECK, message));
+            containers(&snapshots).into_iter().chain(broken).chain(good).collect()
         }
-    }
+    };
     let found = &described.found;
+    let place = &described.snapshots;
     if found.unknown > 0 {
-        findings.push(Finding::warning(
-            "state.unknown-files",
-            format!("{} directories in {} hold files that the metadata does not know", found.unknown, described.snapshots),
-            "an older copy of the metadata was put back, or it was damaged: journalctl -u cvmfs-snapshotter names them; remove them once nothing needs them",
-        ));
+        let message = format!("{} directories in {place} hold files that the metadata does not know", found.unknown);
+        let remedy = "an older copy of the metadata was put back, or it was damaged: journalctl -u cvmfs-snapshotter names \
+                      them; remove them once nothing needs them";
+        findings.push(Finding::warning("state.unknown-files", message, remedy));
     }
     if found.foreign > 0 {
-        findings.push(Finding::note(
-            "state.foreign",
-            format!(
-                "{} entries in {} are of another snapshotter, and are left alone",
-                found.foreign, described.snapshots
-            ),
-        ));
+        let message = format!("{} entries in {place} are of another snapshotter, and are left alone", found.foreign);
+        findings.push(Finding::note("state.foreign", message));
     }
     findings
 }
 
 /// Images on which no container can start.
 fn broken_images(images: &[Image], repositories: &[Repository]) -> Vec<Finding> {
-    const CHECK: &str = "state.images";
     let is_unusable = |name: &String| {
-        let is_it = |one: &&Repository| one.name == *name && (!one.trouble.is_empty() || one.lists_own_attributes);
-        repositories.iter().find(is_it).is_some()
+        let is_it = |one: &Repository| one.name == *name && (!one.trouble.is_empty() || one.lists_own_attributes);
+        repositories.iter().any(is_it)
     };
     // A refused layer is downloaded by the next pull, whatever its repository does.
-    let waits_for_repository = |image: &Image| !image.refused && image.broken_in.as_ref().is_some_and(is_unusable);
-    let broken: Vec<&Image> = images.iter().filter(|image| image.broken.is_some()).collect();
-    let lost: Vec<(&str, &str)> = broken
-        .iter()
-        .filter(|image| !waits_for_repository(image))
-        .filter_map(|image| Some((image.namespace.as_deref().unwrap_or(KUBERNETES), image.reference.as_deref()?)))
-        .collect();
-    let mut is_command_printed = false;
-    let mut remedy = |image: &Image| {
-        if waits_for_repository(image) {
-            return "bring the repository back (see repository.answers and repository.attributes): nothing has to be pulled again"
-                .to_owned();
-        }
-        let publish = if image.broken_in.is_some() && !image.refused {
-            "make it available again (in any of \"repositories\"), or "
-        } else {
-            ""
-        };
-        let download = if image.refused { ": the layer is downloaded then" } else { "" };
-        if image.reference.is_none() {
-            return format!("{publish}remove the image that uses it, and its containers, and pull it again{download}");
-        }
+    let is_waiting = |image: &&Image| !image.refused && image.broken_in.as_ref().is_some_and(is_unusable);
+    let broken = images.iter().filter(|image| image.broken.is_some());
+    let (waiting, lost): (Vec<&Image>, Vec<&Image>) = broken.partition(is_waiting);
+    let references = lost.iter().filter_map(|image| Some((image.namespace.as_deref(), image.reference.as_deref()?)));
+    let repull = repull_command(references.map(|(namespace, name)| (namespace.unwrap_or(KUBERNETES), name)));
+    let repull =
+        if repull.is_empty() { "remove the images that use them, and pull them again".to_owned() } else { repull };
+    let is_publishable = lost.iter().any(|image| image.broken_in.is_some() && !image.refused);
+    let publish = if is_publishable { "make the layers available again (in any of \"repositories\"), or " } else { "" };
+    let download = if lost.iter().any(|image| image.refused) { ": refused layers are downloaded then" } else { "" };
+    let remedies = [
+        "bring the repository back (see repository.answers and repository.attributes): nothing has to be pulled again"
+            .to_owned(),
         // Images that share a lost layer have to be removed together.
-        if std::mem::replace(&mut is_command_printed, true) {
-            return format!("{publish}with the first one of {CHECK}");
-        }
-        let containers = if lost.len() == 1 { "its containers" } else { "the containers of all these images" };
-        format!("{publish}remove {containers}, then {}{download}", repull_command(lost.iter().copied()))
-    };
+        format!("{publish}remove the containers of all these images, then {repull}{download}"),
+    ];
     let mut findings = Vec::new();
-    for image in broken.iter().take(MAX_NAMED) {
-        let name = image.reference.as_deref().unwrap_or(&image.key);
-        let reason = image.broken.as_deref().unwrap_or_default();
-        findings.push(Finding::problem(CHECK, format!("no container can start on {name}: {reason}"), remedy(image)));
-    }
-    if let Some(count @ 1..) = broken.len().checked_sub(MAX_NAMED) {
-        let message = format!("and {count} more images");
-        findings.push(Finding::problem(CHECK, message, "cvmfs-snapshotter status lists them"));
+    for (images, remedy) in [waiting, lost].into_iter().zip(remedies).filter(|(images, _)| !images.is_empty()) {
+        let name = |image: &Image| image.reference.clone().unwrap_or_else(|| image.key.clone());
+        let names =
+            list(images.iter().map(|one| format!("{}: {}", name(one), one.broken.as_deref().unwrap_or_default())));
+        findings.push(Finding::problem("state.images", format!("no container can start on {names}"), remedy));
     }
     findings
 }
 
 /// Containers that lost what they wrote.
-fn containers(snapshots: &[Snapshot]) -> Vec<Finding> {
-    const CHECK: &str = "state.containers";
+fn containers(snapshots: &[Snapshot]) -> Option<Finding> {
     let is_broken = |one: &&Snapshot| one.kind.enum_value() == Ok(Kind::ACTIVE) && !one.trouble.is_empty();
-    let broken: Vec<&Snapshot> = snapshots.iter().filter(is_broken).collect();
-    let mut findings = Vec::new();
-    for Snapshot { key, trouble, .. } in broken.iter().take(MAX_NAMED) {
-        findings.push(Finding::problem(
-            CHECK,
-            format!("the files that the container of snapshot {key} wrote are not available: {trouble}"),
+    let broken = snapshots.iter().filter(is_broken).map(|one| format!("snapshot {}: {}", one.key, one.trouble));
+    let broken: Vec<String> = broken.collect();
+    (!broken.is_empty()).then(|| {
+        Finding::problem(
+            "state.containers",
+            format!("the files that a container wrote are not available: {}", list(broken.into_iter())),
             "its directory was removed by hand, or an older copy of the state root was put back: remove that container and \
              start it again",
-        ));
-    }
-    if let Some(count @ 1..) = broken.len().checked_sub(MAX_NAMED) {
-        findings.push(Finding::problem(CHECK, format!("and those of {count} more"), "as above"));
-    }
-    findings
+        )
+    })
 }
 
 /// The daemon serves containers even when it cannot serve metrics.
@@ -437,49 +379,48 @@ mod tests {
 
     #[test]
     fn remedy_of_an_image_depends_on_where_the_lost_layer_came_from() {
-        let image = |name: &str, namespace: Option<&str>, broken_in: Option<&str>| Image {
-            reference: Some(name.to_owned()),
-            key: format!("key of {name}"),
+        let image = |name: &str, broken_in: Option<&str>, refused| Image {
+            reference: (!name.is_empty()).then(|| name.to_owned()),
+            key: "key".to_owned(),
             layers: 1,
             published: 0,
             source: ImageOrigin::Mixed,
             broken: Some("lost".to_owned()),
             broken_in: broken_in.map(str::to_owned),
-            refused: false,
-            namespace: namespace.map(str::to_owned),
+            refused,
+            namespace: None,
             users: Vec::new(),
             bytes: 0,
             created: 0,
         };
-        let repository = |name: &str, trouble: &str| Repository {
-            name: name.to_owned(),
-            trouble: trouble.to_owned(),
-            ..Repository::default()
-        };
-        let repositories = [repository("well", ""), repository("away", "not mounted")];
-        let images = [
-            image("a:1", Some("default"), None),
-            image("b:1", Some(KUBERNETES), None),
-            image("c:1", None, Some("well")),
-            image("d:1", None, Some("away")),
-            Image { reference: None, ..image("", None, None) },
-        ];
-        let remedies: Vec<String> =
-            broken_images(&images, &repositories).into_iter().filter_map(|finding| finding.remedy).collect();
-        let nerdctl = "nerdctl --namespace default --snapshotter cvmfs-snapshotter";
-        let all = format!(
-            "remove the containers of all these images, then {nerdctl} rmi a:1 && {nerdctl} pull a:1 && \
-             crictl rmi b:1 c:1 && crictl pull b:1 && crictl pull c:1"
-        );
-        assert_eq!(remedies[0], all);
-        assert_eq!(remedies[1], "with the first one of state.images");
-        assert!(remedies[2].starts_with("make it available again") && remedies[2].ends_with(&remedies[1]));
-        assert!(remedies[3].starts_with("bring the repository back"), "{}", remedies[3]);
-        assert!(remedies[4].starts_with("remove the image that uses it"), "{}", remedies[4]);
-
-        let refused = Image { refused: true, ..image("c:1", None, Some("away")) };
-        let [finding] = &broken_images(&[refused], &repositories)[..] else { panic!("one for the image") };
-        let remedy = "remove its containers, then crictl rmi c:1 && crictl pull c:1: the layer is downloaded then";
-        assert_eq!(finding.remedy.as_deref(), Some(remedy));
+        let away = Repository { name: "away".into(), trouble: "not mounted".into(), ..Repository::default() };
+        let repositories = [Repository { name: "well".into(), ..Repository::default() }, away];
+        let repull = "remove the containers of all these images, then crictl rmi";
+        let lost = image("c:1", Some("well"), false);
+        let waiting = image("c:1", Some("away"), false);
+        for (images, remedies) in [
+            (
+                vec![image("a:1", None, false), image("b:1", None, false)],
+                vec![format!("{repull} a:1 b:1 && crictl pull a:1 && crictl pull b:1")],
+            ),
+            (
+                vec![waiting, lost],
+                vec![
+                    "bring the repository back".to_owned(),
+                    format!("make the layers available again (in any of \"repositories\"), or {repull} c:1"),
+                ],
+            ),
+            (
+                vec![image("c:1", Some("away"), true)],
+                vec![format!("{repull} c:1 && crictl pull c:1: refused layers are downloaded then")],
+            ),
+            (Vec::new(), Vec::new()),
+        ] {
+            let found = broken_images(&images, &repositories);
+            assert_eq!(found.len(), remedies.len(), "{found:?}");
+            for (one, expected) in found.iter().zip(remedies) {
+                assert!(one.remedy.as_ref().unwrap().starts_with(&expected), "{one:?}");
+            }
+        }
     }
 }

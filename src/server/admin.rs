@@ -107,7 +107,7 @@ fn describe(call: &CallContext<'_>) -> DescribeResponse {
     }
 }
 
-fn describe_repository(
+pub fn describe_repository(
     repository: &repository::Repository,
     status: Result<&RepositoryStatus, &Unavailable>,
 ) -> Repository {
