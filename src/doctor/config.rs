@@ -72,6 +72,8 @@ pub struct Proxy {
 pub struct Unpack {
     pub snapshotter: String,
     pub platform: String,
+    /// containerd ignores it where the platform is another one.
+    pub optional: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -124,10 +124,14 @@ fn unpack_entry(snapshotter: &str) -> String {
     format!("{UNPACK_TABLE}\n  platform = \"linux\"\n  snapshotter = \"{snapshotter}\"")
 }
 
-/// `linux`, `linux/amd64`, `linux/arm64/v8` and the like.
+/// Whether containerd takes `platform` for this node's: `linux`, `linux/amd64`, `amd64`, `linux(6.1)/arm64/v8` and the like.
 fn is_our_platform(platform: &str) -> bool {
-    let mut parts = platform.split('/');
-    parts.next() == Some("linux") && parts.next().is_none_or(|name| [ARCH, architecture()].contains(&name))
+    let platform = platform.to_ascii_lowercase();
+    let (system, rest) = platform.split_once('/').unwrap_or((&platform, ""));
+    let system = system.split('(').next().unwrap_or_default();
+    let is_our_machine = |name: &str| [ARCH, &ARCH.replace('_', "-"), architecture()].contains(&name);
+    let machine = rest.split('/').next().unwrap_or_default();
+    system == "linux" && (rest.is_empty() || is_our_machine(machine)) || rest.is_empty() && is_our_machine(system)
 }
 
 /// containerd's name for it.
@@ -232,6 +236,11 @@ impl RuleContext<'_> {
         let lines = format!("disabled_plugins = {}  # above all tables", string_list(rest));
         let unpacks = self.config.unpack_config().unwrap_or_default().iter();
         let platform = unpacks.filter(|one| one.snapshotter == NAME).find(|one| !is_our_platform(&one.platform));
+        let consequence = if platform.is_some_and(|one| one.optional && !one.platform.is_empty()) {
+            "containerd ignores it"
+        } else {
+            "the transfer service of containerd does not start with it, and so the CRI does not either"
+        };
         let platform = platform.map(|one| one.platform.as_str());
         vec![
             problem(
@@ -251,8 +260,7 @@ impl RuleContext<'_> {
                 "containerd.platform",
                 self.version.has_transfer() && platform.is_some(),
                 format!(
-                    "an unpack_config for {NAME} has the platform {:?}, and this node is linux/{}: the transfer service of \
-                     containerd does not start with it, and so the CRI does not either",
+                    "an unpack_config for {NAME} has the platform {:?}, and this node is linux/{}: {consequence}",
                     platform.unwrap_or_default(),
                     architecture()
                 ),

@@ -108,6 +108,8 @@ fn faults_are_found_under_their_names() {
         ("2.3.6", &[CRI_2, arm, told], &[PLATFORM]),
         ("2.1.9", &[CRI_2, no_platform, told], &[PLATFORM]),
         ("2.0.7", &[CRI_2, CLIENT, arm, registered], &[]),
+        ("2.3.6", &[CRI_2, &UNPACK.replace("linux", architecture()), told], &[]),
+        ("2.3.6", &[CRI_2, &UNPACK.replace("linux", "Linux(6.1)"), told], &[]),
         ("2.3.6", &[CRI_2, "use_local_image_pull = true\n", UNPACK, told], &[ANNOTATIONS]),
         ("2.1.9", &[CRI_2, "max_concurrent_downloads = 4\n", UNPACK, told], &[ANNOTATIONS]),
         ("2.1.9", &[CRI_2, "max_concurrent_downloads = 3\n", UNPACK, told], &[]),

@@ -343,7 +343,8 @@ fn root_programs_that_are_not_roots_alone_are_not_run() {
                 assert!(remedy.contains("docs/containerd.md"), "what to compare with: {remedy}");
             }
             Some(ran) => {
-                assert!(said.is_empty(), "{all:#?}");
+                // This program has no version, and none is guessed.
+                assert!(said.iter().all(|one| one.what.ends_with("its version is unknown")), "{all:#?}");
                 assert!(ran.starts_with("0 [\"containerd\", "), "{ran}");
                 assert!(ran.contains("PATH") && !ran.contains("SCENE_OF_AN_ADMIN"), "{ran}");
             }
