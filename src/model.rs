@@ -9,6 +9,8 @@ mod key;
 mod labels;
 mod mount;
 mod snapshot;
+#[cfg(test)]
+pub mod testing;
 mod text;
 
 use std::fmt;

@@ -42,20 +42,11 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::model::{Digest, Key, Labels, Layer, SnapshotId, Timestamp, Usage};
+    use crate::model::testing::local_snapshot;
+    use crate::model::{Digest, Layer, Usage};
 
     fn snapshot(id: u64, kind: Kind) -> Snapshot {
-        Snapshot {
-            id: SnapshotId(id),
-            key: Key::parse("key").unwrap(),
-            parent: None,
-            kind,
-            created: Timestamp(1),
-            updated: Timestamp(2),
-            labels: Labels::new(),
-            layer: None,
-            usage: None,
-        }
+        local_snapshot(id, "key", kind)
     }
 
     /// A file that named the number of another snapshot once made the rebuild leave out that snapshot as well, and one

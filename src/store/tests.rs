@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+use crate::model::testing::local_snapshot;
 use std::fs;
 use std::sync::Arc;
 
 use super::*;
-use crate::model::{Key, Kind, Labels, Snapshot, Timestamp};
+use crate::model::{Key, Kind, Labels, Snapshot};
 use crate::store::testing::FaultyDisk;
 use crate::testing::{Fault, Steps};
 
@@ -27,15 +28,9 @@ fn root_removal_uses_the_reserve_on_a_full_disk_and_at_a_quota() {
 
 fn snapshots() -> Vec<Snapshot> {
     let snapshot = |id: u64| Snapshot {
-        id: SnapshotId(id),
-        key: Key::parse(&format!("snapshot-{id}")).unwrap(),
         parent: (id > 1).then(|| Key::parse(&format!("snapshot-{}", id - 1)).unwrap()),
-        kind: Kind::Committed,
-        created: Timestamp(1),
-        updated: Timestamp(2),
         labels: Labels::from([("label".to_owned(), "v".repeat(200))]),
-        layer: None,
-        usage: None,
+        ..local_snapshot(id, &format!("snapshot-{id}"), Kind::Committed)
     };
     (1..=40).map(snapshot).collect()
 }

@@ -98,19 +98,23 @@ fn unstarted_pool_queues_jobs_until_its_workers_start() {
     assert_eq!(receive.recv_timeout(TIMEOUT), Ok(Err(JobError::DeadlinePassed)));
 }
 
-#[test]
-fn drain_finishes_accepted_jobs_and_refuses_new_ones() {
-    let pool = start_pool(2, 8);
+fn check_drain(threads: usize, queue: Queue) {
+    let pool = start_pool(threads, 8);
     let handle = pool.handle();
     let busy = occupy(&handle);
-    let waiting = submit(&handle, Queue::NewJobs, || 5);
+    let waiting = submit(&handle, queue, || 5);
     thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
         drop(busy);
     });
     assert_eq!(pool.drain(TIMEOUT), DrainOutcome::Completed);
     assert_eq!(waiting.try_recv(), Ok(Ok(5)));
-    assert_eq!(submit(&handle, Queue::NewJobs, || 6).try_recv(), Ok(Err(JobError::Stopping)));
+    assert_eq!(submit(&handle, queue, || 6).try_recv(), Ok(Err(JobError::Stopping)));
+}
+
+#[test]
+fn drain_finishes_accepted_jobs_and_refuses_new_ones() {
+    check_drain(2, Queue::NewJobs);
 }
 
 #[test]
@@ -164,17 +168,7 @@ fn continuation_may_panic_and_has_a_deadline() {
 
 #[test]
 fn drain_finishes_an_accepted_continuation_and_refuses_the_next() {
-    let pool = start_pool(1, 8);
-    let handle = pool.handle();
-    let busy = occupy(&handle);
-    let continuation = submit(&handle, Queue::Continuations, || 5);
-    thread::spawn(move || {
-        thread::sleep(Duration::from_millis(50));
-        drop(busy);
-    });
-    assert_eq!(pool.drain(TIMEOUT), DrainOutcome::Completed);
-    assert_eq!(continuation.try_recv(), Ok(Ok(5)));
-    assert_eq!(submit(&handle, Queue::Continuations, || 6).try_recv(), Ok(Err(JobError::Stopping)));
+    check_drain(1, Queue::Continuations);
 }
 
 #[test]

@@ -1,18 +1,8 @@
 use super::*;
-use crate::model::{Labels, Timestamp};
+use crate::model::testing::local_snapshot;
 
 fn candidate(id: u64, key: &str, parent: &str, kind: Kind) -> Candidate {
-    let record = Snapshot {
-        id: SnapshotId(id),
-        key: Key::parse(key).unwrap(),
-        parent: Key::parse_optional(parent).unwrap(),
-        kind,
-        created: Timestamp(0),
-        updated: Timestamp(0),
-        labels: Labels::new(),
-        layer: None,
-        usage: None,
-    };
+    let record = Snapshot { parent: Key::parse_optional(parent).unwrap(), ..local_snapshot(id, key, kind) };
     Candidate { name: key.to_owned(), record: Ok(record) }
 }
 

@@ -1,19 +1,10 @@
 use super::*;
-use crate::model::{Digest, Labels, Layer, Timestamp};
+use crate::model::testing::local_snapshot;
+use crate::model::{Digest, Layer};
 
 fn snapshot(id: u64, key: &str, parent: &str, kind: Kind, image: Option<&str>) -> Snapshot {
-    let labels: Labels = image.map(|image| (LABEL_IMAGE_REF.to_owned(), image.to_owned())).into_iter().collect();
-    Snapshot {
-        id: SnapshotId(id),
-        key: Key::parse(key).unwrap(),
-        parent: Key::parse_optional(parent).unwrap(),
-        kind,
-        created: Timestamp(0),
-        updated: Timestamp(0),
-        labels,
-        layer: None,
-        usage: None,
-    }
+    let labels = image.map(|image| (LABEL_IMAGE_REF.to_owned(), image.to_owned())).into_iter().collect();
+    Snapshot { parent: Key::parse_optional(parent).unwrap(), labels, ..local_snapshot(id, key, kind) }
 }
 
 fn lost(snapshots: &[Snapshot], there: &[u64]) -> Vec<String> {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::testing::local_snapshot;
 use crate::model::{LABEL_IMAGE_REF, LABEL_REMOTE, LABEL_SNAPSHOT_REF, Labels, Timestamp};
 
 fn known(namespace: &str, key: &str, name: &str, parent: &str, labels: &[(&str, &str)]) -> ContainerdSnapshot {
@@ -14,17 +15,7 @@ fn known(namespace: &str, key: &str, name: &str, parent: &str, labels: &[(&str, 
 }
 
 fn snapshot(key: &str, kind: Kind) -> Snapshot {
-    Snapshot {
-        id: SnapshotId(3),
-        key: Key::parse(key).unwrap(),
-        parent: None,
-        kind,
-        created: Timestamp(1),
-        updated: Timestamp(1),
-        labels: Labels::from([("key".to_owned(), key.to_owned())]),
-        layer: None,
-        usage: None,
-    }
+    Snapshot { labels: Labels::from([("key".to_owned(), key.to_owned())]), ..local_snapshot(3, key, kind) }
 }
 
 #[test]

@@ -1,18 +1,12 @@
 use super::*;
-use crate::model::{Kind, SnapshotId, Timestamp};
+use crate::model::Kind;
+use crate::model::testing::local_snapshot;
 
 fn snapshot() -> Snapshot {
     let labels = [("a", "1"), ("foo.bar", "baz"), (LABEL_SNAPSHOT_REF, "sha256:abc")];
     Snapshot {
-        id: SnapshotId(1),
-        key: Key::parse("default/1/my key").unwrap(),
-        parent: None,
-        kind: Kind::Committed,
-        created: Timestamp(0),
-        updated: Timestamp(0),
         labels: labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
-        layer: None,
-        usage: None,
+        ..local_snapshot(1, "default/1/my key", Kind::Committed)
     }
 }
 
