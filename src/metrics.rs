@@ -1,4 +1,4 @@
-//! What is counted, for Prometheus. Every metric has its name, unit and help in this file, and in `docs/metrics.md`.
+//! The metrics, for Prometheus. Every metric has its name, unit and help in this file, and in `docs/metrics.md`.
 //!
 //! Events are counted where they end: at the gRPC boundary, in the snapshotter, in waits for a repository, in the store's
 //! commits. No other room reads a metric to decide anything. Counters start at 0 with the process; states are collected

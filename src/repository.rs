@@ -101,7 +101,7 @@ impl Repository {
         Arc::clone(&current)
     }
 
-    /// The same, if the mount answers.
+    /// The generation of what is mounted now, or an error if the mount does not answer.
     fn live_generation(&self) -> Result<Arc<MountGeneration>, Unavailable> {
         loop {
             let generation = self.generation();

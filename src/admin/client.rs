@@ -139,7 +139,7 @@ impl GrpcClient {
         self.call_within(CALL_LIMIT, "", method, request)
     }
 
-    /// As `call`, in a containerd namespace.
+    /// Does what `call` does, in a containerd namespace.
     pub fn call_in<Q: 'static, R: Unpin + 'static>(
         &self,
         namespace: &str,

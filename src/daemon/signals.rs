@@ -49,7 +49,8 @@ fn handle_until_stop(signals: &SigSet, arguments: &Arguments, mut configured_lev
 
 fn change_level(level: LevelFilter) {
     log::set_max_level(level);
-    // Whoever sent the signal waits for this line, so the new level must let it through; it is never above info.
+    // An admin who sent the signal looks for this line, so it is logged at a level that the new one lets through, at most at
+    // info.
     let line_level = level.to_level().map_or(log::Level::Error, |most_verbose| most_verbose.min(log::Level::Info));
     log::log!(line_level, event = "log_level_changed", log_level:% = level; "log level {level}");
 }

@@ -251,7 +251,7 @@ fn owners(repository: &Repository) -> Finding {
 /// Whether the client's cache and the state root are on one file system.
 fn client_cache(name: &str, cache: &Path, cache_device: u64, root: &Path) -> Option<Finding> {
     const CHECK: &str = "repository.cache-device";
-    // Of a state root that does not exist yet the nearest directory above it counts.
+    // If the state root does not exist yet, it will be made on the device of the nearest directory above it.
     let is_missing = |path: &&Path| probe::inspect(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
     let device = probe::inspect(root.ancestors().find(|path| !is_missing(path))?).ok()?.device;
     let (root, cache) = (root.display(), cache.display());

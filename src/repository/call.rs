@@ -59,7 +59,7 @@ fn wait<S, T>(
             return Ok(result);
         }
         let (now, idle) = (now(), idle_for());
-        // Where another caller has waited in vain, this one need not wait as long.
+        // If another caller has waited in vain already, this one does not wait as long.
         if idle >= limits.no_progress || generation.health.is_waiting_pointless() {
             return Err(WaitError::NoProgress);
         }

@@ -1,4 +1,4 @@
-//! What a repository publishes: from digests to the directories with their files.
+//! This module knows the layout of a repository: it finds the directory of a layer by its digest.
 //!
 //! A layer lies in `<repository>/.layers/<first 2 hex>/<64 hex>/layerfs`, named by the digest of the compressed blob. Any
 //! directory in that layout will do. The roots of whole images that a publisher unpacks below `.flat` are not read: they

@@ -1,7 +1,7 @@
 //! The snapshots service: each method is one function from a request to a response.
 //!
 //! It must not know how a call gets to a thread or how its response is sent; that is `unary`, `dispatch` and `list`.
-//! Nor does it decide anything: it converts the request, calls the snapshotter and converts the result.
+//! It decides nothing: it converts the request, calls the snapshotter and converts the result.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;

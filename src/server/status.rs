@@ -1,4 +1,4 @@
-//! What a failed call is answered with.
+//! This module turns a failed call into its answer.
 //!
 //! `CallError::report` decides in one place, for every error, the gRPC code, the log level, the label in the metrics
 //! and the text. It must not know methods or requests. Its matches have no wildcard arm, so nobody can add an error

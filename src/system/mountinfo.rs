@@ -77,7 +77,7 @@ pub fn fuse_device_of(path: &Path) -> Result<Option<u64>> {
 
 /// The mount that contains a path without links.
 fn containing_mount<'m>(path: &Path, mounts: &'m [MountInfo]) -> Option<&'m MountInfo> {
-    // Of several mounts on one path the last is the uppermost, and `max_by_key` returns the last maximum.
+    // If several file systems are mounted on one path, the last one is uppermost. `max_by_key` returns the last maximum.
     let containing = mounts.iter().filter(|mount| path.starts_with(&mount.point));
     containing.max_by_key(|mount| mount.point.components().count())
 }

@@ -21,7 +21,7 @@ struct FakeMount {
 impl MountProbe for FakeMount {
     fn probe(&self) -> Result<(), String> {
         self.probes.fetch_add(1, Ordering::SeqCst);
-        // What hangs goes on hanging, whatever is mounted in its place.
+        // A probe that hangs is not ended by another mount in the place of the old one.
         let hangs = self.state.load(Ordering::SeqCst) == HANGING;
         while hangs && self.state.load(Ordering::SeqCst) != DEAD {
             thread::sleep(Duration::from_millis(5));
@@ -62,7 +62,7 @@ fn calls_to_dead_repository_fail_fast_until_a_probe_succeeds() {
 
 #[test]
 fn outage_of_less_than_a_second_is_not_reported_as_none() {
-    // Not yet begun, however slow this machine is.
+    // The outage begins in the future, so that a slow machine does not make it longer.
     let outage = Outage { since: Instant::now() + Duration::from_hours(1), why: "it is dead".to_owned() };
     assert_eq!(outage.to_string(), "it has not answered for less than 1 s: it is dead");
     for (milliseconds, text) in [(0, "less than 1 s"), (999, "less than 1 s"), (1_000, "1 s"), (61_500, "61 s")] {

@@ -157,7 +157,7 @@ fn endless_directory_takes_bounded_memory() {
 #[test]
 fn deep_directories_take_the_memory_of_their_names_and_are_bounded() {
     let deep = |chains: usize, depth: usize| {
-        // Of memory: a disk takes minutes for so many directories.
+        // The directories are made in memory, because a disk takes minutes for so many.
         let top = tempfile::tempdir_in("/dev/shm").unwrap();
         for chain in 0..chains {
             let path: PathBuf = std::iter::once(chain.to_string()).chain(vec!["d".to_owned(); depth]).collect();

@@ -47,7 +47,7 @@ pub fn connect(socket: &Path) -> Channel {
     connect_with(socket, |channel| channel)
 }
 
-/// As `connect`, with a channel that `configure` has changed.
+/// Connects like `connect`, with a channel that `configure` has changed.
 pub fn connect_with(socket: &Path, configure: impl FnOnce(ChannelBuilder) -> ChannelBuilder) -> Channel {
     let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
     let channel = ChannelBuilder::new(environment)

@@ -33,7 +33,7 @@ impl Containerd {
         Self::normal(dir, Release::V1_6, pause_image)
     }
 
-    /// As `with_overlayfs`, in any version.
+    /// Starts a containerd of any version that uses overlayfs.
     pub fn normal(dir: &Path, release: Release, pause_image: &str) -> Self {
         let main = if release < Release::V2_1 { "version = 2\n" } else { "version = 3\n" };
         let configuration = Configuration { main: main.to_owned(), conf_d: None };

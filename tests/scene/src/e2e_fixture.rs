@@ -34,12 +34,12 @@ impl E2eFixture {
         Self::start_with_repository(name, config, Repository::mounted)
     }
 
-    /// As `start`, with a repository that `make_repository` makes in a directory.
+    /// Starts a fixture like `start`, with a repository that `make_repository` makes in a directory.
     pub fn start_with_repository(name: &str, config: &str, make_repository: impl FnOnce(&Path) -> Repository) -> Self {
         Self::start_with_containerd(name, config, Release::V1_6, ConfigVariant::Client1, make_repository)
     }
 
-    /// As `start_with_repository`, with any version of containerd and any variant of its configuration.
+    /// Starts a fixture like `start_with_repository`, with any version of containerd and any variant of its configuration.
     pub fn start_with_containerd(
         name: &str,
         config: &str,

@@ -65,7 +65,7 @@ pub fn message(bytes: &[u8]) -> Vec<u8> {
     message_as(0, bytes)
 }
 
-/// As `message`, for bytes that are compressed.
+/// A message whose prefix says that the bytes are compressed.
 pub fn compressed_message(bytes: &[u8]) -> Vec<u8> {
     message_as(1, bytes)
 }
@@ -126,7 +126,7 @@ impl RawConnection {
         Sent::All
     }
 
-    /// As `send`, while a thread reads and discards what the server sends.
+    /// Sends like `send`, while a thread reads and discards what the server sends.
     pub fn send_while_reading(&mut self, bytes: &[u8], timeout: Duration) -> Sent {
         let mut stream = self.0.try_clone().expect("a connection can be shared");
         let reader = std::thread::spawn(move || {

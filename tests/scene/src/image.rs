@@ -91,7 +91,7 @@ impl Builder {
         self.pack_without(top, &[])
     }
 
-    /// As `pack`, without the files of these names.
+    /// Packs like `pack`, without the files of these names.
     pub fn pack_without(&self, top: &Path, names: &[&str]) -> Layer {
         let tar = self.dir.join("layer.tar");
         let status = Command::new("tar")

@@ -60,7 +60,7 @@ impl Machine {
         Some(machine)
     }
 
-    /// As `boot_or_skip`, for a machine without the daemon, whose containerd reads `conf.d`.
+    /// Boots like `boot_or_skip` a machine without the daemon, whose containerd reads `conf.d`.
     pub fn boot_without_daemon_or_skip(sandbox: &Sandbox, repository: &Path) -> Option<Self> {
         let imports = "imports = [\"/etc/containerd/conf.d/*.toml\"]";
         Self::boot_with(sandbox, repository, &[("/usr", HOST)], |root| install_containerd(root, imports, ""))

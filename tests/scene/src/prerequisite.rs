@@ -1,4 +1,4 @@
-//! What a test needs of its host and may not find there: systemd-nspawn, autofs, a version of containerd.
+//! Some tests need something that not every host has: systemd-nspawn, autofs, a version of containerd.
 //!
 //! libtest has no result for a test that ends early: it reports the test as ok. A missing prerequisite therefore fails
 //! the test that needs it. With `ALLOW_SKIP=1` the test is skipped instead, and its name stands in the output of the run.

@@ -63,7 +63,7 @@ pub fn run<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: impl IntoIter
     run_on(&search_path(), program, arguments)
 }
 
-/// As `run`, with another search path.
+/// Runs a program like `run`, with another search path.
 pub fn run_on<S: AsRef<OsStr>>(
     path: &str,
     program: impl AsRef<OsStr>,
@@ -94,7 +94,7 @@ impl Server {
         Self::start_on(&search_path(), command, log)
     }
 
-    /// As `start`, with another search path.
+    /// Starts a process like `start`, with another search path.
     pub fn start_on(path: &str, command: &mut Command, log: &Path) -> Self {
         let file = File::options().create(true).append(true).open(log).expect("a log file can be opened");
         let child = command

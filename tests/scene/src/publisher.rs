@@ -106,7 +106,7 @@ impl Repository {
         Self::start(dir, tree, Some(publisher), web, settings)
     }
 
-    /// As `mounted`, with the client's cache on its own file system, as it should be on a node.
+    /// Mounts a repository like `mounted`, with the client's cache on its own file system, as it should be on a node.
     pub fn mounted_with_own_cache_disk(dir: &Path) -> Self {
         let cache = dir.with_extension("cache");
         fs::create_dir_all(&cache).expect("the cache's directory can be made");
@@ -180,7 +180,7 @@ impl Repository {
         }
     }
 
-    /// As `mount`, with empty caches.
+    /// Mounts the repository again with empty caches.
     pub fn mount_cold(&self) {
         self.unmount();
         let cache = self.real().cache.clone();

@@ -119,7 +119,7 @@ pub fn assert_unavailable<T: std::fmt::Debug>(answer: CallResult<T>) -> String {
     message
 }
 
-/// As `assert_unavailable`, for a failure that an administrator must act on, so the message must say how. A scan that is
+/// Asserts what `assert_unavailable` does, and that the message says what an administrator must do. A scan that is
 /// not finished and a repository that is slow need no action.
 #[track_caller]
 pub fn assert_unavailable_with_advice<T: std::fmt::Debug>(answer: CallResult<T>) -> String {

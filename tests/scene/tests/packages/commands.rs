@@ -145,7 +145,7 @@ impl Reader<'_> {
         output.stdout
     }
 
-    /// As `run`, for a command that must succeed and print these words.
+    /// Runs a command that must succeed and print these words.
     #[track_caller]
     fn run_and_see(&mut self, page: &str, text: &str, words: &[&str]) {
         let said = self.run(page, text, 0);
