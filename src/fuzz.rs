@@ -64,7 +64,7 @@ pub const TARGETS: [Target; 8] = [
     Target {
         name: "records",
         run: check_record,
-        dictionary: "sha256: 0000000000000000 .. / \x12 \x18\x02 \"committed\": null",
+        dictionary: "sha256: 0000000000000000 .. / \x12 \x18\x02 \"prepared\": \"committed\": null",
     },
     Target {
         name: "config",

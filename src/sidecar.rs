@@ -68,4 +68,16 @@ mod tests {
             assert_eq!(Sidecar::decode(&bad.encode()), None, "{bad:?}");
         }
     }
+
+    /// The fuzzer's inputs of an older form were refused at once, so it tested nothing.
+    #[test]
+    fn inputs_of_the_fuzzer_are_sidecars() {
+        let inputs = [
+            &include_bytes!("../tests/fuzz/corpus/records/sidecar")[..],
+            include_bytes!("../tests/fuzz/corpus/records/sidecar-prepared"),
+        ];
+        for input in inputs {
+            assert!(Sidecar::decode(&input[1..]).is_some(), "{}", String::from_utf8_lossy(input));
+        }
+    }
 }
