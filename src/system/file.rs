@@ -61,8 +61,11 @@ pub fn read(path: &Path, links: LinkPolicy, limit: u64) -> Result<Vec<u8>, Error
 
 /// The content of an open file that has no more than `limit` bytes.
 pub fn read_open(file: &File, limit: u64) -> Result<Vec<u8>, Error> {
+    if file.metadata().map_err(Error::Unreadable)?.len() > limit {
+        return Err(Error::TooLong { limit });
+    }
     let mut bytes = Vec::new();
-    // The size in its status is not used, because files in /proc show 0, and another process may be writing.
+    // The size in its status says only what is too long: files in /proc show 0, and another process may be writing.
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::Unreadable)?;
     if bytes.len() as u64 > limit { Err(Error::TooLong { limit }) } else { Ok(bytes) }
 }
