@@ -102,13 +102,13 @@ impl Repository {
     }
 
     /// The generation of what is mounted now, or an error if the mount does not answer.
-    fn live_generation(&self) -> Result<Arc<MountGeneration>, Unavailable> {
+    pub fn live_generation(&self) -> Result<Arc<MountGeneration>, Unavailable> {
         loop {
             let generation = self.generation();
             match generation.check() {
                 Ok(()) => return Ok(generation),
                 // The probe that was waited for has found another mount.
-                Err(_) if generation.health.is_replaced() => {}
+                Err(_) if generation.health.was_replaced() => {}
                 Err(why) => return Err(why),
             }
         }

@@ -210,7 +210,6 @@ impl MountGeneration {
         heartbeat: Heartbeat,
         scan: impl FnOnce(&Arc<Self>) + Send + 'static,
     ) -> Result<(), Unavailable> {
-        self.check()?;
         self.scans.run(priority, heartbeat, self.job(scan)).map_err(|exhausted| self.report_exhausted(exhausted))
     }
 

@@ -160,17 +160,23 @@ impl Health {
     /// Begins an outage, unless there is one. Does nothing for a mount that was replaced: a caller that still waits for
     /// it says nothing about the mount in its place.
     pub fn mark_down(&self, why: String) {
+        let is_device_unknown = matches!(self.shared.state.lock().condition, Condition::Up { device: None });
+        // The mount table is read without the lock, because every caller that waits takes it.
+        let mounted = if is_device_unknown { self.shared.mount.device() } else { None };
+        let name = self.shared.repository.as_str();
         let mut state = self.shared.state.lock();
-        if let Condition::Up { device } = state.condition {
-            let device = device.or_else(|| self.shared.mount.device());
-            let name = self.shared.repository.as_str();
-            log::warn!(event = "repository_down", repository = name;
-                "repository {name} does not answer: {why}; layers are downloaded and containers on its layers do not \
-                 start until it does");
-            METRICS.record_outage(name);
-            state.condition = Condition::Down { outage: Outage { since: now(), why }, device };
-        }
+        let Condition::Up { device } = state.condition else { return self.ensure_probe(&mut state) };
+        log::warn!(event = "repository_down", repository = name;
+            "repository {name} does not answer: {why}; layers are downloaded and containers on its layers do not \
+             start until it does");
+        METRICS.record_outage(name);
+        state.condition = Condition::Down { outage: Outage { since: now(), why }, device: device.or(mounted) };
         self.ensure_probe(&mut state);
+        if state.probes.is_empty() && !state.is_closed {
+            log::error!(event = "repository_threads_exhausted", repository = name;
+                "repository {name}: no thread is left to probe it, because probes hang in mounts that were replaced; \
+                 end the client processes of those mounts");
+        }
     }
 
     /// Remembers what is mounted, after the mount has answered: when an outage is noticed, another file system may be
@@ -198,13 +204,20 @@ impl Health {
 
     /// Whether another mount has taken the place of this one, as the mount table says if this one does not answer.
     pub fn is_replaced(&self) -> bool {
-        let is_down = self.shared.state.lock().condition.is_down();
-        let device = if is_down { self.shared.mount.device() } else { None };
-        let mut state = self.shared.state.lock();
-        if let Some(device) = device {
-            self.shared.replace_if_another_is_mounted(&mut state, device);
+        match self.shared.state.lock().condition {
+            Condition::Up { .. } => return false,
+            Condition::Replaced { .. } => return true,
+            Condition::Down { .. } => {}
         }
+        let Some(device) = self.shared.mount.device() else { return self.was_replaced() };
+        let mut state = self.shared.state.lock();
+        self.shared.replace_if_another_is_mounted(&mut state, device);
         matches!(state.condition, Condition::Replaced { .. })
+    }
+
+    /// Whether a probe or a caller has noticed that another mount has taken the place of this one.
+    pub fn was_replaced(&self) -> bool {
+        matches!(self.shared.state.lock().condition, Condition::Replaced { .. })
     }
 
     /// Ends probing.
@@ -263,13 +276,14 @@ impl Shared {
     }
 
     fn record_probe(&self, state: &mut State, result: Result<(), String>) {
-        if let Condition::Down { outage, .. } = &mut state.condition {
+        if let Condition::Down { outage, device } = &mut state.condition {
+            let device = *device;
             match result {
                 Ok(()) => {
                     let name = self.repository.as_str();
                     log::info!(event = "repository_up", repository = name;
                         "repository {name} answers again, after {}", Seconds(now() - outage.since));
-                    state.condition = Condition::default();
+                    state.condition = Condition::Up { device };
                 }
                 Err(why) => outage.why = why,
             }

@@ -42,7 +42,7 @@ impl MountGeneration {
         self.availability.record(checked.is_ok());
         match checked {
             // The sample shows it as well.
-            Ok(()) | Err(Unavailable::OwnAttributes) => {}
+            Ok(()) | Err(Unavailable::OwnAttributes) => self.health.record_device(),
             Err(why) => return Err(self.report(why)),
         }
         if let Some(unreachable) = self.server.outage() {
@@ -60,6 +60,7 @@ impl MountGeneration {
         let name = self.name();
         match layout::probe(self.sys(), self.path()) {
             Ok(()) => {
+                self.health.record_device();
                 self.warn_of_cache(state_device);
                 log::info!(event = "repository_available", repository = name;
                     "repository {name} is there, at {}", self.path().display());

@@ -156,7 +156,10 @@ impl ScanScheduler {
         if let Some(result) = self.shared.cached(scan_key)? {
             return Ok(ScanHandle::Finished(result));
         }
-        let generation = repository.generation();
+        let generation = match repository.live_generation() {
+            Ok(generation) => generation,
+            Err(why) => return Ok(ScanHandle::Finished(Err(why))),
+        };
         let key = ScanJobKey { scan: scan_key.clone(), generation: generation.number() };
         let mut in_progress = self.shared.in_progress.lock();
         let current = in_progress.get(&key).and_then(|entry| Some((Arc::clone(&entry.job), entry.guard.upgrade()?)));
