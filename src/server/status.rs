@@ -13,6 +13,7 @@ use log::Level;
 use super::field_count::MAX_FIELDS;
 use super::memory_budget::OverBudget;
 use crate::model::{InvalidKey, Quoted};
+use crate::repository::Unavailable;
 use crate::snapshotter::{self, Error};
 use crate::worker_pool::JobError;
 
@@ -116,10 +117,13 @@ fn snapshotter_error_code(error: &Error) -> (Code, Level) {
             (Code::FailedPrecondition, Level::Debug)
         }
         Error::ChainTooLong { .. } | Error::AttributesRefused { .. } => (Code::FailedPrecondition, Level::Warn),
+        // A job that panicked shows a fault of this program, not of the repository.
+        Error::LayerUnavailable { why: Unavailable::JobPanicked, .. } | Error::System(_) | Error::Store(_) => {
+            (Code::Internal, Level::Error)
+        }
         Error::LayerUnavailable { .. } | Error::LayerBusy { .. } => (Code::Unavailable, Level::Warn),
         Error::FilesMissing { .. } => (Code::Unavailable, Level::Error),
         Error::DeadlineExceeded => (Code::DeadlineExceeded, Level::Debug),
-        Error::System(_) | Error::Store(_) => (Code::Internal, Level::Error),
         Error::RollbackFailed { failed, .. } => (snapshotter_error_code(failed).0, Level::Error),
     }
 }

@@ -35,7 +35,7 @@ fn every_snapshotter_error_has_its_code_and_level() {
         errno: Errno::ENOSPC,
     };
     let refused = Error::AttributesRefused { digest: digest.clone(), refused: attributes };
-    let unavailable = Error::LayerUnavailable { digest, repository: "r".into(), why: Unavailable::NotPublished };
+    let unavailable = |why| Error::LayerUnavailable { digest: digest.clone(), repository: "r".into(), why };
     let table = [
         (Error::InvalidKey(InvalidKey::Empty), Code::InvalidArgument, DEBUG),
         (Error::NotFound(key()), Code::NotFound, DEBUG),
@@ -53,7 +53,8 @@ fn every_snapshotter_error_has_its_code_and_level() {
         (Error::LabelsTooLong { bytes: 1 }, Code::InvalidArgument, DEBUG),
         (Error::TooManyLabels { count: 1 }, Code::InvalidArgument, DEBUG),
         (Error::InvalidMapping { label: "l", value: "v".into() }, Code::InvalidArgument, DEBUG),
-        (unavailable, Code::Unavailable, Level::Warn),
+        (unavailable(Unavailable::NotPublished), Code::Unavailable, Level::Warn),
+        (unavailable(Unavailable::JobPanicked), Code::Internal, Level::Error),
         (Error::LayerBusy { digest: busy }, Code::Unavailable, Level::Warn),
         (refused, Code::FailedPrecondition, Level::Warn),
         (Error::FilesMissing { key: key(), id: SnapshotId(1) }, Code::Unavailable, Level::Error),
