@@ -62,6 +62,7 @@ fn reload(arguments: &Arguments) -> Option<LevelFilter> {
             // The key in the file wins over the flag, because somebody has just written it.
             let level = config.log_level.or(arguments.log_level).unwrap_or(LevelFilter::Info);
             change_level(level);
+            log::info!(event = "config_reloaded"; "other keys of the configuration need a restart");
             Some(level)
         }
         Err(e) => {

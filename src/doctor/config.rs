@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -80,6 +80,8 @@ pub struct Unpack {
 #[serde(default)]
 pub struct ContainerdConfig {
     pub disabled_plugins: Vec<String>,
+    /// The files that containerd has read besides the main one.
+    pub imports: Vec<PathBuf>,
     pub proxy_plugins: BTreeMap<String, Proxy>,
     plugins: Plugins,
 }

@@ -6,12 +6,14 @@
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use protobuf::well_known_types::empty::Empty;
 
 use super::config::{ContainerdConfig, Version};
+use super::probe::{Process, Program};
 use super::rules::{self, PAGE, RESTART, RuleContext};
 use super::systemd::Unit;
 use super::{Finding, Report, images, probe, service};
@@ -47,9 +49,11 @@ struct ContainerdInstance {
     /// Its main configuration file.
     file: PathBuf,
     /// The process that listens at the socket.
-    pid: Option<u32>,
-    /// What is run to ask it, see `probe::run_as`.
-    program: PathBuf,
+    process: Option<Process>,
+    /// The user that made the socket listen, as the kernel recorded it. No later program of that process changes it.
+    uid: Option<u32>,
+    /// The program that is run to ask it.
+    program: Program,
 }
 
 /// What an instance that runs has said.
@@ -117,14 +121,16 @@ fn find_instances(options: &Doctor) -> Vec<ContainerdInstance> {
 impl ContainerdInstance {
     /// With the file and the program of the process that listens there, or of the unit that would be started.
     fn find(socket: PathBuf, default_file: PathBuf) -> Self {
-        let pid = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener()).map(|listener| listener.pid);
+        let listener = GrpcClient::connect(&socket).ok().and_then(|peer| peer.listener());
+        let process = listener.and_then(|listener| Process::of(listener.pid));
         let is_usual = socket == Path::new(CONTAINERD_SOCKETS[0]);
         let of_unit = || is_usual.then(|| Unit::show(CONTAINERD).command_line()).flatten();
-        let words = pid.map_or_else(of_unit, service::command_line).unwrap_or_default();
-        let of_unit = words.first().map(PathBuf::from).filter(|path| path.is_absolute());
-        let program = pid.map(|pid| format!("/proc/{pid}/exe").into()).or(of_unit);
+        let words = process.map_or_else(of_unit, |process| service::command_line(process.pid)).unwrap_or_default();
+        let of_unit = words.first().filter(|path| Path::new(path).is_absolute()).cloned();
+        let program = process.map(Program::OfProcess).or(of_unit.map(Program::Path));
         let file = config_file_of(&words).unwrap_or(default_file);
-        Self { socket, file, pid, program: program.unwrap_or_else(|| CONTAINERD.into()) }
+        let program = program.unwrap_or_else(|| Program::Path(CONTAINERD.into()));
+        Self { socket, file, process, uid: listener.map(|listener| listener.uid), program }
     }
 
     fn distribution(&self) -> Option<&'static str> {
@@ -148,6 +154,9 @@ impl ContainerdInstance {
     }
 
     fn run(&self, words: &[&str]) -> io::Result<probe::Output> {
+        if let (Some(Process { pid, .. }), Some(uid)) = (self.process, self.uid.filter(|uid| *uid != 0)) {
+            return Err(io::Error::other(format!("process {pid} is of user {uid}")));
+        }
         probe::run_as(&self.program, CONTAINERD, words.iter().map(OsString::from).collect())
     }
 
@@ -188,7 +197,7 @@ impl ContainerdInstance {
                     ["containerd.plugin", "containerd.disabled"].contains(&one.check) && one.remedy.is_some()
                 };
                 let is_missing = !findings.iter().any(is_fault) && !plugins.iter().any(is_ours);
-                findings.extend(self.not_restarted(is_missing));
+                findings.extend(self.not_restarted(is_missing, config.as_ref()));
             }
             findings.extend(daemon.and_then(|daemon| mount_namespace(peer, daemon)));
         }
@@ -254,17 +263,20 @@ impl ContainerdInstance {
     }
 
     /// The process does not use what its configuration says now.
-    fn not_restarted(&self, is_missing: bool) -> Option<Finding> {
+    fn not_restarted(&self, is_missing: bool, config: Option<&ContainerdConfig>) -> Option<Finding> {
         const CHECK: &str = "containerd.restarted";
         let remedy = format!("{RESTART}; containers run on");
         if is_missing {
             let message = format!("the containerd that runs does not know {NAME}, which its configuration names");
             return Some(Finding::problem(CHECK, message, remedy));
         }
-        (probe::inspect(&self.file).ok()?.changed > start_time(self.pid?)?).then(|| {
-            let message = format!("{} was changed after containerd had read it", self.file.display());
-            Finding::warning(CHECK, message, remedy)
-        })
+        let start = start_time(self.process?)?;
+        // The dump lists the files that were read. A pattern that is still there is no file.
+        let files = iter::once(&self.file).chain(config.iter().flat_map(|config| &config.imports));
+        let is_newer = |file: &&PathBuf| probe::inspect(file).is_ok_and(|status| status.changed > start);
+        let changed = files.into_iter().find(is_newer)?;
+        let message = format!("{} was changed after containerd had read it", changed.display());
+        Some(Finding::warning(CHECK, message, remedy))
     }
 }
 
@@ -291,15 +303,12 @@ fn config_file_of(words: &[OsString]) -> Option<PathBuf> {
 }
 
 /// When a process started, rounded up: the kernel counts from the second in which it booted.
-fn start_time(pid: u32) -> Option<SystemTime> {
+fn start_time(process: Process) -> Option<SystemTime> {
     // The kernel's USER_HZ is the same on every architecture.
     const TICKS_PER_SECOND: u64 = 100;
-    let process = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in brackets may hold anything; the start time is the 20th field after it.
-    let ticks: u64 = process.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let boot: u64 = stat.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
-    Some(UNIX_EPOCH + Duration::from_secs(boot + ticks / TICKS_PER_SECOND + 2))
+    Some(UNIX_EPOCH + Duration::from_secs(boot + process.start / TICKS_PER_SECOND + 2))
 }
 
 /// The line of a Go program's error output that names the reason.

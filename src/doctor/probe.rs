@@ -5,10 +5,11 @@
 //! for. If it fails, it prints the reason as JSON and exits with `FAILED`.
 #![forbid(unsafe_code)]
 
-use std::ffi::OsString;
-use std::fs::{self, Metadata};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -16,6 +17,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
 use protobuf::Message;
 use serde::de::DeserializeOwned;
@@ -32,7 +34,11 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 /// Exit code of `probe` when it has no answer.
 const FAILED: u8 = 126;
 /// Far above what any of the programs prints.
-const MAX_OUTPUT_BYTES: u64 = 8 << 20;
+const MAX_PROGRAM_OUTPUT_BYTES: u64 = 1 << 20;
+/// More than a configuration file of the largest size takes as JSON.
+const MAX_ANSWER_BYTES: u64 = 8 << 20;
+/// How much later the probe of a repository is given up than the repository itself, so that it can say so.
+const REPOSITORY_SLACK: Duration = Duration::from_secs(1);
 /// Directories with programs of the system, whatever the environment says.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// The same, and those that containerd's own archives are unpacked to.
@@ -43,9 +49,36 @@ pub type ClientCache = (PathBuf, u64);
 
 #[derive(Serialize, Deserialize)]
 enum Request {
-    Path(PathBuf),
-    Repository(PathBuf),
-    Program { program: PathBuf, name: OsString, arguments: Vec<OsString> },
+    Path(OsString),
+    Repository(OsString),
+    Program { program: Program, name: OsString, arguments: Vec<OsString> },
+}
+
+/// A program that the doctor runs as root.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Program {
+    /// The name of a program of the system, or an absolute path.
+    Path(OsString),
+    /// What a process runs. The file may have been removed from its path meanwhile, by an upgrade.
+    OfProcess(Process),
+}
+
+/// A process, and not a later one with its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: u32,
+    /// When it started, in ticks since the kernel booted.
+    pub start: u64,
+}
+
+impl Process {
+    /// None: it has ended.
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in brackets may hold anything; the start time is the 20th field after it.
+        let start = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+        Some(Self { pid, start })
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -68,11 +101,9 @@ pub struct Output {
 /// The hidden command: what it prints, and its exit code.
 pub fn probe(request: &str) -> (String, u8) {
     let answer = serde_json::from_str(request).map_err(io::Error::from).and_then(|request| match request {
-        Request::Path(path) => to_json(&inspect_here(&path)?),
-        Request::Repository(path) => to_json(&describe_here(&path)?),
-        Request::Program { program, name, arguments } => {
-            Err(Command::new(find_program(&program)?).arg0(name).args(arguments).exec())
-        }
+        Request::Path(path) => to_json(&inspect_here(path.as_ref())?),
+        Request::Repository(path) => to_json(&describe_here(path.as_ref())?),
+        Request::Program { program, name, arguments } => Err(become_program(&program, &name, &arguments)?),
     });
     match answer {
         Ok(answer) => (answer, 0),
@@ -86,7 +117,14 @@ fn to_json(answer: &impl Serialize) -> io::Result<String> {
 
 fn ask(request: &Request) -> io::Result<Output> {
     // The link leads to the program that runs, even when an upgrade has replaced the file.
-    let output = finish(Command::new("/proc/self/exe").arg("probe").arg(to_json(request)?), LIMIT)?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("probe").arg(to_json(request)?);
+    let (limit, max_bytes) = match request {
+        Request::Path(_) => (LIMIT, MAX_ANSWER_BYTES),
+        Request::Repository(_) => (LIMIT + REPOSITORY_SLACK, MAX_ANSWER_BYTES),
+        Request::Program { .. } => (LIMIT, MAX_PROGRAM_OUTPUT_BYTES),
+    };
+    let output = finish(&mut command, limit, max_bytes)?;
     if output.status.code() == Some(FAILED.into())
         && let Ok((errno, reason)) = serde_json::from_str::<(Option<i32>, String)>(&output.stdout)
     {
@@ -103,7 +141,7 @@ fn ask_json<T: DeserializeOwned>(request: &Request) -> io::Result<T> {
 
 /// The status of a path. Fails with `TimedOut` if the file system does not answer.
 pub fn inspect(path: &Path) -> io::Result<PathStatus> {
-    ask_json(&Request::Path(path.to_owned()))
+    ask_json(&Request::Path(path.into()))
 }
 
 /// Does everything to the path that callers may do afterwards.
@@ -132,7 +170,7 @@ pub fn read_to_string(path: &Path) -> io::Result<String> {
 /// A repository as the daemon would describe it, with the directory of its client's cache and the device of that. The daemon
 /// cannot tell the latter: its unit hides these paths from it.
 pub fn describe(repository: &RepositoryConfig) -> (Described, Option<ClientCache>) {
-    let answer: io::Result<(Vec<u8>, _)> = ask_json(&Request::Repository(repository.path.clone()));
+    let answer: io::Result<(Vec<u8>, _)> = ask_json(&Request::Repository(repository.path.clone().into()));
     let answer = answer.and_then(|(message, cache)| Ok((Described::parse_from_bytes(&message)?, cache)));
     let (described, cache) =
         answer.unwrap_or_else(|e| (Described { trouble: e.to_string(), ..Described::default() }, None));
@@ -141,8 +179,7 @@ pub fn describe(repository: &RepositoryConfig) -> (Described, Option<ClientCache
 }
 
 fn describe_here(path: &Path) -> io::Result<(Vec<u8>, Option<ClientCache>)> {
-    // The process shall answer before it is given up.
-    let repository = Repository::new(path.display().to_string(), path.to_owned(), LIMIT * 4 / 5, Arc::new(Host));
+    let repository = Repository::new(path.display().to_string(), path.to_owned(), LIMIT, Arc::new(Host));
     let status = repository.status();
     let message = describe_repository(&repository, status.as_ref()).write_to_bytes()?;
     Ok((message, status.ok().and_then(|status| status.cache).map(|cache| (cache.path, cache.device))))
@@ -150,31 +187,53 @@ fn describe_here(path: &Path) -> io::Result<(Vec<u8>, Option<ClientCache>)> {
 
 /// Runs a program of the system.
 pub fn run(name: &str, arguments: &[&str]) -> io::Result<Output> {
-    run_as(Path::new(name), name, arguments.iter().map(OsString::from).collect())
+    run_as(&Program::Path(name.into()), name, arguments.iter().map(OsString::from).collect())
 }
 
-/// Runs a program that sees `name` as its own: k3s is one file with many programs, and chooses by that name. The program is a
-/// name, a path, or `/proc/<pid>/exe`. It is run only if nobody but root can have put it there.
-pub fn run_as(program: &Path, name: &str, arguments: Vec<OsString>) -> io::Result<Output> {
-    ask(&Request::Program { program: program.to_owned(), name: name.into(), arguments })
+/// Runs a program that sees `name` as its own: k3s is one file with many programs, and chooses by that name. It is run only if
+/// nobody but root can have put it there.
+pub fn run_as(program: &Program, name: &str, arguments: Vec<OsString>) -> io::Result<Output> {
+    ask(&Request::Program { program: program.clone(), name: name.into(), arguments })
+}
+
+/// Becomes the program. Returns only if that fails.
+fn become_program(program: &Program, name: &OsStr, arguments: &[OsString]) -> io::Result<io::Error> {
+    let exec = |path: &Path| Command::new(path).arg0(name).args(arguments).exec();
+    Ok(match program {
+        Program::Path(program) => exec(&find_program(program.as_ref())?),
+        Program::OfProcess(process) => {
+            // The file stays open until the exec, so that what was checked is what is run.
+            let file = open_program(*process)?;
+            exec(format!("/proc/self/fd/{}", file.as_raw_fd()).as_ref())
+        }
+    })
+}
+
+/// What a process of root on this node runs.
+fn open_program(process: Process) -> io::Result<File> {
+    let Process { pid, .. } = process;
+    let link = PathBuf::from(format!("/proc/{pid}/exe"));
+    // Without reading: /proc/self/fd leads to this very file.
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let file = File::options().read(true).custom_flags(flags.bits()).open(&link)?;
+    require_root(&fs::read_link(&link)?, &file.metadata()?)?;
+    // In a container of a user, a file of root is as good as the user's.
+    if fs::read_link(format!("/proc/{pid}/ns/mnt"))? != fs::read_link("/proc/self/ns/mnt")? {
+        return Err(io::Error::other(format!("process {pid} has a mount namespace of its own")));
+    }
+    // A program with the setuid bit that a user started has other ids as well.
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+    if let Some(uid) = ids.split_whitespace().find(|id| *id != "0") {
+        return Err(io::Error::other(format!("process {pid} is of user {uid}")));
+    }
+    // This is compared last, so that everything before was about this process.
+    let has_ended = || io::Error::other(format!("process {pid} has ended"));
+    (Process::of(pid) == Some(process)).then_some(file).ok_or_else(has_ended)
 }
 
 /// The path to execute.
 fn find_program(program: &Path) -> io::Result<PathBuf> {
-    if program.starts_with("/proc") {
-        let process = program.parent().unwrap_or(program);
-        let pid = process.file_name().unwrap_or_default().display();
-        let uid = fs::metadata(process)?.uid();
-        if uid != 0 {
-            return Err(io::Error::other(format!("process {pid} is of user {uid}")));
-        }
-        // In a container of a user, a file of root is as good as the user's.
-        if fs::read_link(process.join("ns/mnt"))? != fs::read_link("/proc/self/ns/mnt")? {
-            return Err(io::Error::other(format!("process {pid} has a mount namespace of its own")));
-        }
-        require_root(&fs::read_link(program)?, &fs::metadata(program)?)?;
-        return Ok(program.to_owned());
-    }
     // An absolute path stays as it is.
     let mut paths = SEARCH_PATH.split(':').map(|directory| Path::new(directory).join(program));
     let path = paths.find(|path| path.is_file());
@@ -195,11 +254,12 @@ fn require_root(path: &Path, status: &Metadata) -> io::Result<()> {
 }
 
 /// Waits for the end of a process. The variables of an admin's shell do not concern it.
-fn finish(command: &mut Command, limit: Duration) -> io::Result<Output> {
+fn finish(command: &mut Command, limit: Duration, max_bytes: u64) -> io::Result<Output> {
     let deadline = Instant::now() + limit;
     let command = command.env_clear().env("PATH", PATH).stdin(Stdio::null());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (stdout, stderr) = (read_in_thread(child.stdout.take()), read_in_thread(child.stderr.take()));
+    let (stdout, stderr) =
+        (read_in_thread(child.stdout.take(), max_bytes), read_in_thread(child.stderr.take(), max_bytes));
     let timed_out =
         || io::Error::new(io::ErrorKind::TimedOut, format!("it did not answer within {} s", limit.as_secs()));
     let status = loop {
@@ -212,8 +272,8 @@ fn finish(command: &mut Command, limit: Duration) -> io::Result<Output> {
             }
         }
     };
-    let receive = |text: mpsc::Receiver<String>| {
-        text.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|_| timed_out())
+    let receive = |text: mpsc::Receiver<io::Result<String>>| {
+        text.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|_| timed_out())?
     };
     Ok(Output { status, stdout: receive(stdout)?, stderr: receive(stderr)? })
 }
@@ -224,13 +284,18 @@ fn kill(mut child: Child) {
     thread::spawn(move || child.wait());
 }
 
-/// Sends what the pipe holds at its end. Who writes too much gets a broken pipe.
-fn read_in_thread(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
+/// Sends what the pipe holds at its end, or an error if that is more than `max_bytes`. A program that writes on gets a broken
+/// pipe.
+fn read_in_thread(pipe: Option<impl Read + Send + 'static>, max_bytes: u64) -> mpsc::Receiver<io::Result<String>> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
-        let _ = pipe.map(|pipe| pipe.take(MAX_OUTPUT_BYTES).read_to_end(&mut bytes));
-        sender.send(String::from_utf8_lossy(&bytes).into_owned())
+        let _ = pipe.map(|pipe| pipe.take(max_bytes + 1).read_to_end(&mut bytes));
+        sender.send(if bytes.len() as u64 > max_bytes {
+            Err(io::Error::other(format!("it printed more than {max_bytes} bytes")))
+        } else {
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        })
     });
     receiver
 }
@@ -266,14 +331,17 @@ mod tests {
 
     #[test]
     fn output_is_complete_and_a_hang_or_endless_output_is_given_up() {
-        let shell = |script: &str, limit| finish(Command::new("sh").args(["-c", script]), limit);
+        let shell = |script: &str, limit| finish(Command::new("sh").args(["-c", script]), limit, 300_000);
         let script = "head -c 300000 /dev/zero | tr '\\0' x; echo $CARGO_PKG_NAME why >&2; exit 3";
         let output = shell(script, LIMIT * 3).unwrap();
         assert_eq!((output.status.code(), output.stdout.len(), output.stderr.as_str()), (Some(3), 300_000, "why\n"));
         let start = Instant::now();
         assert_eq!(shell("exec sleep 100", Duration::from_millis(200)).unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert!(start.elapsed() < Duration::from_secs(50));
-        assert!(!shell("exec cat /dev/zero", LIMIT * 3).unwrap().status.success());
+        for endless in ["exec cat /dev/zero", "exec cat /dev/zero >&2", "head -c 300001 /dev/zero"] {
+            let error = shell(endless, LIMIT * 3).unwrap_err();
+            assert_eq!(error.to_string(), "it printed more than 300000 bytes", "{endless}");
+        }
     }
 
     #[test]
