@@ -100,7 +100,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
     limits::raise_descriptor_limit();
     unix_socket::check_path(&arguments.address).map_err(Error::Address)?;
     let stop_request = signals::listen(blocked, arguments, level).map_err(Error::Threads)?;
-    let mut pools = Pools::start(&config).map_err(Error::Threads)?;
+    let pools = Pools::start(&config).map_err(Error::Threads)?;
     let cell = SnapshotterCell::default();
     let start_server = |socket| {
         Server::start(socket, &config.allowed_uids, Arc::clone(&cell), pools.workers.handle(), pools.blocking_pools())

@@ -15,10 +15,10 @@ use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, after, bounded, never, select_biased, unbounded};
+use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, bounded, select_biased, unbounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::logging::panic_message;
@@ -61,7 +61,6 @@ pub struct Pool {
     name: String,
     handle: PoolHandle,
     queues: JobQueues,
-    workers: Vec<JoinHandle<()>>,
 }
 
 /// Submits jobs to a pool. It is cheap to clone.
@@ -101,7 +100,7 @@ impl Pool {
             spawner: None,
         };
         let queues = JobQueues { new_jobs: new_jobs_receiver, continuations: continuations_receiver };
-        Self { name: name.to_owned(), handle, queues, workers: Vec::new() }
+        Self { name: name.to_owned(), handle, queues }
     }
 
     /// Starts one worker, and up to `max_threads` while there are jobs for them. An additional worker that had no job
@@ -116,15 +115,15 @@ impl Pool {
     }
 
     /// Starts the workers of an unstarted pool. It must be called once.
-    pub fn start_workers(&mut self) -> io::Result<()> {
+    pub fn start_workers(&self) -> io::Result<()> {
         self.spawn_workers(self.handle.max_threads)
     }
 
-    fn spawn_workers(&mut self, count: usize) -> io::Result<()> {
+    fn spawn_workers(&self, count: usize) -> io::Result<()> {
         for n in 0..count {
             let queues = self.queues.clone();
             let thread = thread::Builder::new().name(format!("{}-{n}", self.name));
-            self.workers.push(thread.spawn(move || run_jobs(&queues))?);
+            thread.spawn(move || run_jobs(&queues))?;
         }
         Ok(())
     }
@@ -253,7 +252,6 @@ enum NextQueue {
 impl JobQueues {
     /// Waits for a job. `None`: nobody can submit jobs any more, or there was none for `timeout`.
     fn next(&self, next_queue: &mut NextQueue, timeout: Option<Duration>) -> Option<Job> {
-        let timer = timeout.map_or_else(never, after);
         let (first, second, queue_after) = match next_queue {
             NextQueue::Continuations => (&self.continuations, &self.new_jobs, NextQueue::NewJobs),
             NextQueue::NewJobs => (&self.new_jobs, &self.continuations, NextQueue::Continuations),
@@ -265,7 +263,7 @@ impl JobQueues {
                 job.or_else(|_| second.recv()).ok()
             }
             recv(second) -> job => job.or_else(|_| first.recv()).ok(),
-            recv(timer) -> _ => None,
+            default(timeout.unwrap_or(Duration::MAX)) => None,
         }
     }
 }

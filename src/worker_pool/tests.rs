@@ -6,7 +6,7 @@ use std::sync::mpsc;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn start_pool(threads: usize, queue_capacity: usize) -> Pool {
-    let mut pool = Pool::unstarted("t", threads, queue_capacity);
+    let pool = Pool::unstarted("t", threads, queue_capacity);
     pool.start_workers().unwrap();
     pool
 }
@@ -83,7 +83,7 @@ fn job_past_its_deadline_is_not_started() {
 /// by the end of the start are not run.
 #[test]
 fn unstarted_pool_queues_jobs_until_its_workers_start() {
-    let mut pool = Pool::unstarted("t", 1, 2);
+    let pool = Pool::unstarted("t", 1, 2);
     let handle = pool.handle();
     let waiting = submit(&handle, Queue::NewJobs, || 1);
     let (expire, has_expired) = mpsc::channel::<()>();
