@@ -226,6 +226,12 @@ impl<'t> Scanner<'t> {
     fn skip_value(&mut self) {
         static VALUE: LazyLock<Option<Regex>> =
             LazyLock::new(|| Regex::new(r"^[\p{L}\p{M}\p{N}\p{P}\p{S}--[,\x{FFFD}]]*").ok());
+        // containerd's own questions are ASCII, and the regular expression takes memory for as long as the process lives.
+        let rest = &self.text[self.position..];
+        self.position += rest.find(|c: char| !c.is_ascii_graphic() || c == ',').unwrap_or(rest.len());
+        if self.peek().is_none_or(|c| c.is_ascii()) {
+            return;
+        }
         let value = VALUE.as_ref().and_then(|value| value.find(&self.text[self.position..]));
         self.position += value.map_or(0, |value| value.len());
     }
